@@ -1,0 +1,22 @@
+# Two commands on a fresh machine: make demo, make test. Python 3.11 or 3.12 and a C++ compiler are all they need.
+.PHONY: demo test env bench lint clean
+
+demo: env ## scan the embedded model, write demo-run/
+	@.venv/bin/shipsfast demo
+
+test: ## the whole test suite
+	@tools/make_env.sh test
+	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+env:
+	@tools/make_env.sh
+
+bench: ## the CPU benchmark against other ways of doing the same scan
+	@tools/make_env.sh
+	@.venv/bin/python -m benchmarks cpu
+
+lint:
+	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info shipsfast/*.so

@@ -1,0 +1,52 @@
+"""`python -m benchmarks`: one entry point for every benchmark.
+
+cpu     the exhaustive scan against the best other ways, appended to benchmarks/results/cpu.jsonl
+tables  rewrite the README's tables from the results
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import typer  # noqa: E402
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.command()
+def cpu(
+    case: str = typer.Option("", help="Only cases whose name contains this."),
+    repeats: int = typer.Option(5, min=1, help="Interleaved runs per path."),
+    peaks: bool = typer.Option(True, help="Measure peak memory, each path in a process of its own."),
+) -> None:
+    """The exhaustive scan on the CPU against the best other ways of doing it."""
+    from rich.console import Console
+
+    from .cases import CPU_CASES, SMOKE_CASES
+    from .cpu import run_case
+
+    chosen = [c for c in CPU_CASES if case in c.name] or [c for c in SMOKE_CASES if case in c.name]
+    for each in chosen:
+        run_case(each, repeats, peaks, Console(width=160))
+
+
+@app.command(hidden=True)
+def peak(case: str, path: str) -> None:
+    """Peak memory of one path of one case; run by `cpu` in a process of its own."""
+    from .cases import CPU_CASES, SMOKE_CASES
+    from .cpu import peak as measure
+
+    print(f"{measure(next(c for c in CPU_CASES + SMOKE_CASES if c.name == case), path):.1f}")
+
+
+@app.command()
+def tables() -> None:
+    """Rewrite the README's tables from the results."""
+    from .tables import update_readme
+
+    print("README.md changed" if update_readme() else "README.md is up to date")
+
+
+app()

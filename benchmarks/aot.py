@@ -1,0 +1,233 @@
+"""Compiles every launch configuration ahead of time, without a GPU, and records what it costs on the chip.
+
+    python -m benchmarks.aot             print registers, shared memory, spills and tensor-core use
+    python -m benchmarks.aot --update    also write kernels/configs/aot_resources.json and docs/kernels.md
+
+The figures belong to a Triton version (each bundles its own ptxas), so the file keeps one table for each.
+tests/test_kernels_aot.py runs this module in a process of its own, since TRITON_INTERPRET=1, which the
+other tests need, replaces triton.jit for good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESOURCES = ROOT / "kernels" / "configs" / "aot_resources.json"
+DOCUMENT = ROOT / "docs" / "kernels.md"
+KERNEL = "tree_attention"
+
+# Bytes of shared memory one thread block may use. default.json must fit the smallest, sm_86 and sm_89.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "default": 99 * 1024}
+REGISTER_LIMIT = 255
+REGISTERS_PER_SM = 65536
+# config file -> the targets it is compiled for
+TARGETS = {"sm_80": (80,), "sm_90": (90,), "default": (80, 90)}
+TRITON_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+GROUPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compiled version. `features` are the optional parts of the kernel: none of them, or all of them."""
+
+    config: str
+    sm: int
+    dtype: str
+    head_dim: int
+    features: bool
+
+    @property
+    def id(self) -> str:
+        return f"{self.config}.json sm_{self.sm} {self.dtype} D{self.head_dim} {self.version}"
+
+    @property
+    def version(self) -> str:
+        return "all" if self.features else "plain"
+
+
+def cases() -> list[Case]:
+    """Every entry of every file. float16, whose code is bfloat16's with other instructions, and default.json,
+    which runs on neither of the two chips, are compiled in the plain version alone, to save minutes."""
+    from shipsfast.kernels.launch_config import load_configs
+
+    return [
+        Case(config, sm, dtype, head_dim, features)
+        for config, targets in TARGETS.items()
+        for sm in targets
+        for dtype, sizes in load_configs(config)[KERNEL].items()
+        for head_dim in sizes
+        for features in (False, True)
+        if not (features and (dtype == "float16" or config == "default"))
+    ]
+
+
+def compile_case(case: Case) -> dict[str, int]:
+    """Registers and local memory (spills) per thread, shared bytes per block, tensor-core instructions."""
+    import triton
+    from shipsfast.kernels.launch_config import load_configs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from shipsfast.kernels import tree_attention as module
+
+    config = load_configs(case.config)[KERNEL][case.dtype][case.head_dim]
+    kernel = module._tree_attention_kernel
+    dtype = TRITON_DTYPE[case.dtype]
+    constants = {
+        "GROUPS": GROUPS,
+        "D": case.head_dim,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": case.head_dim,
+        "HAS_SOFTCAP": case.features,
+        "HAS_WINDOW": case.features,
+        "HAS_QUERY_INDEX": case.features,
+        "DOT_DTYPE": getattr(module.tl, case.dtype),
+        "INPUT_PRECISION": config.input_precision,
+        "stride_lh": 1,  # the launcher turns strides of 1 into constants too
+        "stride_oh": 1,
+    }
+    if not case.features:
+        constants["query_index_ptr"] = None
+    signature, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+            signature[name] = f"*{dtype}"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if "scale" in name else "*i32"
+        else:
+            signature[name] = "fp32" if name.endswith("_scale") else "i32"
+        # As at a launch with torch's allocations: pointers and strides are multiples of 16.
+        if name.endswith("_ptr") or name.startswith("stride"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attrs),
+        target=GPUTarget("cuda", case.sm, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
+    )
+    ptx = compiled.asm["ptx"]
+    registers, local_bytes = _resource_usage(compiled.asm["cubin"])
+    return {
+        "threads": 32 * config.num_warps,
+        "registers": registers,
+        "local_bytes": local_bytes,
+        "shared_bytes": compiled.metadata.shared,
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "mma_sync": len(re.findall(r"mma\.sync", ptx)),
+        "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+    }
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) per thread. Spilled registers live in local memory."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{text}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def blocks_per_sm(case: Case, use: dict[str, int]) -> int:
+    """Thread blocks that fit a multiprocessor by registers and shared memory (1 KiB a block is reserved)."""
+    per_sm = {80: 164, 90: 228}[case.sm] * 1024
+    registers = -(-use["registers"] // 8) * 8  # the chip hands them out by the eight
+    return min(REGISTERS_PER_SM // (registers * use["threads"]), per_sm // (use["shared_bytes"] + 1024))
+
+
+def measure(jobs: int) -> dict[str, dict[str, int]]:
+    todo = cases()
+    # spawn: a forked child would inherit Triton's compiler state
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return dict(zip((c.id for c in todo), pool.map(compile_case, todo), strict=True))
+
+
+def write_resources(table: dict[str, dict[str, int]], version: str) -> None:
+    tables = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    tables[version] = table
+    # One line for each version of the kernel, so that a change reads well in a diff.
+    blocks = [
+        f"  {json.dumps(name)}: {{\n"
+        + ",\n".join(f"    {json.dumps(key)}: {json.dumps(use)}" for key, use in rows.items())
+        + "\n  }"
+        for name, rows in sorted(tables.items())
+    ]
+    RESOURCES.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+def write_document(table: dict[str, dict[str, int]], version: str) -> None:
+    """Replaces the part of docs/kernels.md between the two markers, or starts the file."""
+    begin, end = "<!-- begin: python -m benchmarks.aot --update -->", "<!-- end -->"
+    by_id = {case.id: case for case in cases()}
+    lines = [
+        begin,
+        f"Triton {version}. `all` has softcap, window and query_index, `plain` has none of them.",
+        "",
+        "| config | chip | dtype | D | version | registers | spilled B | shared KiB | blocks/SM | cores |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, use in table.items():
+        case = by_id[key]
+        cores = "wgmma" if use["wgmma"] else "mma.sync" if use["mma_sync"] else "none"
+        lines.append(
+            f"| {case.config} | sm_{case.sm} | {case.dtype} | {case.head_dim} | {case.version} "
+            f"| {use['registers']} | {use['local_bytes']} | {use['shared_bytes'] / 1024:.1f} "
+            f"| {blocks_per_sm(case, use)} | {cores} |"
+        )
+    lines.append(end)
+    if DOCUMENT.exists():
+        text = DOCUMENT.read_text()
+    else:
+        text = f"# Kernels\n\n## What tree_attention costs on the chip\n\n{begin}\n{end}\n"
+    head, found, rest = text.partition(begin)
+    if not found:
+        raise RuntimeError(f"{DOCUMENT} has no line {begin!r}: put it, and {end!r}, where the table belongs")
+    DOCUMENT.write_text(head + "\n".join(lines) + rest.partition(end)[2])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write the committed table and docs/kernels.md")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
+    import triton
+
+    table = measure(args.jobs)
+    if args.update:
+        write_resources(table, triton.__version__)
+        write_document(table, triton.__version__)
+    if args.json:
+        print(json.dumps({"triton": triton.__version__, "table": table}))
+    else:
+        for key, use in table.items():
+            print(f"{key:44}", " ".join(f"{name}={value}" for name, value in use.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The exhaustive scan on the CPU against the best other ways of doing it, in one process, runs interleaved.
+
+First every path's scores are compared with the float64 oracle; then the paths are timed in turn, so that a
+drift of the machine hits all of them; the floor comes from the GEMM rate measured between the same runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import shipsfast
+
+from . import peers
+from .cases import Case
+from .floor import floor_flops, gemm_flops_per_s
+from .provenance import append, provenance
+
+# What a path may differ from the float64 oracle by, in nats: float32 logits leave the peers' float32 KL
+# with about 1e-6, and undifferentiated attention scaled in q_proj or in the logits are the same ablation.
+TOLERANCE_NATS = 1e-4
+SAMPLED_HEADS = 1  # heads per layer of the one-at-a-time loop; its time is extrapolated to all of them
+
+
+def ours(model, case: Case) -> np.ndarray:
+    return shipsfast.scan(model, case.token_ids(), progress=False).kl
+
+
+def _peer(function: Callable) -> Callable:
+    def run(model, case: Case) -> np.ndarray:
+        return function(model, torch.tensor(case.token_ids())).permute(2, 0, 1).numpy()
+
+    return run
+
+
+def _sampled(model, case: Case) -> np.ndarray:
+    return peers.one_at_a_time(model, torch.tensor(case.token_ids()), SAMPLED_HEADS).permute(2, 0, 1).numpy()
+
+
+PATHS: dict[str, Callable] = {
+    "shipsfast": ours,
+    "HF hooks, prompts batched": _peer(peers.hooks_batched),
+    "heads x prompts as row masks": _peer(peers.row_masks),
+    "layers >= l only, by hand": _peer(peers.skip_lower_layers),
+}
+LOOP = "one at a time (the paper's code)"
+
+
+def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[dict]:
+    """Check, time and append the rows of one case; returns them."""
+    model = case.model()
+    oracle = shipsfast.scan(case.model().double(), case.token_ids(), progress=False).kl
+    errors, failures = {}, {}
+    for name, path in (PATHS | {LOOP: _sampled}).items():
+        try:
+            errors[name] = float(np.nanmax(np.abs(path(model, case) - oracle)))  # also the warm-up
+            if not errors[name] <= TOLERANCE_NATS:
+                failures[name] = f"scores differ from the float64 oracle by {errors[name]:.2g} nats"
+        except (RuntimeError, ValueError) as error:
+            failures[name] = str(error)
+
+    plan = shipsfast.scan(model, case.token_ids(), progress=False).record["plan"]
+    times: dict[str, list[float]] = {name: [] for name in PATHS if name not in failures}
+    rates = []
+    for _ in range(repeats):
+        rates.append(gemm_flops_per_s(case, plan["chunk_tokens"]))
+        for name in times:
+            start = time.perf_counter()
+            PATHS[name](model, case)
+            times[name].append(time.perf_counter() - start)
+    if LOOP not in failures:
+        start = time.perf_counter()
+        _sampled(model, case)
+        times[LOOP] = [(time.perf_counter() - start) * case.heads / SAMPLED_HEADS]
+
+    floor_s = floor_flops(case) / statistics.median(rates)
+    common = provenance("cpu") | {
+        "bench": "cpu", "case": case.name, "dtype": str(case.dtype).removeprefix("torch."),
+        "prompts": case.prompts, "shared_tokens": case.shared, "own_tokens": case.own, "scores": case.num_scores,
+        "gemm_gflops_per_s": round(statistics.median(rates) / 1e9, 1), "floor_s": round(floor_s, 4),
+    }  # fmt: skip
+    rows = []
+    for name in [*PATHS, LOOP]:
+        row = common | {"path": name, "max_abs_error_nats": errors.get(name)}
+        if name in failures:
+            row["failed"] = failures[name]
+        else:
+            median = statistics.median(times[name])
+            low, high = _p20_p80(times[name])
+            row |= {
+                "median_s": round(median, 4), "p20_s": round(low, 4), "p80_s": round(high, 4),
+                "runs": len(times[name]), "scores_per_s": round(case.num_scores / median, 1),
+                "times_slower_than_shipsfast": round(median / statistics.median(times["shipsfast"]), 3),
+                "share_of_floor": round(floor_s / median, 4),
+                "extrapolated_from": f"{case.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
+                "resolved_backend": "torch" if name == "shipsfast" else None,
+            }  # fmt: skip
+            if peaks:
+                row["peak_mib"] = _peak_mib(case.name, name)
+        rows.append(row)
+    append("cpu", rows)
+    _show(case, rows, floor_s, console)
+    return rows
+
+
+def _p20_p80(times: list[float]) -> tuple[float, float]:
+    return tuple(float(x) for x in np.quantile(times, [0.2, 0.8]))
+
+
+def _peak_mib(case: str, path: str) -> float:
+    """Peak resident memory beyond the loaded model, in a process of its own."""
+    out = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "peak", case, path], capture_output=True, text=True, check=True
+    )
+    return float(out.stdout.split()[-1])
+
+
+def peak(case: Case, path: str) -> float:
+    """MiB that `path` adds at its peak to a process that holds the model."""
+    import resource
+
+    import psutil
+
+    model = case.model()
+    before = psutil.Process().memory_info().rss
+    {**PATHS, LOOP: _sampled}[path](model, case)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+
+
+def _show(case: Case, rows: list[dict], floor_s: float, console: Console) -> None:
+    table = Table(title=f"{case.name}: {case.num_scores} scores, floor {floor_s:.2f} s", title_justify="left")
+    for name in ("path", "median s", "p20", "p80", "scores/s", "x shipsfast", "of floor", "peak MiB", "max error, nats"):
+        table.add_column(name, justify="left" if name == "path" else "right")
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["path"], "failed: " + row["failed"])
+            continue
+        label = row["path"] + (f" (extrapolated from {row['extrapolated_from']})" if row["extrapolated_from"] else "")
+        table.add_row(
+            label, f"{row['median_s']:.3f}", f"{row['p20_s']:.3f}", f"{row['p80_s']:.3f}", f"{row['scores_per_s']:.0f}",
+            f"{row['times_slower_than_shipsfast']:.2f}", f"{row['share_of_floor']:.0%}",
+            f"{row['peak_mib']:.0f}" if "peak_mib" in row else "", f"{row['max_abs_error_nats']:.1e}",
+        )  # fmt: skip
+    console.print(table)

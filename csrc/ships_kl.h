@@ -1,0 +1,31 @@
+// What the two implementations of shipsfast::kl_rows share: raw pointers and sizes, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace shipsfast {
+
+enum class LogitType : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
+
+// KL(base || ablated) of each ablated row. Strides are in elements, and the last dimension is contiguous.
+struct KlRows {
+  const void* base;        // [P, V]
+  const void* ablated;     // [N, V]
+  const int64_t* row_map;  // [N], the base row of each ablated row
+  double* kl_nats;         // [N]
+  LogitType type;
+  int64_t num_base;     // P
+  int64_t num_ablated;  // N
+  int64_t vocab;        // V
+  int64_t base_stride;
+  int64_t ablated_stride;
+};
+
+// Host memory. row_map has been checked against num_base. Throws std::runtime_error for a bad SHIPSFAST_CPU_ISA.
+void kl_rows_cpu(const KlRows& rows);
+
+// Device memory, on that device's current stream. A row whose row_map is out of range gets NaN: checking
+// on the host would make it wait for the device.
+void kl_rows_cuda(const KlRows& rows, int32_t device_index);
+
+}  // namespace shipsfast

@@ -1,0 +1,72 @@
+"""Launch parameters of the Triton kernels, read from configs/<device>.json and never chosen by timing.
+
+A file maps kernel -> dtype -> largest padded head size -> parameters. `sm_80.json` (A100) and `sm_90.json`
+(H100, H200) use the shared memory those chips have; `default.json` fits in the 99 KB of every other chip.
+tests/test_kernels_aot.py compiles every entry and checks registers, shared memory and spills.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """block_m queries and block_n keys to a tile; input_precision is for float32 inputs alone:
+    "ieee" (exact, no tensor cores), "tf32x3" (nearly exact) or "tf32" (10 bits of mantissa)."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    input_precision: str = "ieee"
+
+
+def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device | str) -> LaunchConfig:
+    """The committed parameters for a kernel, an input dtype and a head size D on a device.
+
+    Raises:
+        ValueError: no entry holds this dtype or a head of this size.
+    """
+    name = device_name(torch.device(device))
+    table = load_configs(name)[kernel].get(str(dtype).removeprefix("torch."), {})
+    for largest, entry in table.items():
+        if head_dim <= largest:
+            return entry
+    sizes = f"up to {max(table)}" if table else "none"
+    raise ValueError(
+        f"{kernel}: no launch parameters for {dtype} with a head size of {head_dim} in configs/{name}.json "
+        f"(head sizes there: {sizes}): use backend='reference', or add an entry"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The stem of the config file for a device: "sm_90" where there is one, otherwise "default"."""
+    if device.type != "cuda":
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"sm_{major}{minor}"
+    return name if (CONFIG_DIR / f"{name}.json").exists() else "default"
+
+
+@functools.cache
+def load_configs(name: str) -> dict[str, dict[str, dict[int, LaunchConfig]]]:
+    """kernel -> dtype -> largest padded head size -> LaunchConfig, head sizes ascending."""
+    raw = json.loads((CONFIG_DIR / f"{name}.json").read_text())
+    return {
+        kernel: {
+            dtype: {
+                int(size): LaunchConfig(**entry)
+                for size, entry in sorted(sizes.items(), key=lambda x: int(x[0]))
+            }
+            for dtype, sizes in dtypes.items()
+        }
+        for kernel, dtypes in raw.items()
+    }

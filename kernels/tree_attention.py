@@ -1,0 +1,345 @@
+"""Triton attention over a prefix tree, with a mask vector per batch row and head.
+
+    o[b, i, h] = output_scale[b, h] * sum_j softmax_j(cap(logit_scale[b, h] * scaling * q_i . k_j)) v_j
+    cap(x)     = softcap * tanh(x / softcap), or x without softcap
+    j runs over the keys that query i sees:  j <= i < subtree_end[j]  and  position[i] - position[j] < window
+
+Layout: q [B, H, TQ, D], k and v [B, HKV, T, D] with any strides but a contiguous last dimension (rows that
+share q, k and v come with a batch dimension of 1), output [B, TQ, H, D] contiguous. One program computes
+BLOCK_M queries of one head of one row, with a running maximum and sum over key blocks in float32. Which
+blocks it reads comes from a block table (block_table.py): first those that every query of the block sees,
+without a mask, then those that need one. Blocks that nobody sees are never loaded, and nothing of size
+T x T, no repeated key/value head and no copy of the inputs is ever materialised.
+
+The mask vectors only multiply, so a head whose two factors are 1 gives the very bits of an unmasked call.
+The oracle is shipsfast.reference.tree_attention.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from shipsfast.kernels.block_table import BlockTable
+from shipsfast.kernels.block_table import block_table as build_block_table
+from shipsfast.kernels.launch_config import LaunchConfig, launch_config
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Start of the running maximum. Finite, so that a row which sees nothing of a block gets
+# exp2(-inf - pivot) = 0 instead of exp2(-inf + inf) = NaN.
+LOWEST = tl.constexpr(-3.0e38)
+# Below this |x|, 1 - exp(-2|x|) cancels and tanh is taken from its series, whose next term is below 2**-24.
+TANH_SERIES = tl.constexpr(0.3)
+MIN_DOT_SIZE = 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+# The sizes change from pack to pack, so they must not choose between compiled versions.
+@triton.jit(do_not_specialize=["TQ", "T", "num_query_blocks", "window"])
+def _tree_attention_kernel(
+    q_ptr,  # [B, H, TQ, D]
+    k_ptr,  # [B, HKV, T, D]
+    v_ptr,  # [B, HKV, T, D]
+    out_ptr,  # [B, TQ, H, D]
+    logit_scale_ptr,  # [B, H]
+    output_scale_ptr,  # [B, H]
+    position_ptr,  # [T]
+    subtree_end_ptr,  # [T]
+    query_index_ptr,  # [TQ], None for all T tokens
+    row_ptr_ptr,  # [NQ + 1]
+    full_end_ptr,  # [NQ]
+    col_ptr,  # [N]
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_lb,
+    stride_lh,
+    stride_ob,
+    stride_oh,
+    H,
+    TQ,
+    T,
+    num_query_blocks,
+    window,
+    pre_scale,  # scaling * log2(e), or scaling / softcap
+    post_scale,  # softcap * log2(e)
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_QUERY_INDEX: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    # Query blocks of one head run next to each other, then the heads of one key/value head: they share
+    # keys in L2.
+    pid = tl.program_id(0)
+    block_m = pid % num_query_blocks
+    b = (pid // num_query_blocks // H).to(tl.int64)
+    h = (pid // num_query_blocks % H).to(tl.int64)
+
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < TQ
+    mask_d = offs_d < D
+
+    if HAS_QUERY_INDEX:
+        query = tl.load(query_index_ptr + offs_m, mask=mask_m, other=0)  # [BLOCK_M]
+    else:
+        query = offs_m
+    if HAS_WINDOW:
+        query_position = tl.load(position_ptr + query, mask=mask_m, other=0)  # [BLOCK_M]
+
+    factor = tl.load(logit_scale_ptr + b * stride_lb + h * stride_lh) * pre_scale
+    output_scale = tl.load(output_scale_ptr + b * stride_ob + h * stride_oh)
+
+    q_row = q_ptr + b * stride_qb + h * stride_qh
+    k_row = k_ptr + b * stride_kb + h // GROUPS * stride_kh
+    v_row = v_ptr + b * stride_vb + h // GROUPS * stride_vh
+    q = tl.load(
+        q_row + offs_m[:, None].to(tl.int64) * stride_qt + offs_d[None, :],
+        mask=mask_m[:, None] & mask_d[None, :],
+        other=0.0,
+    ).to(DOT_DTYPE)  # [BLOCK_M, BLOCK_D]
+
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    row_start = tl.load(row_ptr_ptr + block_m)
+    full_end = tl.load(full_end_ptr + block_m)
+    row_stop = tl.load(row_ptr_ptr + block_m + 1)
+    # A head that is switched off reads no keys at all.
+    full_end = tl.where(output_scale == 0.0, row_start, full_end)
+    row_stop = tl.where(output_scale == 0.0, full_end, row_stop)
+
+    for MASKED in tl.static_range(2):
+        if MASKED:
+            start, stop = full_end, row_stop
+        else:
+            start, stop = row_start, full_end
+        for entry in range(start, stop):
+            n = tl.load(col_ptr + entry) * BLOCK_N + offs_n  # [BLOCK_N]
+            # D fits its block in most models: then a fully visible block loads without any mask.
+            if MASKED:
+                mask_kv = (n < T)[:, None] & mask_d[None, :]
+            else:
+                mask_kv = mask_d[None, :]
+            k = tl.load(
+                k_row + n[:, None].to(tl.int64) * stride_kt + offs_d[None, :], mask=mask_kv, other=0.0
+            )
+            s = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+            s = s * factor
+            if HAS_SOFTCAP:
+                a = tl.abs(s)
+                e = tl.exp2(a * (-2.0 * LOG2E))
+                a2 = a * a
+                series = a * (
+                    1.0 + a2 * (-1.0 / 3 + a2 * (2.0 / 15 + a2 * (-17.0 / 315 + a2 * (62.0 / 2835))))
+                )
+                tanh = tl.where(a < TANH_SERIES, series, (1.0 - e) / (1.0 + e))
+                s = tl.where(s < 0.0, -tanh, tanh) * post_scale
+            if MASKED:
+                # Keys past T get subtree_end = 0, so nobody sees them.
+                subtree_end = tl.load(subtree_end_ptr + n, mask=n < T, other=0)  # [BLOCK_N]
+                seen = (n[None, :] <= query[:, None]) & (query[:, None] < subtree_end[None, :])
+                if HAS_WINDOW:
+                    key_position = tl.load(position_ptr + n, mask=n < T, other=0)  # [BLOCK_N]
+                    seen = seen & (query_position[:, None] - key_position[None, :] < window)
+                s = tl.where(seen, s, float("-inf"))
+
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            p = tl.exp2(s - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+            alpha = tl.exp2(row_max - new_max)
+            row_sum = row_sum * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None]
+            v = tl.load(
+                v_row + n[:, None].to(tl.int64) * stride_vt + offs_d[None, :], mask=mask_kv, other=0.0
+            )
+            acc = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), acc, input_precision=INPUT_PRECISION)
+            row_max = new_max
+
+    # Only padding queries and heads that are switched off have an empty sum.
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    out = acc / row_sum[:, None] * output_scale
+    tl.store(
+        out_ptr + ((b * TQ + offs_m[:, None]) * H + h) * D + offs_d[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_d[None, :],
+    )
+
+
+# With TRITON_INTERPRET=1 at import, triton.jit gives another class, which runs on the CPU.
+INTERPRETED = not isinstance(_tree_attention_kernel, triton.runtime.JITFunction)
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logit_scale: torch.Tensor,
+    output_scale: torch.Tensor,
+    position: torch.Tensor,
+    subtree_end: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    query_index: torch.Tensor | None = None,
+    block_table: BlockTable | None = None,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """Masked attention over a prefix tree on the GPU: the function of shipsfast.reference.tree_attention.
+
+    Args:
+        q: [B, H, TQ, D]; k, v: [B, HKV, T, D], HKV dividing H; bfloat16, float16 or float32, any strides with
+            a contiguous last dimension. A batch dimension of 1 broadcasts over the rows of the mask vectors.
+        logit_scale, output_scale: float32 [B, H], 1 leaves the head as it is. A head whose output_scale is 0
+            gives exactly 0.
+        position, subtree_end: int32 [T], see shipsfast/packing.py.
+        scaling: factor on q . k, usually D ** -0.5.
+        softcap: soft limit of the scaled logits; window: sliding window in tokens, counting the token itself.
+        query_index: int32 [TQ], packed indices of the queries in ascending order, None if TQ = T.
+        block_table: from block_table(...) with the same tree, queries and window and the block sizes of
+            `config`. Without one it is built here, which waits for the GPU: build it once for a tree.
+        config: launch parameters, by default those of the device's file.
+    Returns:
+        [B, TQ, H, D] in q's dtype, contiguous.
+    Raises:
+        TypeError: a dtype the kernel does not take. ValueError: shapes, strides or a table that do not fit.
+        RuntimeError: the tensors are not on a GPU.
+    """
+    _check(q, k, v, logit_scale, output_scale, position, subtree_end, query_index, softcap, window)
+    rows, heads = logit_scale.shape
+    kv_heads, num_keys = k.shape[1:3]
+    num_queries, head_dim = q.shape[2:]
+    if config is None:
+        config = launch_config("tree_attention", q.dtype, head_dim, q.device)
+    if block_table is None:
+        block_table = build_block_table(
+            position,
+            subtree_end,
+            block_m=config.block_m,
+            block_n=config.block_n,
+            query_index=query_index,
+            window=window,
+            device=q.device,
+        )
+    given = (
+        block_table.block_m,
+        block_table.block_n,
+        block_table.num_queries,
+        block_table.num_keys,
+        block_table.window,
+    )
+    wanted = (config.block_m, config.block_n, num_queries, num_keys, window)
+    if given != wanted:
+        raise ValueError(
+            "block_table is for another call: (block_m, block_n, queries, keys, window) are "
+            f"{given} in the table and {wanted} here; build it with these values"
+        )
+
+    out = torch.empty((rows, num_queries, heads, head_dim), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    stride = lambda x: (0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
+    dot_dtype = torch.float32 if INTERPRETED else q.dtype  # the interpreter's bfloat16 dot is wrong
+    with torch.cuda.device_of(q):
+        _tree_attention_kernel[(block_table.num_query_blocks * rows * heads,)](
+            q,
+            k,
+            v,
+            out,
+            logit_scale,
+            output_scale,
+            position,
+            subtree_end,
+            query_index,
+            block_table.row_ptr,
+            block_table.full_end,
+            block_table.col,
+            *stride(q),
+            *stride(k),
+            *stride(v),
+            *logit_scale.stride(),
+            *output_scale.stride(),
+            heads,
+            num_queries,
+            num_keys,
+            block_table.num_query_blocks,
+            window or 0,
+            scaling / softcap if softcap else scaling * LOG2E.value,
+            softcap * LOG2E.value if softcap else 1.0,
+            GROUPS=heads // kv_heads,
+            D=head_dim,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=max(MIN_DOT_SIZE, triton.next_power_of_2(head_dim)),
+            HAS_SOFTCAP=softcap is not None,
+            HAS_WINDOW=window is not None,
+            HAS_QUERY_INDEX=query_index is not None,
+            DOT_DTYPE=getattr(tl, str(dot_dtype).removeprefix("torch.")),
+            INPUT_PRECISION=config.input_precision,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,  # the default changes after triton 3.9
+        )
+    return out
+
+
+def _check(q, k, v, logit_scale, output_scale, position, subtree_end, query_index, softcap, window) -> None:
+    if q.dtype not in DTYPES:
+        raise TypeError(
+            f"the Triton kernel takes bfloat16, float16 and float32, not {q.dtype}: use backend='reference'"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}: cast them")
+    for name, x in (("logit_scale", logit_scale), ("output_scale", output_scale)):
+        if x.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {x.dtype}: call .float() on it")
+        if x.shape != logit_scale.shape or x.dim() != 2:
+            raise ValueError(f"logit_scale and output_scale must both be [B, H], got {name} {tuple(x.shape)}")
+    rows, heads = logit_scale.shape
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or x.shape[0] not in (1, rows) or x.shape[3] != q.shape[3]:
+            raise ValueError(
+                f"{name} must be [{rows} or 1, heads, tokens, {q.shape[-1]}], got {tuple(x.shape)}"
+            )
+        if x.stride(3) != 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous: call .contiguous() on it")
+    if q.shape[1] != heads or k.shape[1:] != v.shape[1:] or k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(
+            f"the heads do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, mask vectors "
+            f"{tuple(logit_scale.shape)}; q must have as many as the mask vectors, k and v a divisor of that"
+        )
+    tree = [("position", position, k.shape[2]), ("subtree_end", subtree_end, k.shape[2])]
+    if query_index is not None:
+        tree.append(("query_index", query_index, q.shape[2]))
+    elif q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{q.shape[2]} queries and {k.shape[2]} keys: pass query_index, the packed index of each query"
+        )
+    for name, x, size in tree:
+        if x.dtype != torch.int32 or x.shape != (size,) or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous int32 [{size}], got {x.dtype} {tuple(x.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}: pass None for no softcap")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}: pass None for no window")
+    if any(x.device != q.device for x in (k, v, logit_scale, output_scale, position, subtree_end)):
+        raise ValueError(f"all tensors must be on {q.device}, where q is")
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(
+            f"the Triton kernel needs a CUDA device and q is on {q.device}: use backend='reference', "
+            "or set TRITON_INTERPRET=1 before the import to run it slowly on the CPU"
+        )

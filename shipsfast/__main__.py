@@ -1,0 +1,5 @@
+"""`python -m shipsfast`: the same as the command `shipsfast`."""
+
+from .cli import main
+
+main()

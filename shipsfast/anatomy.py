@@ -1,0 +1,141 @@
+"""Finds out how a transformers model is built by running it once on a few tokens: its decoder layers, which
+module of each calls attention, with how many heads, and what each layer's mask hides. No code per family.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .attention import TREE, Probe, ProbeCall, installed, probe
+from .errors import UnsupportedModelError
+
+PROBE_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    module: torch.nn.Module  # the decoder layer
+    attention: torch.nn.Module  # the module in it that calls attention
+    window: int | None  # sliding window in tokens, None if it hides nothing in the prompts at hand
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    layers: tuple[Layer, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    work_width: int  # numbers per token that a layer holds at a time, roughly: for the memory plan
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+@torch.inference_mode()
+def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int) -> Anatomy:
+    """Run the model once on the first few of `token_ids` and record what calls attention.
+
+    longest: the longest prompt in tokens; masks are checked up to there.
+    Raises UnsupportedModelError, naming what stands in the way, if the model cannot be scanned exactly.
+    """
+    family = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{family} is not a transformers model: load it with AutoModelForCausalLM")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{family} does not take position_ids, so prompts cannot be packed into one sequence")
+    _check_rope(model, longest)
+
+    ran: list[tuple[str, torch.nn.Module]] = []
+    handles = []
+    for list_name, container in model.named_modules():
+        if isinstance(container, torch.nn.ModuleList):
+            for index, child in enumerate(container):
+                name = f"{list_name}.{index}"
+                handles.append(child.register_forward_pre_hook(lambda m, _a, name=name: ran.append((name, m))))
+    recorder = Probe(longest)
+    token = probe.set(recorder)
+    ids = torch.tensor([list(token_ids[:PROBE_TOKENS])], device=input_device(model))
+    try:
+        with installed(model, TREE):
+            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+            logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+    finally:
+        probe.reset(token)
+        for handle in handles:
+            handle.remove()
+    if not recorder.calls:
+        raise UnsupportedModelError(
+            f"{family} has no attention heads that shipsfast can reach: its attention does not go through "
+            "transformers' AttentionInterface"
+        )
+    layers = _layers(model, family, ran, recorder.calls)
+    shapes = {(c.num_heads, c.num_kv_heads, c.head_dim) for c in recorder.calls}
+    if len({s[0] for s in shapes}) > 1:
+        raise UnsupportedModelError(f"{family} has layers with different numbers of heads: {sorted(shapes)}")
+    first = recorder.calls[0]
+    hidden = model.get_input_embeddings().weight.shape[1]
+    return Anatomy(
+        layers=layers,
+        num_heads=first.num_heads,
+        num_kv_heads=min(s[1] for s in shapes),
+        head_dim=max(s[2] for s in shapes),
+        hidden_size=hidden,
+        vocab_size=logits.shape[-1],
+        work_width=_work_width(layers[0].module, hidden),
+    )
+
+
+def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[Layer, ...]:
+    names = {module: name for name, module in model.named_modules()}
+    lists = {name.rsplit(".", 1)[0] for name, module in ran for c in calls if names[c.module].startswith(name + ".")}
+    outermost = min(lists, key=len, default=None)
+    if outermost is None:
+        raise UnsupportedModelError(f"{family} does not keep its decoder layers in a ModuleList")
+    layers = []
+    for name, module in ran:
+        if name.rsplit(".", 1)[0] != outermost:
+            continue
+        inside = [c for c in calls if names[c.module].startswith(name + ".") or c.module is module]
+        if len(inside) != 1:
+            raise UnsupportedModelError(
+                f"{family} calls attention {len(inside)} times in {name}: only layers with exactly one softmax "
+                "attention can be scanned"
+            )
+        layers.append(Layer(name, module, inside[0].module, inside[0].window))
+    if len(layers) != len(calls) or len({id(x.module) for x in layers}) != len(layers):
+        raise UnsupportedModelError(f"{family} calls attention outside {outermost}, or runs a layer more than once")
+    return tuple(layers)
+
+
+def _check_rope(model: PreTrainedModel, longest: int) -> None:
+    """Rotary embeddings that change with the sequence's length would change when prompts are packed."""
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        for part in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
+            kind = part.get("rope_type", part.get("type"))
+            limit = part.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", longest)
+            if kind in ("dynamic", "longrope") and longest > limit:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} changes its rotary embedding ({kind}) for prompts of over {limit} tokens, "
+                    f"and the longest has {longest}: scan shorter prompts"
+                )
+
+
+def _work_width(layer: torch.nn.Module, hidden: int) -> int:
+    wide = sum(m.out_features for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    if not wide:  # Conv1D and other layouts: what a weight matrix has beyond the hidden size is its output
+        wide = sum(max(p.shape) for p in layer.parameters() if p.dim() == 2)
+    return wide + 8 * hidden

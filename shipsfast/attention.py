@@ -1,0 +1,344 @@
+"""The attention function that transformers models call while shipsfast works on them.
+
+It is registered with transformers' AttentionInterface under two names: `shipsfast_tree` for scans, where
+the tokens are a packed prefix tree, and `shipsfast_dense` for `ablate`, where the model is driven as usual
+with padding, cache and dense masks. What it has to do is not global: each attention module carries it in
+an attribute for as long as `installed` lasts. It uses what a model passes to attention, or refuses it by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+from transformers.masking_utils import sdpa_mask
+
+from . import reference
+from .errors import InputError, UnsupportedModelError
+from .packing import PackedPrompts
+from .segments import plan_segments, segment_attention
+
+TREE, DENSE = "shipsfast_tree", "shipsfast_dense"
+BACKENDS = ("auto", "triton", "torch", "reference")
+ATTRIBUTE = "_shipsfast_call"  # on the attention module: what to do in the next call
+
+# Passed by some models, and without influence on what is computed here: visibility comes from the tree
+# (scans) or the mask (ablate), and neither weights nor caches are returned.
+_IGNORED = {
+    "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions",
+    "output_hidden_states", "output_router_logits", "is_causal", "logits_to_keep", "past_key_values", "return_dict",
+}  # fmt: skip
+
+
+def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention backend that will run: "triton", "torch" or "reference".
+
+    Raises InputError if the one asked for cannot run here, with the reason and the remedy.
+    """
+    if requested not in BACKENDS:
+        raise InputError(f"unknown backend {requested!r}: expected one of {', '.join(BACKENDS)}")
+    problem = _no_triton(device, dtype)
+    if requested == "auto":
+        return "torch" if problem else "triton"
+    if requested == "triton" and problem:
+        raise InputError(f"backend 'triton' cannot run: {problem}; use backend='torch' or 'auto'")
+    return requested
+
+
+def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"the model is on {device.type}, Triton kernels need a CUDA device"
+    if dtype == torch.float64:
+        return "the Triton kernels compute in at most float32, the model is in float64"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    return None
+
+
+@dataclass
+class TreeContext:
+    """What every attention call of one packed set of prompts shares."""
+
+    packed: PackedPrompts
+    backend: str
+    device: torch.device
+    trimmed: np.ndarray | None = None  # sorted packed indices of the last layer's queries
+    _plans: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.position = torch.as_tensor(self.packed.position, device=self.device)
+        self.subtree_end = torch.as_tensor(self.packed.subtree_end, device=self.device)
+
+    def plan(self, window: int | None, trimmed: bool, query: torch.Tensor):
+        """The backend's own form of the tree, made once per window and kind of query.
+
+        torch: a list of BlockGroup; triton and reference: keyword arguments of the kernel.
+        """
+        key = (window, trimmed, query.dtype, query.shape[-1])
+        if key not in self._plans:
+            query_index = self.trimmed if trimmed else None
+            if self.backend == "torch":
+                plan = plan_segments(self.packed, window=window, query_index=query_index, device=self.device)
+            else:
+                index = None if query_index is None else torch.as_tensor(query_index.astype(np.int32), device=self.device)
+                plan = {"query_index": index}
+            if self.backend == "triton":
+                plan |= _triton_plan(self.packed, window, query_index, query)
+            self._plans[key] = plan
+        return self._plans[key]
+
+
+def _triton_plan(packed: PackedPrompts, window, query_index, query: torch.Tensor) -> dict:
+    """Launch parameters, and the key blocks that each block of queries sees."""
+    from .kernels.block_table import block_table
+    from .kernels.launch_config import launch_config
+
+    config = launch_config("tree_attention", query.dtype, query.shape[-1], query.device)
+    table = block_table(
+        packed.position, packed.subtree_end, block_m=config.block_m, block_n=config.block_n,
+        query_index=query_index, window=window, device=query.device,
+    )  # fmt: skip
+    return {"config": config, "block_table": table}
+
+
+@dataclass
+class TreeCall:
+    """One call of a layer: rows with their mask vectors, over a tree."""
+
+    tree: TreeContext
+    window: int | None
+    logit_scale: torch.Tensor  # [B, H]
+    output_scale: torch.Tensor  # [B, H]
+    capture: bool = False  # keep keys and values, then leave the layer by raising Captured
+    kv: tuple[torch.Tensor, torch.Tensor] | None = None  # use these keys and values; queries are the trimmed ones
+
+
+class Captured(Exception):
+    """Carries the keys and values of a layer out of its forward."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.kv = (key, value)
+
+
+@dataclass
+class DenseCall:
+    """`ablate`: the same heads in every row, masks as the model makes them."""
+
+    logit_scale: torch.Tensor  # [H]
+    output_scale: torch.Tensor  # [H]
+
+
+@dataclass
+class Probe:
+    """Records which modules call attention, with what shapes, when a model is looked at for the first time."""
+
+    longest: int  # visibility is settled for sequences of up to this many tokens
+    calls: list[ProbeCall] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ProbeCall:
+    module: torch.nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Stands in for an attention mask: causal, with a sliding window of `window` tokens or none."""
+
+    window: int | None
+
+
+probe: contextvars.ContextVar[Probe | None] = contextvars.ContextVar("shipsfast_probe", default=None)
+
+
+def ablated_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function. query [B, H, T, D]; key, value [B, HKV, T, D] -> ([B, T, H, D], None)."""
+    unknown = sorted(k for k, x in kwargs.items() if x is not None and k not in _IGNORED)
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which shipsfast does not know "
+            "how to ablate exactly: this model cannot be scanned"
+        )
+    if dropout:
+        raise UnsupportedModelError(f"{type(module).__name__} asks for attention dropout {dropout} in evaluation mode")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{type(module).__name__} is not causal: only decoders can be scanned")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+    recorder = probe.get()
+    if recorder is not None:
+        return _probe(recorder, module, query, key, value, attention_mask, scaling, softcap, sliding_window)
+    call = getattr(module, ATTRIBUTE, None)
+    if isinstance(call, TreeCall):
+        return _tree(call, query, key, value, scaling, softcap), None
+    if isinstance(call, DenseCall):
+        return _dense(call, query, key, value, attention_mask, scaling, softcap), None
+    raise UnsupportedModelError(f"{type(module).__name__} was not found when the model was inspected")
+
+
+def _tree(call: TreeCall, query, key, value, scaling, softcap) -> torch.Tensor:
+    if call.capture:
+        raise Captured(key, value)
+    trimmed = call.kv is not None
+    if call.kv is not None:
+        key, value = call.kv
+    plan = call.tree.plan(call.window, trimmed, query)
+    return tree_attention(
+        call.tree, query, key, value, call.logit_scale, call.output_scale, plan,
+        scaling=scaling, softcap=softcap, window=call.window,
+    )  # fmt: skip
+
+
+def tree_attention(
+    tree: TreeContext, query, key, value, logit_scale, output_scale, plan, *, scaling, softcap=None, window=None
+) -> torch.Tensor:
+    """`reference.tree_attention` by the backend that was chosen. `plan` is what `tree.plan` gave."""
+    vectors = (logit_scale, output_scale)
+    if tree.backend == "torch":
+        return segment_attention(query, key, value, *vectors, plan, scaling=scaling, softcap=softcap)
+    if tree.backend == "reference":
+        function = reference.tree_attention
+    else:
+        from .kernels.tree_attention import tree_attention as function  # needs triton
+    return function(
+        query, key, value, *vectors, tree.position, tree.subtree_end,
+        scaling=scaling, softcap=softcap, window=window, **plan,
+    )  # fmt: skip
+
+
+def _dense(call: DenseCall, query, key, value, mask, scaling, softcap) -> torch.Tensor:
+    query = query * call.logit_scale.to(query.dtype)[None, :, None, None]
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    if softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    else:
+        logits = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scaling / softcap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        out = torch.matmul(torch.softmax(logits, -1), value)
+    scale = call.output_scale.to(out.dtype)[None, :, None, None]
+    return (out * scale).masked_fill(scale == 0, 0).transpose(1, 2).contiguous()
+
+
+def _probe(recorder, module, query, key, value, mask, scaling, softcap, sliding_window):
+    if not isinstance(mask, Visible):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} makes its own attention mask ({type(mask).__name__}): what it hides is unknown"
+        )
+    window = mask.window
+    hides = sliding_window is not None and sliding_window < recorder.longest
+    if hides and window != sliding_window:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for a sliding window of {sliding_window} tokens, but its mask has {window}"
+        )
+    recorder.calls.append(ProbeCall(module, query.shape[1], key.shape[1], query.shape[3], window))
+    rows, heads, tokens = query.shape[:3]
+    ones = torch.ones(rows, heads, device=query.device)
+    node = torch.arange(tokens, device=query.device)
+    end = torch.full_like(node, tokens)
+    return reference.tree_attention(
+        query, key, value, ones, ones, node, end, scaling=scaling, softcap=softcap, window=window
+    ), None
+
+
+def _tree_mask(mask_function, **kwargs):
+    """transformers' mask function for scans: hands out no mask, and when probed finds out what it would hide."""
+    recorder = probe.get()
+    if recorder is None:
+        return Visible(None)  # the window is known per layer by then
+    return Visible(_window_of(mask_function, recorder.longest, kwargs.get("device", "cpu")))
+
+
+def _window_of(mask_function, longest: int, device) -> int | None:
+    """The sliding window of a causal mask function over `longest` tokens, None if it hides nothing else.
+
+    The function is asked about every key for up to 256 queries, so that chunked, bidirectional, blockwise
+    and other masks are noticed and refused.
+    """
+    key = torch.arange(longest, device=device)
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    window = None
+    queries = np.unique(np.linspace(longest - 1, 0, min(longest, 256)).astype(int))[::-1]
+    for q in queries.tolist():
+        try:
+            seen = mask_function(zero, zero, torch.tensor(q, device=device), key)
+            seen = torch.as_tensor(seen, device=device).expand(longest)
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise UnsupportedModelError(f"the model's attention mask cannot be read: {error}") from error
+        if q == longest - 1:
+            hidden = int((~seen).sum())
+            window = longest - hidden if hidden else None
+        expected = key <= q
+        if window is not None:
+            expected &= key > q - window
+        if not torch.equal(seen, expected):
+            raise UnsupportedModelError(
+                "the model's attention mask is neither causal nor a sliding window: it cannot be scanned exactly"
+            )
+    return window
+
+
+def _dense_mask(*args, **kwargs):
+    kwargs["allow_is_causal_skip"] = False  # the mask must always say what is visible
+    return sdpa_mask(*args, **kwargs)
+
+
+def _configs(model: torch.nn.Module) -> list[PretrainedConfig]:
+    """Every distinct config object that some module of the model consults."""
+    found: dict[int, PretrainedConfig] = {}
+
+    def add(config) -> None:
+        if isinstance(config, PretrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            for name in getattr(config, "sub_configs", {}):
+                add(getattr(config, name, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def installed(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model in evaluation mode with its attention going through this file; all put back afterwards."""
+    AttentionInterface.register(TREE, ablated_attention)
+    AttentionInterface.register(DENSE, ablated_attention)
+    AttentionMaskInterface.register(TREE, _tree_mask)
+    AttentionMaskInterface.register(DENSE, _dense_mask)
+    configs = [(c, c._attn_implementation_internal) for c in _configs(model)]
+    training = [m for m in model.modules() if m.training]
+    try:
+        for config, _ in configs:
+            config._attn_implementation_internal = name
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for config, before in configs:
+            config._attn_implementation_internal = before
+        for module in training:
+            module.training = True

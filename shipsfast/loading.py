@@ -1,0 +1,60 @@
+"""Models for the command line: from a folder or a hub id, safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .errors import InputError
+
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode.
+
+    name: a folder with config.json and safetensors, or a hub id; dtype: "auto" is the checkpoint's;
+    device: default "cuda" where there is one, else "cpu".
+    Raises InputError, in one line, for anything that cannot be loaded.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    _check_folder(name)
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}: expected cpu, cuda or cuda:N") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, and torch sees no CUDA GPU: use --device cpu")
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"cannot load a causal language model from {name}: {_first_line(error)}") from error
+    return model.to(where).eval()
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or hub id. Raises InputError if there is none."""
+    _check_folder(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from error
+
+
+def _check_folder(name: str) -> None:
+    """A path that is no model folder would otherwise be looked up on the hub."""
+    path = Path(name)
+    looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists()
+    if looks_like_path and not path.is_dir():
+        raise InputError(f"no model folder at {name}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{name} is not a model folder: it has no config.json")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,132 @@
+"""Packs prompts into one token sequence that is a prefix tree (trie) in depth-first order.
+
+Every token of the packed sequence is a node of the trie; prompts that start alike share the nodes of
+their common prefix, so a shared template is computed once. In depth-first order the descendants of
+node j are the contiguous range j + 1 .. subtree_end[j] - 1, hence
+
+    token i sees token j   <=>   j <= i < subtree_end[j]            (j is i itself or an ancestor)
+
+and the whole attention mask is one integer per token. With a sliding window of W tokens the condition
+position[i] - position[j] < W is added; positions are depths, so along one path they are the usual ones.
+Nothing is padded, and no T x T mask exists anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A maximal run of nodes without a branch: packed indices start .. stop - 1, hanging off `parent`."""
+
+    start: int
+    stop: int
+    parent: int  # index into PackedPrompts.segments, -1 for a root
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPrompts:
+    """Prompts as one packed sequence of T tokens.
+
+    token_ids    int64 [T]   the token of each node
+    position     int32 [T]   its depth = its position id in every prompt that passes through it
+    subtree_end  int32 [T]   one past the last descendant, in packed order
+    last_index   int64 [P]   the node of each prompt's last token, in the caller's order of prompts
+    segments                 the trie with unbranched runs merged, parents before children
+    """
+
+    token_ids: np.ndarray
+    position: np.ndarray
+    subtree_end: np.ndarray
+    last_index: np.ndarray
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.last_index)
+
+    def path(self, segment: int) -> list[int]:
+        """Segment indices from the root down to and including `segment`."""
+        out = []
+        while segment >= 0:
+            out.append(segment)
+            segment = self.segments[segment].parent
+        return out[::-1]
+
+
+def pack(prompts: Sequence[Sequence[int]]) -> PackedPrompts:
+    """Pack token-id lists into a prefix tree.
+
+    Args:
+        prompts: P lists of token ids, each with at least one token. Duplicates share their nodes.
+    Raises:
+        ValueError: no prompts, or an empty one (named by its index).
+    """
+    if len(prompts) == 0:
+        raise ValueError("there are no prompts: expected at least one")
+    for i, ids in enumerate(prompts):
+        if len(ids) == 0:
+            raise ValueError(f"prompt {i} has no tokens: remove it or give it text")
+
+    # Sorting puts prompts with a common prefix next to each other, which is a depth-first order of the trie.
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+    token_ids: list[int] = []
+    position: list[int] = []
+    subtree_end: list[int] = []
+    last_index = np.empty(len(prompts), dtype=np.int64)
+    path: list[int] = []  # packed indices of the current prompt's nodes
+    previous: Sequence[int] = ()
+    branches: set[int] = set()  # nodes after which a new segment must start
+    for i in order:
+        ids = prompts[i]
+        shared = 0
+        while shared < min(len(ids), len(previous)) and ids[shared] == previous[shared]:
+            shared += 1
+        for node in path[shared:]:
+            subtree_end[node] = len(token_ids)
+        if shared and (shared < len(path)):
+            branches.add(path[shared - 1])
+        path = path[:shared]
+        for depth in range(shared, len(ids)):
+            path.append(len(token_ids))
+            token_ids.append(int(ids[depth]))
+            position.append(depth)
+            subtree_end.append(0)
+        last_index[i] = path[-1]
+        previous = ids
+    for node in path:
+        subtree_end[node] = len(token_ids)
+
+    position_arr = np.asarray(position, dtype=np.int32)
+    return PackedPrompts(
+        token_ids=np.asarray(token_ids, dtype=np.int64),
+        position=position_arr,
+        subtree_end=np.asarray(subtree_end, dtype=np.int32),
+        last_index=last_index,
+        segments=_segments(position_arr, branches),
+    )
+
+
+def _segments(position: np.ndarray, branches: set[int]) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    holder: dict[int, int] = {}  # depth -> segment that holds the node at that depth of the current path
+    start = 0
+    for node in range(1, len(position) + 1):
+        ends = node == len(position) or position[node] != position[node - 1] + 1 or (node - 1) in branches
+        if not ends:
+            continue
+        depth = int(position[start])
+        parent = holder[depth - 1] if depth else -1
+        segments.append(Segment(start, node, parent))
+        for d in range(depth, depth + node - start):
+            holder[d] = len(segments) - 1
+        start = node
+    return tuple(segments)

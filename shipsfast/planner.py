@@ -1,0 +1,148 @@
+"""How a scan is cut to fit: prompts into groups, rows into blocks, blocks into chunks.
+
+A group of prompts is one packed sequence. A block is a run of ablations that go through the model
+together as one growing batch. A chunk is the rows that pass a layer at a time. Memory of a block:
+
+    rows x T x hidden              the residual stream of every row
+    + rows x U x hidden            the trimmed last layer, U distinct prompt ends
+    + chunk tokens x work width    what a layer holds while it runs
+    + head rows x V x (logits and their copies)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+
+from .anatomy import Anatomy
+from .errors import InputError
+from .packing import PackedPrompts, pack
+
+# Measured on two AVX-512 cores: the activations of a chunk of this many tokens stay in cache between the
+# operations of a layer. A GPU wants its GEMMs large instead.
+CPU_CHUNK_TOKENS = 768
+CUDA_CHUNK_TOKENS = 16384
+# Longer packs are split by prompts where one row alone would outgrow the chunk by this factor.
+CPU_GROUP_FACTOR = 2
+HEAD_BYTES = 256 << 20  # logits of one head chunk
+LOGIT_COPIES = 3  # the model's own, its scaled or softcapped version, and one in flight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """prompt_groups: indices into the prompts; rows_per_block counts ablations, without the unablated row."""
+
+    prompt_groups: tuple[tuple[int, ...], ...]
+    rows_per_block: int
+    chunk_tokens: int
+    head_rows: int
+    memory_limit_bytes: int
+    predicted_bytes: int
+
+    def to_json(self) -> dict:
+        out = asdict(self)
+        out["prompt_groups"] = [len(g) for g in self.prompt_groups]
+        return out
+
+    def smaller(self) -> Plan | None:
+        """The plan to retry with after running out of memory, None if there is nothing left to halve."""
+        if self.chunk_tokens > 64:
+            return Plan(**{**self.__dict__, "chunk_tokens": self.chunk_tokens // 2, "head_rows": max(1, self.head_rows // 2)})
+        if self.rows_per_block > 1:
+            return Plan(**{**self.__dict__, "rows_per_block": self.rows_per_block // 2})
+        return None
+
+
+def parse_bytes(text: str) -> int:
+    """"8GiB", "500 MB", "8G" (binary) or a plain number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise InputError(f"cannot read {text!r} as an amount of memory: write it like 8GiB or 500MB")
+    base = 1000 if match[3] and match[3].lower() == "b" and match[2] else 1024
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What may be used on `device` without pushing anyone else out: nine tenths of what is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.9 * (free + held))
+    return int(0.9 * psutil.virtual_memory().available)
+
+
+def block_bytes(anatomy: Anatomy, rows: int, tokens: int, ends: int, chunk_tokens: int, head_rows: int, size: int) -> int:
+    """Predicted peak of a block of `rows` rows beyond the model itself, in bytes; `size` bytes per number."""
+    residual = rows * (tokens + ends) * anatomy.hidden_size * size
+    chunk = max(chunk_tokens, tokens) * anatomy.work_width * size
+    head = max(head_rows, ends) * anatomy.vocab_size * max(size, 4) * LOGIT_COPIES
+    base = 2 * ends * anatomy.vocab_size * 8
+    return residual + max(chunk, head + base)
+
+
+def make_plan(
+    anatomy: Anatomy,
+    prompts: Sequence[Sequence[int]],
+    num_ablations: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int | None = None,
+    chunk_tokens: int | None = None,
+    rows_per_block: int | None = None,
+    prompts_per_group: int | None = None,
+) -> Plan:
+    """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
+
+    max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
+    Raises InputError if not even one ablation of one prompt fits.
+    """
+    limit = free_bytes(device) if max_memory is None else max_memory
+    size = torch.empty((), dtype=dtype).element_size()
+    on_cpu = device.type == "cpu"
+    chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
+    head_rows = max(1, HEAD_BYTES // (anatomy.vocab_size * max(size, 4)))
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))  # neighbours share the longest prefixes
+
+    def cut(per_group: int) -> list[tuple[int, ...]]:
+        parts = math.ceil(len(order) / per_group)
+        edges = [len(order) * i // parts for i in range(parts + 1)]
+        return [tuple(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+
+    per_group = prompts_per_group or len(prompts)
+    while True:
+        groups = cut(per_group)
+        packs = [pack([prompts[i] for i in group]) for group in groups]
+        tokens, ends = max(p.num_tokens for p in packs), max(_ends(p) for p in packs)
+
+        def need(rows: int, tokens=tokens, ends=ends) -> int:
+            return block_bytes(anatomy, rows + 1, tokens, ends, chunk, head_rows, size)
+
+        too_long = on_cpu and prompts_per_group is None and tokens > CPU_GROUP_FACTOR * chunk
+        if (need(1) <= limit and not too_long) or per_group == 1:
+            break
+        per_group = (per_group + 1) // 2
+    while need(1) > limit and (chunk > 64 or head_rows > 1):
+        chunk, head_rows = max(64, chunk // 2), max(1, head_rows // 2)
+    if need(1) > limit:
+        raise InputError(
+            f"a scan of a single ablation needs {_gib(need(1))} beyond the model, and {_gib(limit)} may be used: "
+            "raise --max-memory or shorten the longest prompt"
+        )
+    rows = rows_per_block or num_ablations
+    per_row = need(2) - need(1)
+    rows = max(1, min(rows, num_ablations, 1 + (limit - need(1)) // per_row))
+    return Plan(tuple(groups), int(rows), chunk, head_rows, limit, need(rows))
+
+
+def _ends(packed: PackedPrompts) -> int:
+    return len(set(packed.last_index.tolist()))
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

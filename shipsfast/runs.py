@@ -1,0 +1,133 @@
+"""Run folders: run.json says what was run, scores/part-*.parquet hold the scores.
+
+Every file appears at once (written beside, fsynced, renamed), so a killed scan leaves whole parts only,
+and the same scan continues from them. A folder that belongs to another scan is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .errors import InputError
+
+SCHEMA = 1
+MANIFEST = "run.json"
+SCORES = "scores"
+SAMPLES = 4096  # numbers of each tensor that enter the fingerprint
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file that appears at `path` complete or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of the model's weights: names, shapes, types, and evenly spaced samples of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type == "meta" or tensor.numel() == 0:
+            continue
+        flat = tensor.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+        sample = flat[index.to(flat.device)].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def prompt_hashes(prompts: Sequence[Sequence[int]]) -> list[str]:
+    """One hash per prompt, of its token ids."""
+    return [hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16] for ids in prompts]
+
+
+class RunFolder:
+    """A folder that a scan writes to and may find parts of itself in.
+
+    identity: what makes two scans the same; anything in it that differs from the folder's is named in the
+    InputError that refuses the folder.
+    """
+
+    def __init__(self, path: str | Path, identity: dict) -> None:
+        self.path = Path(path)
+        self.identity = identity
+        self.previous: dict = {}  # the manifest found in the folder
+        if (self.path / MANIFEST).exists():
+            self.previous = read_manifest(self.path)
+            self._check(self.previous)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"{self.path} exists and is not a shipsfast run: choose another output folder")
+        (self.path / SCORES).mkdir(parents=True, exist_ok=True)
+
+    def _check(self, manifest: dict) -> None:
+        before = manifest["identity"]
+        differs = [k for k in self.identity if json.loads(json.dumps(self.identity[k])) != before.get(k)]
+        if differs:
+            raise InputError(
+                f"{self.path} holds another run (different {', '.join(differs)}): choose another output folder"
+            )
+
+    def write_manifest(self, record: dict) -> None:
+        text = json.dumps({"schema": SCHEMA, "identity": self.identity, **record}, indent=1, sort_keys=True)
+        write_whole(self.path / MANIFEST, lambda p: p.write_text(text + "\n", "utf-8"))
+
+    def write_part(self, frame: pd.DataFrame) -> None:
+        number = 1 + max((int(p.stem.split("-")[1]) for p in _parts(self.path)), default=-1)
+        write_whole(
+            self.path / SCORES / f"part-{number:06d}.parquet", lambda p: frame.to_parquet(p, index=False)
+        )
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted((path / SCORES).glob("part-[0-9]*.parquet"))
+
+
+def read_manifest(path: Path) -> dict:
+    """run.json of a run folder. Raises InputError if it is missing, damaged or of another version."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise InputError(f"{path} is not a shipsfast run: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "identity" not in manifest:
+        raise InputError(f"{file} is not of schema {SCHEMA}, the one this version of shipsfast reads")
+    return manifest
+
+
+def read_scores(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """The scores a run folder holds, float64 [P, L, H], NaN where none has been written yet."""
+    kl = np.full(shape, np.nan)
+    for part in _parts(path):
+        try:
+            frame = pd.read_parquet(part, columns=["prompt", "layer", "head", "kl_nats"])
+            kl[frame["prompt"], frame["layer"], frame["head"]] = frame["kl_nats"]
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise InputError(f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again") from error
+    return kl

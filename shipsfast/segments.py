@@ -1,0 +1,169 @@
+"""Tree attention in plain torch, without a T x T mask: the path that runs where Triton does not.
+
+The tree's unbranched runs are cut into blocks of at most BLOCK queries. The queries of a block see the
+whole path above the block and, causally, the block itself, so a block is one small dense attention
+[queries x (depth + queries)]. Blocks of the same depth and padded length go through one call of
+`scaled_dot_product_attention` together, and share one mask. Memory is O(T x BLOCK), work is what the tree needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .packing import PackedPrompts
+
+BLOCK = 256  # queries per block: bounds the mask of a long prompt
+PAD = 8  # lengths are padded to a multiple of this, so that fewer, larger calls are made
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """G blocks of S queries and K keys each, in one call.
+
+    query_index int64 [G * S] into the queries; key_index int64 [G * K] into the packed tokens;
+    mask bool [G or 1, 1, S, K], None where plain causal (S = K);
+    out_index int64 [M], keep int64 [M]: the M real (unpadded) entries of query_index and their places.
+    """
+
+    size: int
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    mask: torch.Tensor | None
+    keep: torch.Tensor | None
+    out_index: torch.Tensor
+
+
+def plan_segments(
+    packed: PackedPrompts,
+    *,
+    window: int | None,
+    query_index: np.ndarray | None,
+    device: torch.device,
+) -> list[BlockGroup]:
+    """Cut the tree into groups of blocks. query_index: the packed index of each query, None for all T."""
+    place = np.arange(packed.num_tokens) if query_index is None else _inverse(query_index, packed.num_tokens)
+    pending: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+    for number, segment in enumerate(packed.segments):
+        above = [np.arange(packed.segments[s].start, packed.segments[s].stop) for s in packed.path(number)[:-1]]
+        above = np.concatenate(above) if above else np.zeros(0, np.int64)
+        for start in range(segment.start, segment.stop, BLOCK):
+            stop = min(start + BLOCK, segment.stop)
+            keys = np.concatenate([above, np.arange(segment.start, stop)])
+            queries = np.arange(start, stop)
+            queries = queries[place[queries] >= 0]
+            if window is not None and len(queries):
+                first = packed.position[queries[0]] - window + 1
+                keys = keys[packed.position[keys] >= first]
+            if len(queries):
+                shape = (_padded(len(queries)), _padded(len(keys) - len(queries)))
+                pending.setdefault(shape, []).append((queries, keys))
+    return [_group(blocks, packed, place, window, device) for _, blocks in sorted(pending.items())]
+
+
+def _padded(length: int) -> int:
+    return length if length <= 1 else -(-length // PAD) * PAD
+
+
+def _extend(values: np.ndarray, length: int, step: int) -> np.ndarray:
+    """`values` padded at the end to `length`, counting on from the last by `step`."""
+    pad = length - len(values)
+    return np.concatenate([values, values[-1] + step * np.arange(1, pad + 1)])
+
+
+def _inverse(query_index: np.ndarray, num_tokens: int) -> np.ndarray:
+    place = np.full(num_tokens, -1)
+    place[query_index] = np.arange(len(query_index))
+    return place
+
+
+def _group(blocks, packed: PackedPrompts, place, window, device) -> BlockGroup:
+    num_q = max(len(q) for q, _ in blocks)
+    num_k = max(len(k) for _, k in blocks)
+    queries = np.stack([_extend(q, num_q, 0) for q, _ in blocks])  # [G, S]
+    keys = np.stack([_extend(k, num_k, 0) for _, k in blocks])  # [G, K]
+    # Within a path, "ancestor or itself" is "at most as deep". Padding repeats the last token but counts on
+    # in depth: no real query sees it, and blocks of different length keep one and the same mask.
+    depth_q = np.stack([_extend(packed.position[q], num_q, 1) for q, _ in blocks])
+    depth_k = np.stack([_extend(packed.position[k], num_k, 1) for _, k in blocks])
+    distance = depth_q[:, :, None] - depth_k[:, None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    if (mask == mask[:1]).all():
+        mask = mask[:1]
+    causal = num_q == num_k and bool((mask == np.tri(num_q, dtype=bool)).all())
+    real_q = np.concatenate([np.arange(num_q) < len(q) for q, _ in blocks])
+    flat = place[queries.reshape(-1)]
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.ascontiguousarray(array), device=device)
+
+    return BlockGroup(
+        size=len(blocks),
+        query_index=tensor(flat),
+        key_index=tensor(keys.reshape(-1)),
+        mask=None if causal else tensor(mask[:, None]),
+        keep=None if real_q.all() else tensor(np.flatnonzero(real_q)),
+        out_index=tensor(flat[real_q]),
+    )
+
+
+def segment_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logit_scale: torch.Tensor,
+    output_scale: torch.Tensor,
+    groups: list[BlockGroup],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The same function as `reference.tree_attention`, with the tree given as `plan_segments` cut it.
+
+    q [B, H, TQ, D], k and v [B, HKV, T, D], logit_scale and output_scale [B, H] -> [B, TQ, H, D].
+    """
+    rows, heads = logit_scale.shape
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, T, heads, D], how the projections laid them out
+    touched = (logit_scale != 1).any(1).nonzero().flatten()
+    if len(touched):
+        q = q.expand(rows, -1, -1, -1).clone()
+        q[touched] *= logit_scale[touched].to(q.dtype)[:, None, :, None]
+    q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
+    out = torch.empty(rows, q.shape[1], heads, v.shape[3], dtype=q.dtype, device=q.device)
+    for group in groups:
+        out[:, group.out_index] = _attend(q, k, v, group, scaling, softcap)
+    touched = (output_scale != 1).any(1).nonzero().flatten()
+    if len(touched):
+        scale = output_scale[touched].to(out.dtype)[:, None, :, None]
+        out[touched] = (out[touched] * scale).masked_fill(scale == 0, 0)
+    return out
+
+
+def _attend(q, k, v, group: BlockGroup, scaling: float, softcap: float | None) -> torch.Tensor:
+    rows, size = q.shape[0], group.size
+
+    def blocks(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # [B, T, h, D] -> [B * G, h, n, D]
+        return x.index_select(1, index).view(rows * size, -1, *x.shape[2:]).transpose(1, 2)
+
+    qb, kb, vb = blocks(q, group.query_index), blocks(k, group.key_index), blocks(v, group.key_index)
+    repeat = qb.shape[1] // kb.shape[1]
+    if repeat > 1:
+        kb, vb = kb.repeat_interleave(repeat, 1), vb.repeat_interleave(repeat, 1)
+    mask = group.mask
+    if mask is not None and mask.shape[0] > 1:
+        mask = mask.repeat(rows, 1, 1, 1)
+    if softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            qb, kb, vb, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+    else:
+        logits = softcap * torch.tanh(torch.matmul(qb, kb.transpose(-1, -2)) * scaling / softcap)
+        if mask is None:
+            mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        out = torch.matmul(torch.softmax(logits.masked_fill(~mask, float("-inf")), -1), vb)
+    out = out.transpose(1, 2).reshape(rows, -1, *out.shape[1:2], out.shape[3])  # [B, G * S, H, D]
+    return out if group.keep is None else out.index_select(1, group.keep)

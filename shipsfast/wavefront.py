@@ -1,0 +1,323 @@
+"""The growing batch: every ablation of a set of prompts in one forward pass of the model's own modules.
+
+A head ablated in layer l changes nothing below l. So one unablated row enters the model; at layer l the
+rows whose first ablated head is in l fork off as copies of row 0; all rows alive then pass the layer in
+chunks, each row with its own mask vectors. The prompts are one packed prefix tree (packing.py), so a row
+is one sequence. The last layer computes keys and values of every token, but queries, output projection
+and MLP only where a prompt ends. Its rows then go through the model's own final norm and head in chunks,
+and each chunk's logits are handed out at once: nothing of size [rows, V] is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from .ablation import HeadMask
+from .anatomy import Anatomy, input_device
+from .attention import ATTRIBUTE, TREE, Captured, TreeCall, TreeContext, installed, tree_attention
+from .fused import FusedLayer
+from .packing import PackedPrompts
+
+Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
+
+
+def even_slices(total: int, most: int) -> list[slice]:
+    """range(total) cut into the fewest slices of at most `most`, as equal as can be."""
+    parts = max(1, -(-total // max(1, most)))
+    edges = [total * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+
+
+class Wavefront:
+    """Runs blocks of ablations of one packed set of prompts.
+
+    Args:
+        model, anatomy: the model and what `inspect_model` said of it.
+        packed: P prompts, T tokens.
+        backend: "triton", "torch" or "reference", already resolved.
+        chunk_tokens: most tokens (rows x T) that pass a layer together; at least one row does.
+        head_rows: most (row, prompt) pairs that pass the model's head together.
+        tick: called with the number of (row, layer) steps done, for progress.
+        fused: go through fused.py instead of the layers' own forward; the caller asked `fused.why_not`.
+    Use as a context manager: the model is changed inside it and put back by it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        packed: PackedPrompts,
+        *,
+        backend: str,
+        chunk_tokens: int,
+        head_rows: int,
+        tick: Callable[[int], None] | None = None,
+        fused: bool = False,
+    ) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.packed = packed
+        self.rows_per_chunk = max(1, chunk_tokens // packed.num_tokens)
+        # Prompts that end at the same node are the same prompt.
+        self.last_nodes, self.prompt_place = np.unique(packed.last_index, return_inverse=True)
+        self.rows_per_head_chunk = max(1, head_rows // len(self.last_nodes))
+        self.tick = tick or (lambda steps: None)
+        self._backend = backend
+        self._trees: dict[torch.device, TreeContext] = {}
+        self._mask: HeadMask | None = None
+        self._forks: list[int] = []
+        self._alive = 0
+        self._buffer: torch.Tensor | None = None  # [rows, T, hidden]
+        self._final: torch.Tensor | None = None  # [rows, last nodes, hidden]
+        self._head_chunk: torch.Tensor | None = None  # while the head runs: what the last layer hands on
+        self._undo = contextlib.ExitStack()
+        self._fused = [
+            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads) for layer in anatomy.layers * fused
+        ]
+
+    def __enter__(self) -> Wavefront:
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(torch.inference_mode())
+            undo.enter_context(installed(self.model, TREE))
+            for index, layer in enumerate(self.anatomy.layers):
+                undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
+                undo.enter_context(_forward_replaced(layer.module, lambda fwd, i=index: self._layer(i, fwd)))
+            undo.enter_context(float32_head(self.model))
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._buffer = self._final = self._head_chunk = None
+        self._undo.close()
+
+    def run(self, mask: HeadMask, consume: Consume) -> None:
+        """Run the rows of `mask` and hand out their next-token logits.
+
+        mask: rows in ascending order of their first ablated layer; row 0 and any other row without an
+            ablated head is the unablated model.
+        consume(rows, logits, base): called for consecutive slices of rows with their logits [n, U, V] and
+            those of row 0 [U, V]; U are the prompts' distinct ends, `prompt_place` maps prompts to them.
+        """
+        first = [mask.first_layer(r) or 0 for r in range(len(mask))]
+        if mask.groups[0] != () or first != sorted(first):
+            raise ValueError("rows must start with the unablated one and be sorted by their first ablated layer")
+        self._mask = mask
+        self._forks = np.bincount(first[1:], minlength=self.anatomy.num_layers).tolist()
+        self._alive = 1
+        device = input_device(self.model)
+        token_ids = torch.as_tensor(self.packed.token_ids, device=device)[None]
+        position_ids = torch.as_tensor(self.packed.position, device=device).long()[None]
+        self._forward(token_ids, position_ids, **self._keep_one)
+        self._buffer = None
+        start = torch.zeros(1, len(self.last_nodes), dtype=torch.long, device=device)
+        base = None
+        for rows in even_slices(len(mask), self.rows_per_head_chunk):
+            self._head_chunk = self._final[rows]
+            logits = self._forward(start, start)
+            base = logits[0].clone() if base is None else base
+            consume(rows, logits, base)
+        self._head_chunk = self._final = None
+
+    @property
+    def _keep_one(self) -> dict:
+        """The pass through the layers ends in the model's head, whose result there is not wanted."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+
+    def _forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        out = self.model(input_ids=token_ids, position_ids=position_ids, use_cache=False, return_dict=True, **kwargs)
+        return out.logits
+
+    def _layer(self, index: int, forward: Callable) -> Callable:
+        last = index == self.anatomy.num_layers - 1
+
+        def step(*args, **kwargs):
+            by_name = "hidden_states" in kwargs
+            hidden = kwargs.pop("hidden_states") if by_name else args[0]
+            rest = args if by_name else args[1:]
+            if self._head_chunk is not None:
+                out = self._head_chunk if last else hidden
+                return (out,) if self._tuples else out
+            if self._fused:
+                self._fused_layer(index, hidden, *kwargs["position_embeddings"])
+                return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
+            n = self._fork(index, hidden)
+            call = _Caller(forward, by_name, rest, kwargs)
+            for rows in even_slices(n, self.rows_per_chunk):
+                x = self._buffer[rows]
+                if last:
+                    self._last_layer(index, call, x, rows)
+                else:
+                    self._buffer[rows] = self._attend(index, call, x, rows)
+                self.tick(rows.stop - rows.start)
+            self._tuples = call.tuples
+            out = hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[:n]
+            return (out,) if call.tuples else out
+
+        return step
+
+    def _fused_layer(self, index: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """One layer by fused.py: first the rows that fork here, from the base row, then the others in place."""
+        layer, window = self._fused[index], self.anatomy.layers[index].window
+        last = index == self.anatomy.num_layers - 1
+        nodes = torch.as_tensor(self.last_nodes) if last else None
+        before = self._alive
+        heads = [
+            [head for at, head in group if at == index]
+            for group in self._mask.groups[before : before + self._forks[index]]
+        ]
+        simple = all(len(chosen) == 1 for chosen in heads)
+        after = self._fork(index, hidden, copy=not simple)
+        tree = self._tree(hidden.device)
+
+        def attention(q, k, v, logit_scale, output_scale, trimmed):
+            plan = tree.plan(window, trimmed, q)
+            return tree_attention(
+                tree, *(x.transpose(1, 2) for x in (q, k, v)), logit_scale, output_scale, plan,
+                scaling=self.anatomy.layers[index].attention.scaling, window=window,
+            )  # fmt: skip
+
+        cos, sin = cos[0].contiguous(), sin[0].contiguous()
+        into = self._final if last else self._buffer
+        if simple and heads:
+            scales = (self._mask.ablation.logit_scale, self._mask.ablation.output_scale)
+            layer.forks(
+                self._buffer[:1], [chosen[0] for chosen in heads], scales, cos, sin, attention, nodes,
+                even_slices(len(heads), self.rows_per_chunk), into[before:after],
+            )  # fmt: skip
+            self.tick(len(heads))
+        for rows in even_slices(before if simple else after, self.rows_per_chunk):
+            x = self._buffer[rows]
+            vectors = self._mask.vectors(index, self.anatomy.num_heads, device=x.device, dtype=x.dtype, rows=rows)
+            out = layer.rows(x, cos, sin, attention, vectors, nodes)
+            if last:
+                into[rows] = out
+            self.tick(rows.stop - rows.start)
+
+    def _fork(self, index: int, hidden: torch.Tensor, copy: bool = True) -> int:
+        """Bring the incoming rows into the buffer and add the copies that fork here. Returns the rows alive."""
+        if self._buffer is None or self._buffer.device != hidden.device:
+            rows = len(self._mask)
+            moved = torch.empty(rows, *hidden.shape[1:], dtype=hidden.dtype, device=hidden.device)
+            self._final = torch.empty(
+                rows, len(self.last_nodes), hidden.shape[2], dtype=hidden.dtype, device=hidden.device
+            )
+            self._buffer = moved
+        if hidden.data_ptr() != self._buffer.data_ptr():
+            self._buffer[: self._alive] = hidden
+        n = self._alive + self._forks[index]
+        if copy:
+            self._buffer[self._alive : n] = self._buffer[:1]
+        self._alive = n
+        return n
+
+    def _attend(self, index: int, call: _Caller, x: torch.Tensor, rows: slice, **how) -> torch.Tensor:
+        layer = self.anatomy.layers[index]
+        vectors = self._mask.vectors(index, self.anatomy.num_heads, device=x.device, dtype=x.dtype, rows=rows)
+        setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, *vectors, **how))
+        return call(x)
+
+    def _last_layer(self, index: int, call: _Caller, x: torch.Tensor, rows: slice) -> None:
+        """Keys and values of every token; everything else only at the prompts' last tokens."""
+        try:
+            self._attend(index, call, x, rows, capture=True)
+        except Captured as captured:
+            kv = captured.kv
+        nodes = torch.as_tensor(self.last_nodes, device=x.device)
+        trimmed = call.at(nodes, self.packed.num_tokens)
+        self._final[rows] = self._attend(index, trimmed, x.index_select(1, nodes), rows, kv=kv)
+
+    def _tree(self, device: torch.device) -> TreeContext:
+        if device not in self._trees:
+            self._trees[device] = TreeContext(self.packed, self._backend, device, self.last_nodes)
+        return self._trees[device]
+
+    _tuples = False  # does the decoder layer return a tuple
+
+
+class _Caller:
+    """A decoder layer's forward with everything but the hidden states already given."""
+
+    def __init__(self, forward: Callable, by_name: bool, args: tuple, kwargs: dict) -> None:
+        self.forward, self.by_name, self.args, self.kwargs = forward, by_name, args, kwargs
+        self.tuples = False
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.by_name:
+            out = self.forward(*self.args, hidden_states=hidden, **self.kwargs)
+        else:
+            out = self.forward(hidden, *self.args, **self.kwargs)
+        self.tuples = isinstance(out, tuple)
+        return out[0] if self.tuples else out
+
+    def at(self, nodes: torch.Tensor, num_tokens: int) -> _Caller:
+        """The same call for the tokens `nodes` only: positions, rotary tables and the like are cut to them."""
+
+        def cut(value):
+            if isinstance(value, torch.Tensor):
+                if value.dim() >= 2 and value.shape[1] == num_tokens:
+                    return value.index_select(1, nodes)
+                if value.dim() == 1 and value.shape[0] == num_tokens:
+                    return value.index_select(0, nodes)
+            elif isinstance(value, dict):
+                return {k: cut(x) for k, x in value.items()}
+            elif type(value) in (tuple, list):
+                return type(value)(cut(x) for x in value)
+            return value
+
+        return _Caller(self.forward, self.by_name, cut(self.args), cut(self.kwargs))
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: torch.nn.Module, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """`module.forward` replaced on this instance; a forward set on the instance before (offloading) is kept."""
+    own = module.__dict__.get("forward")
+    module.forward = make(module.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def head_precision(model: PreTrainedModel) -> str:
+    """What the output head computes its logits in: "float32" for half-precision linear heads, else the model's."""
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16):
+        return "float32"
+    return str(model.dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def float32_head(model: PreTrainedModel) -> Iterator[None]:
+    """Logits in float32 even where the model computes in half precision.
+
+    Rounding logits to bfloat16 moves them by up to 1/256 of their size, which is noise in every KL. On CUDA
+    the product of half-precision factors is accumulated and returned in float32 by the GEMM itself.
+    """
+    head = model.get_output_embeddings()
+    if head_precision(model) != "float32" or head.weight.dtype == torch.float32:
+        yield
+        return
+    wide = None if head.weight.is_cuda else head.weight.float()
+
+    def make(_forward):
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            if wide is not None:
+                out = torch.nn.functional.linear(hidden.float(), wide)
+            else:
+                flat = hidden.reshape(-1, hidden.shape[-1])
+                out = torch.mm(flat, head.weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+            return out if head.bias is None else out + head.bias.float()
+
+        return forward
+
+    with _forward_replaced(head, make):
+        yield

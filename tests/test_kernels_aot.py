@@ -1,0 +1,82 @@
+"""Every committed launch configuration compiles for A100 and H100, fits, and uses the tensor cores.
+
+No GPU is needed. The compiler runs in a process of its own (benchmarks/aot.py), because these tests share
+theirs with Triton's interpreter. Figures are compared with the committed kernels/configs/aot_resources.json
+where it has this Triton version: after a change that is meant, run `python -m benchmarks.aot --update`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import aot
+
+CASES = {case.id: case for case in aot.cases()}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[str, dict[str, dict[str, int]]]:
+    """(Triton's version, case id -> figures)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.aot", "--json"]
+    done = subprocess.run(command, cwd=aot.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    return answer["triton"], answer["table"]
+
+
+def offenders(table: dict, wrong: Callable[[aot.Case, dict[str, int]], bool]) -> dict:
+    return {key: use for key, use in table.items() if wrong(CASES[key], use)}
+
+
+def test_every_configuration_was_compiled(compiled):
+    assert list(compiled[1]) == list(CASES)
+    assert {case.config for case in CASES.values()} == {
+        path.stem for path in aot.RESOURCES.parent.glob("*.json") if path != aot.RESOURCES
+    }
+
+
+def test_shared_memory_fits_the_chip(compiled):
+    assert not offenders(compiled[1], lambda case, use: use["shared_bytes"] > aot.SHARED_LIMIT[case.config])
+
+
+def test_no_registers_are_spilled(compiled):
+    assert not offenders(compiled[1], lambda case, use: use["local_bytes"] > 0)
+    assert not offenders(compiled[1], lambda case, use: use["registers"] > aot.REGISTER_LIMIT)
+
+
+def test_at_least_one_block_fits_a_multiprocessor(compiled):
+    assert not offenders(compiled[1], lambda case, use: aot.blocks_per_sm(case, use) < 1)
+
+
+def test_half_precision_uses_the_tensor_cores_of_the_chip(compiled):
+    half = {key: use for key, use in compiled[1].items() if CASES[key].dtype != "float32"}
+    assert not offenders(half, lambda case, use: case.sm == 90 and use["wgmma"] == 0)
+    assert not offenders(half, lambda case, use: case.sm == 80 and use["mma_sync"] == 0)
+
+
+def test_float32_stays_exact(compiled):
+    exact = {key: use for key, use in compiled[1].items() if CASES[key].dtype == "float32"}
+    assert not offenders(exact, lambda case, use: use["wgmma"] + use["mma_sync"] > 0)
+
+
+def test_keys_and_values_are_fetched_ahead(compiled):
+    assert not offenders(compiled[1], lambda case, use: use["cp_async"] == 0)
+
+
+def test_figures_are_the_committed_ones(compiled):
+    version, table = compiled
+    committed = json.loads(aot.RESOURCES.read_text())
+    if version not in committed:
+        pytest.skip(f"aot_resources.json has no table for Triton {version}")
+    assert table == committed[version], (
+        "after a change that is meant, run `python -m benchmarks.aot --update`"
+    )

@@ -1,0 +1,151 @@
+"""The model is the user's: it leaves every scan as it came, whatever happens in between."""
+
+import copy
+
+import pytest
+import torch
+
+import shipsfast
+from shipsfast.attention import ATTRIBUTE
+from tests.models import FAMILIES, build
+
+PROMPTS = [[5, 6, 7, 8], [5, 6, 9]]
+
+
+def state(model) -> dict:
+    """Everything about a model that a scan could leave behind."""
+    return {
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+        "attention": [
+            m.config._attn_implementation for m in model.modules() if hasattr(m, "config")
+        ],
+        "config": copy.deepcopy(model.config.to_dict()),
+        "training": [m.training for m in model.modules()],
+        "attributes": [sorted(k for k in m.__dict__) for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "grad": [p.requires_grad for p in model.parameters()],
+    }
+
+
+def assert_same(before: dict, after: dict) -> None:
+    weights = before.pop("weights"), after.pop("weights")
+    assert before == after
+    assert all(torch.equal(x, weights[1][k]) for k, x in weights[0].items())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3-qknorm-window", "gpt2", "opt"])
+def test_after_a_scan(family, attention):
+    model = build(family)
+    model.set_attn_implementation(attention)
+    model.train()
+    model.base_model.eval()  # a mixture of modes
+    before = state(model)
+    shipsfast.scan(model, PROMPTS, progress=False)
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["exception", "ctrl-c"])
+@pytest.mark.parametrize("where", ["metric", "layer", "probe"])
+def test_after_an_exception(monkeypatch, error, where):
+    model = build()
+    before = state(model)
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    if where == "metric":
+        monkeypatch.setattr("shipsfast.ships.kl_rows", fail)
+    elif where == "layer":
+        monkeypatch.setattr("shipsfast.attention.segment_attention", fail)
+    else:
+        monkeypatch.setattr("shipsfast.attention._probe", fail)
+    with pytest.raises(type(error)):
+        shipsfast.scan(model, PROMPTS, progress=False)
+    monkeypatch.undo()
+    assert_same(before, state(model))
+    assert shipsfast.scan(model, PROMPTS, progress=False).kl.shape == (2, 3, 4)
+
+
+def test_a_users_hooks_stay_and_run():
+    model = build()
+    calls = []
+    handle = model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    shipsfast.scan(model, PROMPTS, progress=False)
+    assert calls and len(model.model.layers[1]._forward_hooks) == 1
+    handle.remove()
+
+
+def test_a_forward_set_on_a_layer_is_kept():
+    """Offloading libraries replace `forward` on instances."""
+    model = build()
+    layer = model.model.layers[0]
+    original, calls = layer.forward, []
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    layer.forward = forward
+    shipsfast.scan(model, PROMPTS, progress=False)
+    assert layer.forward is forward and calls
+
+
+def test_ablate_restores_and_nests():
+    model = build()
+    ids = torch.tensor([PROMPTS[0]])
+    before, plain = state(model), model(ids).logits
+    with shipsfast.ablate(model, [(0, 1)], ablation="zero"):
+        one = model(ids).logits
+        with shipsfast.ablate(model, [(1, 2)], ablation="zero"):
+            two = model(ids).logits
+        assert torch.equal(model(ids).logits, one)
+    with shipsfast.ablate(model, [(0, 1), (1, 2)], ablation="zero"):
+        both = model(ids).logits
+    assert torch.equal(two, both)
+    assert not torch.allclose(plain, one) and not torch.allclose(one, two)
+    assert_same(before, state(model))
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_ablate_restores_after_an_exception():
+    model = build()
+    before = state(model)
+    with pytest.raises(RuntimeError, match="broken"), shipsfast.ablate(model, [(0, 1)]):
+        raise RuntimeError("broken")
+    assert_same(before, state(model))
+
+
+def test_scan_inside_ablate_is_refused():
+    model = build()
+    with shipsfast.ablate(model, [(0, 1)]), pytest.raises(shipsfast.InputError, match="inside shipsfast.ablate"):
+        shipsfast.scan(model, PROMPTS, progress=False)
+    assert not any(ATTRIBUTE in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ablate_gives_the_scores_of_the_scan(family):
+    model = build(family)
+    kl = shipsfast.scan(model, PROMPTS, progress=False, heads=[(1, 2)]).kl
+    for p, ids in enumerate(PROMPTS):
+        tokens = torch.tensor([ids])
+        base = torch.log_softmax(model(tokens).logits[0, -1], -1)
+        with shipsfast.ablate(model, [(1, 2)]):
+            other = torch.log_softmax(model(tokens).logits[0, -1], -1)
+        assert abs((base.exp() * (base - other)).sum().item() - kl[p, 1, 2]) < 1e-12
+
+
+def test_ablate_acts_in_generation_with_padding_and_cache():
+    """Greedy text under ablation is that of a loop without cache, for left-padded rows too."""
+    model = build()
+    prompts = [[5, 6, 7, 8, 9], [11, 12]]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    with shipsfast.ablate(model, [(0, 1), (2, 3)], ablation="uniform"):
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        for row, prompt in zip(out, prompts, strict=True):
+            tokens = list(prompt)
+            for _ in range(6):
+                tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+            assert row[width:].tolist() == tokens[len(prompt) :]

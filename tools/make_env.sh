@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Makes the virtual environment .venv with pinned dependencies and the built extension, for make demo and make test.
+# Where the system's Python already has a CUDA build of torch, that one is used and nothing of it is replaced.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras="${1:-}" # "test" adds what the tests need
+
+stop() { echo "shipsfast: $1" >&2; exit 2; }
+
+python=""
+for candidate in ${PYTHON:-} python3.12 python3.11 python3; do
+  if "$candidate" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    python="$candidate"
+    break
+  fi
+done
+[ -n "$python" ] || stop "Python 3.11 or 3.12 is needed and was not found: install one, or set PYTHON to its path"
+compiler="${CXX:-c++}"
+command -v "${compiler%% *}" >/dev/null || stop "a C++ compiler is needed and ${compiler%% *} was not found: install g++ or clang++, or set CXX"
+
+step() { # step NAME COMMAND...: runs it and says how long it took
+  local name="$1" start=$SECONDS
+  shift
+  "$@" || stop "$name failed"
+  printf '%-34s %4d s\n' "$name" $((SECONDS - start))
+}
+
+cuda=no
+"$python" -c 'import torch; raise SystemExit(torch.version.cuda is None)' 2>/dev/null && cuda=yes
+stamp=".venv/.made-$cuda"
+if [ ! -e "$stamp" ]; then
+  rm -rf .venv
+  if [ $cuda = yes ]; then
+    step "virtual environment (CUDA torch)" "$python" -m venv --system-site-packages .venv
+  else
+    step "virtual environment" "$python" -m venv .venv
+  fi
+  touch "$stamp"
+fi
+pip=".venv/bin/python -m pip --disable-pip-version-check install --quiet"
+sources=$(cat setup.py pyproject.toml constraints.txt csrc/* | cksum | cut -d' ' -f1)
+
+if [ ! -e ".venv/.built-$sources" ]; then
+  if [ $cuda = no ]; then
+    step "torch" $pip -c constraints.txt torch setuptools ninja
+    step "dependencies" $pip -c constraints.txt \
+      $(.venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])' | sed 's/ *\([<>=!,0-9.]*[0-9]\)//g')
+    step "native extension" $pip --no-build-isolation --no-deps -e .
+  else
+    step "native extension" $pip --no-build-isolation --no-deps -e .
+    .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, typer, rich, tqdm, psutil' ||
+      step "missing dependencies" $pip --no-build-isolation -e .
+  fi
+  touch ".venv/.built-$sources"
+fi
+if [ "$extras" = test ] && [ ! -e .venv/.tests ]; then
+  if [ $cuda = no ]; then
+    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis scipy triton
+  else
+    .venv/bin/python -c 'import pytest, pytest_timeout, hypothesis, scipy, triton' || step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis scipy
+  fi
+  touch .venv/.tests
+fi
