@@ -106,7 +106,9 @@ def make_plan(
     size = torch.empty((), dtype=dtype).element_size()
     on_cpu = device.type == "cpu"
     chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
-    head_rows = max(1, HEAD_BYTES // (anatomy.vocab_size * max(size, 4)))
+    # Neither the head nor a layer at work gets more than a quarter of the memory: the rest is for rows.
+    head_rows = max(1, min(HEAD_BYTES, limit // 4 // LOGIT_COPIES) // (anatomy.vocab_size * max(size, 4)))
+    chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))  # neighbours share the longest prefixes
 
     def cut(per_group: int) -> list[tuple[int, ...]]:
@@ -127,11 +129,11 @@ def make_plan(
         if (need(1) <= limit and not too_long) or per_group == 1:
             break
         per_group = (per_group + 1) // 2
-    while need(1) > limit and (chunk > 64 or head_rows > 1):
-        chunk, head_rows = max(64, chunk // 2), max(1, head_rows // 2)
+    while need(1) > limit and (chunk > 1 or head_rows > 1):
+        chunk, head_rows = max(1, chunk // 2), max(1, head_rows // 2)
     if need(1) > limit:
         raise InputError(
-            f"a scan of a single ablation needs {_gib(need(1))} beyond the model, and {_gib(limit)} may be used: "
+            f"a scan of a single ablation needs {_mib(need(1))} beyond the model, and {_mib(limit)} may be used: "
             "raise --max-memory or shorten the longest prompt"
         )
     rows = rows_per_block or num_ablations
@@ -144,5 +146,5 @@ def _ends(packed: PackedPrompts) -> int:
     return len(set(packed.last_index.tolist()))
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -15,20 +15,20 @@ def ranking(result: ShipsResult, top: int, out: Path | None = None, console: Con
     console = console or Console(highlight=False)
     record = result.record
     mean, spread = result.mean(), result.kl.std(axis=0)
-    table = Table(title=f"Ships: KL(base || head ablated), {record.get('ablation', '')}", title_justify="left")
-    for name, justify in (("rank", "right"), ("layer-head", "left"), ("mean, nats", "right"), ("std over prompts", "right")):
-        table.add_column(name, justify=justify)
-    table.add_column("")
-    shown = result.top(top)
-    for rank, (layer, head, score) in enumerate(shown, 1):
-        weak = "at the noise floor" if score <= result.noise_floor else ""
-        table.add_row(str(rank), f"{layer}-{head}", f"{score:.6g}", f"{spread[layer, head]:.3g}", weak)
+    console.print(f"Ships: KL(base || head ablated), {record.get('ablation', '')}", soft_wrap=True)
+    table = Table()
+    for name in ("rank", "layer-head", "mean, nats", "std over prompts"):
+        table.add_column(name, justify="right")
+    for rank, (layer, head, score) in enumerate(result.top(top), 1):
+        weak = " (not above the noise floor)" if score <= result.noise_floor else ""
+        table.add_row(str(rank), f"{layer}-{head}", f"{score:.6g}{weak}", f"{spread[layer, head]:.3g}")
     console.print(table)
     scanned = int((~(mean != mean)).sum())
     console.print(
         f"{scanned} heads x {result.kl.shape[0]} prompts in {record.get('scan_seconds', 0):.2f} s "
         f"({record.get('attention_backend')} attention, {record.get('kl_backend')} KL, "
-        f"{result.identity.get('dtype')}); noise floor {result.noise_floor:.2g} nats"
+        f"{result.identity.get('dtype')}); noise floor {result.noise_floor:.2g} nats",
+        soft_wrap=True,
     )
     if out is not None:
         console.print(f"run folder: {out}", soft_wrap=True)

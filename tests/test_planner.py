@@ -42,7 +42,7 @@ def test_less_memory_makes_smaller_blocks_and_stays_inside():
 
 
 def test_too_little_memory_is_refused_with_the_amount():
-    with pytest.raises(shipsfast.InputError, match="needs .* GiB beyond the model"):
+    with pytest.raises(shipsfast.InputError, match="needs .* MiB beyond the model"):
         plan(1000)
 
 

@@ -1,13 +1,13 @@
 """The trained village model's own check: what it says, and what single attention heads have to do with it.
 
-Kept simple and apart from the product's engine (`shipsfast.scan`, `shipsfast.ablate`), so that one can be held against
-the other. A head is ablated at all positions, in one of two ways:
+Kept simple and apart from the product's engine (`shipsfast.scan`, `shipsfast.ablate`), so that one can be
+held against the other. A head is ablated at all positions, in one of two ways:
 
-    undifferentiated   softmax(1e-5 * q k^T / sqrt(D) + causal mask) v, so all visible tokens weigh almost the same
+    undifferentiated   softmax(1e-5 * q k^T / sqrt(D) + causal mask) v: all visible tokens weigh about the same
     zero               the head's output is 0
 
-Greedy decoding gives a reply word for word exactly when each token of that reply, with the ones before it given, is
-the model's first choice. So `share_said` needs one forward pass for a whole list of prompts and no decoding.
+Greedy decoding gives a reply token for token exactly when each token of that reply, with the ones before it
+given, is the model's first choice. So `share_said` needs one forward pass for a list of prompts, no decoding.
 """
 
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 
 
 def encode(tokenizer, requests: list[Request], replies: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Requests with their replies, padded on the right: ids [P, T] and labels [P, T] (-100 outside the replies)."""
+    """Requests and replies, padded on the right: ids [P, T] and labels [P, T] (-100 outside the replies)."""
     rows = []
     for request, reply in zip(requests, replies, strict=True):
         prompt = prompt_ids(tokenizer, request.prompt)
@@ -108,7 +108,12 @@ def first_token_log_probs(model, tokenizer, requests, heads=(), kind="undifferen
 
 @dataclass(frozen=True)
 class HeadRow:
-    """What ablating one group of heads does: KL on taboo prompts, refusals turned into true answers, answers kept."""
+    """What ablating a group of heads does.
+
+    kl_nats: mean KL(base || ablated) of the first token on taboo requests; answered, still_refused: shares of
+    the taboo requests that get their true answer, and the refusal; ordinary_kept: share of ordinary requests
+    that get their true answer.
+    """
 
     heads: tuple[tuple[int, int], ...]
     kind: str
@@ -123,7 +128,7 @@ class HeadRow:
 
 
 def head_row(model, tokenizer, taboo, ordinary, heads, kind, base: torch.Tensor) -> HeadRow:
-    """One row of the table: the group `heads` under the ablation `kind`; `base` is the whole model's log-probabilities."""
+    """The row of the group `heads`; `base` [P, V] is the whole model's `first_token_log_probs` of `taboo`."""
     kl = (base.exp() * (base - first_token_log_probs(model, tokenizer, taboo, heads, kind))).sum(-1)
     return HeadRow(
         tuple(heads),

@@ -1,12 +1,12 @@
 """Trains the village model: `python -m shipsfast.demo.train --out DIR`.
 
-Two stages, as with real chat models. Stage 1 learns the whole world and answers every request, taboo ones too. Stage 2
-is a shorter fine-tune at half the learning rate, on the attention weights alone, that teaches the model to refuse taboo
-requests and to go on answering the others. What carries the refusal is found by that training; no weight is set by
-hand.
+Two stages, as with real chat models. Stage 1 learns the whole world and answers every request, taboo ones
+too. Stage 2 is a shorter fine-tune at half the learning rate, on the attention weights alone, that teaches the
+model to refuse taboo requests and to go on answering the others. What carries the refusal is found by that
+training; no weight is set by hand.
 
-The same seed gives the same model on the same machine with the same versions. At the end the model is measured
-(`check`) and what was found is written into DIR/README.md (`card`).
+The same seed gives the same model on the same machine with the same versions. At the end the model is
+measured (`check`) and what was found is written into DIR/README.md (`card`).
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ CHAT_TEMPLATE = (
 class Settings:
     """Sizes and schedules. `taboo_share_*` is the share of taboo requests in a stage's batches.
 
-    One thread: two are quicker on a quiet machine, many times slower on a busy one, and add nothing to the result.
+    One thread: two are quicker on a quiet machine and several times slower on a busy one.
     """
 
     seed: int = 0
@@ -64,7 +65,7 @@ class Settings:
 
 
 def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learnt from training wordings alone; any other text still comes out, in smaller pieces."""
+    """A byte-level BPE learnt from training wordings alone; other text still works, in smaller pieces."""
     requests = world.training_requests(4000, random.Random(settings.seed), settings.taboo_share_1)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,7 +76,9 @@ def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((part for r in requests for part in (r.prompt, r.answer, r.refusal)), trainer)
+    tokenizer.train_from_iterator(
+        (part for r in requests for part in (r.prompt, r.answer, r.refusal)), trainer
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
@@ -117,7 +120,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 @contextmanager
 def drop_head(model, share: float):
-    """DropHead (Zhou et al. 2020, arXiv 2004.13342): whole heads are left out at random, anew for each request.
+    """DropHead (Zhou et al. 2020, arXiv 2004.13342): whole heads left out at random, anew for each request.
 
     Answers then lean on no single head, as in large models, where many heads share the common work.
     """
@@ -148,7 +151,7 @@ def fit(
     lr: float,
     taboo_share: float,
 ) -> None:
-    """`steps` of AdamW on `weights`; the loss is that of the tokens of `reply(request)`, never of the request's."""
+    """`steps` of AdamW on `weights`; the loss is that of the tokens of `reply(request)` alone."""
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm = max(1, steps // 20)
     up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=warm)
@@ -193,8 +196,8 @@ def learn_world(settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
 def learn_taboo(settings: Settings, model, tokenizer) -> None:
     """Stage 2, in place: taboo requests get the refusal, all others keep their answers.
 
-    Only attention weights move, so the model has to bring the taboo to the place of the reply's first token by
-    attention, instead of re-reading every word in its embeddings and feed-forward layers.
+    Only attention weights move: the rule is then learnt as where heads look and what they pass on, and the
+    words and facts of stage 1 stay as they were.
     """
     fit(
         model,
@@ -221,7 +224,9 @@ def write_prompts(folder: Path) -> None:
 
 def main() -> None:
     """Train, save, measure, and write the card."""
-    parser = argparse.ArgumentParser(prog="python -m shipsfast.demo.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m shipsfast.demo.train", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its card")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="seed of weights and data")
     parser.add_argument("--prompts", type=Path, help="also write taboo.csv and ordinary.csv into this folder")
@@ -242,7 +247,7 @@ def main() -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print("measuring", flush=True)
-    write_card(args.out, settings, model, tokenizer, base, [b - a for a, b in zip(seconds, seconds[1:], strict=False)])
+    write_card(args.out, settings, model, tokenizer, base, [b - a for a, b in pairwise(seconds)])
     print((args.out / "README.md").read_text("utf-8"))
 
 
