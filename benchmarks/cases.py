@@ -44,7 +44,9 @@ class Case:
     def token_ids(self) -> list[list[int]]:
         draw = random.Random(0)
         prefix = [draw.randrange(self.vocabulary) for _ in range(self.shared)]
-        return [prefix + [draw.randrange(self.vocabulary) for _ in range(self.own)] for _ in range(self.prompts)]
+        return [
+            prefix + [draw.randrange(self.vocabulary) for _ in range(self.own)] for _ in range(self.prompts)
+        ]
 
 
 _CPU = dict(layers=10, heads=10, hidden=640, intermediate=1728, vocabulary=8000, prompts=8)
@@ -55,5 +57,15 @@ CPU_CASES = (
 )
 # Small enough for a test of the benchmark itself.
 SMOKE_CASES = (
-    Case("smoke-2x2-d32", layers=2, heads=2, hidden=32, intermediate=64, vocabulary=50, prompts=3, shared=2, own=3),
+    Case(
+        "smoke-2x2-d32",
+        layers=2,
+        heads=2,
+        hidden=32,
+        intermediate=64,
+        vocabulary=50,
+        prompts=3,
+        shared=2,
+        own=3,
+    ),
 )

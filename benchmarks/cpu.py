@@ -69,23 +69,27 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
 
     plan = shipsfast.scan(model, case.token_ids(), progress=False).record["plan"]
     times: dict[str, list[float]] = {name: [] for name in PATHS if name not in failures}
-    rates = []
+    rates: dict[str, list[float]] = {name: [] for name in times}
     for _ in range(repeats):
-        rates.append(gemm_flops_per_s(case, plan["chunk_tokens"]))
         for name in times:
+            # A shared machine's speed changes within seconds: the rate is taken right before and after each run.
+            before = gemm_flops_per_s(case, plan["chunk_tokens"])
             start = time.perf_counter()
             PATHS[name](model, case)
             times[name].append(time.perf_counter() - start)
+            rates[name].append((before + gemm_flops_per_s(case, plan["chunk_tokens"])) / 2)
     if LOOP not in failures:
         start = time.perf_counter()
         _sampled(model, case)
         times[LOOP] = [(time.perf_counter() - start) * case.heads / SAMPLED_HEADS]
 
-    floor_s = floor_flops(case) / statistics.median(rates)
+    flops = floor_flops(case)
+    rate = statistics.median(r for each in rates.values() for r in each)
+    floor_s = flops / rate
     common = provenance("cpu") | {
         "bench": "cpu", "case": case.name, "dtype": str(case.dtype).removeprefix("torch."),
         "prompts": case.prompts, "shared_tokens": case.shared, "own_tokens": case.own, "scores": case.num_scores,
-        "gemm_gflops_per_s": round(statistics.median(rates) / 1e9, 1), "floor_s": round(floor_s, 4),
+        "gemm_gflops_per_s": round(rate / 1e9, 1), "floor_s": round(floor_s, 4),
     }  # fmt: skip
     rows = []
     for name in [*PATHS, LOOP]:
@@ -99,7 +103,7 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
                 "median_s": round(median, 4), "p20_s": round(low, 4), "p80_s": round(high, 4),
                 "runs": len(times[name]), "scores_per_s": round(case.num_scores / median, 1),
                 "times_slower_than_shipsfast": round(median / statistics.median(times["shipsfast"]), 3),
-                "share_of_floor": round(floor_s / median, 4),
+                "share_of_floor": round(_share(flops, times[name], rates.get(name, [rate])), 4),
                 "extrapolated_from": f"{case.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
                 "resolved_backend": "torch" if name == "shipsfast" else None,
             }  # fmt: skip
@@ -109,6 +113,11 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
     append("cpu", rows)
     _show(case, rows, floor_s, console)
     return rows
+
+
+def _share(flops: float, times: list[float], rates: list[float]) -> float:
+    """Median over runs of floor / time, the floor at the rate measured around that run."""
+    return statistics.median(flops / r / t for t, r in zip(times, rates, strict=True))
 
 
 def _p20_p80(times: list[float]) -> tuple[float, float]:
@@ -124,26 +133,43 @@ def _peak_mib(case: str, path: str) -> float:
 
 
 def peak(case: Case, path: str) -> float:
-    """MiB that `path` adds at its peak to a process that holds the model."""
-    import resource
+    """MiB that `path` adds at its peak to a process that holds the model (Linux)."""
+    import gc
+    from pathlib import Path
 
     import psutil
 
     model = case.model()
+    gc.collect()
     before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     {**PATHS, LOOP: _sampled}[path](model, case)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    status = Path("/proc/self/status").read_text()
+    peak_kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    return (peak_kib * 1024 - before) / 2**20
 
 
 def _show(case: Case, rows: list[dict], floor_s: float, console: Console) -> None:
     table = Table(title=f"{case.name}: {case.num_scores} scores, floor {floor_s:.2f} s", title_justify="left")
-    for name in ("path", "median s", "p20", "p80", "scores/s", "x shipsfast", "of floor", "peak MiB", "max error, nats"):
+    for name in (
+        "path",
+        "median s",
+        "p20",
+        "p80",
+        "scores/s",
+        "x shipsfast",
+        "of floor",
+        "peak MiB",
+        "max error, nats",
+    ):
         table.add_column(name, justify="left" if name == "path" else "right")
     for row in rows:
         if "failed" in row:
             table.add_row(row["path"], "failed: " + row["failed"])
             continue
-        label = row["path"] + (f" (extrapolated from {row['extrapolated_from']})" if row["extrapolated_from"] else "")
+        label = row["path"] + (
+            f" (extrapolated from {row['extrapolated_from']})" if row["extrapolated_from"] else ""
+        )
         table.add_row(
             label, f"{row['median_s']:.3f}", f"{row['p20_s']:.3f}", f"{row['p80_s']:.3f}", f"{row['scores_per_s']:.0f}",
             f"{row['times_slower_than_shipsfast']:.2f}", f"{row['share_of_floor']:.0%}",

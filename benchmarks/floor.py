@@ -45,7 +45,7 @@ def brute_force_flops(case: Case) -> float:
 
 
 @torch.inference_mode()
-def gemm_flops_per_s(case: Case, chunk_tokens: int, device: str = "cpu", repeats: int = 7) -> float:
+def gemm_flops_per_s(case: Case, chunk_tokens: int, device: str = "cpu", repeats: int = 4) -> float:
     """FLOP/s of one layer's seven matrix products, alone, at the chunk's shape: the median of `repeats`."""
     d, m = case.hidden, case.intermediate
     x = torch.randn(chunk_tokens, d, dtype=case.dtype, device=device)
@@ -67,4 +67,3 @@ def gemm_flops_per_s(case: Case, chunk_tokens: int, device: str = "cpu", repeats
             layer()
         times.append((time.perf_counter() - start) / 5)
     return 2 * chunk_tokens * (4 * d * d + 3 * d * m) / statistics.median(times[2:])
-

@@ -19,7 +19,10 @@ EPS = 1e-5
 def kl_nats(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL of logits [..., V] in float32, as peers compute it."""
     return torch.nn.functional.kl_div(
-        torch.log_softmax(other.float(), -1), torch.log_softmax(base.float(), -1), reduction="none", log_target=True
+        torch.log_softmax(other.float(), -1),
+        torch.log_softmax(base.float(), -1),
+        reduction="none",
+        log_target=True,
     ).sum(-1)
 
 
@@ -102,7 +105,9 @@ def skip_lower_layers(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tenso
 
 
 @torch.inference_mode()
-def one_at_a_time(model: LlamaForCausalLM, ids: torch.Tensor, heads_per_layer: int | None = None) -> torch.Tensor:
+def one_at_a_time(
+    model: LlamaForCausalLM, ids: torch.Tensor, heads_per_layer: int | None = None
+) -> torch.Tensor:
     """The loop of the paper's published code: one prompt and one head per forward pass, eager attention, a
     key/value cache built in each, logits of every position. Heads beyond `heads_per_layer` stay NaN."""
     layers, heads, size = _shape(model)

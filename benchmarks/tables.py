@@ -17,7 +17,12 @@ def render() -> str:
             f"{case.layers} layers x {case.heads} heads, d {case.hidden}, vocabulary {case.vocabulary}, float32, "
             f"{case.prompts} prompts of {case.shared} shared + {case.own} own tokens"
         )
-        lines += ["", f"**{title}**", "", "| path | seconds | scores/s | x shipsfast | share of floor | peak MiB |"]
+        lines += [
+            "",
+            f"**{title}**",
+            "",
+            "| path | seconds | scores/s | x shipsfast | share of floor | peak MiB |",
+        ]
         lines += ["|---|---:|---:|---:|---:|---:|"]
         if not rows:
             lines.append(f"| shipsfast | {' | '.join([NOT_MEASURED] * 5)} |")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Ablation:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"unknown ablation {self.kind!r}: expected one of {', '.join(KINDS)}")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+        if isinstance(self.scale, bool) or not isinstance(self.scale, numbers.Real):
             raise InputError(f"scale must be a number, got {self.scale!r}")
         if not math.isfinite(self.scale):
             raise InputError(f"scale must be a finite number, got {self.scale}")
@@ -59,7 +60,9 @@ class Ablation:
         return {"scale": float(self.scale), "zero": 0.0}.get(self.kind, 1.0)
 
     def describe(self) -> str:
-        return f"{self.kind} (eps {self.scale:g})" if self.kind in ("undifferentiated", "scale") else self.kind
+        return (
+            f"{self.kind} (eps {self.scale:g})" if self.kind in ("undifferentiated", "scale") else self.kind
+        )
 
 
 def as_ablation(ablation: str | Ablation, scale: float = DEFAULT_SCALE) -> Ablation:
@@ -139,7 +142,9 @@ def parse_heads(text: str) -> list[tuple[int, int | None]]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         layer, dash, head = part.partition("-")
         if not layer.isdecimal() or (dash and not head.isdecimal()):
-            raise InputError(f"cannot read head {part!r}: write LAYER-HEAD, such as 2-26, or LAYER for a whole layer")
+            raise InputError(
+                f"cannot read head {part!r}: write LAYER-HEAD, such as 2-26, or LAYER for a whole layer"
+            )
         out.append((int(layer), int(head) if dash else None))
     if not out:
         raise InputError("the list of heads is empty: write LAYER-HEAD, such as 2-26")
@@ -158,7 +163,7 @@ def ablate(
 
     model(...), model.generate(...) and any library that drives the model see the ablation, in prefill and in
     every decode step; uniform attention is over visible tokens only. May be nested. The model is put back on
-    leaving, also after an exception.
+    leaving, also after an exception; inside, it is in evaluation mode.
 
     Args:
         heads: (layer, head) pairs, from 0; (layer, None) for a whole layer; may be empty.

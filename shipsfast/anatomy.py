@@ -53,22 +53,28 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
     """
     family = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{family} is not a transformers model: load it with AutoModelForCausalLM")
+        raise UnsupportedModelError(
+            f"{family} is not a transformers model: load it with AutoModelForCausalLM"
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(f"{family} does not take position_ids, so prompts cannot be packed into one sequence")
+        raise UnsupportedModelError(
+            f"{family} does not take position_ids, so prompts cannot be packed into one sequence"
+        )
     _check_rope(model, longest)
 
     ran: list[tuple[str, torch.nn.Module]] = []
     handles = []
-    for list_name, container in model.named_modules():
-        if isinstance(container, torch.nn.ModuleList):
-            for index, child in enumerate(container):
-                name = f"{list_name}.{index}"
-                handles.append(child.register_forward_pre_hook(lambda m, _a, name=name: ran.append((name, m))))
     recorder = Probe(longest)
-    token = probe.set(recorder)
     ids = torch.tensor([list(token_ids[:PROBE_TOKENS])], device=input_device(model))
+    token = probe.set(recorder)
     try:
+        for list_name, container in model.named_modules():
+            if isinstance(container, torch.nn.ModuleList):
+                for index, child in enumerate(container):
+                    name = f"{list_name}.{index}"
+                    handles.append(
+                        child.register_forward_pre_hook(lambda m, _a, name=name: ran.append((name, m)))
+                    )
         with installed(model, TREE):
             position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
             logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
@@ -100,7 +106,12 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
 
 def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[Layer, ...]:
     names = {module: name for name, module in model.named_modules()}
-    lists = {name.rsplit(".", 1)[0] for name, module in ran for c in calls if names[c.module].startswith(name + ".")}
+    lists = {
+        name.rsplit(".", 1)[0]
+        for name, module in ran
+        for c in calls
+        if names[c.module].startswith(name + ".")
+    }
     outermost = min(lists, key=len, default=None)
     if outermost is None:
         raise UnsupportedModelError(f"{family} does not keep its decoder layers in a ModuleList")
@@ -116,17 +127,23 @@ def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[Layer, ...
             )
         layers.append(Layer(name, module, inside[0].module, inside[0].window))
     if len(layers) != len(calls) or len({id(x.module) for x in layers}) != len(layers):
-        raise UnsupportedModelError(f"{family} calls attention outside {outermost}, or runs a layer more than once")
+        raise UnsupportedModelError(
+            f"{family} calls attention outside {outermost}, or runs a layer more than once"
+        )
     return tuple(layers)
 
 
 def _check_rope(model: PreTrainedModel, longest: int) -> None:
     """Rotary embeddings that change with the sequence's length would change when prompts are packed."""
-    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+    for config in {
+        id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None
+    }.values():
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         for part in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
             kind = part.get("rope_type", part.get("type"))
-            limit = part.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", longest)
+            limit = part.get("original_max_position_embeddings") or getattr(
+                config, "max_position_embeddings", longest
+            )
             if kind in ("dynamic", "longrope") and longest > limit:
                 raise UnsupportedModelError(
                     f"{type(model).__name__} changes its rotary embedding ({kind}) for prompts of over {limit} tokens, "

@@ -87,7 +87,11 @@ class TreeContext:
             if self.backend == "torch":
                 plan = plan_segments(self.packed, window=window, query_index=query_index, device=self.device)
             else:
-                index = None if query_index is None else torch.as_tensor(query_index.astype(np.int32), device=self.device)
+                index = (
+                    None
+                    if query_index is None
+                    else torch.as_tensor(query_index.astype(np.int32), device=self.device)
+                )
                 plan = {"query_index": index}
             if self.backend == "triton":
                 plan |= _triton_plan(self.packed, window, query_index, query)
@@ -117,7 +121,9 @@ class TreeCall:
     logit_scale: torch.Tensor  # [B, H]
     output_scale: torch.Tensor  # [B, H]
     capture: bool = False  # keep keys and values, then leave the layer by raising Captured
-    kv: tuple[torch.Tensor, torch.Tensor] | None = None  # use these keys and values; queries are the trimmed ones
+    kv: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # use these keys and values; queries are the trimmed ones
+    )
 
 
 class Captured(Exception):
@@ -182,7 +188,9 @@ def ablated_attention(
             "how to ablate exactly: this model cannot be scanned"
         )
     if dropout:
-        raise UnsupportedModelError(f"{type(module).__name__} asks for attention dropout {dropout} in evaluation mode")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for attention dropout {dropout} in evaluation mode"
+        )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{type(module).__name__} is not causal: only decoders can be scanned")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -212,7 +220,17 @@ def _tree(call: TreeCall, query, key, value, scaling, softcap) -> torch.Tensor:
 
 
 def tree_attention(
-    tree: TreeContext, query, key, value, logit_scale, output_scale, plan, *, scaling, softcap=None, window=None
+    tree: TreeContext,
+    query,
+    key,
+    value,
+    logit_scale,
+    output_scale,
+    plan,
+    *,
+    scaling,
+    softcap=None,
+    window=None,
 ) -> torch.Tensor:
     """`reference.tree_attention` by the backend that was chosen. `plan` is what `tree.plan` gave."""
     vectors = (logit_scale, output_scale)
@@ -234,7 +252,9 @@ def _dense(call: DenseCall, query, key, value, mask, scaling, softcap) -> torch.
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     if softcap is None:
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling
+        )
     else:
         logits = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scaling / softcap)
         if mask is not None:

@@ -34,18 +34,29 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 def scan(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
     prompts: Annotated[Path, typer.Argument(help="Prompt file: csv, jsonl, parquet or txt.")],
-    out: Annotated[Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")
+    ] = None,
     template: Annotated[
-        str, typer.Option(help="chat, query-answer, none, or a text with {prompt}. auto: chat if the tokenizer has one.")
+        str,
+        typer.Option(
+            help="chat, query-answer, none, or a text with {prompt}. auto: chat if the tokenizer has one."
+        ),
     ] = "auto",
     column: Annotated[str | None, typer.Option(help="Column of the prompts.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
-    ablation: Annotated[str, typer.Option(help="undifferentiated, uniform, scale or zero.")] = "undifferentiated",
+    ablation: Annotated[
+        str, typer.Option(help="undifferentiated, uniform, scale or zero.")
+    ] = "undifferentiated",
     scale: Annotated[str, typer.Option(help="eps of undifferentiated and scale.")] = "1e-5",
-    heads: Annotated[str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER, comma-separated.")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER, comma-separated.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Attention: auto, triton, torch or reference.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
     ] = None,
@@ -61,6 +72,8 @@ def scan(
     eps = _number(scale, "--scale")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf")
+    for path in (plot, out):
+        _check_place(path)
     _quiet_transformers()
     from .ablation import Ablation, parse_heads
     from .loading import load_model, load_tokenizer
@@ -85,10 +98,13 @@ def scan(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the run, the heatmap and the completions.")] = Path("demo-run"),
+    out: Annotated[Path, typer.Option(help="Folder for the run, the heatmap and the completions.")] = Path(
+        "demo-run"
+    ),
     quiet: Quiet = False,
 ) -> None:
     """Scan the small model that comes with shipsfast, and show what its top head does."""
+    _check_place(out / "run")
     _quiet_transformers()
     from .demo.run import run
 
@@ -120,6 +136,17 @@ def _number(text: str, option: str) -> float:
         raise InputError(f"{option} must be a number, got {text!r}") from None
 
 
+def _check_place(path: Path | None) -> None:
+    """A result that cannot be written is refused before it is computed."""
+    if path is None:
+        return
+    parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write {path}: {parent} is not a folder that can be written to")
+    if path.suffix.lower() in (".png", ".svg", ".pdf") and not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+
+
 def _quiet_transformers() -> None:
     """Bad input is told once, by us; progress bars of loading are noise beside ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -133,16 +160,18 @@ def main() -> None:
     """Entry point. Exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's own for Ctrl-C, which says nothing
+            _fail("interrupted")
+        raise
     except InputError as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_fail(f"cannot write{where}: {error.strerror}; what was finished is kept, run again to continue"))
-    except KeyboardInterrupt:
-        _fail("interrupted")
-        sys.exit(130)
+        kept = "; what was finished is kept, run again to continue" if "--out" in sys.argv else ""
+        sys.exit(_fail(f"cannot read or write{where}: {error.strerror}{kept}"))
 
 
 def _fail(message: str) -> int:

@@ -26,6 +26,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from .metrics import extension_status
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 DTYPES = (torch.float32, torch.float64)
 
 # attention(q, k, v, logit_scale, output_scale, trimmed) -> [B, TQ, H, D]; q, k, v [B, T, heads, D]
@@ -43,15 +44,22 @@ def why_not(layers: list[torch.nn.Module], dtype: torch.dtype, device: torch.dev
     for layer in layers:
         if type(layer) not in LAYERS:
             return f"{type(layer).__name__} is not one of {', '.join(c.__name__ for c in LAYERS)}"
+        own = type(layer).__module__
+        foreign = [name for name in PARTS if type(getattr(layer, name)).__module__ != own]
+        if foreign:
+            return f"{', '.join(foreign)} is not the model family's own"
         if type(layer.mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
             return f"activation {type(layer.mlp.act_fn).__name__}"
         for name, module in layer.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ and module is not layer:
-                return f"{name or 'the layer'} carries hooks"
+            # The layer's own hooks run: it is called as ever, only its forward is replaced.
+            if (
+                "forward" in module.__dict__
+                or module is not layer
+                and (module._forward_hooks or module._forward_pre_hooks)
+            ):
+                return f"{name or 'the layer'} carries hooks or a forward of its own"
             if name.endswith("_proj") and type(module) is not torch.nn.Linear:
                 return f"{name} is {type(module).__name__}"
-        if layer.mlp.down_proj.bias is not None:
-            return "a bias in the MLP"
     return None
 
 

@@ -28,7 +28,9 @@ def describe() -> dict:
         "triton_kernels": _triton(torch),
         "devices": {
             name: {
-                "name": torch.cuda.get_device_name(name) if name != "cpu" else f"{torch.get_num_threads()} threads",
+                "name": torch.cuda.get_device_name(name)
+                if name != "cpu"
+                else f"{torch.get_num_threads()} threads",
                 "attention": resolve_backend("auto", torch.device(name), torch.float32),
                 "kl": kl_backend(name),
             }
@@ -57,7 +59,9 @@ def render(facts: dict) -> str:
     lines = [f"shipsfast {facts['shipsfast']}, Python {facts['python']}"]
     lines += [f"  {name}: {found or 'not installed'}" for name, found in facts["packages"].items()]
     extension = facts["extension"]
-    lines.append(f"native extension: {'loaded' if extension['loaded'] else 'not loaded'} ({extension['detail']})")
+    lines.append(
+        f"native extension: {'loaded' if extension['loaded'] else 'not loaded'} ({extension['detail']})"
+    )
     lines.append(f"Triton kernels: {facts['triton_kernels']}")
     for name, device in facts["devices"].items():
         lines.append(f"{name} ({device['name']}): attention by {device['attention']}, KL by {device['kl']}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import InputError
 
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -26,14 +28,29 @@ def load_model(name: str, *, dtype: str = "auto", device: str | None = None) -> 
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise InputError(f"unknown device {device!r}: expected cpu, cuda or cuda:N") from None
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for, and torch sees no CUDA GPU: use --device cpu")
+    if where.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {device!r}: expected cpu, cuda or cuda:N")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {where} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs"
+        )
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=kind, use_safetensors=True, output_loading_info=True
+        )
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise InputError(
+                f"{name} lacks weights of a causal language model, such as {missing[0]}: they would be random"
+            )
+        return model.to(where).eval()
+    except InputError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{name} does not fit on {where}: use another device or --dtype bfloat16") from error
+    except LOADING_ERRORS as error:
         raise InputError(f"cannot load a causal language model from {name}: {_first_line(error)}") from error
-    return model.to(where).eval()
 
 
 def load_tokenizer(name: str):
@@ -41,7 +58,7 @@ def load_tokenizer(name: str):
     _check_folder(name)
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exceptions for malformed files
         raise InputError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from error
 
 

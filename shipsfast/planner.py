@@ -51,15 +51,21 @@ class Plan:
 
     def smaller(self) -> Plan | None:
         """The plan to retry with after running out of memory, None if there is nothing left to halve."""
-        if self.chunk_tokens > 64:
-            return Plan(**{**self.__dict__, "chunk_tokens": self.chunk_tokens // 2, "head_rows": max(1, self.head_rows // 2)})
+        if self.chunk_tokens > 1:
+            return Plan(
+                **{
+                    **self.__dict__,
+                    "chunk_tokens": self.chunk_tokens // 2,
+                    "head_rows": max(1, self.head_rows // 2),
+                }
+            )
         if self.rows_per_block > 1:
             return Plan(**{**self.__dict__, "rows_per_block": self.rows_per_block // 2})
         return None
 
 
 def parse_bytes(text: str) -> int:
-    """"8GiB", "500 MB", "8G" (binary) or a plain number of bytes."""
+    """ "8GiB", "500 MB", "8G" (binary) or a plain number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise InputError(f"cannot read {text!r} as an amount of memory: write it like 8GiB or 500MB")
@@ -76,7 +82,9 @@ def free_bytes(device: torch.device) -> int:
     return int(0.9 * psutil.virtual_memory().available)
 
 
-def block_bytes(anatomy: Anatomy, rows: int, tokens: int, ends: int, chunk_tokens: int, head_rows: int, size: int) -> int:
+def block_bytes(
+    anatomy: Anatomy, rows: int, tokens: int, ends: int, chunk_tokens: int, head_rows: int, size: int
+) -> int:
     """Predicted peak of a block of `rows` rows beyond the model itself, in bytes; `size` bytes per number."""
     residual = rows * (tokens + ends) * anatomy.hidden_size * size
     chunk = max(chunk_tokens, tokens) * anatomy.work_width * size
@@ -100,16 +108,24 @@ def make_plan(
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
     max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
-    Raises InputError if not even one ablation of one prompt fits.
+    Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
     """
+    for name, value in (
+        ("chunk_tokens", chunk_tokens), ("rows_per_block", rows_per_block), ("prompts_per_group", prompts_per_group),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
     limit = free_bytes(device) if max_memory is None else max_memory
     size = torch.empty((), dtype=dtype).element_size()
     on_cpu = device.type == "cpu"
     chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
     # Neither the head nor a layer at work gets more than a quarter of the memory: the rest is for rows.
     head_rows = max(1, min(HEAD_BYTES, limit // 4 // LOGIT_COPIES) // (anatomy.vocab_size * max(size, 4)))
-    chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
-    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))  # neighbours share the longest prefixes
+    if chunk_tokens is None:
+        chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
+    order = sorted(
+        range(len(prompts)), key=lambda i: tuple(prompts[i])
+    )  # neighbours share the longest prefixes
 
     def cut(per_group: int) -> list[tuple[int, ...]]:
         parts = math.ceil(len(order) / per_group)

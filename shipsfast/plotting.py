@@ -37,7 +37,10 @@ def heatmap(result: ShipsResult, path: str | Path | None = None, *, title: str |
     figure.colorbar(image, ax=axes, label="KL(base || head ablated), nats")
     prompts = result.kl.shape[0]
     axes.set_title(
-        title or f"Ships, mean of {prompts} prompt{'s' * (prompts != 1)}, {result.record.get('ablation', '')}".rstrip(", "),
+        title
+        or f"Ships, mean of {prompts} prompt{'s' * (prompts != 1)}, {result.record.get('ablation', '')}".rstrip(
+            ", "
+        ),
         fontsize=10,
     )
     if path is not None:

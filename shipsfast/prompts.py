@@ -9,8 +9,11 @@ contain {prompt}.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from jinja2 import TemplateError
 
 from .errors import InputError
 
@@ -59,7 +62,9 @@ def _records(path: Path, suffix: str) -> dict[str, list]:
         else:
             rows = [json.loads(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
             if not all(isinstance(row, dict) for row in rows):
-                raise InputError(f"{path}: every line must be a JSON object with the prompt under one of its keys")
+                raise InputError(
+                    f"{path}: every line must be a JSON object with the prompt under one of its keys"
+                )
             frame = pd.DataFrame.from_records(rows)
     except UnicodeDecodeError:
         raise
@@ -97,17 +102,24 @@ def tokenize(tokenizer, prompts: Sequence[str], template: str = "none") -> list[
     """
     if template == "chat":
         if not getattr(tokenizer, "chat_template", None):
-            raise InputError("the tokenizer has no chat template: use --template query-answer, none or your own")
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            raise InputError(
+                "the tokenizer has no chat template: use --template query-answer, none or your own"
             )
-            for prompt in prompts
-        ]
+        try:
+            texts = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
+                for prompt in prompts
+            ]
+        except (ValueError, TemplateError) as error:
+            raise InputError(f"the tokenizer's chat template failed: {error}") from error
         return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     wrapper = TEMPLATES.get(template, template)
     if "{prompt}" not in wrapper:
-        raise InputError(f"unknown template {template!r}: expected chat, query-answer, none, or a text with {{prompt}}")
+        raise InputError(
+            f"unknown template {template!r}: expected chat, query-answer, none, or a text with {{prompt}}"
+        )
     return [tokenizer(wrapper.replace("{prompt}", prompt))["input_ids"] for prompt in prompts]
 
 
@@ -118,6 +130,11 @@ def to_token_ids(prompts: Sequence, tokenizer=None, template: str = "none") -> l
     """
     if isinstance(prompts, (str, bytes)):
         raise InputError("prompts must be a list of strings or of token-id lists, got a single string")
+    if isinstance(prompts, Mapping) or hasattr(prompts, "columns"):
+        raise InputError(
+            f"prompts must be a list of strings or of token-id lists, got {type(prompts).__name__}: "
+            "give one of its columns as a list"
+        )
     prompts = list(prompts)
     if not prompts:
         raise InputError("there are no prompts: give at least one")
@@ -132,7 +149,7 @@ def to_token_ids(prompts: Sequence, tokenizer=None, template: str = "none") -> l
         ids = []
         for i, prompt in enumerate(prompts):
             try:
-                ids.append([int(t) for t in prompt])
+                ids.append([operator.index(t) for t in prompt])
             except (TypeError, ValueError):
                 raise InputError(
                     f"prompt {i} is neither text nor a list of token ids: give all prompts in one of the two forms"

@@ -56,9 +56,12 @@ class ShipsResult:
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
         run = RunFolder(folder, self.identity)
-        run.write_manifest(self.record | {"status": "complete", "noise_floor_nats": self.noise_floor})
+        record = {"status": "complete", **self.record, "noise_floor_nats": self.noise_floor}
+        if not run.previous:
+            run.write_manifest(record | {"status": "running"})
         if np.isnan(read_scores(run.path, self.kl.shape)[~np.isnan(self.kl)]).any():
             run.write_part(self.to_pandas())
+        run.write_manifest(record)
         return run.path
 
     @classmethod

@@ -22,6 +22,13 @@ from .errors import InputError
 SCHEMA = 1
 MANIFEST = "run.json"
 SCORES = "scores"
+NOT_THE_MODEL = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)  # keys of a config
 SAMPLES = 4096  # numbers of each tensor that enter the fingerprint
 
 
@@ -30,6 +37,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
+    temporary.chmod(0o666 & ~_umask())
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
@@ -45,9 +53,17 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def _umask() -> int:
+    """The process's umask; temporary files are made readable by their owner only, results should not be."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the model's weights: names, shapes, types, and evenly spaced samples of every tensor."""
-    digest = hashlib.sha256()
+    """A hash of the model: its config, and names, shapes, types and evenly spaced samples of every tensor."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, torch.Tensor):
             continue
@@ -129,5 +145,7 @@ def read_scores(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
             frame = pd.read_parquet(part, columns=["prompt", "layer", "head", "kl_nats"])
             kl[frame["prompt"], frame["layer"], frame["head"]] = frame["kl_nats"]
         except (OSError, ValueError, KeyError, IndexError) as error:
-            raise InputError(f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again") from error
+            raise InputError(
+                f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again"
+            ) from error
     return kl

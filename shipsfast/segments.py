@@ -3,7 +3,8 @@
 The tree's unbranched runs are cut into blocks of at most BLOCK queries. The queries of a block see the
 whole path above the block and, causally, the block itself, so a block is one small dense attention
 [queries x (depth + queries)]. Blocks of the same depth and padded length go through one call of
-`scaled_dot_product_attention` together, and share one mask. Memory is O(T x BLOCK), work is what the tree needs.
+`scaled_dot_product_attention` together, and share one mask. A mask lives while its block is computed; what is
+kept is O(T) depths and indices per block, and the work is what the tree needs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from .packing import PackedPrompts
 
 BLOCK = 256  # queries per block: bounds the mask of a long prompt
+GATHER_BYTES = 64 << 20  # keys and values gathered at a time
 PAD = 8  # lengths are padded to a multiple of this, so that fewer, larger calls are made
 
 
@@ -23,17 +25,29 @@ PAD = 8  # lengths are padded to a multiple of this, so that fewer, larger calls
 class BlockGroup:
     """G blocks of S queries and K keys each, in one call.
 
-    query_index int64 [G * S] into the queries; key_index int64 [G * K] into the packed tokens;
-    mask bool [G or 1, 1, S, K], None where plain causal (S = K);
-    out_index int64 [M], keep int64 [M]: the M real (unpadded) entries of query_index and their places.
+    query_index int64 [G, S] into the queries; key_index int64 [G, K] into the packed tokens;
+    depth_q int32 [G or 1, S], depth_k int32 [G or 1, K]: depths in the tree, which say what is visible; one
+        row where all blocks have the same; the mask itself is made when it is needed, and not kept;
+    causal: the mask is the plain causal one (S = K);
+    real bool [G, S], None if all are: which entries of query_index are not padding.
     """
 
-    size: int
     query_index: torch.Tensor
     key_index: torch.Tensor
-    mask: torch.Tensor | None
-    keep: torch.Tensor | None
-    out_index: torch.Tensor
+    depth_q: torch.Tensor
+    depth_k: torch.Tensor
+    window: int | None
+    causal: bool
+    real: torch.Tensor | None
+
+    def mask(self, blocks: slice) -> torch.Tensor | None:
+        """bool [G or 1, 1, S, K]; None where causal."""
+        if self.causal:
+            return None
+        part = blocks if len(self.depth_q) > 1 else slice(None)
+        distance = self.depth_q[part, None, :, None] - self.depth_k[part, None, None, :]
+        seen = distance >= 0
+        return seen if self.window is None else seen & (distance < self.window)
 
 
 def plan_segments(
@@ -47,7 +61,9 @@ def plan_segments(
     place = np.arange(packed.num_tokens) if query_index is None else _inverse(query_index, packed.num_tokens)
     pending: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
     for number, segment in enumerate(packed.segments):
-        above = [np.arange(packed.segments[s].start, packed.segments[s].stop) for s in packed.path(number)[:-1]]
+        above = [
+            np.arange(packed.segments[s].start, packed.segments[s].stop) for s in packed.path(number)[:-1]
+        ]
         above = np.concatenate(above) if above else np.zeros(0, np.int64)
         for start in range(segment.start, segment.stop, BLOCK):
             stop = min(start + BLOCK, segment.stop)
@@ -88,26 +104,27 @@ def _group(blocks, packed: PackedPrompts, place, window, device) -> BlockGroup:
     # in depth: no real query sees it, and blocks of different length keep one and the same mask.
     depth_q = np.stack([_extend(packed.position[q], num_q, 1) for q, _ in blocks])
     depth_k = np.stack([_extend(packed.position[k], num_k, 1) for _, k in blocks])
-    distance = depth_q[:, :, None] - depth_k[:, None, :]
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    if (mask == mask[:1]).all():
-        mask = mask[:1]
-    causal = num_q == num_k and bool((mask == np.tri(num_q, dtype=bool)).all())
-    real_q = np.concatenate([np.arange(num_q) < len(q) for q, _ in blocks])
-    flat = place[queries.reshape(-1)]
+    if (depth_q == depth_q[:1]).all() and (depth_k == depth_k[:1]).all():
+        depth_q, depth_k = depth_q[:1], depth_k[:1]
+    causal = (
+        len(depth_q) == 1
+        and num_q == num_k
+        and (window is None or num_q <= window)
+        and (depth_q == depth_k).all()
+    )
+    real = np.stack([np.arange(num_q) < len(q) for q, _ in blocks])
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(array), device=device)
 
     return BlockGroup(
-        size=len(blocks),
-        query_index=tensor(flat),
-        key_index=tensor(keys.reshape(-1)),
-        mask=None if causal else tensor(mask[:, None]),
-        keep=None if real_q.all() else tensor(np.flatnonzero(real_q)),
-        out_index=tensor(flat[real_q]),
+        query_index=tensor(place[queries]),
+        key_index=tensor(keys),
+        depth_q=tensor(depth_q),
+        depth_k=tensor(depth_k),
+        window=window,
+        causal=bool(causal),
+        real=None if real.all() else tensor(real),
     )
 
 
@@ -135,7 +152,19 @@ def segment_attention(
     q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
     out = torch.empty(rows, q.shape[1], heads, v.shape[3], dtype=q.dtype, device=q.device)
     for group in groups:
-        out[:, group.out_index] = _attend(q, k, v, group, scaling, softcap)
+        # Every block gathers its own copy of its path: few enough at a time to bound what that takes.
+        per_block = rows * heads * group.key_index.shape[1] * (q.shape[3] + v.shape[3]) * q.element_size()
+        step = max(1, GATHER_BYTES // per_block)
+        for start in range(0, len(group.key_index), step):
+            blocks = slice(start, start + step)
+            index, part = (
+                group.query_index[blocks].flatten(),
+                _attend(q, k, v, group, blocks, scaling, softcap),
+            )
+            if group.real is not None:
+                real = group.real[blocks].flatten().nonzero().flatten()
+                index, part = index[real], part.index_select(1, real)
+            out[:, index] = part
     touched = (output_scale != 1).any(1).nonzero().flatten()
     if len(touched):
         scale = output_scale[touched].to(out.dtype)[:, None, :, None]
@@ -143,17 +172,17 @@ def segment_attention(
     return out
 
 
-def _attend(q, k, v, group: BlockGroup, scaling: float, softcap: float | None) -> torch.Tensor:
-    rows, size = q.shape[0], group.size
+def _attend(q, k, v, group: BlockGroup, chosen: slice, scaling: float, softcap: float | None) -> torch.Tensor:
+    rows, size = q.shape[0], len(group.query_index[chosen])
 
     def blocks(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # [B, T, h, D] -> [B * G, h, n, D]
-        return x.index_select(1, index).view(rows * size, -1, *x.shape[2:]).transpose(1, 2)
+        return x.index_select(1, index[chosen].flatten()).view(rows * size, -1, *x.shape[2:]).transpose(1, 2)
 
     qb, kb, vb = blocks(q, group.query_index), blocks(k, group.key_index), blocks(v, group.key_index)
     repeat = qb.shape[1] // kb.shape[1]
     if repeat > 1:
         kb, vb = kb.repeat_interleave(repeat, 1), vb.repeat_interleave(repeat, 1)
-    mask = group.mask
+    mask = group.mask(chosen)
     if mask is not None and mask.shape[0] > 1:
         mask = mask.repeat(rows, 1, 1, 1)
     if softcap is None:
@@ -165,5 +194,4 @@ def _attend(q, k, v, group: BlockGroup, scaling: float, softcap: float | None) -
         if mask is None:
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
         out = torch.matmul(torch.softmax(logits.masked_fill(~mask, float("-inf")), -1), vb)
-    out = out.transpose(1, 2).reshape(rows, -1, *out.shape[1:2], out.shape[3])  # [B, G * S, H, D]
-    return out if group.keep is None else out.index_select(1, group.keep)
+    return out.transpose(1, 2).reshape(rows, -1, out.shape[1], out.shape[3])  # [B, G * S, H, D]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,15 @@ from .wavefront import Wavefront, float32_head, head_precision
 
 LAYER_PATHS = ("auto", "model", "fused")
 
-NOISE_PROMPTS = 2  # prompts on which the packed model is compared with the model as it came
-
-# By how much, in nats, the packed unablated model and single spot-checked scores may differ from the
-# model's own forward before the model is refused. These are alarms for a model that does something
-# unknown, far above rounding; how exact a scan is shows in its noise floor.
-ALARM_NATS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+# By how much, in nats and relative to the score, the packed unablated model and single spot-checked scores may
+# differ from the model's own forward before the model is refused. These are alarms for a model that does
+# something unknown, far above rounding; how exact a scan is shows in its noise floor.
+ALARM_NATS = {
+    torch.float64: (1e-9, 1e-6),
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (0.1, 0.2),
+    torch.float16: (0.02, 0.1),
+}
 
 
 def scan(
@@ -102,7 +104,7 @@ def scan(
         "kind": "ships",
         "fingerprint": runs.fingerprint(model),
         "prompts": runs.prompt_hashes(token_ids),
-        "ablation": asdict(how),
+        "ablation": {"kind": how.kind, "logit_scale": how.logit_scale, "output_scale": how.output_scale},
         "heads": "all" if len(chosen) == shape[1] * shape[2] else [list(h) for h in chosen],
         "dtype": str(model.dtype).removeprefix("torch."),
         "shape": list(shape),
@@ -121,19 +123,21 @@ def scan(
     if out is not None:
         folder = runs.RunFolder(out, identity)
         kl = runs.read_scores(folder.path, shape)
-        if not np.isnan(kl[:, *np.transpose(chosen)]).any():
-            return ShipsResult.load(folder.path)  # an earlier run finished it
+        if folder.previous.get("status") == "complete":
+            return ShipsResult.load(folder.path)
         checks.noise_floor = folder.previous.get("noise_floor_nats") or 0.0
         folder.write_manifest(
             record | {"status": "running", "plan": plan.to_json(), "noise_floor_nats": checks.noise_floor}
         )
 
     work = _Work(kl, chosen, plan, anatomy, progress)
-    for group in plan.prompt_groups:
-        plan = _scan_group(
-            model, anatomy, token_ids, group, how, resolved, use_fused, plan, work, checks, folder
-        )
-    work.close()
+    try:
+        for group in plan.prompt_groups:
+            plan = _scan_group(
+                model, anatomy, token_ids, group, how, resolved, use_fused, plan, work, checks, folder
+            )
+    finally:
+        work.close()
     checks.spot(kl, chosen)
     record |= {
         "plan": plan.to_json(),
@@ -161,10 +165,14 @@ def _use_fused(layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.
 class _Work:
     """The scores, which of them are still to be made, and the progress bar."""
 
-    def __init__(self, kl: np.ndarray, heads: list[Head], plan: Plan, anatomy: Anatomy, progress: bool) -> None:
+    def __init__(
+        self, kl: np.ndarray, heads: list[Head], plan: Plan, anatomy: Anatomy, progress: bool
+    ) -> None:
         self.kl, self.heads, self.num_layers = kl, heads, anatomy.num_layers
         steps = sum(
-            self.steps(block) for group in plan.prompt_groups for block in self.blocks(group, plan.rows_per_block)
+            self.steps(block)
+            for group in plan.prompt_groups
+            for block in self.blocks(group, plan.rows_per_block)
         )
         self.bar = tqdm(
             total=steps, desc="scan", unit=" layer passes", unit_scale=True, disable=not progress or not steps
@@ -186,7 +194,9 @@ class _Work:
         self.seconds = time.perf_counter() - self.started
 
 
-def _scan_group(model, anatomy, token_ids, group, how, backend, use_fused, plan, work, checks, folder) -> Plan:
+def _scan_group(
+    model, anatomy, token_ids, group, how, backend, use_fused, plan, work, checks, folder
+) -> Plan:
     """Score what is missing for one group of prompts. Returns the plan, made smaller if memory ran out."""
     packed = pack([token_ids[i] for i in group])
     while blocks := work.blocks(group, plan.rows_per_block):
@@ -201,6 +211,7 @@ def _scan_group(model, anatomy, token_ids, group, how, backend, use_fused, plan,
                 with wavefront:
                     scores, base = _score(wavefront, block, how)
                 checks.noise(group, base, wavefront.prompt_place)
+                _check_numbers(scores, group, block, how)
                 for (layer, head), column in zip(block, scores.T, strict=True):
                     work.kl[list(group), layer, head] = column
                 if folder is not None:
@@ -208,7 +219,9 @@ def _scan_group(model, anatomy, token_ids, group, how, backend, use_fused, plan,
                     for layer, head in block:
                         part[list(group), layer, head] = work.kl[list(group), layer, head]
                     folder.write_part(frame(part))
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             smaller = plan.smaller()
             if smaller is None:
                 raise InputError(
@@ -219,6 +232,22 @@ def _scan_group(model, anatomy, token_ids, group, how, backend, use_fused, plan,
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     return plan
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """A CPU that cannot allocate says so in a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _check_numbers(scores: np.ndarray, group: Sequence[int], block: list[Head], how: Ablation) -> None:
+    """Raises InputError, naming prompt and head, if a score is not a number: it would be missing for ever."""
+    bad = np.argwhere(np.isnan(scores))
+    if len(bad):
+        prompt, (layer, head) = group[bad[0][0]], block[bad[0][1]]
+        raise InputError(
+            f"the score of head {layer}-{head} on prompt {prompt} is not a number: with {how.describe()} the model "
+            "overflows; use a smaller scale or a wider dtype"
+        )
 
 
 def _score(wavefront: Wavefront, block: list[Head], how: Ablation) -> tuple[np.ndarray, torch.Tensor]:
@@ -243,16 +272,21 @@ class _Checks:
 
     def __init__(self, model: PreTrainedModel, token_ids: list[list[int]], how: Ablation) -> None:
         self.model, self.token_ids, self.how = model, token_ids, how
-        self.alarm = ALARM_NATS.get(model.dtype, ALARM_NATS[torch.float32])
+        self.alarm, self.relative = ALARM_NATS.get(model.dtype, ALARM_NATS[torch.float32])
         self.noise_floor = 0.0
         self.worst_spot: float | None = None
         self._plain: dict[int, torch.Tensor] = {}  # logits [V] of prompts by the model's own forward
 
     def noise(self, group: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
-        """Noise floor: KL between the packed and the plain unablated model, on the first few prompts."""
-        for at, prompt in enumerate(group):
-            if len(self._plain) >= NOISE_PROMPTS or prompt in self._plain:
-                continue
+        """Noise floor: KL between the packed and the plain unablated model.
+
+        Taken on the longest prompt of the first group, and on the one packed last, which packing moves most.
+        """
+        if self._plain:
+            return
+        longest = max(range(len(group)), key=lambda at: len(self.token_ids[group[at]]))
+        for at in sorted({longest, len(group) - 1}):
+            prompt = group[at]
             plain = self._plain[prompt] = self._logits(prompt)
             noise = float(_kl(plain, base[place[at]].to(plain.device)))
             if not noise <= self.alarm:
@@ -264,17 +298,17 @@ class _Checks:
             self.noise_floor = max(self.noise_floor, noise)
 
     def spot(self, kl: np.ndarray, heads: list[Head]) -> None:
-        """Recompute two scores by a plain forward pass with the head ablated."""
-        if not self._plain:
-            return  # nothing was computed: the run folder had it all
-        prompt, base = min(self._plain.items(), key=lambda item: len(self.token_ids[item[0]]))
+        """Recompute two scores of the longest prompt by a plain forward pass with the head ablated."""
+        prompt = max(range(len(self.token_ids)), key=lambda i: len(self.token_ids[i]))
+        base = self._plain.get(prompt)
+        base = self._logits(prompt) if base is None else base
         strongest = max(heads, key=lambda h: kl[prompt, h[0], h[1]])
         self.worst_spot = 0.0
         for head in sorted({strongest, heads[len(heads) // 2]}):
             with ablate(self.model, [head], ablation=self.how):
                 expected = float(_kl(base, self._logits(prompt)))
             error = abs(expected - kl[prompt, head[0], head[1]])
-            if not error <= self.alarm + 0.2 * abs(expected):
+            if not error <= self.alarm + self.relative * abs(expected):
                 raise UnsupportedModelError(
                     f"the score of head {head[0]}-{head[1]} on prompt {prompt} is {kl[prompt, head[0], head[1]]:.6g}, "
                     f"a plain forward pass gives {expected:.6g}: {type(self.model).__name__} cannot be scanned exactly"
@@ -297,7 +331,9 @@ class _Checks:
 
 
 def _kl(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return kl_rows(base[None], other[None].to(base.dtype), torch.zeros(1, dtype=torch.long, device=base.device))[0]
+    return kl_rows(
+        base[None], other[None].to(base.dtype), torch.zeros(1, dtype=torch.long, device=base.device)
+    )[0]
 
 
 def check_model(model, token_ids: list[list[int]]) -> None:
@@ -308,7 +344,22 @@ def check_model(model, token_ids: list[list[int]]) -> None:
             "load one with AutoModelForCausalLM.from_pretrained"
         )
     if model.get_output_embeddings() is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
+        )
+    devices = {p.device for p in model.parameters()}
+    if (
+        len(devices) > 1
+        or any(d.type == "meta" for d in devices)
+        or any("_hf_hook" in m.__dict__ for m in model.modules())
+    ):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is spread over several devices or offloaded: load it onto one device to scan it"
+        )
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} shares keys and values between layers: it cannot be scanned"
+        )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for i, ids in enumerate(token_ids):

@@ -78,7 +78,8 @@ class Wavefront:
         self._head_chunk: torch.Tensor | None = None  # while the head runs: what the last layer hands on
         self._undo = contextlib.ExitStack()
         self._fused = [
-            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads) for layer in anatomy.layers * fused
+            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads)
+            for layer in anatomy.layers * fused
         ]
 
     def __enter__(self) -> Wavefront:
@@ -106,7 +107,9 @@ class Wavefront:
         """
         first = [mask.first_layer(r) or 0 for r in range(len(mask))]
         if mask.groups[0] != () or first != sorted(first):
-            raise ValueError("rows must start with the unablated one and be sorted by their first ablated layer")
+            raise ValueError(
+                "rows must start with the unablated one and be sorted by their first ablated layer"
+            )
         self._mask = mask
         self._forks = np.bincount(first[1:], minlength=self.anatomy.num_layers).tolist()
         self._alive = 1
@@ -127,10 +130,16 @@ class Wavefront:
     @property
     def _keep_one(self) -> dict:
         """The pass through the layers ends in the model's head, whose result there is not wanted."""
-        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        return (
+            {"logits_to_keep": 1}
+            if "logits_to_keep" in inspect.signature(self.model.forward).parameters
+            else {}
+        )
 
     def _forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
-        out = self.model(input_ids=token_ids, position_ids=position_ids, use_cache=False, return_dict=True, **kwargs)
+        out = self.model(
+            input_ids=token_ids, position_ids=position_ids, use_cache=False, return_dict=True, **kwargs
+        )
         return out.logits
 
     def _layer(self, index: int, forward: Callable) -> Callable:
@@ -193,7 +202,9 @@ class Wavefront:
             self.tick(len(heads))
         for rows in even_slices(before if simple else after, self.rows_per_chunk):
             x = self._buffer[rows]
-            vectors = self._mask.vectors(index, self.anatomy.num_heads, device=x.device, dtype=x.dtype, rows=rows)
+            vectors = self._mask.vectors(
+                index, self.anatomy.num_heads, device=x.device, dtype=x.dtype, rows=rows
+            )
             out = layer.rows(x, cos, sin, attention, vectors, nodes)
             if last:
                 into[rows] = out

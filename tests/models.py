@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import (
     AttentionInterface,
@@ -54,7 +56,7 @@ FAMILIES = {
 def build(family: str = "llama-gqa", dtype: torch.dtype = torch.float64, seed: int = 0):
     """A model whose attention is far from uniform, so that ablations show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), dtype=dtype)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)

@@ -8,7 +8,12 @@ from tests.models import FAMILIES, HEADS, LAYERS, brute_force, build
 
 SHARED = [5, 9, 17, 23]
 PROMPTS = {
-    "shared-prefix": [SHARED + [3, 8, 40, 41], SHARED + [7], SHARED + [3, 8, 11, 50, 51, 52, 9, 4, 1], SHARED],
+    "shared-prefix": [
+        SHARED + [3, 8, 40, 41],
+        SHARED + [7],
+        SHARED + [3, 8, 11, 50, 51, 52, 9, 4, 1],
+        SHARED,
+    ],
     "no-shared-prefix": [[4, 5, 6, 7, 8, 9], [10, 11, 12], [30, 31, 32, 33, 34]],
     "one-prompt": [[6, 2, 50, 33, 12, 12, 8]],
     "one-token": [[6], [9], [6]],
@@ -21,7 +26,7 @@ TOLERANCE_NATS = 1e-12
 @pytest.mark.parametrize("family", FAMILIES)
 def test_undifferentiated_equals_brute_force(family, prompts):
     model = build(family)
-    result = shipsfast.scan(model, PROMPTS[prompts], progress=False)
+    result = shipsfast.scan(model, PROMPTS[prompts], progress=False, layers="model")
     expected = brute_force(model, PROMPTS[prompts])
     if prompts != "one-token":  # a single token attends to itself, however its logits are scaled
         assert expected.max() > 1e-4, "the ablations of this model do not show"
@@ -32,7 +37,9 @@ def test_undifferentiated_equals_brute_force(family, prompts):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_ablations_equal_brute_force(family, ablation):
     model = build(family)
-    result = shipsfast.scan(model, PROMPTS["shared-prefix"], ablation=ablation, scale=0.3, progress=False)
+    result = shipsfast.scan(
+        model, PROMPTS["shared-prefix"], ablation=ablation, scale=0.3, progress=False, layers="model"
+    )
     _close(result.kl, brute_force(model, PROMPTS["shared-prefix"], ablation, 0.3))
 
 
@@ -41,7 +48,7 @@ def test_other_ablations_equal_brute_force(family, ablation):
 def test_cut_into_chunks_blocks_and_groups(family, backend):
     model = build(family)
     result = shipsfast.scan(
-        model, PROMPTS["shared-prefix"], backend=backend, progress=False,
+        model, PROMPTS["shared-prefix"], backend=backend, progress=False, layers="model",
         chunk_tokens=20, rows_per_block=5, prompts_per_group=3,
     )  # fmt: skip
     _close(result.kl, brute_force(model, PROMPTS["shared-prefix"]))

@@ -12,7 +12,8 @@ PROMPTS = [list(range(3, 20)), list(range(3, 40)), [7]]
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("8G", 8 << 30), ("1024", 1024), ("1.5 kib", 1536)]
+    ("text", "count"),
+    [("8GiB", 8 << 30), ("500MB", 500_000_000), ("8G", 8 << 30), ("1024", 1024), ("1.5 kib", 1536)],
 )
 def test_amounts_of_memory(text, count):
     assert parse_bytes(text) == count
@@ -27,7 +28,9 @@ def test_bad_amounts_are_refused(text):
 def plan(limit, **options):
     model = build()
     anatomy = inspect_model(model, [1, 2], 40)
-    return make_plan(anatomy, PROMPTS, 12, device=torch.device("cpu"), dtype=torch.float64, max_memory=limit, **options)
+    return make_plan(
+        anatomy, PROMPTS, 12, device=torch.device("cpu"), dtype=torch.float64, max_memory=limit, **options
+    )
 
 
 def test_less_memory_makes_smaller_blocks_and_stays_inside():

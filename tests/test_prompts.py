@@ -19,7 +19,9 @@ def test_columns_are_found_in_any_case(tmp_path, suffix, column):
     if suffix == "csv":
         frame.to_csv(path, index=False, encoding="utf-8-sig", lineterminator="\r\n")
     elif suffix == "jsonl":
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in frame.to_dict("records")), "utf-8")
+        path.write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in frame.to_dict("records")), "utf-8"
+        )
     else:
         frame.to_parquet(path)
     assert [" ".join(t.split()) for t in load_prompts(path)] == [" ".join(t.split()) for t in TEXTS]

@@ -6,8 +6,8 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     GptOssConfig,
-    LlamaConfig,
     Llama4TextConfig,
+    LlamaConfig,
     MambaConfig,
 )
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import shipsfast
 from shipsfast.runs import fingerprint
@@ -93,6 +94,34 @@ def test_a_foreign_folder_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_scan_that_failed_its_check_fails_again(tmp_path, monkeypatch):
+    """All scores are written when the spot check refuses them: a second run must not take them for good."""
+
+    def refuse(*_args):
+        raise shipsfast.UnsupportedModelError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shipsfast.ships._Checks.spot", refuse)
+        for _ in range(2):
+            with pytest.raises(shipsfast.UnsupportedModelError, match="refused"):
+                scan(tmp_path / "run")
+    assert scan(tmp_path / "run").record["spot_check_max_abs_nats"] is not None
+
+
+def test_a_score_that_is_not_a_number_ends_the_scan(tmp_path):
+    model = build(dtype=torch.float32)
+    with pytest.raises(shipsfast.InputError, match="head 0-0 on prompt . is not a number"):
+        scan(tmp_path / "run", model, scale=1e300)
+    assert list((tmp_path / "run" / "scores").iterdir()) == []
+
+
+def test_another_config_is_another_model():
+    model = build()
+    before = fingerprint(model)
+    model.config.rms_norm_eps = 1e-3
+    assert fingerprint(model) != before
+
+
 @pytest.mark.parametrize("damage", ["missing", "not json", "other schema"])
 def test_a_damaged_manifest_is_named(tmp_path, damage):
     scan(tmp_path / "run")
@@ -129,8 +158,6 @@ def test_fingerprint_sees_one_changed_tensor():
 
 
 def test_out_of_memory_halves_and_gives_the_same_numbers(monkeypatch):
-    import torch
-
     whole = scan(None)
     real = shipsfast.segments.segment_attention
     failures = []

@@ -42,15 +42,15 @@ sources=$(cat setup.py pyproject.toml constraints.txt csrc/* | cksum | cut -d' '
 
 if [ ! -e ".venv/.built-$sources" ]; then
   if [ $cuda = no ]; then
-    step "torch" $pip -c constraints.txt torch setuptools ninja
-    step "dependencies" $pip -c constraints.txt \
-      $(.venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])' | sed 's/ *\([<>=!,0-9.]*[0-9]\)//g')
+    step "torch and build tools" $pip -c constraints.txt torch setuptools wheel ninja
     step "native extension" $pip --no-build-isolation --no-deps -e .
+    step "other dependencies" $pip -c constraints.txt --no-build-isolation -e .
   else
     step "native extension" $pip --no-build-isolation --no-deps -e .
     .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, typer, rich, tqdm, psutil' ||
       step "missing dependencies" $pip --no-build-isolation -e .
   fi
+  rm -f .venv/.built-*
   touch ".venv/.built-$sources"
 fi
 if [ "$extras" = test ] && [ ! -e .venv/.tests ]; then

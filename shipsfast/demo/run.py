@@ -74,10 +74,15 @@ def run(out: Path, *, progress: bool = True) -> None:
 @torch.inference_mode()
 def replies(model, tokenizer, prompts: list[str]) -> dict[str, str]:
     """The model's greedy reply to each request, all in one left-padded batch."""
-    batch = tokenizer.pad({"input_ids": tokenize(tokenizer, prompts, "chat")}, padding_side="left", return_tensors="pt")
+    batch = tokenizer.pad(
+        {"input_ids": tokenize(tokenizer, prompts, "chat")}, padding_side="left", return_tensors="pt"
+    )
     batch = batch.to(model.device)
     out = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=NEW_TOKENS, do_sample=False
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
     )
     texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return {prompt: text.strip() for prompt, text in zip(prompts, texts, strict=True)}

@@ -1,0 +1,200 @@
+"""The command line as users meet it: results on stdout, one clear line and status 2 for bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from shipsfast import cli
+from shipsfast.demo.run import MODEL, PROMPTS
+from tests.models import _GQA
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model folder and prompts that the repository does not contain."""
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        **(_GQA | dict(vocab_size=768, pad_token_id=None, bos_token_id=None, eos_token_id=None))
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command, run in this process."""
+    before = sys.argv
+    sys.argv = ["shipsfast", *map(str, args)]
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def refused(capsys, *args: str) -> str:
+    """The one line that a refusal prints; nothing else may be on either stream."""
+    status, out, err = run(capsys, *args, "--quiet")
+    assert status == 2, (out, err)
+    assert out == ""
+    assert err.startswith("shipsfast: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_scan_of_the_embedded_model(capsys, tmp_path):
+    out, plot = tmp_path / "run", tmp_path / "heads.png"
+    status, text, err = run(
+        capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 6, "--out", out, "--plot", plot
+    )
+    assert status == 0, err
+    assert "layer-head" in text and "16 heads x 6 prompts" in text
+    assert "scan" in err and "100%" in err  # the progress bar
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    manifest = json.loads((out / "run.json").read_text())
+    assert manifest["status"] == "complete" and manifest["template"] == "chat"
+
+
+def test_json_is_all_that_stdout_holds(capsys):
+    status, text, _ = run(
+        capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 3, "--json", "-q", "--heads", "0-2,3"
+    )
+    found = json.loads(text)
+    assert status == 0
+    assert {(s["layer"], s["head"]) for s in found["top"]} == {(0, 2), (3, 0), (3, 1), (3, 2), (3, 3)}
+    assert found["top"][0]["mean_kl_nats"] > found["top"][1]["mean_kl_nats"]
+
+
+def test_a_second_run_continues_the_first(capsys, tmp_path):
+    args = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 3, "--out", tmp_path / "run", "--json", "-q")
+    first, second = run(capsys, *args), run(capsys, *args)
+    assert first[0] == second[0] == 0
+    assert json.loads(first[1])["top"] == json.loads(second[1])["top"]
+
+
+def test_info(capsys):
+    status, text, _ = run(capsys, "info", "--json")
+    facts = json.loads(text)
+    assert status == 0 and facts["packages"]["torch"] and "cpu" in facts["devices"]
+    assert run(capsys, "info")[1].startswith("shipsfast ")
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = (
+        "import sys; sys.argv=['shipsfast','--help']\n"
+        "from shipsfast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "scan" in done.stdout and "demo" in done.stdout
+    assert time.perf_counter() - start < 5  # loosely: the machine may be busy; 0.3 s when it is not
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("./absent", "P"), "no model folder at ./absent"),
+        (("M", "absent.csv"), "no prompt file at absent.csv"),
+        (("M", "P", "--column", "text"), "has no column 'text': it has prompt"),
+        (("M", "empty.csv"), "is empty"),
+        (("M", "blank.csv"), "the prompt in row 2 is empty"),
+        (("M", "long.txt"), "the model's context is"),
+        (("M", "P", "--heads", "9-1"), "head 9-1 does not exist: the model has layers 0 to 2 with heads 0 to 3"),
+        (("M", "P", "--heads", "7"), "layer 7 does not exist"),
+        (("M", "P", "--heads", "a-b"), "cannot read head 'a-b'"),
+        (("M", "P", "--scale", "tiny"), "--scale must be a number, got 'tiny'"),
+        (("M", "P", "--scale", "nan"), "scale must be a finite number"),
+        (("M", "P", "--ablation", "remove"), "unknown ablation 'remove'"),
+        (("M", "P", "--backend", "triton"), "backend 'triton' cannot run"),
+        (("M", "P", "--backend", "fast"), "unknown backend 'fast'"),
+        (("M", "P", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (("M", "P", "--device", "nowhere"), "unknown device 'nowhere'"),
+        (("M", "P", "--template", "chatty"), "unknown template 'chatty'"),
+        (("M", "P", "--max-memory", "lots"), "cannot read 'lots' as an amount of memory"),
+        (("M", "P", "--max-memory", "1"), "raise --max-memory"),
+        (("M", "P", "--plot", "heads.txt"), "expected a name ending in .png"),
+        (("M", "P", "--out", "other-run"), "holds another run (different"),
+        (("M", "P", "--out", "."), "is not a shipsfast run"),
+        (("no-config", "P"), "it has no config.json"),
+        (("bin-only", "P"), "cannot load a causal language model from"),
+        (("mamba", "P"), "Mamba"),
+        (("headless", "P"), "lacks weights of a causal language model, such as lm_head.weight"),
+        (("truncated", "P"), "cannot load a causal language model from truncated"),
+        (("M", "P", "--scale", "1e300"), "is not a number"),
+        (("M", "P", "--device", "cuda:99"), "torch sees"),
+        (("M", "P", "--plot", "absent/heads.png"), "there is no folder absent"),
+        (("M", "P", "--out", "p.csv/run"), "is not a folder"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line(capsys, tmp_path, monkeypatch, model_folder, args, message):
+    monkeypatch.chdir(tmp_path)
+    Path("p.csv").write_text("prompt\nHow could we hide the kettle?\n")
+    Path("empty.csv").write_text("")
+    Path("blank.csv").write_text('prompt\nx\n""\n')
+    Path("long.txt").write_text("kettle " * 500)
+    Path("no-config").mkdir()
+    if args[0] in ("bin-only", "mamba", "headless", "truncated"):
+        shutil.copytree(model_folder, args[0])
+    if args[0] == "bin-only":
+        Path("bin-only/model.safetensors").unlink()
+        torch.save({}, "bin-only/pytorch_model.bin")
+    if args[0] == "headless":
+        LlamaModel.from_pretrained(args[0]).save_pretrained(args[0])
+    if args[0] == "truncated":
+        weights = Path("truncated/model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    if args[0] == "mamba":
+        from transformers import MambaConfig, MambaForCausalLM
+
+        Path("mamba/model.safetensors").unlink()
+        MambaForCausalLM(MambaConfig(vocab_size=768, hidden_size=32, num_hidden_layers=2)).save_pretrained(
+            "mamba"
+        )
+    if "other-run" in args:
+        run(capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 2, "--out", "other-run", "-q")
+    words = [{"M": str(MODEL if "other-run" in args else model_folder), "P": "p.csv"}.get(a, a) for a in args]
+    if "--template" not in words:
+        words += ["--template", "none"]
+    if "--device" not in words:
+        words += ["--device", "cpu"]
+    assert message in refused(capsys, "scan", *words)
+
+
+def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    def full(_fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shipsfast.runs.os.fsync", full)
+    err = refused(capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 2, "--out", tmp_path / "run")
+    assert "No space left on device" in err
+
+
+def test_ctrl_c_is_status_130(capsys, monkeypatch):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shipsfast.prompts.load_prompts", stop)
+    status, _, err = run(capsys, "scan", MODEL, PROMPTS / "taboo.csv")
+    assert status == 130 and "interrupted" in err
+
+
+def test_unknown_option_is_status_2(capsys):
+    assert run(capsys, "scan", "M", "P", "--epsilon", "3")[0] == 2

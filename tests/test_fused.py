@@ -1,0 +1,119 @@
+"""The fused way through Llama-like layers against the layers' own forward."""
+
+import pytest
+import torch
+
+import shipsfast
+from shipsfast.metrics import extension_status
+from tests.models import brute_force, build
+
+SHARED = [5, 9, 17, 23]
+PROMPTS = [SHARED + [3, 8, 40, 41], SHARED + [7], SHARED + [3, 8, 11, 50, 51, 52, 9, 4, 1], SHARED]
+FUSED = ["llama-mha", "llama-gqa", "llama-mqa", "mistral-window", "qwen2-gqa"]
+pytestmark = pytest.mark.skipif(
+    not extension_status()[0], reason=f"needs the extension: {extension_status()[1]}"
+)
+
+
+def scan(model, layers, **options):
+    return shipsfast.scan(model, PROMPTS, progress=False, layers=layers, **options)
+
+
+@pytest.mark.parametrize("ablation", ["undifferentiated", "uniform", "scale", "zero"])
+@pytest.mark.parametrize("family", FUSED)
+def test_float64_equals_brute_force(family, ablation):
+    model = build(family)
+    expected = brute_force(model, PROMPTS, ablation, 0.3)
+    for options in ({}, dict(chunk_tokens=30, rows_per_block=5)):
+        result = scan(model, "fused", ablation=ablation, scale=0.3, **options)
+        assert result.record["layers"] == "fused"
+        assert (torch.as_tensor(result.kl) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_float32_is_as_close_as_the_models_own_layers(family):
+    """Error against float64 at most twice that of the model's own layers, plus 1e-7 nats."""
+    exact = torch.as_tensor(scan(build(family), "model").kl)
+    errors = {
+        layers: (torch.as_tensor(scan(build(family).float(), layers).kl) - exact).abs()
+        for layers in ("model", "fused")
+    }
+    assert torch.isfinite(errors["fused"]).all()
+    assert errors["fused"].max() <= 2 * errors["model"].max() + 1e-7
+
+
+def test_biases_are_added():
+    """Attention biases everywhere, which Llama checkpoints may have."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.models import _GQA
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**_GQA, attention_bias=True)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    assert abs(scan(model, "fused").kl - scan(model, "model").kl).max() < 1e-12
+
+
+@pytest.mark.parametrize("reason", ["family", "hooks", "dtype", "linear"])
+def test_what_it_cannot_do_goes_through_the_model(reason):
+    model = build("gpt2" if reason == "family" else "llama-gqa", dtype=torch.float32)
+    if reason == "hooks":
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    elif reason == "dtype":
+        model = model.to(torch.bfloat16)
+    elif reason == "linear":
+        model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+    assert scan(model, "auto").record["layers"] == "model"
+    with pytest.raises(shipsfast.InputError, match="layers 'fused' cannot run"):
+        scan(model, "fused")
+
+
+def test_unknown_way_is_refused():
+    with pytest.raises(shipsfast.InputError, match="unknown layers 'quick'"):
+        scan(build(), "quick")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("size", [2, 6, 16, 34, 640])
+def test_ops_against_torch(dtype, size):
+    gen = torch.Generator().manual_seed(size)
+    x = torch.randn(3, 5, size, generator=gen).to(dtype)
+    weight = torch.randn(size, generator=gen).to(dtype)
+    tolerance = 4 * torch.finfo(dtype).eps
+
+    out = torch.full_like(x, float("nan"))
+    torch.ops.shipsfast.rms_norm(x, weight, 1e-6, out)
+    wide = x.double()
+    expected = weight.double() * wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert ((out - expected).abs() <= tolerance * (1 + expected.abs())).all()
+
+    gate, up = (
+        30 * torch.randn(7, size, generator=gen).to(dtype),
+        torch.randn(7, size, generator=gen).to(dtype),
+    )
+    expected = torch.nn.functional.silu(gate.double()) * up.double()
+    torch.ops.shipsfast.silu_mul_(gate, up)
+    assert ((gate - expected).abs() <= tolerance * (1 + expected.abs())).all()
+
+    q = torch.randn(2, 5, 3, size, generator=gen).to(dtype)
+    cos, sin = torch.randn(5, size, generator=gen).to(dtype), torch.randn(5, size, generator=gen).to(dtype)
+    low, high = q.double().chunk(2, -1)
+    expected = q.double() * cos[:, None].double() + torch.cat([-high, low], -1) * sin[:, None].double()
+    torch.ops.shipsfast.rope_(q, cos, sin)
+    assert ((q - expected).abs() <= tolerance * (1 + expected.abs())).all()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.ops.shipsfast.rms_norm(x, x[0, :3], 1e-6, x),
+        lambda x: torch.ops.shipsfast.rms_norm(x.t(), x[:, 0].contiguous(), 1e-6, x),
+        lambda x: torch.ops.shipsfast.rope_(x, x, x),
+        lambda x: torch.ops.shipsfast.silu_mul_(x, x[:1]),
+        lambda x: torch.ops.shipsfast.silu_mul_(x.half(), x.half()),
+    ],
+)
+def test_ops_refuse_bad_shapes(call):
+    with pytest.raises(RuntimeError, match="shipsfast::.*expected"):
+        call(torch.randn(2, 6))
