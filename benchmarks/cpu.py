@@ -71,12 +71,12 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
     times: dict[str, list[float]] = {name: [] for name in PATHS if name not in failures}
     rates: dict[str, list[float]] = {name: [] for name in times}
     for _ in range(repeats):
-        for name in times:
+        for name, taken in times.items():
             # A shared machine's speed changes within seconds: the rate is taken right before and after each run.
             before = gemm_flops_per_s(case, plan["chunk_tokens"])
             start = time.perf_counter()
             PATHS[name](model, case)
-            times[name].append(time.perf_counter() - start)
+            taken.append(time.perf_counter() - start)
             rates[name].append((before + gemm_flops_per_s(case, plan["chunk_tokens"])) / 2)
     if LOOP not in failures:
         start = time.perf_counter()

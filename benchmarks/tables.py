@@ -39,12 +39,12 @@ def render() -> str:
             )
         first = rows[0]
         state = first["commit"] + (" with uncommitted changes" if first["dirty"] else "")
-        lines += [
-            "",
+        origin = (
             f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {first['date']}, "
             f"commit {state}; medians of {first['runs']} interleaved runs; floor {first['floor_s']:.2f} s at "
-            f"{first['gemm_gflops_per_s']:.0f} GFLOP/s measured in the same run.",
-        ]
+            f"{first['gemm_gflops_per_s']:.0f} GFLOP/s measured in the same run."
+        )
+        lines += ["", origin]
     return "\n".join(lines) + "\n"
 
 

@@ -11,10 +11,10 @@ together as one growing batch. A chunk is the rows that pass a layer at a time. 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 
 import psutil
 import torch
@@ -52,16 +52,16 @@ class Plan:
     def smaller(self) -> Plan | None:
         """The plan to retry with after running out of memory, None if there is nothing left to halve."""
         if self.chunk_tokens > 1:
-            return Plan(
-                **{
-                    **self.__dict__,
-                    "chunk_tokens": self.chunk_tokens // 2,
-                    "head_rows": max(1, self.head_rows // 2),
-                }
-            )
+            return replace(self, chunk_tokens=self.chunk_tokens // 2, head_rows=max(1, self.head_rows // 2))
         if self.rows_per_block > 1:
-            return Plan(**{**self.__dict__, "rows_per_block": self.rows_per_block // 2})
+            return replace(self, rows_per_block=self.rows_per_block // 2)
         return None
+
+
+def even_slices(total: int, most: int) -> list[slice]:
+    """range(total) cut into the fewest slices of at most `most`, as equal as can be; none for a total of 0."""
+    parts = max(1, -(-total // max(1, most)))
+    return [slice(a, b) for a, b in pairwise(total * i // parts for i in range(parts + 1)) if b > a]
 
 
 def parse_bytes(text: str) -> int:
@@ -128,9 +128,7 @@ def make_plan(
     )  # neighbours share the longest prefixes
 
     def cut(per_group: int) -> list[tuple[int, ...]]:
-        parts = math.ceil(len(order) / per_group)
-        edges = [len(order) * i // parts for i in range(parts + 1)]
-        return [tuple(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        return [tuple(order[part]) for part in even_slices(len(order), per_group)]
 
     per_group = prompts_per_group or len(prompts)
     while True:

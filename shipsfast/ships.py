@@ -21,7 +21,7 @@ from .attention import ATTRIBUTE, resolve_backend
 from .errors import InputError, UnsupportedModelError
 from .metrics import kl_backend, kl_rows
 from .packing import pack
-from .planner import Plan, make_plan
+from .planner import Plan, even_slices, make_plan
 from .prompts import to_token_ids
 from .results import ShipsResult, frame
 from .wavefront import Wavefront, float32_head, head_precision
@@ -182,9 +182,7 @@ class _Work:
 
     def blocks(self, group: Sequence[int], most: int) -> list[list[Head]]:
         missing = [h for h in self.heads if np.isnan(self.kl[list(group), h[0], h[1]]).any()]
-        parts = -(-len(missing) // most)
-        edges = [len(missing) * i // parts for i in range(parts + 1)] if parts else []
-        return [missing[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        return [missing[part] for part in even_slices(len(missing), most)]
 
     def steps(self, block: Sequence[Head]) -> int:
         return self.num_layers + sum(self.num_layers - layer for layer, _ in block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,7 @@ def ranking(result: ShipsResult, top: int, out: Path | None = None, console: Con
         weak = " (not above the noise floor)" if score <= result.noise_floor else ""
         table.add_row(str(rank), f"{layer}-{head}", f"{score:.6g}{weak}", f"{spread[layer, head]:.3g}")
     console.print(table)
-    scanned = int((~(mean != mean)).sum())
+    scanned = int((~np.isnan(mean)).sum())
     console.print(
         f"{scanned} heads x {result.kl.shape[0]} prompts in {record.get('scan_seconds', 0):.2f} s "
         f"({record.get('attention_backend')} attention, {record.get('kl_backend')} KL, "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,15 +24,9 @@ from .anatomy import Anatomy, input_device
 from .attention import ATTRIBUTE, TREE, Captured, TreeCall, TreeContext, installed, tree_attention
 from .fused import FusedLayer
 from .packing import PackedPrompts
+from .planner import even_slices
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
-
-
-def even_slices(total: int, most: int) -> list[slice]:
-    """range(total) cut into the fewest slices of at most `most`, as equal as can be."""
-    parts = max(1, -(-total // max(1, most)))
-    edges = [total * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
 
 
 class Wavefront:
@@ -71,6 +66,7 @@ class Wavefront:
         self._backend = backend
         self._trees: dict[torch.device, TreeContext] = {}
         self._mask: HeadMask | None = None
+        self._tuples = False  # does the decoder layer return a tuple
         self._forks: list[int] = []
         self._alive = 0
         self._buffer: torch.Tensor | None = None  # [rows, T, hidden]
@@ -82,7 +78,7 @@ class Wavefront:
             for layer in anatomy.layers * fused
         ]
 
-    def __enter__(self) -> Wavefront:
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             undo.enter_context(torch.inference_mode())
             undo.enter_context(installed(self.model, TREE))
@@ -247,8 +243,6 @@ class Wavefront:
         if device not in self._trees:
             self._trees[device] = TreeContext(self.packed, self._backend, device, self.last_nodes)
         return self._trees[device]
-
-    _tuples = False  # does the decoder layer return a tuple
 
 
 class _Caller:

@@ -99,7 +99,7 @@ def test_help_is_quick_and_needs_no_torch():
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "scan" in done.stdout and "demo" in done.stdout
     assert time.perf_counter() - start < 5  # loosely: the machine may be busy; 0.3 s when it is not
