@@ -32,7 +32,7 @@ LAYER_PATHS = ("auto", "model", "fused")
 # differ from the model's own forward before the model is refused. These are alarms for a model that does
 # something unknown, far above rounding; how exact a scan is shows in its noise floor.
 ALARM_NATS = {
-    torch.float64: (1e-9, 1e-6),
+    torch.float64: (1e-8, 1e-6),
     torch.float32: (1e-4, 1e-3),
     torch.bfloat16: (0.1, 0.2),
     torch.float16: (0.02, 0.1),
@@ -266,26 +266,27 @@ def _score(wavefront: Wavefront, block: list[Head], how: Ablation) -> tuple[np.n
 
 
 class _Checks:
-    """The scan held against the model's own forward, one prompt at a time, unpacked and unchanged."""
+    """The scan held against the model's own forward, one prompt at a time and unpacked."""
 
     def __init__(self, model: PreTrainedModel, token_ids: list[list[int]], how: Ablation) -> None:
         self.model, self.token_ids, self.how = model, token_ids, how
         self.alarm, self.relative = ALARM_NATS.get(model.dtype, ALARM_NATS[torch.float32])
         self.noise_floor = 0.0
         self.worst_spot: float | None = None
-        self._plain: dict[int, torch.Tensor] = {}  # logits [V] of prompts by the model's own forward
+        self._compared = False
 
     def noise(self, group: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
         """Noise floor: KL between the packed and the plain unablated model.
 
         Taken on the longest prompt of the first group, and on the one packed last, which packing moves most.
         """
-        if self._plain:
+        if self._compared:
             return
+        self._compared = True
         longest = max(range(len(group)), key=lambda at: len(self.token_ids[group[at]]))
         for at in sorted({longest, len(group) - 1}):
             prompt = group[at]
-            plain = self._plain[prompt] = self._logits(prompt)
+            plain = self._logits(prompt)
             noise = float(_kl(plain, base[place[at]].to(plain.device)))
             if not noise <= self.alarm:
                 raise UnsupportedModelError(
@@ -298,8 +299,9 @@ class _Checks:
     def spot(self, kl: np.ndarray, heads: list[Head]) -> None:
         """Recompute two scores of the longest prompt by a plain forward pass with the head ablated."""
         prompt = max(range(len(self.token_ids)), key=lambda i: len(self.token_ids[i]))
-        base = self._plain.get(prompt)
-        base = self._logits(prompt) if base is None else base
+        # Not the plain model's: transformers' eager attention rounds its softmax to float32, in float64 models too.
+        with ablate(self.model, []):
+            base = self._logits(prompt)
         strongest = max(heads, key=lambda h: kl[prompt, h[0], h[1]])
         self.worst_spot = 0.0
         for head in sorted({strongest, heads[len(heads) // 2]}):
