@@ -1,7 +1,7 @@
 """The exhaustive scan on the CPU against the best other ways of doing it, in one process, runs interleaved.
 
-First every path's scores are compared with the float64 oracle; then the paths are timed in turn, so that a
-drift of the machine hits all of them; the floor comes from the GEMM rate measured between the same runs.
+The scores of every timed run are held against the float64 oracle. Ratios are of neighbouring runs, and the floor
+is taken at the GEMM rate measured around each run, so that a drift of the machine hits both sides.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ TOLERANCE_NATS = 1e-4
 SAMPLED_HEADS = 1  # heads per layer of the one-at-a-time loop; its time is extrapolated to all of them
 
 
-def ours(model, case: Case) -> np.ndarray:
-    return shipsfast.scan(model, case.token_ids(), progress=False).kl
+def ours(model, case: Case) -> shipsfast.ShipsResult:
+    return shipsfast.scan(model, case.token_ids(), progress=False)
 
 
 def _peer(function: Callable) -> Callable:
@@ -45,8 +45,8 @@ def _sampled(model, case: Case) -> np.ndarray:
     return peers.one_at_a_time(model, torch.tensor(case.token_ids()), SAMPLED_HEADS).permute(2, 0, 1).numpy()
 
 
-PATHS: dict[str, Callable] = {
-    "shipsfast": ours,
+OURS = "shipsfast"
+PEERS: dict[str, Callable] = {
     "HF hooks, prompts batched": _peer(peers.hooks_batched),
     "heads x prompts as row masks": _peer(peers.row_masks),
     "layers >= l only, by hand": _peer(peers.skip_lower_layers),
@@ -58,33 +58,41 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
     """Check, time and append the rows of one case; returns them."""
     model = case.model()
     oracle = shipsfast.scan(case.model().double(), case.token_ids(), progress=False).kl
-    errors, failures = {}, {}
-    for name, path in (PATHS | {LOOP: _sampled}).items():
+    chunk_tokens = ours(model, case).record["plan"]["chunk_tokens"]  # and a warm-up
+    errors, failures, ratios = {}, {}, {}
+    times: dict[str, list[float]] = {name: [] for name in [OURS, *PEERS, LOOP]}
+    rates: list[float] = []
+
+    def timed(name: str, path: Callable) -> None:
+        """Run a path, hold its scores against the oracle, keep its time if they are right."""
+        start = time.perf_counter()
         try:
-            errors[name] = float(np.nanmax(np.abs(path(model, case) - oracle)))  # also the warm-up
-            if not errors[name] <= TOLERANCE_NATS:
-                failures[name] = f"scores differ from the float64 oracle by {errors[name]:.2g} nats"
+            scores = path(model, case)
+            taken = time.perf_counter() - start
         except (RuntimeError, ValueError) as error:
             failures[name] = str(error)
+            return
+        scores = scores.kl if isinstance(scores, shipsfast.ShipsResult) else scores
+        errors[name] = max(errors.get(name, 0.0), float(np.nanmax(np.abs(scores - oracle))))
+        if not errors[name] <= TOLERANCE_NATS:
+            failures[name] = f"scores differ from the float64 oracle by {errors[name]:.2g} nats"
+        times[name].append(taken)
 
-    plan = shipsfast.scan(model, case.token_ids(), progress=False).record["plan"]
-    times: dict[str, list[float]] = {name: [] for name in PATHS if name not in failures}
-    rates: dict[str, list[float]] = {name: [] for name in times}
+    # A shared machine's speed changes within seconds: every run of a peer has a run of ours beside it, and the
+    # rate of the matrix products is taken right before and after each of ours.
     for _ in range(repeats):
-        for name, taken in times.items():
-            # A shared machine's speed changes within seconds: the rate is taken right before and after each run.
-            before = gemm_flops_per_s(case, plan["chunk_tokens"])
-            start = time.perf_counter()
-            PATHS[name](model, case)
-            taken.append(time.perf_counter() - start)
-            rates[name].append((before + gemm_flops_per_s(case, plan["chunk_tokens"])) / 2)
-    if LOOP not in failures:
-        start = time.perf_counter()
-        _sampled(model, case)
-        times[LOOP] = [(time.perf_counter() - start) * case.heads / SAMPLED_HEADS]
+        for name, path in PEERS.items():
+            before = gemm_flops_per_s(case, chunk_tokens)
+            timed(OURS, ours)
+            rates.append((before + gemm_flops_per_s(case, chunk_tokens)) / 2)
+            timed(name, path)
+            if name not in failures and OURS not in failures:
+                ratios.setdefault(name, []).append(times[name][-1] / times[OURS][-1])
+    timed(LOOP, _sampled)
+    times[LOOP] = [t * case.heads / SAMPLED_HEADS for t in times[LOOP]]
 
     flops = floor_flops(case)
-    rate = statistics.median(r for each in rates.values() for r in each)
+    rate = statistics.median(rates)
     floor_s = flops / rate
     common = provenance("cpu") | {
         "bench": "cpu", "case": case.name, "dtype": str(case.dtype).removeprefix("torch."),
@@ -92,7 +100,7 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
         "gemm_gflops_per_s": round(rate / 1e9, 1), "floor_s": round(floor_s, 4),
     }  # fmt: skip
     rows = []
-    for name in [*PATHS, LOOP]:
+    for name in times:
         row = common | {"path": name, "max_abs_error_nats": errors.get(name)}
         if name in failures:
             row["failed"] = failures[name]
@@ -102,10 +110,12 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
             row |= {
                 "median_s": round(median, 4), "p20_s": round(low, 4), "p80_s": round(high, 4),
                 "runs": len(times[name]), "scores_per_s": round(case.num_scores / median, 1),
-                "times_slower_than_shipsfast": round(median / statistics.median(times["shipsfast"]), 3),
-                "share_of_floor": round(_share(flops, times[name], rates.get(name, [rate])), 4),
+                "times_slower_than_shipsfast": round(
+                    statistics.median(ratios.get(name, [median / statistics.median(times[OURS])])), 3
+                ),
+                "share_of_floor": round(_share(flops, times[name], rates if name == OURS else [rate]), 4),
                 "extrapolated_from": f"{case.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
-                "resolved_backend": "torch" if name == "shipsfast" else None,
+                "resolved_backend": "torch" if name == OURS else None,
             }  # fmt: skip
             if peaks:
                 row["peak_mib"] = _peak_mib(case.name, name)
@@ -117,6 +127,8 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
 
 def _share(flops: float, times: list[float], rates: list[float]) -> float:
     """Median over runs of floor / time, the floor at the rate measured around that run."""
+    if len(rates) == 1:
+        return flops / rates[0] / statistics.median(times)
     return statistics.median(flops / r / t for t, r in zip(times, rates, strict=True))
 
 
@@ -143,7 +155,7 @@ def peak(case: Case, path: str) -> float:
     gc.collect()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    {**PATHS, LOOP: _sampled}[path](model, case)
+    {OURS: ours, **PEERS, LOOP: _sampled}[path](model, case)
     status = Path("/proc/self/status").read_text()
     peak_kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
     return (peak_kib * 1024 - before) / 2**20

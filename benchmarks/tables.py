@@ -41,7 +41,7 @@ def render() -> str:
         state = first["commit"] + (" with uncommitted changes" if first["dirty"] else "")
         origin = (
             f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {first['date']}, "
-            f"commit {state}; medians of {first['runs']} interleaved runs; floor {first['floor_s']:.2f} s at "
+            f"commit {state}; medians of interleaved runs ({first['runs']} of shipsfast); floor {first['floor_s']:.2f} s at "
             f"{first['gemm_gflops_per_s']:.0f} GFLOP/s measured in the same run."
         )
         lines += ["", origin]

@@ -27,7 +27,7 @@ def test_peers_measure_the_same_thing(peer):
 def test_a_run_appends_rows_with_their_origin(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     rows = cpu.run_case(CASE, repeats=2, peaks=False, console=Console(quiet=True))
-    assert [r["path"] for r in rows] == [*cpu.PATHS, cpu.LOOP]
+    assert [r["path"] for r in rows] == [cpu.OURS, *cpu.PEERS, cpu.LOOP]
     written = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
     assert written == rows
     for row in rows:
@@ -37,7 +37,7 @@ def test_a_run_appends_rows_with_their_origin(tmp_path, monkeypatch):
 
 def test_a_path_that_fails_keeps_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
-    monkeypatch.setitem(cpu.PATHS, "layers >= l only, by hand", lambda model, case: np.full((3, 2, 2), 5.0))
+    monkeypatch.setitem(cpu.PEERS, "layers >= l only, by hand", lambda model, case: np.full((3, 2, 2), 5.0))
     rows = cpu.run_case(CASE, repeats=1, peaks=False, console=Console(quiet=True))
     assert "differ from the float64 oracle" in rows[3]["failed"]
 
