@@ -1,8 +1,8 @@
 // The element-wise operations between a decoder layer's matrix products, on the CPU, one pass each.
 //
 //   rms_norm(x, weight, eps, out)   out = weight * x / sqrt(mean(x^2) + eps), per row
-//   rope_(x, cos, sin)              rotary embedding in place, rotate-half convention
-//   silu_mul_(gate, up)             gate = gate * sigmoid(gate) * up in place
+//   rope(x, cos, sin, out)          rotary embedding, rotate-half convention; x may be a slice of wider rows
+//   silu_mul(gate_up, out)          out = gate * sigmoid(gate) * up, gate and up side by side in a row
 //
 // In torch these are 5, 5 and 2 passes over memory with as many temporaries, which on a CPU costs a layer a
 // third of its time. float32 and float64; one row is one thread's work, so results do not depend on threads.
@@ -58,17 +58,17 @@ inline double exp_of(double x) { return std::exp(x); }
     const T scale = T(1) / std::sqrt(squares / T(size) + eps);                                                   \
     _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * scale);                  \
   }                                                                                                              \
-  SHIPS_CLONES void rope_token(T* x, const T* cos, const T* sin, int64_t heads, int64_t half) {                  \
-    for (int64_t h = 0; h < heads; ++h, x += 2 * half) {                                                         \
+  SHIPS_CLONES void rope_token(const T* x, const T* cos, const T* sin, int64_t heads, int64_t half, T* out) {    \
+    for (int64_t h = 0; h < heads; ++h, x += 2 * half, out += 2 * half) {                                        \
       _Pragma("omp simd") for (int64_t i = 0; i < half; ++i) {                                                   \
         const T low = x[i], high = x[i + half];                                                                  \
-        x[i] = low * cos[i] - high * sin[i];                                                                     \
-        x[i + half] = high * cos[i + half] + low * sin[i + half];                                                \
+        out[i] = low * cos[i] - high * sin[i];                                                                   \
+        out[i + half] = high * cos[i + half] + low * sin[i + half];                                              \
       }                                                                                                          \
     }                                                                                                            \
   }                                                                                                              \
-  SHIPS_CLONES void silu_mul_run(T* gate, const T* up, int64_t size) {                                           \
-    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) gate[i] = gate[i] / (T(1) + exp_of(-gate[i])) * up[i]; \
+  SHIPS_CLONES void silu_mul_row(const T* gate, const T* up, int64_t size, T* out) {                             \
+    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) out[i] = gate[i] / (T(1) + exp_of(-gate[i])) * up[i]; \
   }
 
 SHIPS_DEFINE(float)
@@ -117,37 +117,52 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, Tensor out) {
   });
 }
 
-void rope_(Tensor x, const Tensor& cos, const Tensor& sin) {
-  require(x.is_contiguous() && cos.is_contiguous() && sin.is_contiguous(), "rope_", "contiguous tensors");
-  require(same_real_type(x, cos) && same_real_type(x, sin), "rope_", "one dtype, float32 or float64");
+void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor out) {
+  require(cos.is_contiguous() && sin.is_contiguous() && out.is_contiguous(), "rope", "contiguous cos, sin and out");
+  require(same_real_type(x, cos) && same_real_type(x, sin) && same_real_type(x, out), "rope",
+          "one dtype, float32 or float64");
   require(x.dim() == 4 && cos.dim() == 2 && sin.dim() == 2 && x.size(1) == cos.size(0) && x.size(3) == cos.size(1) &&
               sin.size(0) == cos.size(0) && sin.size(1) == cos.size(1) && x.size(3) % 2 == 0,
-          "rope_", "x [B, T, H, D] with D even, cos and sin [T, D]");
+          "rope", "x [B, T, H, D] with D even, cos and sin [T, D]");
+  bool same_shape = out.dim() == 4;
+  for (int64_t i = 0; same_shape && i < 4; ++i) same_shape = out.size(i) == x.size(i);
+  require(same_shape, "rope", "out of the shape of x");
   if (x.numel() == 0) return;
-  const int64_t tokens = x.size(1), heads = x.size(2), size = x.size(3);
+  const int64_t tokens = x.size(1), heads = x.size(2), size = x.size(3), step = x.stride(1);
+  require(x.stride(3) == 1 && x.stride(2) == size && (x.size(0) == 1 || x.stride(0) == tokens * step), "rope",
+          "x with the heads of a token contiguous and tokens evenly apart");
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    T* data = static_cast<T*>(x.mutable_data_ptr());
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
     const T* c = static_cast<const T*>(cos.const_data_ptr());
     const T* s = static_cast<const T*>(sin.const_data_ptr());
     over_rows(x.size(0) * tokens, heads * size, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t t = r % tokens;
-        rope_token(data + r * heads * size, c + t * size, s + t * size, heads, size / 2);
+        rope_token(from + r * step, c + t * size, s + t * size, heads, size / 2, to + r * heads * size);
       }
     });
   });
 }
 
-void silu_mul_(Tensor gate, const Tensor& up) {
-  require(gate.is_contiguous() && up.is_contiguous(), "silu_mul_", "contiguous tensors");
-  require(same_real_type(gate, up) && gate.numel() == up.numel(), "silu_mul_", "gate and up of one shape and dtype");
-  if (gate.numel() == 0) return;
-  dispatch(gate, [&](auto zero) {
+void silu_mul(const Tensor& gate_up, Tensor out) {
+  require(gate_up.is_contiguous() && out.is_contiguous(), "silu_mul", "contiguous tensors");
+  require(same_real_type(gate_up, out) && gate_up.dim() == 2 && out.dim() == 2 && gate_up.size(0) == out.size(0) &&
+              gate_up.size(1) == 2 * out.size(1),
+          "silu_mul", "gate_up [N, 2 M] and out [N, M] of one dtype");
+  if (out.numel() == 0) return;
+  const int64_t size = out.size(1);
+  dispatch(out, [&](auto zero) {
     using T = decltype(zero);
-    T* g = static_cast<T*>(gate.mutable_data_ptr());
-    const T* u = static_cast<const T*>(up.const_data_ptr());
-    over_rows(gate.numel(), 1, [&](int64_t begin, int64_t end) { silu_mul_run(g + begin, u + begin, end - begin); });
+    const T* from = static_cast<const T*>(gate_up.const_data_ptr());
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    over_rows(out.size(0), size, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T* row = from + 2 * r * size;
+        silu_mul_row(row, row + size, size, to + r * size);
+      }
+    });
   });
 }
 
@@ -155,12 +170,12 @@ void silu_mul_(Tensor gate, const Tensor& up) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shipsfast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
-  m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()");
-  m.def("silu_mul_(Tensor(a!) gate, Tensor up) -> ()");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor(a!) out) -> ()");
+  m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rope_", TORCH_BOX(&rope_));
-  m.impl("silu_mul_", TORCH_BOX(&silu_mul_));
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("silu_mul", TORCH_BOX(&silu_mul));
 }

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .anatomy import inspect_model
+from .anatomy import Anatomy, inspect_model
 from .attention import ATTRIBUTE, DENSE, DenseCall, installed
 from .errors import InputError
 
@@ -176,12 +176,20 @@ def ablate(
     anatomy = inspect_model(model, [0], 1)
     heads = list(heads)
     mask = HeadMask((tuple(check_heads(heads, anatomy.num_layers, anatomy.num_heads) if heads else ()),), how)
+    with dense_rows(model, anatomy, mask):
+        yield
+
+
+@contextlib.contextmanager
+def dense_rows(model: PreTrainedModel, anatomy: Anatomy, mask: HeadMask) -> Iterator[None]:
+    """The model driven as usual, with the heads of `mask` switched off: one group for all rows of a batch, or
+    one for each."""
     with contextlib.ExitStack() as undo:
         undo.enter_context(installed(model, DENSE))
         for index, layer in enumerate(anatomy.layers):
             device = next(layer.attention.parameters()).device
             vectors = mask.vectors(index, anatomy.num_heads, device=device, dtype=model.dtype)
-            logit_scale, output_scale = (x[0] for x in vectors)
+            logit_scale, output_scale = vectors
             outer = layer.attention.__dict__.get(ATTRIBUTE)
             if outer is not None:
                 logit_scale, output_scale = logit_scale * outer.logit_scale, output_scale * outer.output_scale

@@ -135,10 +135,10 @@ class Captured(Exception):
 
 @dataclass
 class DenseCall:
-    """`ablate`: the same heads in every row, masks as the model makes them."""
+    """`ablate`: masks as the model makes them. One set of heads for all rows of the batch, or one per row."""
 
-    logit_scale: torch.Tensor  # [H]
-    output_scale: torch.Tensor  # [H]
+    logit_scale: torch.Tensor  # [1 or B, H]
+    output_scale: torch.Tensor  # [1 or B, H]
 
 
 @dataclass
@@ -247,7 +247,7 @@ def tree_attention(
 
 
 def _dense(call: DenseCall, query, key, value, mask, scaling, softcap) -> torch.Tensor:
-    query = query * call.logit_scale.to(query.dtype)[None, :, None, None]
+    query = query * call.logit_scale.to(query.dtype)[:, :, None, None]
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -260,7 +260,7 @@ def _dense(call: DenseCall, query, key, value, mask, scaling, softcap) -> torch.
         if mask is not None:
             logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
         out = torch.matmul(torch.softmax(logits, -1), value)
-    scale = call.output_scale.to(out.dtype)[None, :, None, None]
+    scale = call.output_scale.to(out.dtype)[:, :, None, None]
     return (out * scale).masked_fill(scale == 0, 0).transpose(1, 2).contiguous()
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from . import fused, runs
 from ._version import __version__
-from .ablation import DEFAULT_SCALE, Ablation, Head, HeadMask, ablate, as_ablation, check_heads
+from .ablation import DEFAULT_SCALE, Ablation, Head, HeadMask, as_ablation, check_heads, dense_rows
 from .anatomy import Anatomy, input_device, inspect_model
 from .attention import ATTRIBUTE, resolve_backend
 from .errors import InputError, UnsupportedModelError
@@ -24,7 +24,7 @@ from .packing import pack
 from .planner import Plan, even_slices, make_plan
 from .prompts import to_token_ids
 from .results import ShipsResult, frame
-from .wavefront import Wavefront, float32_head, head_precision
+from .wavefront import Wavefront, float32_head, head_precision, last_logits_only
 
 LAYER_PATHS = ("auto", "model", "fused")
 
@@ -119,7 +119,7 @@ def scan(
     }
     kl = np.full(shape, np.nan)
     folder = None
-    checks = _Checks(model, token_ids, how)
+    checks = _Checks(model, anatomy, token_ids, how)
     if out is not None:
         folder = runs.RunFolder(out, identity)
         kl = runs.read_scores(folder.path, shape)
@@ -268,8 +268,10 @@ def _score(wavefront: Wavefront, block: list[Head], how: Ablation) -> tuple[np.n
 class _Checks:
     """The scan held against the model's own forward, one prompt at a time and unpacked."""
 
-    def __init__(self, model: PreTrainedModel, token_ids: list[list[int]], how: Ablation) -> None:
-        self.model, self.token_ids, self.how = model, token_ids, how
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, token_ids: list[list[int]], how: Ablation
+    ) -> None:
+        self.model, self.anatomy, self.token_ids, self.how = model, anatomy, token_ids, how
         self.alarm, self.relative = ALARM_NATS.get(model.dtype, ALARM_NATS[torch.float32])
         self.noise_floor = 0.0
         self.worst_spot: float | None = None
@@ -278,35 +280,37 @@ class _Checks:
     def noise(self, group: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
         """Noise floor: KL between the packed and the plain unablated model.
 
-        Taken on the longest prompt of the first group, and on the one packed last, which packing moves most.
+        Taken on the longest prompt of the first group; of several, on the one packed last, which packing
+        moves most.
         """
         if self._compared:
             return
         self._compared = True
-        longest = max(range(len(group)), key=lambda at: len(self.token_ids[group[at]]))
-        for at in sorted({longest, len(group) - 1}):
-            prompt = group[at]
-            plain = self._logits(prompt)
-            noise = float(_kl(plain, base[place[at]].to(plain.device)))
-            if not noise <= self.alarm:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} gives other answers when its prompts are packed (KL {noise:.3g} nats "
-                    f"on prompt {prompt}): its attention does something shipsfast does not know, or its logits are "
-                    "not finite"
-                )
-            self.noise_floor = max(self.noise_floor, noise)
+        at = max(range(len(group)), key=lambda i: (len(self.token_ids[group[i]]), i))
+        prompt = group[at]
+        plain = self._logits(prompt, 1)[0]
+        noise = float(_kl(plain, base[place[at]].to(plain.device)))
+        if not noise <= self.alarm:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} gives other answers when its prompts are packed (KL {noise:.3g} nats "
+                f"on prompt {prompt}): its attention does something shipsfast does not know, or its logits are "
+                "not finite"
+            )
+        self.noise_floor = max(self.noise_floor, noise)
 
     def spot(self, kl: np.ndarray, heads: list[Head]) -> None:
-        """Recompute two scores of the longest prompt by a plain forward pass with the head ablated."""
+        """Recompute two scores of the longest prompt by a plain forward pass, its rows with a head ablated each."""
         prompt = max(range(len(self.token_ids)), key=lambda i: len(self.token_ids[i]))
-        # Not the plain model's: transformers' eager attention rounds its softmax to float32, in float64 models too.
-        with ablate(self.model, []):
-            base = self._logits(prompt)
         strongest = max(heads, key=lambda h: kl[prompt, h[0], h[1]])
+        chosen = sorted({strongest, heads[len(heads) // 2]})
+        # The base row too: transformers' eager attention rounds its softmax to float32, in float64 models as well.
+        # It comes last, unlike in the scan: a model whose rows disturb each other gives other scores then.
+        mask = HeadMask((*((head,) for head in chosen), ()), self.how)
+        with dense_rows(self.model, self.anatomy, mask):
+            *ablated, base = self._logits(prompt, len(mask))
         self.worst_spot = 0.0
-        for head in sorted({strongest, heads[len(heads) // 2]}):
-            with ablate(self.model, [head], ablation=self.how):
-                expected = float(_kl(base, self._logits(prompt)))
+        for head, logits in zip(chosen, ablated, strict=True):
+            expected = float(_kl(base, logits))
             error = abs(expected - kl[prompt, head[0], head[1]])
             if not error <= self.alarm + self.relative * abs(expected):
                 raise UnsupportedModelError(
@@ -316,15 +320,16 @@ class _Checks:
             self.worst_spot = max(self.worst_spot, error)
 
     @torch.inference_mode()
-    def _logits(self, prompt: int) -> torch.Tensor:
-        """Next-token logits [V] by the model's own forward."""
-        ids = torch.tensor([self.token_ids[prompt]], device=input_device(self.model))
+    def _logits(self, prompt: int, rows: int) -> torch.Tensor:
+        """Next-token logits [rows, V] by the model's own forward, every row the same prompt."""
+        ids = torch.tensor([self.token_ids[prompt]] * rows, device=input_device(self.model))
         training = [m for m in self.model.modules() if m.training]
         try:
             for module in training:
                 module.training = False
             with float32_head(self.model):
-                return self.model(input_ids=ids, use_cache=False, return_dict=True).logits[0, -1]
+                keep = last_logits_only(self.model)
+                return self.model(input_ids=ids, use_cache=False, return_dict=True, **keep).logits[:, -1]
         finally:
             for module in training:
                 module.training = True

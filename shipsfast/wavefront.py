@@ -112,7 +112,8 @@ class Wavefront:
         device = input_device(self.model)
         token_ids = torch.as_tensor(self.packed.token_ids, device=device)[None]
         position_ids = torch.as_tensor(self.packed.position, device=device).long()[None]
-        self._forward(token_ids, position_ids, **self._keep_one)
+        # The pass through the layers ends in the model's head, whose result there is not wanted.
+        self._forward(token_ids, position_ids, **last_logits_only(self.model))
         self._buffer = None
         start = torch.zeros(1, len(self.last_nodes), dtype=torch.long, device=device)
         base = None
@@ -122,15 +123,6 @@ class Wavefront:
             base = logits[0].clone() if base is None else base
             consume(rows, logits, base)
         self._head_chunk = self._final = None
-
-    @property
-    def _keep_one(self) -> dict:
-        """The pass through the layers ends in the model's head, whose result there is not wanted."""
-        return (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(self.model.forward).parameters
-            else {}
-        )
 
     def _forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
         out = self.model(
@@ -189,22 +181,33 @@ class Wavefront:
 
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
         into = self._final if last else self._buffer
-        if simple and heads:
-            scales = (self._mask.ablation.logit_scale, self._mask.ablation.output_scale)
-            layer.forks(
-                self._buffer[:1], [chosen[0] for chosen in heads], scales, cos, sin, attention, nodes,
-                even_slices(len(heads), self.rows_per_chunk), into[before:after],
-            )  # fmt: skip
-            self.tick(len(heads))
-        for rows in even_slices(before if simple else after, self.rows_per_chunk):
-            x = self._buffer[rows]
-            vectors = self._mask.vectors(
-                index, self.anatomy.num_heads, device=x.device, dtype=x.dtype, rows=rows
-            )
-            out = layer.rows(x, cos, sin, attention, vectors, nodes)
-            if last:
-                into[rows] = out
-            self.tick(rows.stop - rows.start)
+        per_chunk = self.rows_per_chunk
+        # With the forks, the base row has passed this layer too, and only the others are left.
+        old = range(1, before) if simple and heads else range(after)
+        chunks = [slice(old.start + r.start, old.start + r.stop) for r in even_slices(len(old), per_chunk)]
+        sizes = [rows.stop - rows.start for rows in chunks]
+        common = max(sizes, key=sizes.count, default=0)
+        worth = common if sizes.count(common) > 1 else 0
+        with layer.loaded(worth * hidden.shape[1], worth * len(self.last_nodes) if last else None):
+            if len(old) < after:
+                scales = (self._mask.ablation.logit_scale, self._mask.ablation.output_scale)
+                base_row = layer.forks(
+                    self._buffer[:1], [chosen[0] for chosen in heads], scales, cos, sin, attention, nodes,
+                    even_slices(len(heads), per_chunk), into[before:after],
+                )  # fmt: skip
+                self.tick(len(heads))
+            for rows in chunks:
+                x = self._buffer[rows]
+                vectors = self._mask.vectors(
+                    index, self.anatomy.num_heads, device=x.device, dtype=x.dtype, rows=rows
+                )
+                out = layer.rows(x, cos, sin, attention, vectors, nodes)
+                if last:
+                    into[rows] = out
+                self.tick(rows.stop - rows.start)
+            if len(old) < after:
+                into[:1] = base_row
+                self.tick(1)
 
     def _fork(self, index: int, hidden: torch.Tensor, copy: bool = True) -> int:
         """Bring the incoming rows into the buffer and add the copies that fork here. Returns the rows alive."""
@@ -290,6 +293,12 @@ def _forward_replaced(module: torch.nn.Module, make: Callable[[Callable], Callab
             del module.forward
         else:
             module.forward = own
+
+
+def last_logits_only(model: PreTrainedModel) -> dict:
+    """The argument that keeps a forward pass from computing logits nobody reads, where the model takes it."""
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if takes else {}
 
 
 def head_precision(model: PreTrainedModel) -> str:

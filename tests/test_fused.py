@@ -93,15 +93,19 @@ def test_ops_against_torch(dtype, size):
         torch.randn(7, size, generator=gen).to(dtype),
     )
     expected = torch.nn.functional.silu(gate.double()) * up.double()
-    torch.ops.shipsfast.silu_mul_(gate, up)
-    assert ((gate - expected).abs() <= tolerance * (1 + expected.abs())).all()
+    inner = torch.full_like(gate, float("nan"))
+    torch.ops.shipsfast.silu_mul(torch.cat([gate, up], 1), inner)
+    assert ((inner - expected).abs() <= tolerance * (1 + expected.abs())).all()
 
     q = torch.randn(2, 5, 3, size, generator=gen).to(dtype)
     cos, sin = torch.randn(5, size, generator=gen).to(dtype), torch.randn(5, size, generator=gen).to(dtype)
     low, high = q.double().chunk(2, -1)
     expected = q.double() * cos[:, None].double() + torch.cat([-high, low], -1) * sin[:, None].double()
-    torch.ops.shipsfast.rope_(q, cos, sin)
-    assert ((q - expected).abs() <= tolerance * (1 + expected.abs())).all()
+    wider = torch.cat([q.flatten(2), torch.full((2, 5, 7), float("nan"), dtype=dtype)], 2)
+    for x in (q, wider[:, :, : 3 * size].unflatten(2, (3, size))):
+        out = torch.full_like(q, float("nan"))
+        torch.ops.shipsfast.rope(x, cos, sin, out)
+        assert ((out - expected).abs() <= tolerance * (1 + expected.abs())).all()
 
 
 @pytest.mark.parametrize(
@@ -109,9 +113,11 @@ def test_ops_against_torch(dtype, size):
     [
         lambda x: torch.ops.shipsfast.rms_norm(x, x[0, :3], 1e-6, x),
         lambda x: torch.ops.shipsfast.rms_norm(x.t(), x[:, 0].contiguous(), 1e-6, x),
-        lambda x: torch.ops.shipsfast.rope_(x, x, x),
-        lambda x: torch.ops.shipsfast.silu_mul_(x, x[:1]),
-        lambda x: torch.ops.shipsfast.silu_mul_(x.half(), x.half()),
+        lambda x: torch.ops.shipsfast.rope(x, x, x, x),
+        lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 1, 6), x, x, x.view(1, 1, 2, 6)),
+        lambda x: torch.ops.shipsfast.rope(x.view(1, 1, 2, 6).transpose(1, 2), x, x, x.view(1, 2, 1, 6)[..., :]),
+        lambda x: torch.ops.shipsfast.silu_mul(x, x[:1]),
+        lambda x: torch.ops.shipsfast.silu_mul(x.half(), x[:, :3].half()),
     ],
 )
 def test_ops_refuse_bad_shapes(call):
