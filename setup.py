@@ -63,7 +63,9 @@ def extension() -> dict:
     # Neither changes a result: the one enables `#pragma omp simd`, without OpenMP's library, and with the other
     # GCC may turn the selects in those loops into vector code.
     flags = {"cxx": ["-O3", "-fopenmp-simd", "-fno-trapping-math", "-fvisibility=hidden"]}
-    sources = ["csrc/bindings.cpp", "csrc/ships_kl_cpu.cpp", "csrc/fused_cpu.cpp"]
+    sources = [
+        "csrc/bindings.cpp", "csrc/ships_kl_cpu.cpp", "csrc/ships_divergence_cpu.cpp", "csrc/fused_cpu.cpp",
+    ]  # fmt: skip
     if problem:
         print(f"shipsfast: building for the CPU only ({problem})", file=sys.stderr)
         make = cpp_extension.CppExtension
@@ -75,7 +77,7 @@ def extension() -> dict:
         make = cpp_extension.CUDAExtension
     module = make(
         "shipsfast._C", sources, define_macros=macros, extra_compile_args=flags, py_limited_api=True,
-        depends=["csrc/ships_kl.h", "csrc/ships_kl.cuh"],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*.*h"))],
     )  # fmt: skip
     return {
         "ext_modules": [module],

@@ -1,6 +1,7 @@
 """`python -m benchmarks`: one entry point for every benchmark.
 
 cpu     the exhaustive scan against the best other ways, appended to benchmarks/results/cpu.jsonl
+sahara  a Sahara search beside a KL scan, appended to benchmarks/results/sahara.jsonl
 tables  rewrite the README's tables from the results
 """
 
@@ -30,6 +31,22 @@ def cpu(
     chosen = [c for c in CPU_CASES if case in c.name] or [c for c in SMOKE_CASES if case in c.name]
     for each in chosen:
         run_case(each, repeats, peaks, Console(width=160))
+
+
+@app.command()
+def sahara(
+    case: str = typer.Option("", help="Only cases whose name contains this."),
+    repeats: int = typer.Option(3, min=1, help="Interleaved runs."),
+) -> None:
+    """What a Sahara search costs beside a KL scan of the same prompts."""
+    from rich.console import Console
+
+    from .cases import CPU_CASES, SMOKE_CASES
+    from .sahara import run_case
+
+    chosen = [c for c in CPU_CASES if case in c.name] or [c for c in SMOKE_CASES if case in c.name]
+    for each in chosen:
+        run_case(each, repeats, Console(width=160))
 
 
 @app.command(hidden=True)

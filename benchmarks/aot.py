@@ -35,17 +35,30 @@ REGISTERS_PER_SM = 65536
 TARGETS = {"sm_80": (80,), "sm_90": (90,), "default": (80, 90)}
 TRITON_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 GROUPS = 4
+# How the arguments begin that are None without replacements.
+REPLACEMENT = (
+    "replace",
+    "q_alt",
+    "k_alt",
+    "out_alt",
+    "stride_r",
+    "stride_q_alt",
+    "stride_k_alt",
+    "stride_out_alt",
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compiled version. `features` are the optional parts of the kernel: none of them, or all of them."""
+    """One compiled version. `features`: softcap, window and query_index, none of them or all; `replace`: with
+    replacement vectors."""
 
     config: str
     sm: int
     dtype: str
     head_dim: int
     features: bool
+    replace: bool
 
     @property
     def id(self) -> str:
@@ -53,7 +66,7 @@ class Case:
 
     @property
     def version(self) -> str:
-        return "all" if self.features else "plain"
+        return ("all" if self.features else "plain") + ("+replace" if self.replace else "")
 
 
 def cases() -> list[Case]:
@@ -62,18 +75,20 @@ def cases() -> list[Case]:
     from shipsfast.kernels.launch_config import load_configs
 
     return [
-        Case(config, sm, dtype, head_dim, features)
+        Case(config, sm, dtype, head_dim, features, replace)
         for config, targets in TARGETS.items()
         for sm in targets
         for dtype, sizes in load_configs(config)[KERNEL].items()
         for head_dim in sizes
+        for replace in (False, True)
         for features in (False, True)
-        if not (features and (dtype == "float16" or config == "default"))
+        if not ((features or replace) and (dtype == "float16" or config == "default"))
     ]
 
 
 def compile_case(case: Case) -> dict[str, int]:
-    """Registers and local memory (spills) per thread, shared bytes per block, tensor-core instructions."""
+    """Registers and local memory (spills) per thread, shared bytes per block, and what the code is made of:
+    tensor-core instructions, asynchronous copies, float32 arithmetic."""
     import triton
     from shipsfast.kernels.launch_config import load_configs
     from triton.backends.compiler import GPUTarget
@@ -93,6 +108,7 @@ def compile_case(case: Case) -> dict[str, int]:
         "HAS_SOFTCAP": case.features,
         "HAS_WINDOW": case.features,
         "HAS_QUERY_INDEX": case.features,
+        "HAS_REPLACE": case.replace,
         "DOT_DTYPE": getattr(module.tl, case.dtype),
         "INPUT_PRECISION": config.input_precision,
         "stride_lh": 1,  # the launcher turns strides of 1 into constants too
@@ -100,13 +116,19 @@ def compile_case(case: Case) -> dict[str, int]:
     }
     if not case.features:
         constants["query_index_ptr"] = None
+    if case.replace:
+        constants["stride_rh"] = 1
+    else:
+        constants |= dict.fromkeys(n for n in kernel.arg_names if n.startswith(REPLACEMENT))
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "q_alt_ptr", "k_alt_ptr", "out_alt_ptr"):
             signature[name] = f"*{dtype}"
+        elif name == "replace_ptr":
+            signature[name] = "*i8"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if "scale" in name else "*i32"
         else:
@@ -129,6 +151,7 @@ def compile_case(case: Case) -> dict[str, int]:
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma_sync": len(re.findall(r"mma\.sync", ptx)),
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "fp32_ops": len(re.findall(r"^\s(?:add|sub|mul|fma|div|ex2)\.\S*f32\s", ptx, re.MULTILINE)),
     }
 
 
@@ -183,7 +206,8 @@ def write_document(table: dict[str, dict[str, int]], version: str) -> None:
     by_id = {case.id: case for case in cases()}
     lines = [
         begin,
-        f"Triton {version}. `all` has softcap, window and query_index, `plain` has none of them.",
+        f"Triton {version}. `all` has softcap, window and query_index, `plain` has none of them,",
+        "`+replace` takes replacement vectors too.",
         "",
         "| config | chip | dtype | D | version | registers | spilled B | shared KiB | blocks/SM | cores |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "ships_divergence.h"
 #include "ships_kl.h"
 
 namespace {
@@ -33,7 +34,7 @@ template <typename... Parts>
 void require(bool condition, const Parts&... parts) {
   if (condition) return;
   std::ostringstream message;
-  message << "shipsfast::kl_rows: ";
+  message << "shipsfast: ";
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
@@ -50,8 +51,8 @@ shipsfast::LogitType logit_type(const Tensor& tensor) {
   return shipsfast::LogitType::kFloat32;
 }
 
-// Checks everything that can be checked without reading row_map, and allocates the result.
-Tensor prepare(const Tensor& base, const Tensor& ablated, const Tensor& row_map, shipsfast::KlRows& rows) {
+// Checks everything that can be checked without reading row_map, and fills in `rows`.
+void describe(const Tensor& base, const Tensor& ablated, const Tensor& row_map, shipsfast::LogitRows& rows) {
   require(base.dim() == 2 && ablated.dim() == 2 && base.size(1) == ablated.size(1) && base.size(1) > 0,
           "expected base [P, V] and ablated [N, V] with V > 0, got base ", shape_of(base), " and ablated ",
           shape_of(ablated));
@@ -68,30 +69,60 @@ Tensor prepare(const Tensor& base, const Tensor& ablated, const Tensor& row_map,
   require(single || (base.stride(1) == 1 && ablated.stride(1) == 1), "expected a contiguous last dimension, got base ",
           shape_of(base), " with stride ", base.stride(1), " and ablated ", shape_of(ablated), " with stride ",
           ablated.stride(1), ": call .contiguous() first");
-  Tensor kl_nats = torch::stable::new_empty(base, {ablated.size(0)}, ScalarType::Double);
   rows.type = logit_type(base);
   rows.base = base.const_data_ptr();
   rows.ablated = ablated.const_data_ptr();
   rows.row_map = static_cast<const int64_t*>(row_map.const_data_ptr());
-  rows.kl_nats = static_cast<double*>(kl_nats.mutable_data_ptr());
   rows.num_base = base.size(0);
   rows.num_ablated = ablated.size(0);
   rows.vocab = base.size(1);
   rows.base_stride = base.stride(0);
   rows.ablated_stride = ablated.stride(0);
+}
+
+void check_row_map(const Tensor& base, const shipsfast::LogitRows& rows) {
+  for (int64_t i = 0; i < rows.num_ablated; ++i) {
+    require(rows.row_map[i] >= 0 && rows.row_map[i] < rows.num_base, "row_map[", i, "] = ", rows.row_map[i],
+            " is not a row of base ", shape_of(base));
+  }
+}
+
+Tensor prepare_kl(const Tensor& base, const Tensor& ablated, const Tensor& map, shipsfast::KlRows& rows) {
+  describe(base, ablated, map, rows);
+  Tensor kl_nats = torch::stable::new_empty(base, {rows.num_ablated}, ScalarType::Double);
+  rows.kl_nats = static_cast<double*>(kl_nats.mutable_data_ptr());
   return kl_nats;
+}
+
+Tensor prepare_divergence(const Tensor& base, const Tensor& ablated, const Tensor& map, int64_t which,
+                          shipsfast::DivergenceRows& rows) {
+  require(which > 0 && (which & ~shipsfast::kEveryDivergence) == 0, "expected which in 1 .. ",
+          int64_t{shipsfast::kEveryDivergence}, ", got ", which);
+  describe(base, ablated, map, rows);
+  int64_t count = 0;
+  for (int64_t bits = which; bits != 0; bits >>= 1) count += bits & 1;
+  Tensor results = torch::stable::new_empty(base, {count, rows.num_ablated}, ScalarType::Double);
+  rows.which = which;
+  rows.results = static_cast<double*>(results.mutable_data_ptr());
+  return results;
 }
 
 Tensor kl_rows_cpu(const Tensor& base, const Tensor& ablated, const Tensor& row_map) {
   const Tensor map = torch::stable::contiguous(row_map);
   shipsfast::KlRows rows;
-  Tensor kl_nats = prepare(base, ablated, map, rows);
-  for (int64_t i = 0; i < rows.num_ablated; ++i) {
-    require(rows.row_map[i] >= 0 && rows.row_map[i] < rows.num_base, "row_map[", i, "] = ", rows.row_map[i],
-            " is not a row of base ", shape_of(base));
-  }
+  Tensor kl_nats = prepare_kl(base, ablated, map, rows);
+  check_row_map(base, rows);
   if (rows.num_ablated > 0) shipsfast::kl_rows_cpu(rows);
   return kl_nats;
+}
+
+Tensor divergence_rows_cpu(const Tensor& base, const Tensor& ablated, const Tensor& row_map, int64_t which) {
+  const Tensor map = torch::stable::contiguous(row_map);
+  shipsfast::DivergenceRows rows;
+  Tensor results = prepare_divergence(base, ablated, map, which, rows);
+  check_row_map(base, rows);
+  if (rows.num_ablated > 0) shipsfast::divergence_rows_cpu(rows);
+  return results;
 }
 
 #ifdef SHIPSFAST_WITH_CUDA
@@ -99,20 +130,38 @@ Tensor kl_rows_cuda(const Tensor& base, const Tensor& ablated, const Tensor& row
   const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
   const Tensor map = torch::stable::contiguous(row_map);
   shipsfast::KlRows rows;
-  Tensor kl_nats = prepare(base, ablated, map, rows);
+  Tensor kl_nats = prepare_kl(base, ablated, map, rows);
   if (rows.num_ablated > 0) shipsfast::kl_rows_cuda(rows, base.get_device_index());
   return kl_nats;
+}
+
+Tensor divergence_rows_cuda(const Tensor& base, const Tensor& ablated, const Tensor& row_map, int64_t which) {
+  const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
+  const Tensor map = torch::stable::contiguous(row_map);
+  shipsfast::DivergenceRows rows;
+  Tensor results = prepare_divergence(base, ablated, map, which, rows);
+  if (rows.num_ablated > 0) shipsfast::divergence_rows_cuda(rows, base.get_device_index());
+  return results;
 }
 #endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(shipsfast, m) { m.def("kl_rows(Tensor base, Tensor ablated, Tensor row_map) -> Tensor"); }
+STABLE_TORCH_LIBRARY(shipsfast, m) {
+  m.def("kl_rows(Tensor base, Tensor ablated, Tensor row_map) -> Tensor");
+  m.def("divergence_rows(Tensor base, Tensor ablated, Tensor row_map, int which) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) { m.impl("kl_rows", TORCH_BOX(&kl_rows_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) {
+  m.impl("kl_rows", TORCH_BOX(&kl_rows_cpu));
+  m.impl("divergence_rows", TORCH_BOX(&divergence_rows_cpu));
+}
 
 #ifdef SHIPSFAST_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(shipsfast, CUDA, m) { m.impl("kl_rows", TORCH_BOX(&kl_rows_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(shipsfast, CUDA, m) {
+  m.impl("kl_rows", TORCH_BOX(&kl_rows_cuda));
+  m.impl("divergence_rows", TORCH_BOX(&divergence_rows_cuda));
+}
 #endif
 
 PyMODINIT_FUNC PyInit__C(void) {

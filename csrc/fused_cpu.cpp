@@ -128,9 +128,9 @@ void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor out) {
   for (int64_t i = 0; same_shape && i < 4; ++i) same_shape = out.size(i) == x.size(i);
   require(same_shape, "rope", "out of the shape of x");
   if (x.numel() == 0) return;
-  const int64_t tokens = x.size(1), heads = x.size(2), size = x.size(3), step = x.stride(1);
-  require(x.stride(3) == 1 && x.stride(2) == size && (x.size(0) == 1 || x.stride(0) == tokens * step), "rope",
-          "x with the heads of a token contiguous and tokens evenly apart");
+  const int64_t tokens = x.size(1), heads = x.size(2), size = x.size(3);
+  const int64_t row_step = x.stride(0), token_step = x.stride(1);
+  require(x.stride(3) == 1 && (heads == 1 || x.stride(2) == size), "rope", "x with the heads of a token contiguous");
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(x.const_data_ptr());
@@ -139,8 +139,9 @@ void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor out) {
     const T* s = static_cast<const T*>(sin.const_data_ptr());
     over_rows(x.size(0) * tokens, heads * size, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const int64_t t = r % tokens;
-        rope_token(from + r * step, c + t * size, s + t * size, heads, size / 2, to + r * heads * size);
+        const int64_t b = r / tokens, t = r % tokens;
+        const T* token = from + b * row_step + t * token_step;
+        rope_token(token, c + t * size, s + t * size, heads, size / 2, to + r * heads * size);
       }
     });
   });

@@ -1,4 +1,4 @@
-// What the two implementations of shipsfast::kl_rows share: raw pointers and sizes, no torch.
+// What the implementations of the ops over rows of logits share: raw pointers and sizes, no torch.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,22 @@ namespace shipsfast {
 
 enum class LogitType : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
 
-// KL(base || ablated) of each ablated row. Strides are in elements, and the last dimension is contiguous.
-struct KlRows {
+// Strides are in elements, and the last dimension is contiguous.
+struct LogitRows {
   const void* base;        // [P, V]
   const void* ablated;     // [N, V]
   const int64_t* row_map;  // [N], the base row of each ablated row
-  double* kl_nats;         // [N]
   LogitType type;
   int64_t num_base;     // P
   int64_t num_ablated;  // N
   int64_t vocab;        // V
   int64_t base_stride;
   int64_t ablated_stride;
+};
+
+// KL(base || ablated) of each ablated row.
+struct KlRows : LogitRows {
+  double* kl_nats;  // [N]
 };
 
 // Host memory. row_map has been checked against num_base. Throws std::runtime_error for a bad SHIPSFAST_CPU_ISA.

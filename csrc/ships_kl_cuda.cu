@@ -1,5 +1,5 @@
-// The CUDA side of shipsfast::kl_rows: scratch from torch's allocator, torch's current stream, launch check.
-// The caller holds the device guard. Through the stable ABI, like bindings.cpp.
+// The CUDA side of the ops over rows of logits: scratch from torch's allocator, torch's current stream, launch
+// check. The caller holds the device guard. Through the stable ABI, like bindings.cpp.
 
 #include <limits>
 #include <stdexcept>
@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "ships_divergence.cuh"
 #include "ships_kl.cuh"
 
 namespace shipsfast {
@@ -22,29 +23,48 @@ torch::stable::Tensor device_bytes(int64_t bytes, int32_t device_index) {
       torch::stable::Device(torch::headeronly::DeviceType::CUDA, device_index));
 }
 
-}  // namespace
-
-void kl_rows_cuda(const KlRows& rows, int32_t device_index) {
+// torch's current stream, once the launch is known to fit.
+cudaStream_t stream_for(const LogitRows& rows, int32_t device_index) {
   constexpr int64_t kLargestGrid = std::numeric_limits<int32_t>::max();
   if (rows.num_base > kLargestGrid || rows.num_ablated > kLargestGrid) {
-    throw std::runtime_error("shipsfast::kl_rows: base [" + std::to_string(rows.num_base) + ", V] or ablated [" +
+    throw std::runtime_error("shipsfast: base [" + std::to_string(rows.num_base) + ", V] or ablated [" +
                              std::to_string(rows.num_ablated) + ", V] has more rows than a CUDA grid");
   }
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace
+
+void kl_rows_cuda(const KlRows& rows, int32_t device_index) {
+  const cudaStream_t stream = stream_for(rows, device_index);
   // Freed on return while the kernels still run: torch reuses the memory on this stream only, after them.
   const auto e_b = device_bytes(rows.num_base * kl_pitch(rows.vocab) * static_cast<int64_t>(sizeof(TwoFloat)),
                                 device_index);
   const auto stats = device_bytes(rows.num_base * static_cast<int64_t>(sizeof(BaseStats)), device_index);
   const auto launch = [&](auto launcher) {
     launcher(rows, static_cast<TwoFloat*>(e_b.mutable_data_ptr()), static_cast<BaseStats*>(stats.mutable_data_ptr()),
-             static_cast<cudaStream_t>(stream));
+             stream);
   };
   switch (rows.type) {
     case LogitType::kBFloat16: launch(launch_kl_rows<__nv_bfloat16>); break;
     case LogitType::kFloat16: launch(launch_kl_rows<__half>); break;
     case LogitType::kFloat32: launch(launch_kl_rows<float>); break;
     case LogitType::kFloat64: launch(launch_kl_rows<double>); break;
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void divergence_rows_cuda(const DivergenceRows& rows, int32_t device_index) {
+  const cudaStream_t stream = stream_for(rows, device_index);
+  const auto scratch = device_bytes(rows.num_base * static_cast<int64_t>(sizeof(RowNorm)), device_index);
+  RowNorm* norms = static_cast<RowNorm*>(scratch.mutable_data_ptr());
+  switch (rows.type) {
+    case LogitType::kBFloat16: launch_divergence_rows<__nv_bfloat16>(rows, norms, stream); break;
+    case LogitType::kFloat16: launch_divergence_rows<__half>(rows, norms, stream); break;
+    case LogitType::kFloat32: launch_divergence_rows<float>(rows, norms, stream); break;
+    case LogitType::kFloat64: launch_divergence_rows<double>(rows, norms, stream); break;
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -12,7 +12,12 @@ without a mask, then those that need one. Blocks that nobody sees are never load
 T x T, no repeated key/value head and no copy of the inputs is ever materialised.
 
 The mask vectors only multiply, so a head whose two factors are 1 gives the very bits of an unmasked call.
-The oracle is shipsfast.reference.tree_attention.
+Flags per batch row and head, replace[b, h], put other vectors in the place of the head's own: queries
+q_alt [1 or B, TQ, D], keys k_alt [1 or B, T, D], or its output before output_scale, out_alt
+[1 or H, 1 or TQ, D]. A flag chooses where a program reads, so a replaced output reads no keys, and a head
+without flags does what it does in a call without replacements.
+
+The oracle is shipsfast.reference.tree_attention, the checks of the arguments are in attention_checks.py.
 """
 
 from __future__ import annotations
@@ -20,9 +25,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from shipsfast.kernels.attention_checks import check_arguments, check_replacements
 from shipsfast.kernels.block_table import BlockTable
 from shipsfast.kernels.block_table import block_table as build_block_table
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config
+
+from shipsfast import reference
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Start of the running maximum. Finite, so that a row which sees nothing of a block gets
@@ -31,11 +39,13 @@ LOWEST = tl.constexpr(-3.0e38)
 # Below this |x|, 1 - exp(-2|x|) cancels and tanh is taken from its series, whose next term is below 2**-24.
 TANH_SERIES = tl.constexpr(0.3)
 MIN_DOT_SIZE = 16
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+REPLACE_Q = tl.constexpr(reference.REPLACE_Q)
+REPLACE_K = tl.constexpr(reference.REPLACE_K)
+REPLACE_OUT = tl.constexpr(reference.REPLACE_OUT)
 
 
 # The sizes change from pack to pack, so they must not choose between compiled versions.
-@triton.jit(do_not_specialize=["TQ", "T", "num_query_blocks", "window"])
+@triton.jit(do_not_specialize=["TQ", "T", "num_query_blocks", "window", "replaceable"])
 def _tree_attention_kernel(
     q_ptr,  # [B, H, TQ, D]
     k_ptr,  # [B, HKV, T, D]
@@ -49,6 +59,10 @@ def _tree_attention_kernel(
     row_ptr_ptr,  # [NQ + 1]
     full_end_ptr,  # [NQ]
     col_ptr,  # [N]
+    replace_ptr,  # [B, H] int8; None, like all the replacement's arguments, without HAS_REPLACE
+    q_alt_ptr,  # [1 or B, TQ, D]
+    k_alt_ptr,  # [1 or B, T, D]
+    out_alt_ptr,  # [1 or H, 1 or TQ, D]
     stride_qb,
     stride_qh,
     stride_qt,
@@ -62,6 +76,14 @@ def _tree_attention_kernel(
     stride_lh,
     stride_ob,
     stride_oh,
+    stride_rb,
+    stride_rh,
+    stride_q_alt_b,
+    stride_q_alt_t,
+    stride_k_alt_b,
+    stride_k_alt_t,
+    stride_out_alt_h,
+    stride_out_alt_t,
     H,
     TQ,
     T,
@@ -69,6 +91,7 @@ def _tree_attention_kernel(
     window,
     pre_scale,  # scaling * log2(e), or scaling / softcap
     post_scale,  # softcap * log2(e)
+    replaceable,  # the flags whose vectors were given
     GROUPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,6 +100,7 @@ def _tree_attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_QUERY_INDEX: tl.constexpr,
+    HAS_REPLACE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -106,8 +130,22 @@ def _tree_attention_kernel(
     q_row = q_ptr + b * stride_qb + h * stride_qh
     k_row = k_ptr + b * stride_kb + h // GROUPS * stride_kh
     v_row = v_ptr + b * stride_vb + h // GROUPS * stride_vh
+    step_q, step_k = stride_qt, stride_kt
+    reads_keys = output_scale != 0.0
+    if HAS_REPLACE:
+        flags = tl.load(replace_ptr + b * stride_rb + h * stride_rh).to(tl.int32)
+        # Asked for and not given: NaN is seen, the head's own vectors would pass for the ablation.
+        output_scale = tl.where((flags & ~replaceable) != 0, float("nan"), output_scale)
+        other_q = (flags & REPLACE_Q) != 0
+        other_k = (flags & REPLACE_K) != 0
+        q_row = tl.where(other_q, q_alt_ptr + b * stride_q_alt_b, q_row)
+        k_row = tl.where(other_k, k_alt_ptr + b * stride_k_alt_b, k_row)
+        step_q = tl.where(other_q, stride_q_alt_t, stride_qt)
+        step_k = tl.where(other_k, stride_k_alt_t, stride_kt)
+        other_out = reads_keys & ((flags & REPLACE_OUT) != 0)
+        reads_keys = reads_keys & ((flags & REPLACE_OUT) == 0)
     q = tl.load(
-        q_row + offs_m[:, None].to(tl.int64) * stride_qt + offs_d[None, :],
+        q_row + offs_m[:, None].to(tl.int64) * step_q + offs_d[None, :],
         mask=mask_m[:, None] & mask_d[None, :],
         other=0.0,
     ).to(DOT_DTYPE)  # [BLOCK_M, BLOCK_D]
@@ -119,9 +157,9 @@ def _tree_attention_kernel(
     row_start = tl.load(row_ptr_ptr + block_m)
     full_end = tl.load(full_end_ptr + block_m)
     row_stop = tl.load(row_ptr_ptr + block_m + 1)
-    # A head that is switched off reads no keys at all.
-    full_end = tl.where(output_scale == 0.0, row_start, full_end)
-    row_stop = tl.where(output_scale == 0.0, full_end, row_stop)
+    # A head that is switched off, or whose output is replaced, reads no keys at all.
+    full_end = tl.where(reads_keys, full_end, row_start)
+    row_stop = tl.where(reads_keys, row_stop, full_end)
 
     for MASKED in tl.static_range(2):
         if MASKED:
@@ -135,9 +173,7 @@ def _tree_attention_kernel(
                 mask_kv = (n < T)[:, None] & mask_d[None, :]
             else:
                 mask_kv = mask_d[None, :]
-            k = tl.load(
-                k_row + n[:, None].to(tl.int64) * stride_kt + offs_d[None, :], mask=mask_kv, other=0.0
-            )
+            k = tl.load(k_row + n[:, None].to(tl.int64) * step_k + offs_d[None, :], mask=mask_kv, other=0.0)
             s = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
             s = s * factor
             if HAS_SOFTCAP:
@@ -169,9 +205,18 @@ def _tree_attention_kernel(
             acc = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), acc, input_precision=INPUT_PRECISION)
             row_max = new_max
 
-    # Only padding queries and heads that are switched off have an empty sum.
+    # Only padding queries and heads that read no keys have an empty sum.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    out = acc / row_sum[:, None] * output_scale
+    out = acc / row_sum[:, None]
+    if HAS_REPLACE:
+        out_row = out_alt_ptr + h * stride_out_alt_h
+        if other_out:
+            out = tl.load(
+                out_row + offs_m[:, None].to(tl.int64) * stride_out_alt_t + offs_d[None, :],
+                mask=mask_m[:, None] & mask_d[None, :],
+                other=0.0,
+            ).to(tl.float32)
+    out = out * output_scale
     tl.store(
         out_ptr + ((b * TQ + offs_m[:, None]) * H + h) * D + offs_d[None, :],
         out.to(out_ptr.dtype.element_ty),
@@ -196,6 +241,10 @@ def tree_attention(
     softcap: float | None = None,
     window: int | None = None,
     query_index: torch.Tensor | None = None,
+    replace: torch.Tensor | None = None,
+    q_alt: torch.Tensor | None = None,
+    k_alt: torch.Tensor | None = None,
+    out_alt: torch.Tensor | None = None,
     block_table: BlockTable | None = None,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
@@ -210,6 +259,12 @@ def tree_attention(
         scaling: factor on q . k, usually D ** -0.5.
         softcap: soft limit of the scaled logits; window: sliding window in tokens, counting the token itself.
         query_index: int32 [TQ], packed indices of the queries in ascending order, None if TQ = T.
+        replace: int8 [B, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/reference.py) for each
+            row and head, 0 for a head that keeps its own; None for no replacement, and the next three are not
+            looked at. Which flags are set is not checked on a GPU, which would wait for it: there a head
+            whose vectors are missing gives NaN.
+        q_alt: [B or 1, TQ, D]; k_alt: [B or 1, T, D]; out_alt: [H or 1, TQ or 1, D]; in q's dtype, any strides
+            with a contiguous last dimension. None where no head is flagged for it.
         block_table: from block_table(...) with the same tree, queries and window and the block sizes of
             `config`. Without one it is built here, which waits for the GPU: build it once for a tree.
         config: launch parameters, by default those of the device's file.
@@ -219,7 +274,14 @@ def tree_attention(
         TypeError: a dtype the kernel does not take. ValueError: shapes, strides or a table that do not fit.
         RuntimeError: the tensors are not on a GPU.
     """
-    _check(q, k, v, logit_scale, output_scale, position, subtree_end, query_index, softcap, window)
+    check_arguments(q, k, v, logit_scale, output_scale, position, subtree_end, query_index, softcap, window)
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(
+            f"the Triton kernel needs a CUDA device and q is on {q.device}: use backend='reference', "
+            "or set TRITON_INTERPRET=1 before the import to run it slowly on the CPU"
+        )
+    if replace is not None:
+        check_replacements(replace, q_alt, k_alt, out_alt, q, k, logit_scale)
     rows, heads = logit_scale.shape
     kv_heads, num_keys = k.shape[1:3]
     num_queries, head_dim = q.shape[2:]
@@ -252,7 +314,19 @@ def tree_attention(
     out = torch.empty((rows, num_queries, heads, head_dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    stride = lambda x: (0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2))
+    # A dimension of 1 broadcasts, the last one is contiguous.
+    strides = lambda x: [
+        step if size > 1 else 0 for size, step in zip(x.shape[:-1], x.stride(), strict=False)
+    ]
+    pointers, pointer_strides, replaceable = [None] * 4, [None] * 8, None
+    if replace is not None:
+        given = {REPLACE_Q.value: q_alt, REPLACE_K.value: k_alt, REPLACE_OUT.value: out_alt}
+        replaceable = sum(flag for flag, x in given.items() if x is not None)
+        # What was not given is never used, but its address must be one that can be read.
+        pointers = [replace, *(q if x is None else x for x in given.values())]
+        pointer_strides = list(replace.stride())
+        for x in given.values():
+            pointer_strides += [0, 0] if x is None else strides(x)
     dot_dtype = torch.float32 if INTERPRETED else q.dtype  # the interpreter's bfloat16 dot is wrong
     with torch.cuda.device_of(q):
         _tree_attention_kernel[(block_table.num_query_blocks * rows * heads,)](
@@ -268,11 +342,13 @@ def tree_attention(
             block_table.row_ptr,
             block_table.full_end,
             block_table.col,
-            *stride(q),
-            *stride(k),
-            *stride(v),
+            *pointers,
+            *strides(q),
+            *strides(k),
+            *strides(v),
             *logit_scale.stride(),
             *output_scale.stride(),
+            *pointer_strides,
             heads,
             num_queries,
             num_keys,
@@ -280,6 +356,7 @@ def tree_attention(
             window or 0,
             scaling / softcap if softcap else scaling * LOG2E.value,
             softcap * LOG2E.value if softcap else 1.0,
+            replaceable,
             GROUPS=heads // kv_heads,
             D=head_dim,
             BLOCK_M=config.block_m,
@@ -288,6 +365,7 @@ def tree_attention(
             HAS_SOFTCAP=softcap is not None,
             HAS_WINDOW=window is not None,
             HAS_QUERY_INDEX=query_index is not None,
+            HAS_REPLACE=replace is not None,
             DOT_DTYPE=getattr(tl, str(dot_dtype).removeprefix("torch.")),
             INPUT_PRECISION=config.input_precision,
             num_warps=config.num_warps,
@@ -295,51 +373,3 @@ def tree_attention(
             enable_fp_fusion=True,  # the default changes after triton 3.9
         )
     return out
-
-
-def _check(q, k, v, logit_scale, output_scale, position, subtree_end, query_index, softcap, window) -> None:
-    if q.dtype not in DTYPES:
-        raise TypeError(
-            f"the Triton kernel takes bfloat16, float16 and float32, not {q.dtype}: use backend='reference'"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}: cast them")
-    for name, x in (("logit_scale", logit_scale), ("output_scale", output_scale)):
-        if x.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {x.dtype}: call .float() on it")
-        if x.shape != logit_scale.shape or x.dim() != 2:
-            raise ValueError(f"logit_scale and output_scale must both be [B, H], got {name} {tuple(x.shape)}")
-    rows, heads = logit_scale.shape
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or x.shape[0] not in (1, rows) or x.shape[3] != q.shape[3]:
-            raise ValueError(
-                f"{name} must be [{rows} or 1, heads, tokens, {q.shape[-1]}], got {tuple(x.shape)}"
-            )
-        if x.stride(3) != 1:
-            raise ValueError(f"the last dimension of {name} must be contiguous: call .contiguous() on it")
-    if q.shape[1] != heads or k.shape[1:] != v.shape[1:] or k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(
-            f"the heads do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, mask vectors "
-            f"{tuple(logit_scale.shape)}; q must have as many as the mask vectors, k and v a divisor of that"
-        )
-    tree = [("position", position, k.shape[2]), ("subtree_end", subtree_end, k.shape[2])]
-    if query_index is not None:
-        tree.append(("query_index", query_index, q.shape[2]))
-    elif q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"{q.shape[2]} queries and {k.shape[2]} keys: pass query_index, the packed index of each query"
-        )
-    for name, x, size in tree:
-        if x.dtype != torch.int32 or x.shape != (size,) or not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous int32 [{size}], got {x.dtype} {tuple(x.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}: pass None for no softcap")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 token, got {window}: pass None for no window")
-    if any(x.device != q.device for x in (k, v, logit_scale, output_scale, position, subtree_end)):
-        raise ValueError(f"all tensors must be on {q.device}, where q is")
-    if q.device.type != "cuda" and not INTERPRETED:
-        raise RuntimeError(
-            f"the Triton kernel needs a CUDA device and q is on {q.device}: use backend='reference', "
-            "or set TRITON_INTERPRET=1 before the import to run it slowly on the CPU"
-        )

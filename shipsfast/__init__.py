@@ -15,7 +15,13 @@ _PUBLIC = {
     "ShipsResult": "results",
     "UnsupportedModelError": "errors",
     "load_prompts": "prompts",
+    "logit_diff": "metrics",
+    "refusal_logit": "metrics",
+    "SaharaResult": "results",
+    "SubspaceResult": "results",
+    "sahara": "greedy",
     "scan": "ships",
+    "scan_dataset": "dataset",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 (the keys are strings)

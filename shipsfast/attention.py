@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from . import reference
 from .errors import InputError, UnsupportedModelError
+from .layer_mask import LayerMask
 from .packing import PackedPrompts
 from .segments import plan_segments, segment_attention
 
@@ -118,12 +119,12 @@ class TreeCall:
 
     tree: TreeContext
     window: int | None
-    logit_scale: torch.Tensor  # [B, H]
-    output_scale: torch.Tensor  # [B, H]
+    mask: LayerMask
     capture: bool = False  # keep keys and values, then leave the layer by raising Captured
     kv: tuple[torch.Tensor, torch.Tensor] | None = (
         None  # use these keys and values; queries are the trimmed ones
     )
+    tap: Callable[[torch.Tensor], None] | None = None  # is shown the heads' outputs [B, TQ, H, D]
 
 
 class Captured(Exception):
@@ -137,8 +138,7 @@ class Captured(Exception):
 class DenseCall:
     """`ablate`: masks as the model makes them. One set of heads for all rows of the batch, or one per row."""
 
-    logit_scale: torch.Tensor  # [1 or B, H]
-    output_scale: torch.Tensor  # [1 or B, H]
+    mask: LayerMask  # of 1 or B rows
 
 
 @dataclass
@@ -202,7 +202,7 @@ def ablated_attention(
     if isinstance(call, TreeCall):
         return _tree(call, query, key, value, scaling, softcap), None
     if isinstance(call, DenseCall):
-        return _dense(call, query, key, value, attention_mask, scaling, softcap), None
+        return _dense(call, module, query, key, value, attention_mask, scaling, softcap), None
     raise UnsupportedModelError(f"{type(module).__name__} was not found when the model was inspected")
 
 
@@ -213,55 +213,64 @@ def _tree(call: TreeCall, query, key, value, scaling, softcap) -> torch.Tensor:
     if call.kv is not None:
         key, value = call.kv
     plan = call.tree.plan(call.window, trimmed, query)
-    return tree_attention(
-        call.tree, query, key, value, call.logit_scale, call.output_scale, plan,
-        scaling=scaling, softcap=softcap, window=call.window,
-    )  # fmt: skip
+    out = tree_attention(
+        call.tree, query, key, value, call.mask, plan, scaling=scaling, softcap=softcap, window=call.window
+    )
+    if call.tap is not None:
+        call.tap(out)
+    return out
 
 
 def tree_attention(
-    tree: TreeContext,
-    query,
-    key,
-    value,
-    logit_scale,
-    output_scale,
-    plan,
-    *,
-    scaling,
-    softcap=None,
-    window=None,
+    tree: TreeContext, query, key, value, mask: LayerMask, plan, *, scaling, softcap=None, window=None
 ) -> torch.Tensor:
     """`reference.tree_attention` by the backend that was chosen. `plan` is what `tree.plan` gave."""
-    vectors = (logit_scale, output_scale)
+    vectors = (mask.logit_scale, mask.output_scale)
+    alt = mask.replacements(query, key)
     if tree.backend == "torch":
-        return segment_attention(query, key, value, *vectors, plan, scaling=scaling, softcap=softcap)
+        out = segment_attention(query, key, value, *vectors, plan, scaling=scaling, softcap=softcap, **alt)
+        return mask.finish(out)
     if tree.backend == "reference":
         function = reference.tree_attention
     else:
         from .kernels.tree_attention import tree_attention as function  # needs triton
-    return function(
+    out = function(
         query, key, value, *vectors, tree.position, tree.subtree_end,
-        scaling=scaling, softcap=softcap, window=window, **plan,
+        scaling=scaling, softcap=softcap, window=window, **alt, **plan,
     )  # fmt: skip
+    return mask.finish(out)
 
 
-def _dense(call: DenseCall, query, key, value, mask, scaling, softcap) -> torch.Tensor:
-    query = query * call.logit_scale.to(query.dtype)[:, :, None, None]
+def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap) -> torch.Tensor:
+    mask, alt = call.mask, call.mask.replacements(query, key)
+    if mask.mean_q is not None:
+        query = torch.where(mask.mean_q[:, :, None, None], alt["q_alt"][:, None], query)
+    query = query * mask.logit_scale.to(query.dtype)[:, :, None, None]
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    if mask.mean_k is not None:
+        key = torch.where(mask.mean_k[:, :, None, None], alt["k_alt"][:, None], key)
     if softcap is None:
         out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling
+            query, key, value, attn_mask=visible, scale=scaling
         )
     else:
         logits = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scaling / softcap)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        if visible is not None:
+            logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
         out = torch.matmul(torch.softmax(logits, -1), value)
-    scale = call.output_scale.to(out.dtype)[:, :, None, None]
-    return (out * scale).masked_fill(scale == 0, 0).transpose(1, 2).contiguous()
+    if mask.fixed is not None:
+        tokens = mask.value.shape[1]
+        if tokens > 1 and (tokens != out.shape[2] or key.shape[2] != out.shape[2]):
+            raise InputError(
+                f"resample ablation has outputs for {tokens} tokens, and {type(module).__name__} was called with "
+                f"{out.shape[2]} tokens and {key.shape[2]} keys: run passes of that length, without a cache"
+            )
+        out = torch.where(mask.fixed[:, :, None, None], mask.value[None], out)
+    scale = mask.output_scale.to(out.dtype)[:, :, None, None]
+    out = (out * scale).masked_fill(scale == 0, 0).transpose(1, 2).contiguous()
+    return mask.finish(out)
 
 
 def _probe(recorder, module, query, key, value, mask, scaling, softcap, sliding_window):

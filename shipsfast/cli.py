@@ -25,47 +25,156 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+ModelName = Annotated[str, typer.Argument(help="Model folder or hub id.")]
+PromptFile = Annotated[Path, typer.Argument(help="Prompt file: csv, jsonl, parquet or txt.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")]
+Template = Annotated[
+    str,
+    typer.Option(help="chat, query-answer, none, or a text with {prompt}. auto: chat if the tokenizer has one."),
+]
+Column = Annotated[str | None, typer.Option(help="Column of the prompts.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
+HowAblated = Annotated[
+    str,
+    typer.Option(
+        "--ablation",
+        help="undifferentiated, uniform, scale, zero, head_mean_q, head_mean_k, head_mean_v, mean or resample.",
+    ),
+]
+Scale = Annotated[str, typer.Option(help="eps of undifferentiated and scale.")]
+Source = Annotated[
+    Path | None,
+    typer.Option(help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all)."),
+]
+Heads = Annotated[str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER, comma-separated.")]
+Unit = Annotated[str, typer.Option(help="What is switched off together: head or kv_group.")]
+Rank = Annotated[int, typer.Option(min=1, help="Singular vectors that span the subspace.")]
+Backend = Annotated[str, typer.Option(help="Attention: auto, triton, torch or reference.")]
+Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Write the heatmap here (png, svg or pdf).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many heads to list.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+MetricName = Annotated[
+    str,
+    typer.Option(
+        "--metric",
+        help="kl, reverse_kl, js, total_variation, logit_diff:TOKEN,TOKEN or refusal_logit:TOKEN,TOKEN,...",
+    ),
+]
 
 
 @app.command()
 def scan(
-    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    prompts: Annotated[Path, typer.Argument(help="Prompt file: csv, jsonl, parquet or txt.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")
-    ] = None,
-    template: Annotated[
-        str,
-        typer.Option(
-            help="chat, query-answer, none, or a text with {prompt}. auto: chat if the tokenizer has one."
-        ),
-    ] = "auto",
-    column: Annotated[str | None, typer.Option(help="Column of the prompts.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
-    ablation: Annotated[
-        str, typer.Option(help="undifferentiated, uniform, scale or zero.")
-    ] = "undifferentiated",
-    scale: Annotated[str, typer.Option(help="eps of undifferentiated and scale.")] = "1e-5",
-    heads: Annotated[
-        str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER, comma-separated.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Attention: auto, triton, torch or reference.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the heatmap here (png, svg or pdf).")] = None,
+    model: ModelName,
+    prompts: PromptFile,
+    out: Out = None,
+    template: Template = "auto",
+    column: Column = None,
+    limit: Limit = None,
+    ablation: HowAblated = "undifferentiated",
+    scale: Scale = "1e-5",
+    source: Source = None,
+    metric: MetricName = "kl",
+    heads: Heads = None,
+    unit: Unit = "head",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_memory: MaxMemory = None,
+    plot: Plot = None,
     top: Top = 10,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats)."""
+    arguments = _arguments(
+        model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device,
+        max_memory, out, plot, quiet,
+    )  # fmt: skip
+    from .metrics import parse_metric
+    from .ships import scan as run
+
+    chosen = parse_metric(metric)
+    _show(run(**arguments(), metric=chosen), top, json, out, plot)
+
+
+@app.command("scan-dataset")
+def scan_dataset(
+    model: ModelName,
+    prompts: PromptFile,
+    out: Out = None,
+    rank: Rank = 1,
+    template: Template = "auto",
+    column: Column = None,
+    limit: Limit = None,
+    ablation: HowAblated = "undifferentiated",
+    scale: Scale = "1e-5",
+    source: Source = None,
+    heads: Heads = None,
+    unit: Unit = "head",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_memory: MaxMemory = None,
+    plot: Plot = None,
+    top: Top = 10,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score every head by how far it turns the subspace PROMPTS span (dataset-level Ships, in degrees)."""
+    arguments = _arguments(
+        model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device,
+        max_memory, out, plot, quiet,
+    )  # fmt: skip
+    from .dataset import scan_dataset as run
+
+    _show(run(**arguments(), rank=rank), top, json, out, plot)
+
+
+@app.command()
+def sahara(
+    model: ModelName,
+    prompts: PromptFile,
+    out: Out = None,
+    group_size: Annotated[int, typer.Option(min=1, help="How many heads to find.")] = 3,
+    rank: Rank = 1,
+    beam: Annotated[int, typer.Option(min=1, help="Groups kept after every step; 1 is the paper's.")] = 1,
+    template: Template = "auto",
+    column: Column = None,
+    limit: Limit = None,
+    ablation: HowAblated = "undifferentiated",
+    scale: Scale = "1e-5",
+    source: Source = None,
+    heads: Heads = None,
+    unit: Unit = "head",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_memory: MaxMemory = None,
+    plot: Plot = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the group of heads that carries the answers to PROMPTS, greedily (Sahara)."""
+    arguments = _arguments(
+        model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device,
+        max_memory, out, plot, quiet,
+    )  # fmt: skip
+    from .greedy import sahara as run
+
+    _show(run(**arguments(), group_size=group_size, rank=rank, beam=beam), 0, json, out, plot)
+
+
+def _arguments(
+    model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device, max_memory,
+    out, plot, quiet,
+):  # fmt: skip
+    """Check the options, cheapest first; the function returned loads the model and gives the arguments of a scan."""
     from .prompts import load_prompts
 
     texts = load_prompts(prompts, column)[:limit]
@@ -74,26 +183,30 @@ def scan(
         raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf")
     for path in (plot, out):
         _check_place(path)
+    others = None if source is None else load_prompts(source, column)[:limit]
     _quiet_transformers()
     from .ablation import Ablation, parse_heads
     from .loading import load_model, load_tokenizer
     from .planner import parse_bytes
-    from .ships import scan as run_scan
 
-    how = Ablation(ablation, eps)
+    if ablation == "resample" and others is None:
+        raise InputError("--ablation resample needs --source, a file of prompts to take outputs from")
+    how = Ablation(ablation, eps, None if others is None else tuple(others))
     chosen = None if heads is None else parse_heads(heads)
     limit_bytes = None if max_memory is None else parse_bytes(max_memory)
-    tokenizer = load_tokenizer(model)
-    if template == "auto":
-        template = "chat" if getattr(tokenizer, "chat_template", None) else "none"
-    loaded = load_model(model, dtype=dtype, device=device)
-    result = run_scan(
-        loaded, texts, tokenizer, template=template, ablation=how, heads=chosen, backend=backend, out=out,
-        progress=not quiet, max_memory=limit_bytes,
-    )  # fmt: skip
-    if plot is not None:
-        result.plot(plot)
-    _show(result, top, json, out)
+
+    def load() -> dict:
+        tokenizer = load_tokenizer(model)
+        wrapped = template
+        if template == "auto":
+            wrapped = "chat" if getattr(tokenizer, "chat_template", None) else "none"
+        return {
+            "model": load_model(model, dtype=dtype, device=device), "prompts": texts, "tokenizer": tokenizer,
+            "template": wrapped, "ablation": how, "heads": chosen, "unit": unit.replace("-", "_"), "backend": backend,
+            "out": out, "progress": not quiet, "max_memory": limit_bytes,
+        }  # fmt: skip
+
+    return load
 
 
 @app.command()
@@ -120,13 +233,15 @@ def info(json: Json = False) -> None:
     print(json_module.dumps(facts, indent=1) if json else render(facts))
 
 
-def _show(result, top: int, json: bool, out: Path | None) -> None:
-    from .tables import ranking, ranking_json
+def _show(result, top: int, json: bool, out: Path | None, plot: Path | None) -> None:
+    from .tables import as_json, show
 
+    if plot is not None:
+        result.plot(plot)
     if json:
-        print(json_module.dumps(ranking_json(result, top, out), indent=1))
+        print(json_module.dumps(as_json(result, top, out), indent=1))
     else:
-        ranking(result, top, out)
+        show(result, top, out)
 
 
 def _number(text: str, option: str) -> float:

@@ -10,7 +10,7 @@ is worked on in place: the residual additions are part of the matrix products, a
 products takes one pass each (csrc/fused_cpu.cpp). Rows that fork in a layer share the base row's queries,
 keys and values, and differ from it by one head's output through that head's slice of o_proj:
 
-    x_i = x_base + o_proj(o_base) + W_o[:, head i] (o_ablated - o_base)[head i]
+    x_i = x_base + o_proj(o_base) + W_o[:, heads i] (o_ablated - o_base)[heads i]
 
 so the base row itself comes out of the same step, and passes the MLP with them. Where torch has MKL, the
 weights of a layer are packed once for its many chunks of equal size.
@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from .layer_mask import LayerMask
 from .metrics import extension_status
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
@@ -34,7 +35,7 @@ PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 DTYPES = (torch.float32, torch.float64)
 CAN_PACK = torch.backends.mkl.is_available()
 
-# attention(q, k, v, logit_scale, output_scale, trimmed) -> [B, TQ, H, D]; q, k, v [B, T, heads, D]
+# attention(q, k, v, mask, trimmed) -> [B, TQ, H, D]; q, k, v [B, T, heads, D]
 Attention = Callable[..., torch.Tensor]
 
 
@@ -146,14 +147,14 @@ class FusedLayer:
                 product.unload()
 
     def rows(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention, vectors, nodes=None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention, mask: LayerMask, nodes=None
     ) -> torch.Tensor:
-        """Run rows with their mask vectors. x [B, T, hidden] is overwritten and returned.
+        """Run rows with their mask. x [B, T, hidden] is overwritten and returned.
 
         With nodes int64 [U], the layer is the last one: x is only read, and [B, U, hidden] is returned.
         """
         q, k, v = self._qkv(x, cos, sin, nodes)
-        out = attention(q, k, v, *vectors, nodes is not None)
+        out = attention(q, k, v, mask, nodes is not None)
         if nodes is not None:
             x = x.index_select(1, nodes)
         self.out.add_to(_flat(x), _flat(out.flatten(2)))
@@ -163,8 +164,9 @@ class FusedLayer:
     def forks(
         self,
         base: torch.Tensor,
-        heads: list[int],
-        scales: tuple[float, float],
+        heads: list[list[int]],
+        mask: LayerMask,
+        every: LayerMask,
         cos: torch.Tensor,
         sin: torch.Tensor,
         attention: Attention,
@@ -174,22 +176,23 @@ class FusedLayer:
     ) -> torch.Tensor:
         """Write the rows that fork here, one per entry of `heads`, to out [forks, T or U, hidden].
 
-        base: the unablated row [1, T, hidden] as it enters the layer, not changed; scales: the ablation's
-        (logit_scale, output_scale); chunks: slices of the forks that pass the MLP together.
-        Returns the unablated row as it leaves the layer, [1, T or U, hidden].
+        base: row 0 [1, T, hidden] as it enters the layer, not changed; heads: what each fork has off here beyond
+        row 0, the same number for all; mask: row 0's own; every: the mask with every head off (one pass gives
+        them all, as heads do not see each other in attention); chunks: slices of the forks that pass the MLP
+        together. Returns row 0 as it leaves the layer, [1, T or U, hidden].
         """
         q, k, v = self._qkv(base, cos, sin, nodes)
-        ones = torch.ones(1, self.heads, dtype=q.dtype)
         last = nodes is not None
-        o_base = attention(q, k, v, ones, ones, last)
-        o_ablated = attention(q, k, v, ones * scales[0], ones * scales[1], last)
+        o_base = attention(q, k, v, mask, last)
+        o_ablated = attention(q, k, v, every, last)
         delta = (o_ablated - o_base)[0].transpose(0, 1)  # [H, T, D]
         weight = self.out.weight.t().unflatten(0, (self.heads, -1))  # [H, D, hidden]
         start = (base.index_select(1, nodes) if last else base).clone()
         self.out.add_to(_flat(start), _flat(o_base.flatten(2)))
         for number, rows in enumerate(chunks):
-            index = torch.tensor(heads[rows])
-            torch.baddbmm(start.expand(len(index), -1, -1), delta[index], weight[index], out=out[rows])
+            index = torch.tensor(heads[rows])  # [forks, heads of each]
+            change = delta[index].transpose(1, 2).flatten(2)  # [forks, T, heads of each * D]
+            torch.baddbmm(start.expand(len(index), -1, -1), change, weight[index].flatten(1, 2), out=out[rows])
             if number < len(chunks) - 1:
                 self._mlp(out[rows])
                 continue

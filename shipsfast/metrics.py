@@ -1,163 +1,380 @@
-"""How far ablation moves a model: the KL divergence between rows of logits.
+"""What a scan measures: how far the ablated next-token logits are from the base ones, one number a row.
 
-    KL(base || ablated) = sum_v p_b(v) (log p_b(v) - log p_a(v)),   p = softmax(logits), in nats
+    kl, reverse_kl, js, total_variation   divergences of the next-token distributions (divergences.py)
+    logit_diff(token_a, token_b)          change of logit(token_a) - logit(token_b)
+    refusal_logit(tokens)                 change of the log-odds that the next token is one of `tokens`
+    a callable                            (base_logits [P, V], ablated_logits [N, V], prompt_index [N]) -> [N]
 
-is the Ships score of one prompt and one head (arXiv 2410.13708, section 3.2) where the rows are next-token
-logits. It is computed in float64 by the extension `shipsfast._C`, which reads each ablated row once, or by
-plain torch.
+`as_metric` makes a Metric of any of these, `parse_metric` of the command line's text.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from . import divergences
+from .divergences import (
+    DIVERGENCES,
+    KL_BACKENDS,
+    LOGIT_DTYPES,
+    check_rows,
+    divergence_rows,
+    extension_status,
+    kl_backend,
+    kl_rows,
+)
 from .errors import InputError
 
-KL_BACKENDS = ("auto", "cpp", "reference")
-LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-REMEDY = "run `pip install --no-build-isolation -e .` in the checkout, with torch and a C++ compiler there"
-SCRATCH_BYTES = 64 * 2**20  # float64 scratch of the torch path, unless one row alone needs more
-_LIVE_ARRAYS = 6  # float64 arrays of a chunk's size that the torch path holds at once
-_LOWEST_EXPONENT = -708.0  # exp of it is the smallest normal float64: a finite base logit keeps p_b > 0
+__all__ = [
+    "DIVERGENCES",
+    "KL_BACKENDS",
+    "LOGIT_DTYPES",
+    "Metric",
+    "as_metric",
+    "divergence_rows",
+    "extension_status",
+    "kl_backend",
+    "kl_rows",
+    "logit_diff",
+    "metric_rows",
+    "parse_metric",
+    "refusal_logit",
+]
+
+Token = int | str
+
+_DIVERGENCE_LABELS = {
+    "kl": "KL(base || ablated)",
+    "reverse_kl": "KL(ablated || base)",
+    "js": "Jensen-Shannon divergence",
+    "total_variation": "total variation distance",
+}
+_TEXT_FORMS = f"{', '.join(DIVERGENCES)}, logit_diff:TOKEN_A,TOKEN_B or refusal_logit:TOKEN,TOKEN,..."
+_LIVE_LOG_ODDS_ARRAYS = 4  # float64 arrays of a chunk's size that _log_odds holds at once
 
 
-def kl_rows(
+class Metric(ABC):
+    """One number per ablated row of logits.
+
+    name, label       what it is called in results, and in plots and tables
+    unit              "nats", "logits" or "", without unit or unknown
+    signed            whether scores have a sign: heads are then ranked by size
+    sees_all_prompts  whether `rows` wants the base rows of every prompt, in order
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    signed: bool = True
+    sees_all_prompts: bool = False
+
+    @abstractmethod
+    def describe(self) -> dict:
+        """What identifies the metric, for JSON."""
+
+    @abstractmethod
+    def rows(
+        self, base_logits: torch.Tensor, ablated_logits: torch.Tensor, row_map: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores float64 [N] on the logits' device, of ablated [N, V] against base [P, V] rows row_map [N].
+
+        Raises InputError for arguments that kl_rows refuses, tokens that V does not hold, tokens still to be
+        resolved (as_metric does it), and a callable that does not return N real numbers.
+        """
+
+    def resolve(self, tokenizer=None, vocab_size: int | None = None) -> Metric:
+        """The same metric with tokens as ids, checked against vocab_size."""
+        return self
+
+
+@dataclass(frozen=True)
+class _Divergence(Metric):
+    name: str
+    signed = False
+
+    @property
+    def label(self) -> str:
+        return _DIVERGENCE_LABELS[self.name]
+
+    @property
+    def unit(self) -> str:
+        return "" if self.name == "total_variation" else "nats"
+
+    def describe(self) -> dict:
+        return {"name": self.name}
+
+    def rows(
+        self, base_logits: torch.Tensor, ablated_logits: torch.Tensor, row_map: torch.Tensor
+    ) -> torch.Tensor:
+        return divergence_rows(base_logits, ablated_logits, row_map, names=[self.name])[0]
+
+
+@dataclass(frozen=True)
+class _TokenMetric(Metric):
+    """A value of each row's logits, of which the change from base to ablated is the score."""
+
+    tokens: tuple[Token, ...]
+    written: tuple[Token, ...] = field(
+        default=(), compare=False
+    )  # the tokens as they were given, for the label
+    kind = ""
+    unit = "logits"
+
+    def __post_init__(self) -> None:
+        """What can be checked without a tokenizer and a vocabulary."""
+
+    @abstractmethod
+    def values(self, logits: torch.Tensor) -> torch.Tensor:
+        """Float64 [R] of logits [R, V]."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}({', '.join(map(repr, self.tokens))})"
+
+    def describe(self) -> dict:
+        return {"name": self.kind, "tokens": list(self.tokens)}
+
+    def resolve(self, tokenizer=None, vocab_size: int | None = None) -> Metric:
+        ids = tuple(self._token_id(token, tokenizer) for token in self.tokens)
+        metric = replace(self, tokens=ids, written=self.written or self.tokens)
+        if vocab_size is not None:
+            metric.check_vocab(vocab_size)
+        return metric
+
+    def check_vocab(self, vocab_size: int) -> None:
+        for token in self.tokens:
+            if token >= vocab_size:
+                raise InputError(
+                    f"{self.name}: expected token ids below the vocabulary's {vocab_size}, got {token}"
+                )
+
+    def rows(
+        self, base_logits: torch.Tensor, ablated_logits: torch.Tensor, row_map: torch.Tensor
+    ) -> torch.Tensor:
+        check_rows(base_logits, ablated_logits, row_map)
+        if any(isinstance(token, str) for token in self.tokens):
+            raise InputError(
+                f"{self.name} has tokens as text: resolve them with as_metric(metric, tokenizer)"
+            )
+        self.check_vocab(base_logits.shape[1])
+        row_map = row_map.to(device=base_logits.device, dtype=torch.int64)
+        base = self.values(base_logits.detach())
+        in_range = (row_map >= 0) & (row_map < len(base))  # checked above, unless row_map is on a GPU
+        change = self.values(ablated_logits.detach()) - base[torch.where(in_range, row_map, 0)]
+        return change.masked_fill_(~in_range, torch.nan)
+
+    def _token_id(self, token: Token, tokenizer) -> int:
+        if not isinstance(token, str):
+            return token
+        if tokenizer is None:
+            raise InputError(
+                f"{self.name} has a token as text, {token!r}: pass the model's tokenizer, or an id"
+            )
+        ids = list(tokenizer(token, add_special_tokens=False)["input_ids"])
+        if len(ids) != 1:
+            names = f": {tokenizer.convert_ids_to_tokens(ids)}, ids {ids}" if ids else ""
+            raise InputError(
+                f"{self.name}: {token!r} is {len(ids)} tokens of this tokenizer{names}; expected one: choose "
+                "another text, mind its leading space, or give an id"
+            )
+        return int(ids[0])
+
+
+class _LogitDiff(_TokenMetric):
+    kind = "logit_diff"
+
+    @property
+    def label(self) -> str:
+        a, b = self.written or self.tokens
+        return f"change of logit({a!r}) - logit({b!r})"
+
+    def __post_init__(self) -> None:
+        a, b = self.tokens
+        if a == b:
+            raise InputError(f"logit_diff: token_a and token_b are the same, {a!r}: give two")
+
+    def values(self, logits: torch.Tensor) -> torch.Tensor:
+        a, b = logits[:, list(self.tokens)].double().unbind(dim=1)
+        return a - b
+
+
+class _RefusalLogit(_TokenMetric):
+    kind = "refusal_logit"
+
+    @property
+    def label(self) -> str:
+        return "change of log-odds of refusal tokens"
+
+    def describe(self) -> dict:
+        return {"name": self.kind, "tokens": sorted(self.tokens, key=str)}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tuple(dict.fromkeys(self.tokens)))  # a token counts once
+
+    def check_vocab(self, vocab_size: int) -> None:
+        super().check_vocab(vocab_size)
+        if len(self.tokens) >= vocab_size:
+            raise InputError(
+                f"refusal_logit: the tokens are the whole vocabulary of {vocab_size}: give fewer"
+            )
+
+    def values(self, logits: torch.Tensor) -> torch.Tensor:
+        rows = max(1, divergences.SCRATCH_BYTES // (_LIVE_LOG_ODDS_ARRAYS * 8 * logits.shape[1]))
+        chunks = [_log_odds(chunk, list(self.tokens)) for chunk in logits.split(rows)]
+        return torch.cat(chunks)
+
+
+@dataclass(frozen=True)
+class _Custom(Metric):
+    function: Callable
+    sees_all_prompts = True
+
+    @property
+    def name(self) -> str:
+        function = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        if not hasattr(function, "__qualname__"):  # an object with __call__
+            function = type(function)
+        return f"{function.__module__}.{function.__qualname__}"
+
+    @property
+    def label(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+    def describe(self) -> dict:
+        return {"name": "callable", "function": self.name}
+
+    def rows(
+        self, base_logits: torch.Tensor, ablated_logits: torch.Tensor, row_map: torch.Tensor
+    ) -> torch.Tensor:
+        check_rows(base_logits, ablated_logits, row_map)
+        returned = self.function(base_logits, ablated_logits, row_map)
+        wanted = f"metric {self.name}: expected {len(row_map)} real numbers, shape [{len(row_map)}]"
+        try:
+            scores = torch.as_tensor(returned).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{wanted}, got {type(returned).__name__}: return a tensor or an array"
+            ) from error
+        if scores.shape != row_map.shape:
+            raise InputError(f"{wanted}, got shape {list(scores.shape)}: return one score per ablated row")
+        if scores.dtype.is_complex or scores.dtype == torch.bool:
+            raise InputError(f"{wanted}, got {scores.dtype}: return floating-point numbers")
+        return scores.to(device=ablated_logits.device, dtype=torch.float64)
+
+
+def logit_diff(token_a: Token, token_b: Token) -> Metric:
+    """(logit_a - logit_b) of the ablated model less the same of the base model, in logits, in float64.
+
+    Positive where ablation moves the next token from token_b towards token_a; NaN where both logits are -inf.
+    Tokens are ids, or text that is one token of the model's tokenizer.
+    Raises InputError for what is neither, and for twice the same token.
+    """
+    return _LogitDiff((_as_token(token_a, "logit_diff"), _as_token(token_b, "logit_diff")))
+
+
+def refusal_logit(tokens: Iterable[Token]) -> Metric:
+    """log(sum_R p) - log(1 - sum_R p) of the ablated model less the same of the base model, for the tokens R with
+    which refusals begin: the refusal metric of arXiv 2406.11717, in logits (log-odds), in float64.
+
+    Computed as logsumexp over R less logsumexp over the rest, so that it does not round to 0 or infinity. Rows
+    with NaN, +inf, or nothing but -inf give NaN. Tokens are ids, or text that is one token of the model's
+    tokenizer; repeated ones count once.
+    Raises InputError for what is neither, and for no tokens.
+    """
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise InputError(f"refusal_logit: expected a list of tokens, got {tokens!r}: write [{tokens!r}]")
+    chosen = tuple(_as_token(token, "refusal_logit") for token in tokens)
+    if not chosen:
+        raise InputError("refusal_logit: expected at least one token, got none")
+    return _RefusalLogit(chosen)
+
+
+def as_metric(metric: str | Metric | Callable, tokenizer=None, vocab_size: int | None = None) -> Metric:
+    """A Metric, with its tokens as ids.
+
+    metric      a name ("kl", "reverse-kl" as well as "reverse_kl", ...) or other text for parse_metric, a Metric,
+                or a callable on (base_logits [P, V], ablated_logits [N, V], prompt_index int64 [N]) that
+                returns N real numbers, a tensor or an array. It sees the model's own dtype and device.
+    tokenizer   of the model; needed where tokens are text
+    vocab_size  of the model; token ids are checked against it where it is given
+
+    A callable is identified by its module and name, nothing else.
+    Raises InputError for anything else, for text that is not one token, and for ids outside the vocabulary.
+    """
+    if isinstance(metric, str):
+        metric = parse_metric(metric)
+    elif not isinstance(metric, Metric) and callable(metric):
+        metric = _Custom(metric)
+    if not isinstance(metric, Metric):
+        raise InputError(
+            f"metric {metric!r}: expected one of {', '.join(DIVERGENCES)}, logit_diff(token_a, token_b), "
+            "refusal_logit(tokens) or a callable"
+        )
+    return metric.resolve(tokenizer, vocab_size)
+
+
+def parse_metric(text: str) -> Metric:
+    """A Metric from text: "kl", "logit_diff:12,7", "refusal_logit:Sorry,I".
+
+    After the colon come the tokens, with commas between. Digits only are an id; anything else is text, taken as it
+    is, spaces included, and resolved by as_metric. Text of digits or with a comma needs the Python functions.
+    Raises InputError for anything else.
+    """
+    kind, colon, rest = text.partition(":")
+    kind = kind.replace("-", "_")
+    if kind in DIVERGENCES and not colon:
+        return _Divergence(kind)
+    if kind not in ("logit_diff", "refusal_logit"):
+        raise InputError(f"unknown metric {text!r}: expected {_TEXT_FORMS}")
+    tokens = [int(part) if part.isascii() and part.isdigit() else part for part in rest.split(",")]
+    if "" in tokens or (kind == "logit_diff" and len(tokens) != 2):
+        raise InputError(f"metric {text!r}: expected {_TEXT_FORMS}")
+    return logit_diff(*tokens) if kind == "logit_diff" else refusal_logit(tokens)
+
+
+def metric_rows(
+    metrics: Sequence[Metric],
     base_logits: torch.Tensor,
     ablated_logits: torch.Tensor,
     row_map: torch.Tensor,
-    *,
-    backend: str = "auto",
 ) -> torch.Tensor:
-    """KL(base || ablated) in nats of each ablated row against its base row. Float64 [N], without gradient.
-
-    base_logits     [P, V], bfloat16, float16, float32 or float64
-    ablated_logits  [N, V], same dtype and device
-    row_map         [N], integers: the base row of each ablated row
-    backend         "cpp" (the extension), "reference" (torch) or "auto" (the extension where it serves the device)
-
-    A logit of -inf is a token that cannot come: it weighs nothing in base, and gives +inf in ablated where base
-    allows the token. NaN, +inf, or nothing but -inf in either row gives NaN. Equal rows give exactly 0.
-    Rows may have any stride; a last dimension that is not contiguous is copied for the extension.
-
-    Raises InputError for wrong shapes, dtypes or devices, for a row_map out of range, and for a named backend
-    that cannot run. The range is not checked where row_map is on a GPU, as the host would have to wait for
-    it: the rows concerned are NaN.
-    """
-    _check(base_logits, ablated_logits, row_map)
-    if backend not in KL_BACKENDS:
-        raise InputError(f"unknown backend {backend!r}: expected one of {', '.join(KL_BACKENDS)}")
-    device = base_logits.device
-    if backend == "auto":
-        backend = kl_backend(device)
-    base_logits, ablated_logits = base_logits.detach(), ablated_logits.detach()
-    row_map = row_map.to(device=device, dtype=torch.int64)
-    if backend == "reference":
-        return _kl_rows_reference(base_logits, ablated_logits, row_map)
-    problem = _extension_problem(device)
-    if problem:
-        raise InputError(f"backend 'cpp' cannot run: {problem}; or use backend='reference' or 'auto'")
-    return torch.ops.shipsfast.kl_rows(
-        _rows_contiguous(base_logits), _rows_contiguous(ablated_logits), row_map
+    """`rows` of several metrics, float64 [len(metrics), N]. The divergences among them share one read."""
+    names = [metric.name for metric in metrics if isinstance(metric, _Divergence)]
+    shared = divergence_rows(base_logits, ablated_logits, row_map, names=names) if names else None
+    return torch.stack(
+        [
+            shared[names.index(metric.name)]
+            if isinstance(metric, _Divergence)
+            else metric.rows(base_logits, ablated_logits, row_map)
+            for metric in metrics
+        ]
     )
 
 
-def kl_backend(device: torch.device | str) -> str:
-    """The backend that "auto" means on this device: "cpp" or "reference"."""
-    return "reference" if _extension_problem(torch.device(device)) else "cpp"
-
-
-def extension_status() -> tuple[bool, str]:
-    """Whether the native extension shipsfast._C is loaded, and where from; if not, why, and the remedy."""
-    return _load_extension()
-
-
-@functools.cache
-def _load_extension() -> tuple[bool, str]:
+def _as_token(token: Token, kind: str) -> Token:
+    if isinstance(token, str) and token:
+        return token
     try:
-        module = importlib.import_module("shipsfast._C")
-    except ModuleNotFoundError as error:
-        if error.name != "shipsfast._C":
-            raise
-        return False, f"the extension shipsfast._C is not built: {REMEDY}"
-    except ImportError as error:  # built for another torch or Python
-        return False, f"the extension shipsfast._C does not load ({error}): {REMEDY}"
-    torch.library.register_fake("shipsfast::kl_rows", _kl_rows_fake)
-    return True, str(module.__file__)
+        token_id = operator.index(token)
+    except TypeError:
+        token_id = -1
+    if isinstance(token, bool) or token_id < 0:
+        raise InputError(f"{kind}: token {token!r}: expected a token id from 0, or a token's text")
+    return token_id
 
 
-def _extension_problem(device: torch.device) -> str | None:
-    loaded, reason = _load_extension()
-    if not loaded:
-        return reason
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
-    if key is None:
-        return f"the extension has no kernel for device {device.type!r}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("shipsfast::kl_rows", key):
-        return f"the extension was built without {key}: {REMEDY}, a CUDA build of torch and nvcc"
-    return None
-
-
-def _kl_rows_fake(base: torch.Tensor, ablated: torch.Tensor, row_map: torch.Tensor) -> torch.Tensor:
-    return base.new_empty(ablated.shape[:1], dtype=torch.float64)
-
-
-def _check(base: torch.Tensor, ablated: torch.Tensor, row_map: torch.Tensor) -> None:
-    shapes = f"base {list(base.shape)}, ablated {list(ablated.shape)}, row_map {list(row_map.shape)}"
-    if base.dim() != 2 or ablated.dim() != 2 or base.shape[1] != ablated.shape[1] or base.shape[1] == 0:
-        raise InputError(f"expected base [P, V] and ablated [N, V] with V > 0, got {shapes}")
-    if row_map.shape != ablated.shape[:1]:
-        raise InputError(f"expected one base row for each ablated row, row_map [N], got {shapes}")
-    if base.dtype not in LOGIT_DTYPES or base.dtype != ablated.dtype:
-        raise InputError(
-            f"expected logits of one dtype of bfloat16, float16, float32 and float64, got base {base.dtype} "
-            f"and ablated {ablated.dtype}: convert them first"
-        )
-    if row_map.dtype.is_floating_point or row_map.dtype.is_complex or row_map.dtype == torch.bool:
-        raise InputError(f"expected row_map in int64, got {row_map.dtype}")
-    if base.device != ablated.device:
-        raise InputError(
-            f"expected logits on one device, got base on {base.device}, ablated on {ablated.device}"
-        )
-    out_of_range = row_map.device.type == "cpu" and bool(((row_map < 0) | (row_map >= base.shape[0])).any())
-    if out_of_range or (base.shape[0] == 0 and ablated.shape[0] > 0):
-        raise InputError(f"row_map names a row that base does not have: {shapes}")
-
-
-def _rows_contiguous(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
-
-
-def _kl_rows_reference(base: torch.Tensor, ablated: torch.Tensor, row_map: torch.Tensor) -> torch.Tensor:
-    rows = max(1, SCRATCH_BYTES // (_LIVE_ARRAYS * 8 * ablated.shape[1]))
-    kl_nats = torch.empty(ablated.shape[0], dtype=torch.float64, device=ablated.device)
-    in_range = (row_map >= 0) & (row_map < base.shape[0])
-    safe_map = torch.where(in_range, row_map, 0)
-    for start in range(0, ablated.shape[0], rows):
-        chunk = slice(start, start + rows)
-        kl_nats[chunk] = _kl_chunk(base[safe_map[chunk]], ablated[chunk])
-    return kl_nats.masked_fill_(~in_range, torch.nan)
-
-
-def _kl_chunk(base: torch.Tensor, ablated: torch.Tensor) -> torch.Tensor:
-    """KL of pairs of rows [R, V] -> [R]. With z and t the logits less their row's maximum, e = exp(.):
-
-        KL = log(sum e_a / sum e_b) - sum e_b (t - z) / sum e_b
-
-    where the sums are close, as log1p(sum (e_a - e_b) / sum e_b): the error is then relative to the change.
-    """
-    z = base.to(torch.float64, copy=True)  # [R, V]
-    z.sub_(z.amax(dim=1, keepdim=True))  # NaN in a row with NaN, +inf, or nothing but -inf
-    e_b = z.clamp(min=_LOWEST_EXPONENT).exp_().masked_fill_(z == -torch.inf, 0.0)
-    sum_b = e_b.sum(dim=1)
-    t = ablated.to(torch.float64, copy=True)
-    t.sub_(t.amax(dim=1, keepdim=True))
-    e_a = t.clamp(min=_LOWEST_EXPONENT).exp_()
-    sum_a = e_a.sum(dim=1)
-    difference = e_a.sub_(e_b).sum(dim=1)
-    weighted = t.sub_(z).mul_(e_b).masked_fill_(e_b == 0.0, 0.0).sum(dim=1)
-    close = difference.abs() < 0.5 * sum_b
-    log_ratio = torch.where(close, torch.log1p(difference / sum_b), torch.log(sum_a / sum_b))
-    return (log_ratio - weighted / sum_b).clamp_(min=0.0)  # KL >= 0: what is below is rounding
+def _log_odds(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """log(sum_R p) - log(1 - sum_R p) for p = softmax(logits [R, V]), float64 [R]."""
+    x = logits.to(torch.float64, copy=True)
+    x.sub_(x.amax(dim=1, keepdim=True))  # NaN in a row with NaN, +inf, or nothing but -inf
+    inside = x[:, tokens].logsumexp(dim=1)
+    x[:, tokens] = -torch.inf
+    return inside - x.logsumexp(dim=1)

@@ -3,10 +3,11 @@
 A group of prompts is one packed sequence. A block is a run of ablations that go through the model
 together as one growing batch. A chunk is the rows that pass a layer at a time. Memory of a block:
 
-    rows x T x hidden              the residual stream of every row
+    rows x T x hidden              the residual stream of every row (resample: L rows' worth of outputs more)
     + rows x U x hidden            the trimmed last layer, U distinct prompt ends
     + chunk tokens x work width    what a layer holds while it runs
     + head rows x V x (logits and their copies)
+    + rows x what is kept of a row + what is kept in all
 """
 
 from __future__ import annotations
@@ -104,10 +105,15 @@ def make_plan(
     chunk_tokens: int | None = None,
     rows_per_block: int | None = None,
     prompts_per_group: int | None = None,
+    extra_rows: int = 0,
+    kept_per_row_bytes: int = 0,
+    kept_bytes: int = 0,
 ) -> Plan:
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
     max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
+    extra_rows: residual streams held beside those of the block; kept_per_row_bytes, kept_bytes: what the caller
+        keeps of every row, and in all.
     Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
     """
     for name, value in (
@@ -137,7 +143,8 @@ def make_plan(
         tokens, ends = max(p.num_tokens for p in packs), max(_ends(p) for p in packs)
 
         def need(rows: int, tokens=tokens, ends=ends) -> int:
-            return block_bytes(anatomy, rows + 1, tokens, ends, chunk, head_rows, size)
+            held = block_bytes(anatomy, rows + 1 + extra_rows, tokens, ends, chunk, head_rows, size)
+            return held + (rows + 1) * kept_per_row_bytes + kept_bytes
 
         too_long = on_cpu and prompts_per_group is None and tokens > CPU_GROUP_FACTOR * chunk
         if (need(1) <= limit and not too_long) or per_group == 1:

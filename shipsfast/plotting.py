@@ -1,4 +1,4 @@
-"""Plots. Sequential maps that keep their order in greyscale, axes named, units on the colour bar."""
+"""Plots. Maps that keep their order in greyscale, axes named, units on the colour bar."""
 
 from __future__ import annotations
 
@@ -10,39 +10,77 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
-    from .results import ShipsResult
+    from .results import SaharaResult, ShipsResult, SubspaceResult
 
 LABELLED = 3  # heads named in the plot
 CELL_INCHES = 0.32
+NOISE_NOTE = "dot: not above the noise floor"
 
 
-def heatmap(result: ShipsResult, path: str | Path | None = None, *, title: str | None = None) -> Figure:
-    """Mean Ships of every head, layers x heads, in nats. Heads not scanned stay white."""
+def heatmap(result: ShipsResult | SubspaceResult, label: str, title: str, path: str | Path | None = None) -> Figure:
+    """Mean score of every head, layers x heads. Heads not scanned stay white, those within noise get a dot."""
     mean = result.mean()
-    layers, heads = mean.shape
-    size = (min(14, max(4.8, CELL_INCHES * heads + 2.2)), min(14, max(3.4, CELL_INCHES * layers + 1.4)))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=_size(*mean.shape), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_invalid(mean), cmap="cividis", aspect="auto", origin="lower", vmin=0)
-    axes.set_xlabel("head")
+    weak = ~result.above_noise() & ~np.isnan(mean)
+    image = _map(axes, mean, result.unit, result.signed, weak)
+    for layer, head, score in result.top(LABELLED):
+        _name(axes, layer, head, f"{layer}-{head}", score, image)
+    figure.colorbar(image, ax=axes, label=label)
+    if weak.any():
+        axes.text(1, -0.12, NOISE_NOTE, transform=axes.transAxes, ha="right", va="top", fontsize=7)
+    ablation = result.record.get("ablation")
+    axes.set_title(f"{title}\nablation: {ablation}" if ablation else title, fontsize=10)
+    return _saved(figure, path)
+
+
+def steps(result: SaharaResult, label: str, title: str | None = None, path: str | Path | None = None) -> Figure:
+    """The scores of every step side by side on one scale, with the heads chosen so far."""
+    count, layers, heads = result.angle_deg.shape
+    width, height = _size(layers, heads)
+    figure = Figure(figsize=(min(18, (width - 1.2) * count + 1.2), height), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False, sharey=True)[0]
+    top = float(np.nanmax(result.angle_deg))
+    for step, axes in enumerate(panels):
+        image = _map(axes, result.angle_deg[step], result.unit, False, None, top)
+        for earlier in result.heads[:step]:
+            axes.plot(earlier[1], earlier[0], marker="x", color="black", markersize=5)
+        layer, head = result.heads[step]
+        _name(axes, layer, head, f"{layer}-{head}", result.angle_deg[step, layer, head], image)
+        axes.set_title(f"step {step + 1}: {result.scores[step]:.3g}°", fontsize=9)
+        if step:
+            axes.set_ylabel("")
+    figure.colorbar(image, ax=panels, label=label)
+    figure.suptitle(title or f"Sahara, ablation: {result.record.get('ablation', '')} (x: chosen before)", fontsize=10)
+    return _saved(figure, path)
+
+
+def _size(layers: int, heads: int) -> tuple[float, float]:
+    return min(14, max(4.8, CELL_INCHES * heads + 2.2)), min(14, max(3.4, CELL_INCHES * layers + 1.4))
+
+
+def _map(axes, scores: np.ndarray, unit: str, signed: bool, weak: np.ndarray | None, top: float | None = None):
+    limit = top or (float(np.nanmax(np.abs(scores))) if not np.isnan(scores).all() else 0.0) or 1.0
+    colours = {"cmap": "PuOr", "vmin": -limit} if signed else {"cmap": "cividis", "vmin": 0}
+    image = axes.imshow(np.ma.masked_invalid(scores), aspect="auto", origin="lower", vmax=limit, **colours)
+    axes.set_xlabel("head" if unit == "head" else "key/value group")
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    limit = np.nanmax(mean) if not np.isnan(mean).all() else 0
-    for layer, head, score in result.top(LABELLED):
-        axes.text(
-            head, layer, f"{layer}-{head}", ha="center", va="center", fontsize=7,
-            color="black" if score > 0.5 * limit else "white",
-        )  # fmt: skip
-    figure.colorbar(image, ax=axes, label="KL(base || head ablated), nats")
-    prompts = result.kl.shape[0]
-    axes.set_title(
-        title
-        or f"Ships, mean of {prompts} prompt{'s' * (prompts != 1)}, {result.record.get('ablation', '')}".rstrip(
-            ", "
-        ),
-        fontsize=10,
-    )
+    if weak is not None and weak.any():
+        layer, head = np.nonzero(weak)
+        axes.scatter(head, layer, s=3, color="black" if signed else "white", linewidths=0)
+    return image
+
+
+def _name(axes, layer: int, head: int, text: str, score: float, image) -> None:
+    """Text on a cell, dark on light or light on dark."""
+    red, green, blue, _ = image.cmap(image.norm(score))
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+    axes.text(head, layer, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+
+
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
         figure.savefig(path, dpi=160)
     return figure

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import torch
 
+# Bits of `replace`: what of a query head is taken from elsewhere.
+REPLACE_Q = 1
+REPLACE_K = 2
+REPLACE_OUT = 4
+
 
 def visible(
     position: torch.Tensor,
@@ -40,11 +45,18 @@ def tree_attention(
     softcap: float | None = None,
     window: int | None = None,
     query_index: torch.Tensor | None = None,
+    replace: torch.Tensor | None = None,
+    q_alt: torch.Tensor | None = None,
+    k_alt: torch.Tensor | None = None,
+    out_alt: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Masked attention over a prefix tree with a mask vector per batch row and head.
 
         o[b, :, h] = output_scale[b, h] * softmax(cap(logit_scale[b, h] * scaling * q k^T) + mask) v
         cap(x) = softcap * tanh(x / softcap), or x without softcap
+
+    `replace` says which heads take their queries, their keys or their whole output from elsewhere: q_alt and
+    k_alt stand in for q and k above, out_alt for softmax(...) v. Other heads give the bits of a call without it.
 
     Args:
         q: [B, H, TQ, D]; k, v: [B, HKV, T, D] with HKV dividing H (grouped-query attention). A batch
@@ -53,20 +65,71 @@ def tree_attention(
             is 0 gives exactly 0.
         position, subtree_end: int [T], see packing.py.
         query_index: int [TQ], the packed index of each query, None if TQ = T.
+        replace: int8 [B, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT for each row and query head, 0
+            for a head that keeps its own; None for no replacement, and the three below are not looked at.
+        q_alt: [B or 1, TQ, D], the queries of a head flagged REPLACE_Q.
+        k_alt: [B or 1, T, D], the keys of a query head flagged REPLACE_K; others of its group keep theirs.
+        out_alt: [H or 1, TQ or 1, D of v], the output of a head flagged REPLACE_OUT; dimensions of 1 broadcast.
+            All three in q's dtype; None where no head is flagged for it.
     Returns:
-        [B, TQ, H, D] in q's dtype, contiguous.
+        [B, TQ, H, D of v] in q's dtype, contiguous.
+    Raises:
+        ValueError: `replace` asks for vectors that are not given.
     """
     rows, heads = logit_scale.shape
     groups = heads // k.shape[1]
     k = k.repeat_interleave(groups, dim=1)
     v = v.repeat_interleave(groups, dim=1)
     logits = torch.matmul(q, k.transpose(-1, -2)) * scaling
-    logits = logits.expand(rows, *logits.shape[1:]) * logit_scale.to(q.dtype)[:, :, None, None]
+    logits = logits.expand(rows, *logits.shape[1:])
+    if replace is not None:
+        require_replacements(replace, q_alt, k_alt, out_alt)
+        logits = _replaced_logits(logits, q, k, replace, q_alt, k_alt, scaling)
+    logits = logits * logit_scale.to(q.dtype)[:, :, None, None]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     seen = visible(position, subtree_end, query_index, window)
     weights = torch.softmax(logits.masked_fill(~seen, float("-inf")), dim=-1)
     out = torch.matmul(weights, v)
+    if replace is not None and out_alt is not None:
+        out = torch.where((replace & REPLACE_OUT != 0)[:, :, None, None], out_alt, out)
     off = (output_scale == 0)[:, :, None, None]
     out = (out * output_scale.to(q.dtype)[:, :, None, None]).masked_fill(off, 0)
     return out.transpose(1, 2).contiguous()
+
+
+def require_replacements(
+    replace: torch.Tensor,
+    q_alt: torch.Tensor | None,
+    k_alt: torch.Tensor | None,
+    out_alt: torch.Tensor | None,
+) -> None:
+    """Raises ValueError if `replace` has a flag whose vectors are None, or one that means nothing.
+
+    It looks at the flags, so on a GPU it waits for them.
+    """
+    flags = set(replace.unique().tolist())
+    for flag, name, given in (
+        (REPLACE_Q, "q_alt", q_alt),
+        (REPLACE_K, "k_alt", k_alt),
+        (REPLACE_OUT, "out_alt", out_alt),
+    ):
+        if given is None and any(value & flag for value in flags):
+            raise ValueError(f"replace has heads flagged {flag}, and {name} is None: pass {name}")
+    unknown = sorted(value for value in flags if value & ~(REPLACE_Q | REPLACE_K | REPLACE_OUT))
+    if unknown:
+        raise ValueError(
+            f"replace must be sums of {REPLACE_Q}, {REPLACE_K} and {REPLACE_OUT}, got {unknown[0]}"
+        )
+
+
+def _replaced_logits(logits, q, k, replace, q_alt, k_alt, scaling: float) -> torch.Tensor:
+    """`logits` [B, H, TQ, T], computed anew for the heads whose queries or keys are replaced, and for no other."""
+    own_q, own_k = (x.expand(len(replace), -1, -1, -1) for x in (q, k))
+    changed = replace & (REPLACE_Q | REPLACE_K) != 0
+    logits = logits.clone()
+    for b, h in changed.nonzero().tolist():
+        query = q_alt[b if len(q_alt) > 1 else 0] if replace[b, h] & REPLACE_Q else own_q[b, h]  # [TQ, D]
+        key = k_alt[b if len(k_alt) > 1 else 0] if replace[b, h] & REPLACE_K else own_k[b, h]  # [T, D]
+        logits[b, h] = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    return logits

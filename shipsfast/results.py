@@ -1,4 +1,4 @@
-"""What a scan returns."""
+"""What the scans return."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .runs import RunFolder, read_manifest, read_scores
+from .errors import InputError
+from .runs import RunFolder, read_manifest, read_scores, score_frame
+from .statistics import Concentration, RankStability, above_noise, concentration, rank_stability
+
+KL = {"name": "kl", "unit": "nats", "signed": False, "label": "KL(base || head ablated)"}
 
 
 class HeadScore(NamedTuple):
@@ -18,70 +22,252 @@ class HeadScore(NamedTuple):
     score: float
 
 
-@dataclass
-class ShipsResult:
-    """Ships of every head and prompt (arXiv 2410.13708, eq. 9).
+def ranked(scores: np.ndarray, k: int, signed: bool = False) -> list[HeadScore]:
+    """The k largest of [L, H], by size whatever the sign if `signed`; ties go to the lower (layer, head)."""
+    found = [HeadScore(int(i), int(j), float(scores[i, j])) for i, j in np.argwhere(~np.isnan(scores))]
+    key = (lambda s: -abs(s.score)) if signed else (lambda s: -s.score)
+    return sorted(found, key=lambda s: (key(s), s.layer, s.head))[:k]
 
-    kl: float64 [P, L, H], KL(p(base) || p(head ablated)) of the next token in nats; NaN for heads not scanned.
-    noise_floor: nats, the KL between two computations of the same unablated model that differ in packing,
+
+class _Ranked:
+    """What every result with a [L, H] map of scores offers. Subclasses say what the map is."""
+
+    noise_floor: float
+    record: dict
+    identity: dict
+
+    @property
+    def unit(self) -> str:
+        """What was switched off: "head", or "kv_group"; then the last axis counts key/value groups."""
+        return self.identity.get("unit", "head")
+
+    def mean(self) -> np.ndarray:
+        raise NotImplementedError
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    def top(self, k: int = 10) -> list[HeadScore]:
+        """The k heads with the largest (for signed metrics: largest in size) score; ties go to the lower
+        (layer, head)."""
+        return ranked(self.mean(), k, self.signed)
+
+    def above_noise(self) -> np.ndarray:
+        """bool [L, H]: heads whose score can be told from what rounding and chunking alone produce."""
+        return above_noise(self.mean(), self.noise_floor)
+
+    def concentration(self) -> Concentration:
+        """How much of the total few heads carry: Gini coefficient, shares of the top heads, effective number."""
+        return concentration(self.mean())
+
+
+@dataclass
+class ShipsResult(_Ranked):
+    """Ships of every head and prompt (arXiv 2410.13708, eq. 9), or another metric in its place.
+
+    scores: float64 [P, L, H]; NaN for heads not scanned. For the metric "kl" they are KL(p(base) || p(head
+        ablated)) of the next token in nats, and `.kl` is another name for them.
+    noise_floor: the score between two computations of the same unablated model that differ in packing,
         chunking and rounding only; scores at or under it cannot be told from zero.
     record: what really ran: model, ablation, precision, backend, versions, device, plan, timings.
     """
 
-    kl: np.ndarray
+    scores: np.ndarray
     noise_floor: float = 0.0
     record: dict = field(default_factory=dict)
     identity: dict = field(default_factory=dict)
 
-    def mean(self) -> np.ndarray:
-        """Mean over prompts, float64 [L, H], nats."""
-        return self.kl.mean(axis=0)
+    @property
+    def metric(self) -> dict:
+        """name, unit, signed and label of what was measured."""
+        return self.record.get("metric", KL)
 
-    def top(self, k: int = 10) -> list[HeadScore]:
-        """The k heads with the largest mean score; ties go to the lower (layer, head)."""
-        mean = self.mean()
-        scored = [HeadScore(int(i), int(j), float(mean[i, j])) for i, j in np.argwhere(~np.isnan(mean))]
-        return sorted(scored, key=lambda s: (-s.score, s.layer, s.head))[:k]
+    @property
+    def kl(self) -> np.ndarray:
+        if self.metric["name"] != "kl":
+            raise InputError(f"this scan measured {self.metric['name']}: its numbers are in .scores")
+        return self.scores
+
+    @property
+    def signed(self) -> bool:
+        return self.metric["signed"]
+
+    def mean(self) -> np.ndarray:
+        """Mean over prompts, float64 [L, H]."""
+        return self.scores.mean(axis=0)
+
+    def stability(
+        self, k: int = 10, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    ) -> RankStability:
+        """Bootstrap over prompts: how often each head is in the top k, and intervals of its mean and rank."""
+        return rank_stability(
+            self.scores, k, resamples=resamples, confidence=confidence, seed=seed, signed=self.signed
+        )
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per prompt and head: prompt, layer, head, kl_nats."""
-        return frame(self.kl)
+        """One row per prompt and head: prompt, layer, head, and kl_nats or the metric's name."""
+        return score_frame(self.scores, ("prompt", "layer", "head"), column(self.metric))
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
         """Heatmap of the mean scores, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
         from .plotting import heatmap
 
-        return heatmap(self, path, title=title)
+        prompts = self.scores.shape[0]
+        title = title or f"Ships, mean of {prompts} prompt{'s' * (prompts != 1)}"
+        return heatmap(self, _label(self.metric), title, path)
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
         run = RunFolder(folder, self.identity)
-        record = {"status": "complete", **self.record, "noise_floor_nats": self.noise_floor}
+        record = {"status": "complete", **self.record, "noise_floor": self.noise_floor}
         if not run.previous:
             run.write_manifest(record | {"status": "running"})
-        if np.isnan(read_scores(run.path, self.kl.shape)[~np.isnan(self.kl)]).any():
+        if np.isnan(self.read(run.path, self.scores.shape, self.metric)[~np.isnan(self.scores)]).any():
             run.write_part(self.to_pandas())
         run.write_manifest(record)
         return run.path
+
+    @staticmethod
+    def read(folder: Path, shape: tuple[int, ...], metric: dict) -> np.ndarray:
+        return read_scores(folder, shape, ("prompt", "layer", "head"), column(metric))
 
     @classmethod
     def load(cls, folder: str | Path) -> ShipsResult:
         """Read a run folder; scores that a killed scan never reached are NaN."""
         folder = Path(folder)
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, "ships")
         identity = manifest.pop("identity")
-        kl = read_scores(folder, tuple(identity["shape"]))
-        return cls(kl, manifest.get("noise_floor_nats") or 0.0, manifest, identity)
+        scores = cls.read(folder, tuple(identity["shape"]), manifest.get("metric", KL))
+        return cls(scores, manifest.get("noise_floor") or 0.0, manifest, identity)
 
 
-def frame(kl: np.ndarray) -> pd.DataFrame:
-    """Scores [P, L, H] as rows, without those that are NaN."""
-    prompt, layer, head = np.nonzero(~np.isnan(kl))
-    return pd.DataFrame(
-        {
-            "prompt": prompt.astype(np.int32),
-            "layer": layer.astype(np.int16),
-            "head": head.astype(np.int16),
-            "kl_nats": kl[prompt, layer, head],
+def column(metric: dict) -> str:
+    """The column of a metric's scores in tables on disk."""
+    return "kl_nats" if metric["name"] == "kl" else "score"
+
+
+def _label(metric: dict) -> str:
+    return metric["label"] + (f", {metric['unit']}" if metric["unit"] else "")
+
+
+@dataclass
+class SubspaceResult(_Ranked):
+    """Dataset-level Ships of every head (arXiv 2410.13708, eq. 11).
+
+    angle_deg: float64 [L, H], sum of the r principal angles between the leading left singular subspaces of the
+        prompts' hidden states with and without the head, in degrees; NaN for heads not scanned.
+    noise_floor: degrees, the same angle between the packed and the plain unablated model.
+    """
+
+    angle_deg: np.ndarray
+    noise_floor: float = 0.0
+    record: dict = field(default_factory=dict)
+    identity: dict = field(default_factory=dict)
+
+    def mean(self) -> np.ndarray:
+        """The angles themselves: they already belong to the whole set of prompts."""
+        return self.angle_deg
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per head: layer, head, angle_deg."""
+        return score_frame(self.angle_deg, ("layer", "head"), "angle_deg")
+
+    def plot(self, path: str | Path | None = None, *, title: str | None = None):
+        """Heatmap of the angles, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
+        from .plotting import heatmap
+
+        prompts = len(self.identity.get("prompts", []))
+        title = title or f"Dataset-level Ships, rank {self.identity.get('rank')}, {prompts} prompts"
+        return heatmap(self, ANGLE_LABEL, title, path)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a run folder. Raises InputError if the folder holds anything else."""
+        run = RunFolder(folder, self.identity)
+        if not run.previous:
+            run.write_part(self.to_pandas())
+        run.write_manifest({"status": "complete", **self.record, "noise_floor": self.noise_floor})
+        return run.path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SubspaceResult:
+        """Read a run folder; angles that a killed scan never reached are NaN."""
+        folder = Path(folder)
+        manifest = read_manifest(folder, "subspace")
+        identity = manifest.pop("identity")
+        angles = read_scores(folder, tuple(identity["shape"][1:]), ("layer", "head"), "angle_deg")
+        return cls(angles, manifest.get("noise_floor") or 0.0, manifest, identity)
+
+
+ANGLE_LABEL = "sum of principal angles, degrees"
+
+
+@dataclass
+class SaharaResult:
+    """The group of heads that Sahara found (arXiv 2410.13708, algorithm 1).
+
+    heads: (layer, head) in the order chosen; scores: the dataset-level Ships in degrees of the group after each.
+    angle_deg: float64 [group_size, L, H], the score of the group so far with each further head; NaN where the head
+        was already chosen (or not in `heads=`).
+    beams: the groups kept at the end, best first, as (heads, angle in degrees).
+    """
+
+    heads: list[tuple[int, int]]
+    angle_deg: np.ndarray
+    beams: list[tuple[list[tuple[int, int]], float]] = field(default_factory=list)
+    noise_floor: float = 0.0
+    record: dict = field(default_factory=dict)
+    identity: dict = field(default_factory=dict)
+
+    @property
+    def scores(self) -> list[float]:
+        return [float(self.angle_deg[step, layer, head]) for step, (layer, head) in enumerate(self.heads)]
+
+    @property
+    def unit(self) -> str:
+        return self.identity.get("unit", "head")
+
+    def top(self, k: int = 10, step: int = 0) -> list[HeadScore]:
+        """The k best candidates of a step."""
+        return ranked(self.angle_deg[step], k)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per step and head: step, layer, head, angle_deg."""
+        return score_frame(self.angle_deg, ("step", "layer", "head"), "angle_deg")
+
+    def plot(self, path: str | Path | None = None, *, title: str | None = None):
+        """Heatmaps of every step, the chosen head marked. Returns the matplotlib Figure; saved if a path is given."""
+        from .plotting import steps
+
+        return steps(self, ANGLE_LABEL, title, path)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a run folder. Raises InputError if the folder holds anything else."""
+        run = RunFolder(folder, self.identity)
+        if not run.previous:
+            run.write_part(self.to_pandas().assign(beam=0))
+        run.write_manifest({"status": "complete", **self.record, **self.chosen(), "noise_floor": self.noise_floor})
+        return run.path
+
+    def chosen(self) -> dict:
+        """The outcome as run.json has it."""
+        return {
+            "chosen": [list(h) for h in self.heads],
+            "beams": [{"heads": [list(h) for h in group], "angle_deg": angle} for group, angle in self.beams],
         }
-    )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SaharaResult:
+        """Read the run folder of a finished search."""
+        folder = Path(folder)
+        manifest = read_manifest(folder, "sahara")
+        if manifest.get("status") != "complete":
+            raise InputError(f"{folder} holds a search that is not finished: run it again to continue")
+        identity = manifest.pop("identity")
+        heads = [tuple(h) for h in manifest.pop("chosen")]
+        beams = [([tuple(h) for h in b["heads"]], b["angle_deg"]) for b in manifest.pop("beams")]
+        shape = (len(heads), identity["beam"], *identity["shape"][1:])
+        stored = read_scores(folder, shape, ("step", "beam", "layer", "head"), "angle_deg")
+        path = manifest.get("path") or [0] * len(heads)
+        angles = np.stack([stored[step, beam] for step, beam in enumerate(path)])
+        return cls(heads, angles, beams, manifest.get("noise_floor") or 0.0, manifest, identity)

@@ -19,7 +19,7 @@ import torch
 
 from .errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "run.json"
 SCORES = "scores"
 NOT_THE_MODEL = (
@@ -123,8 +123,8 @@ def _parts(path: Path) -> list[Path]:
     return sorted((path / SCORES).glob("part-[0-9]*.parquet"))
 
 
-def read_manifest(path: Path) -> dict:
-    """run.json of a run folder. Raises InputError if it is missing, damaged or of another version."""
+def read_manifest(path: Path, kind: str | None = None) -> dict:
+    """run.json of a run folder. Raises InputError if it is missing, damaged, of another version or kind."""
     file = path / MANIFEST
     if not file.is_file():
         raise InputError(f"{path} is not a shipsfast run: it has no {MANIFEST}")
@@ -134,18 +134,30 @@ def read_manifest(path: Path) -> dict:
         raise InputError(f"{file} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "identity" not in manifest:
         raise InputError(f"{file} is not of schema {SCHEMA}, the one this version of shipsfast reads")
+    if kind is not None and manifest["identity"].get("kind") != kind:
+        raise InputError(f"{path} holds a run of kind {manifest['identity'].get('kind')!r}, expected {kind!r}")
     return manifest
 
 
-def read_scores(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """The scores a run folder holds, float64 [P, L, H], NaN where none has been written yet."""
-    kl = np.full(shape, np.nan)
+def read_scores(path: Path, shape: tuple[int, ...], names: tuple[str, ...], value: str) -> np.ndarray:
+    """The scores a run folder holds, float64 of `shape`, NaN where none has been written yet.
+
+    names: the columns that index the dimensions; value: the column of the scores.
+    """
+    scores = np.full(shape, np.nan)
     for part in _parts(path):
         try:
-            frame = pd.read_parquet(part, columns=["prompt", "layer", "head", "kl_nats"])
-            kl[frame["prompt"], frame["layer"], frame["head"]] = frame["kl_nats"]
+            frame = pd.read_parquet(part, columns=[*names, value])
+            scores[tuple(frame[name] for name in names)] = frame[value]
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise InputError(
                 f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again"
             ) from error
-    return kl
+    return scores
+
+
+def score_frame(scores: np.ndarray, names: tuple[str, ...], value: str) -> pd.DataFrame:
+    """Scores as rows with the columns `names` and `value`, without those that are NaN."""
+    index = np.nonzero(~np.isnan(scores))
+    columns = {name: at.astype(np.int32) for name, at in zip(names, index, strict=True)}
+    return pd.DataFrame(columns | {value: scores[index]})

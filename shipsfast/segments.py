@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .packing import PackedPrompts
+from .reference import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
 
 BLOCK = 256  # queries per block: bounds the mask of a long prompt
 GATHER_BYTES = 64 << 20  # keys and values gathered at a time
@@ -138,18 +139,33 @@ def segment_attention(
     *,
     scaling: float,
     softcap: float | None = None,
+    replace: torch.Tensor | None = None,
+    q_alt: torch.Tensor | None = None,
+    k_alt: torch.Tensor | None = None,
+    out_alt: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same function as `reference.tree_attention`, with the tree given as `plan_segments` cut it.
 
-    q [B, H, TQ, D], k and v [B, HKV, T, D], logit_scale and output_scale [B, H] -> [B, TQ, H, D].
+    q [B, H, TQ, D], k and v [B, HKV, T, D], logit_scale and output_scale [B, H] -> [B, TQ, H, D of v].
+    The replacements are those of the reference too: replace int8 [B, H], q_alt [B or 1, TQ, D],
+    k_alt [B or 1, T, D], out_alt [H or 1, TQ or 1, D of v]. Rows and heads without a flag pay nothing for them.
+    Raises ValueError if `replace` asks for vectors that are not given.
     """
     rows, heads = logit_scale.shape
+    if replace is not None:
+        require_replacements(replace, q_alt, k_alt, out_alt)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, T, heads, D], how the projections laid them out
     touched = (logit_scale != 1).any(1).nonzero().flatten()
-    if len(touched):
+    replaced = _flagged(replace, REPLACE_Q)
+    if len(touched) or replaced:
         q = q.expand(rows, -1, -1, -1).clone()
+        if replaced:
+            b, h = replaced
+            q[b, :, h] = q_alt if len(q_alt) == 1 else q_alt[b]
         q[touched] *= logit_scale[touched].to(q.dtype)[:, None, :, None]
     q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
+    keys = _flagged(replace, REPLACE_K)
+    keys = (*keys, k_alt) if keys else None
     out = torch.empty(rows, q.shape[1], heads, v.shape[3], dtype=q.dtype, device=q.device)
     for group in groups:
         # Every block gathers its own copy of its path: few enough at a time to bound what that takes.
@@ -159,12 +175,16 @@ def segment_attention(
             blocks = slice(start, start + step)
             index, part = (
                 group.query_index[blocks].flatten(),
-                _attend(q, k, v, group, blocks, scaling, softcap),
+                _attend(q, k, v, keys, group, blocks, scaling, softcap),
             )
             if group.real is not None:
                 real = group.real[blocks].flatten().nonzero().flatten()
                 index, part = index[real], part.index_select(1, real)
             out[:, index] = part
+    replaced = _flagged(replace, REPLACE_OUT)
+    if replaced:
+        b, h = replaced
+        out[b, :, h] = out_alt if len(out_alt) == 1 else out_alt[h]
     touched = (output_scale != 1).any(1).nonzero().flatten()
     if len(touched):
         scale = output_scale[touched].to(out.dtype)[:, None, :, None]
@@ -172,7 +192,18 @@ def segment_attention(
     return out
 
 
-def _attend(q, k, v, group: BlockGroup, chosen: slice, scaling: float, softcap: float | None) -> torch.Tensor:
+def _flagged(replace: torch.Tensor | None, flag: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(rows [N], query heads [N]) that have the flag, None if there are none."""
+    if replace is None:
+        return None
+    b, h = (replace & flag).nonzero(as_tuple=True)
+    return (b, h) if len(b) else None
+
+
+def _attend(
+    q, k, v, replaced, group: BlockGroup, chosen: slice, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    """Some blocks of a group, [B, G * S, H, D of v]. replaced: (rows [N], query heads [N], k_alt), or None."""
     rows, size = q.shape[0], len(group.query_index[chosen])
 
     def blocks(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # [B, T, h, D] -> [B * G, h, n, D]
@@ -182,6 +213,12 @@ def _attend(q, k, v, group: BlockGroup, chosen: slice, scaling: float, softcap: 
     repeat = qb.shape[1] // kb.shape[1]
     if repeat > 1:
         kb, vb = kb.repeat_interleave(repeat, 1), vb.repeat_interleave(repeat, 1)
+    if replaced is not None:
+        # Only now has every query head keys of its own, and they are a copy.
+        b, h, k_alt = replaced
+        index = group.key_index[chosen]  # [G, K]
+        keys = k_alt[:, index] if len(k_alt) == 1 else k_alt[b[:, None, None], index]  # [N or 1, G, K, D]
+        kb.unflatten(0, (rows, size))[b, :, h] = keys
     mask = group.mask(chosen)
     if mask is not None and mask.shape[0] > 1:
         mask = mask.repeat(rows, 1, 1, 1)
@@ -194,4 +231,4 @@ def _attend(q, k, v, group: BlockGroup, chosen: slice, scaling: float, softcap: 
         if mask is None:
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
         out = torch.matmul(torch.softmax(logits.masked_fill(~mask, float("-inf")), -1), vb)
-    return out.transpose(1, 2).reshape(rows, -1, out.shape[1], out.shape[3])  # [B, G * S, H, D]
+    return out.transpose(1, 2).reshape(rows, -1, out.shape[1], out.shape[3])

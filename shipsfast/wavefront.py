@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from .ablation import HeadMask
 from .anatomy import Anatomy, input_device
 from .attention import ATTRIBUTE, TREE, Captured, TreeCall, TreeContext, installed, tree_attention
 from .fused import FusedLayer
+from .layer_mask import LayerMask
 from .packing import PackedPrompts
 from .planner import even_slices
 
@@ -93,21 +95,21 @@ class Wavefront:
         self._buffer = self._final = self._head_chunk = None
         self._undo.close()
 
-    def run(self, mask: HeadMask, consume: Consume) -> None:
+    def run(self, mask: HeadMask, consume: Consume, *, hidden_states: bool = False) -> None:
         """Run the rows of `mask` and hand out their next-token logits.
 
-        mask: rows in ascending order of their first ablated layer; row 0 and any other row without an
-            ablated head is the unablated model.
-        consume(rows, logits, base): called for consecutive slices of rows with their logits [n, U, V] and
+        mask: row 0 may have any heads ablated; the others follow in ascending order of the first layer in
+            which they differ from it, which is where they fork.
+        consume(rows, logits, first): called for consecutive slices of rows with their logits [n, U, V] and
             those of row 0 [U, V]; U are the prompts' distinct ends, `prompt_place` maps prompts to them.
+        hidden_states: hand out what enters the output head instead, [n, U, hidden]: the hidden states after
+            the final norm.
         """
-        first = [mask.first_layer(r) or 0 for r in range(len(mask))]
-        if mask.groups[0] != () or first != sorted(first):
-            raise ValueError(
-                "rows must start with the unablated one and be sorted by their first ablated layer"
-            )
+        forks = [mask.fork_layer(r) for r in range(len(mask))]
+        if forks != sorted(forks):
+            raise ValueError("rows must be sorted by the first layer in which they differ from row 0")
         self._mask = mask
-        self._forks = np.bincount(first[1:], minlength=self.anatomy.num_layers).tolist()
+        self._forks = np.bincount(forks[1:], minlength=self.anatomy.num_layers).tolist()
         self._alive = 1
         device = input_device(self.model)
         token_ids = torch.as_tensor(self.packed.token_ids, device=device)[None]
@@ -117,11 +119,13 @@ class Wavefront:
         self._buffer = None
         start = torch.zeros(1, len(self.last_nodes), dtype=torch.long, device=device)
         base = None
-        for rows in even_slices(len(mask), self.rows_per_head_chunk):
-            self._head_chunk = self._final[rows]
-            logits = self._forward(start, start)
-            base = logits[0].clone() if base is None else base
-            consume(rows, logits, base)
+        with head_input(self.model) if hidden_states else contextlib.nullcontext([]) as seen:
+            for rows in even_slices(len(mask), self.rows_per_head_chunk):
+                self._head_chunk = self._final[rows]
+                logits = self._forward(start, start)
+                out = seen.pop() if hidden_states else logits
+                base = out[0].clone() if base is None else base
+                consume(rows, out, base)
         self._head_chunk = self._final = None
 
     def _forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -164,18 +168,21 @@ class Wavefront:
         last = index == self.anatomy.num_layers - 1
         nodes = torch.as_tensor(self.last_nodes) if last else None
         before = self._alive
+        parent = {head for at, head in self._mask.groups[0] if at == index}
         heads = [
             [head for at, head in group if at == index]
             for group in self._mask.groups[before : before + self._forks[index]]
         ]
-        simple = all(len(chosen) == 1 for chosen in heads)
+        new = [sorted(set(chosen) - parent) for chosen in heads]
+        # Forks that add the same number of heads to those that row 0 has off in this layer.
+        simple = len({len(added) for added in new}) == 1 and bool(new[0]) and all(parent <= set(c) for c in heads)
         after = self._fork(index, hidden, copy=not simple)
         tree = self._tree(hidden.device)
 
-        def attention(q, k, v, logit_scale, output_scale, trimmed):
+        def attention(q, k, v, mask, trimmed):
             plan = tree.plan(window, trimmed, q)
             return tree_attention(
-                tree, *(x.transpose(1, 2) for x in (q, k, v)), logit_scale, output_scale, plan,
+                tree, *(x.transpose(1, 2) for x in (q, k, v)), mask, plan,
                 scaling=self.anatomy.layers[index].attention.scaling, window=window,
             )  # fmt: skip
 
@@ -183,29 +190,27 @@ class Wavefront:
         into = self._final if last else self._buffer
         per_chunk = self.rows_per_chunk
         # With the forks, the base row has passed this layer too, and only the others are left.
-        old = range(1, before) if simple and heads else range(after)
+        old = range(1, before) if simple else range(after)
         chunks = [slice(old.start + r.start, old.start + r.stop) for r in even_slices(len(old), per_chunk)]
         sizes = [rows.stop - rows.start for rows in chunks]
         common = max(sizes, key=sizes.count, default=0)
         worth = common if sizes.count(common) > 1 else 0
         with layer.loaded(worth * hidden.shape[1], worth * len(self.last_nodes) if last else None):
-            if len(old) < after:
-                scales = (self._mask.ablation.logit_scale, self._mask.ablation.output_scale)
+            if simple:
+                every = tuple((index, head) for head in range(self.anatomy.num_heads))
                 base_row = layer.forks(
-                    self._buffer[:1], [chosen[0] for chosen in heads], scales, cos, sin, attention, nodes,
-                    even_slices(len(heads), per_chunk), into[before:after],
+                    self._buffer[:1], new, self._layer_mask(index, hidden, slice(0, 1), nodes),
+                    self._layer_mask(index, hidden, slice(0, 1), nodes, groups=(every,)),
+                    cos, sin, attention, nodes, even_slices(len(new), per_chunk), into[before:after],
                 )  # fmt: skip
-                self.tick(len(heads))
+                self.tick(len(new))
             for rows in chunks:
                 x = self._buffer[rows]
-                vectors = self._mask.vectors(
-                    index, self.anatomy.num_heads, device=x.device, dtype=x.dtype, rows=rows
-                )
-                out = layer.rows(x, cos, sin, attention, vectors, nodes)
+                out = layer.rows(x, cos, sin, attention, self._layer_mask(index, x, rows, nodes), nodes)
                 if last:
                     into[rows] = out
                 self.tick(rows.stop - rows.start)
-            if len(old) < after:
+            if simple:
                 into[:1] = base_row
                 self.tick(1)
 
@@ -226,10 +231,15 @@ class Wavefront:
         self._alive = n
         return n
 
-    def _attend(self, index: int, call: _Caller, x: torch.Tensor, rows: slice, **how) -> torch.Tensor:
+    def _layer_mask(self, index: int, like: torch.Tensor, rows: slice, nodes=None, groups=None) -> LayerMask:
+        mask = self._mask if groups is None else replace(self._mask, groups=groups)
+        out = mask.layer(index, self.anatomy.num_heads, device=like.device, dtype=like.dtype, rows=rows)
+        return out if nodes is None else out.at(nodes)
+
+    def _attend(self, index: int, call: _Caller, x: torch.Tensor, rows: slice, nodes=None, **how) -> torch.Tensor:
         layer = self.anatomy.layers[index]
-        vectors = self._mask.vectors(index, self.anatomy.num_heads, device=x.device, dtype=x.dtype, rows=rows)
-        setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, *vectors, **how))
+        mask = self._layer_mask(index, x, rows, nodes)
+        setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, mask, **how))
         return call(x)
 
     def _last_layer(self, index: int, call: _Caller, x: torch.Tensor, rows: slice) -> None:
@@ -240,7 +250,7 @@ class Wavefront:
             kv = captured.kv
         nodes = torch.as_tensor(self.last_nodes, device=x.device)
         trimmed = call.at(nodes, self.packed.num_tokens)
-        self._final[rows] = self._attend(index, trimmed, x.index_select(1, nodes), rows, kv=kv)
+        self._final[rows] = self._attend(index, trimmed, x.index_select(1, nodes), rows, nodes, kv=kv)
 
     def _tree(self, device: torch.device) -> TreeContext:
         if device not in self._trees:
@@ -307,6 +317,24 @@ def head_precision(model: PreTrainedModel) -> str:
     if type(head) is torch.nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16):
         return "float32"
     return str(model.dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def head_input(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """A list that receives what enters the output head; no logits are computed."""
+    seen: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+
+    def make(_forward):
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(hidden)
+            # What the model does with logits costs nothing on a single number stretched to their shape.
+            return hidden.new_zeros(1).expand(*hidden.shape[:-1], 1)
+
+        return forward
+
+    with _forward_replaced(head, make):
+        yield seen
 
 
 @contextlib.contextmanager

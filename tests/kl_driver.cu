@@ -1,5 +1,5 @@
-// Instantiates the kernels of csrc/ships_kl.cuh for test_csrc_nvcc.py, and, run without a GPU, measures the
-// accuracy of their arithmetic on the host against long double. Prints one `name value` per line.
+// Instantiates the kernels of csrc/ships_kl.cuh and csrc/ships_divergence.cuh for test_csrc_nvcc.py, and, run
+// without a GPU, measures the accuracy of their arithmetic on the host against long double. Prints one `name value` per line.
 
 #include <cmath>
 #include <cstdio>
@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "../csrc/ships_divergence.cuh"
 #include "../csrc/ships_kl.cuh"
 
 namespace shipsfast {
@@ -14,6 +15,10 @@ template void launch_kl_rows<__nv_bfloat16>(const KlRows&, TwoFloat*, BaseStats*
 template void launch_kl_rows<__half>(const KlRows&, TwoFloat*, BaseStats*, cudaStream_t);
 template void launch_kl_rows<float>(const KlRows&, TwoFloat*, BaseStats*, cudaStream_t);
 template void launch_kl_rows<double>(const KlRows&, TwoFloat*, BaseStats*, cudaStream_t);
+template void launch_divergence_rows<__nv_bfloat16>(const DivergenceRows&, RowNorm*, cudaStream_t);
+template void launch_divergence_rows<__half>(const DivergenceRows&, RowNorm*, cudaStream_t);
+template void launch_divergence_rows<float>(const DivergenceRows&, RowNorm*, cudaStream_t);
+template void launch_divergence_rows<double>(const DivergenceRows&, RowNorm*, cudaStream_t);
 }  // namespace shipsfast
 
 using namespace shipsfast;
@@ -77,6 +82,58 @@ static double kl_error(int vocab, double spread, double change) {
   return worst;
 }
 
+// Largest relative error of one row's divergences, for float32 logits `change` apart, by their definitions in
+// long double: its 64 bits leave 1e-19 / change of KL and JS, so `change` is not to be tiny.
+static double divergence_error(int vocab, double spread, double change, int bit) {
+  double worst = 0.0;
+  for (int seed = 0; seed < 8; ++seed) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal;
+    std::vector<float> x_b(vocab), x_a(vocab);
+    RowNorm a_norm{-HUGE_VAL, 0.0}, b_norm{-HUGE_VAL, 0.0};
+    for (int v = 0; v < vocab; ++v) {
+      const double x = spread * normal(random);
+      x_b[v] = static_cast<float>(x);
+      x_a[v] = static_cast<float>(x + change * normal(random));
+      a_norm.largest = std::fmax(a_norm.largest, x_a[v]);
+      b_norm.largest = std::fmax(b_norm.largest, x_b[v]);
+    }
+    long double sum_a = 0.0L, sum_b = 0.0L;
+    for (int v = 0; v < vocab; ++v) {
+      a_norm.log_sum += exp_f64(clamp_exponent(x_a[v] - a_norm.largest));
+      b_norm.log_sum += exp_f64(clamp_exponent(x_b[v] - b_norm.largest));
+      sum_a += std::exp(static_cast<long double>(x_a[v]));
+      sum_b += std::exp(static_cast<long double>(x_b[v]));
+    }
+    a_norm.log_sum = std::log(a_norm.log_sum);
+    b_norm.log_sum = std::log(b_norm.log_sum);
+    const double shift = (a_norm.largest - b_norm.largest) + (a_norm.log_sum - b_norm.log_sum);
+    const long double shift_exact = std::log(sum_a / sum_b);
+    DivergenceSums sums;
+    long double exact[4] = {};
+    for (int v = 0; v < vocab; ++v) {
+      const DivergenceSums terms = divergence_terms<true>(x_a[v], x_b[v], a_norm, b_norm, shift);
+      sums.kl += terms.kl;
+      sums.reverse_kl += terms.reverse_kl;
+      sums.js += terms.js;
+      sums.gained += terms.gained;
+      sums.lost += terms.lost;
+      sums.mass_up += terms.mass_up;
+      const long double p_b = std::exp(static_cast<long double>(x_b[v])) / sum_b;
+      const long double d = static_cast<long double>(x_a[v]) - x_b[v] - shift_exact;
+      const long double ratio_less_1 = std::expm1(d);
+      exact[0] += p_b * (ratio_less_1 - d);
+      exact[1] += p_b * (d * ratio_less_1 - (ratio_less_1 - d));
+      exact[2] += p_b * (d * (1.0L + ratio_less_1) - (2.0L + ratio_less_1) * std::log1p(ratio_less_1 / 2)) / 2;
+      exact[3] += p_b * std::fabs(ratio_less_1) / 2;
+    }
+    double result = 0.0;
+    store_divergences(sums, int64_t{1} << bit, &result, 1);
+    worst = std::fmax(worst, std::fabs(static_cast<double>((result - exact[bit]) / exact[bit])));
+  }
+  return worst;
+}
+
 int main() {
   std::printf("exp_near_zero %.3e\n", exp_error(-20.0, 0.0));
   std::printf("exp_full_range %.3e\n", exp_error(-80.0, 85.0));
@@ -86,5 +143,10 @@ int main() {
   std::printf("kl_large_change %.3e\n", kl_error<float>(128256, 4.0, 2.0));
   std::printf("kl_flat %.3e\n", kl_error<float>(128256, 0.1, 0.3));
   std::printf("kl_float64 %.3e\n", kl_error<double>(32000, 4.0, 0.3));
+  const char* names[4] = {"kl", "reverse_kl", "js", "total_variation"};
+  for (int bit = 0; bit < 4; ++bit) {
+    std::printf("%s_small_relative %.3e\n", names[bit], divergence_error(32000, 4.0, 0.001, bit));
+    std::printf("%s_large_relative %.3e\n", names[bit], divergence_error(32000, 4.0, 3.0, bit));
+  }
   return 0;
 }

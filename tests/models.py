@@ -56,7 +56,10 @@ FAMILIES = {
 def build(family: str = "llama-gqa", dtype: torch.dtype = torch.float64, seed: int = 0):
     """A model whose attention is far from uniform, so that ablations show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), dtype=dtype)
+    config = copy.deepcopy(FAMILIES[family])
+    # transformers up to 5.13 or so gives Gemma 2 an attention that leaves the softcap out, unless told.
+    how = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)

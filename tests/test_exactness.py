@@ -86,7 +86,7 @@ def test_long_prompts_cross_block_boundaries(monkeypatch):
 
 def test_spot_check_and_noise_floor_are_recorded():
     result = shipsfast.scan(build(), PROMPTS["shared-prefix"], progress=False)
-    assert result.record["spot_check_max_abs_nats"] < TOLERANCE_NATS
+    assert result.record["spot_check_max_abs"] < TOLERANCE_NATS
     assert 0 <= result.noise_floor < TOLERANCE_NATS
     assert result.kl.shape == (4, LAYERS, HEADS)
 

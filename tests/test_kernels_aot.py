@@ -72,6 +72,15 @@ def test_keys_and_values_are_fetched_ahead(compiled):
     assert not offenders(compiled[1], lambda case, use: use["cp_async"] == 0)
 
 
+def test_replacements_change_no_arithmetic(compiled):
+    """A head without flags has the bits of a call without replacements, also as the compiler fuses them."""
+    _, table = compiled
+    counts = lambda use: [use[name] for name in ("fp32_ops", "wgmma", "mma_sync", "cp_async")]
+    pairs = [(key, key.removesuffix("+replace")) for key in table if key.endswith("+replace")]
+    assert {CASES[key].config for key, _ in pairs} == {"sm_80", "sm_90"}
+    assert [key for key, plain in pairs if counts(table[key]) != counts(table[plain])] == []
+
+
 def test_figures_are_the_committed_ones(compiled):
     version, table = compiled
     committed = json.loads(aot.RESOURCES.read_text())

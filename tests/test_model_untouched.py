@@ -53,7 +53,7 @@ def test_after_an_exception(monkeypatch, error, where):
         raise error
 
     if where == "metric":
-        monkeypatch.setattr("shipsfast.ships.kl_rows", fail)
+        monkeypatch.setattr("shipsfast.metrics.divergence_rows", fail)
     elif where == "layer":
         monkeypatch.setattr("shipsfast.attention.segment_attention", fail)
     else:

@@ -101,11 +101,11 @@ def test_a_scan_that_failed_its_check_fails_again(tmp_path, monkeypatch):
         raise shipsfast.UnsupportedModelError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shipsfast.ships._Checks.spot", refuse)
+        patch.setattr("shipsfast.ships._spot_check", refuse)
         for _ in range(2):
             with pytest.raises(shipsfast.UnsupportedModelError, match="refused"):
                 scan(tmp_path / "run")
-    assert scan(tmp_path / "run").record["spot_check_max_abs_nats"] is not None
+    assert scan(tmp_path / "run").record["spot_check_max_abs"] is not None
 
 
 def test_a_score_that_is_not_a_number_ends_the_scan(tmp_path):

@@ -21,7 +21,15 @@ from shipsfast.kernels.launch_config import LaunchConfig, launch_config, load_co
 
 from shipsfast import packing, reference
 from shipsfast.kernels import tree_attention as module
-from tests.attention_numerics import assert_close_per_head, oracle
+from tests.attention_numerics import (
+    ALTERNATIVES,
+    DTYPE_NAMES,
+    Case,
+    assert_close_per_head,
+    make_arguments,
+    make_replacements,
+    oracle,
+)
 from tests.conftest import TEST_GPU
 
 if TEST_GPU:
@@ -37,52 +45,6 @@ else:
     if old_triton and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         reason = "the interpreter of triton 3.6 cannot loop with numpy 2.4: install numpy<2.4"
         pytest.skip(reason, allow_module_level=True)
-
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def make_prompts(tree: str) -> list[list[int]]:
-    rng = np.random.default_rng(3)
-    tail = lambda low, high: rng.integers(0, 1000, rng.integers(low, high)).tolist()
-    template = tail(37, 38)
-    match tree:
-        case "shared":  # one template, own endings
-            return [template + tail(3, 15) for _ in range(7)]
-        case "nested":  # branches of branches: more than one level of sharing
-            stems = [template[:20] + tail(5, 12) for _ in range(3)]
-            return [stem + tail(1, 10) for stem in stems for _ in range(3)]
-        case "forest":
-            return [tail(5, 25) for _ in range(6)]
-        case "single":
-            return [tail(71, 72)]
-        case "one_token":
-            return [[i] for i in range(9)]
-        case "duplicates":
-            return [template[:19], template[:30], template[:19], template[:30] + [7], template[:30]]
-    raise ValueError(tree)
-
-
-@dataclass(frozen=True)
-class Case:
-    B: int = 2
-    H: int = 4
-    HKV: int = 2
-    D: int = 16
-    dtype: torch.dtype = torch.float32
-    tree: str = "shared"
-    softcap: float | None = None
-    window: int | None = None
-    queries: str = "all"  # all, or last: the last token of each prompt
-    batch: str = "full"  # full, or one: q, k and v have a batch dimension of 1
-
-    def __str__(self) -> str:
-        T = packing.pack(make_prompts(self.tree)).num_tokens
-        parts = [f"B{self.B}-H{self.H}-HKV{self.HKV}-T{T}-D{self.D}-{DTYPE_NAMES[self.dtype]}-{self.tree}"]
-        parts += [f"softcap{self.softcap:g}"] if self.softcap else []
-        parts += [f"window{self.window}"] if self.window else []
-        parts += ["lastqueries"] if self.queries == "last" else []
-        parts += ["batch1"] if self.batch == "one" else []
-        return "-".join(parts)
 
 
 @dataclass
@@ -108,29 +70,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, logit_scale=None, output_scale=None) -> Inputs:
-    """Random q, k, v laid out as transformers' attention has them: [B, T, H, D] seen as [B, H, T, D]."""
-    packed = packing.pack(make_prompts(case.tree))
-    T = packed.num_tokens
-    query_index = np.unique(packed.last_index) if case.queries == "last" else None
-    TQ = T if query_index is None else len(query_index)
-    generator = torch.Generator().manual_seed(11)
-    rows = 1 if case.batch == "one" else case.B
-    draw = lambda heads, tokens: (
-        torch.randn(rows, tokens, heads, case.D, generator=generator, dtype=torch.float64)
-        .to(case.dtype).to(DEVICE).transpose(1, 2)
-    )  # fmt: skip
-    q, k, v = draw(case.H, TQ), draw(case.HKV, T), draw(case.HKV, T)
-    if logit_scale is None:
-        values = torch.tensor([1.0, 1e-5, 0.0, 1.0, -1.0, 2.0, 1.0])
-        logit_scale = values[torch.arange(case.B * case.H) % 7].reshape(case.B, case.H)
-    if output_scale is None:
-        values = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1e-5, -0.5, 1.0, 1.0])
-        output_scale = values[torch.arange(case.B * case.H) % 9].reshape(case.B, case.H)
-    tree = [torch.from_numpy(x).to(DEVICE) for x in (packed.position, packed.subtree_end)]
-    options = {"scaling": case.D**-0.5, "softcap": case.softcap, "window": case.window}
-    if query_index is not None:
-        options["query_index"] = torch.from_numpy(query_index.astype(np.int32)).to(DEVICE)
-    return Inputs([q, k, v, logit_scale.to(DEVICE), output_scale.to(DEVICE), *tree], options)
+    return Inputs(*make_arguments(case, logit_scale, output_scale, DEVICE))
 
 
 SHAPES = [
@@ -139,7 +79,8 @@ SHAPES = [
     Case(B=3, H=2, HKV=2, D=16),
     Case(B=1, H=3, HKV=3, D=128),
 ]
-DTYPES = list(DTYPE_NAMES)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REPLACED = Case(B=3, replace="full", tree="nested")
 CASES = (
     [dataclasses.replace(s, dtype=dtype) for s in SHAPES for dtype in DTYPES]
     + [Case(tree=tree) for tree in ("nested", "forest", "single", "one_token", "duplicates")]
@@ -156,6 +97,14 @@ CASES = (
         Case(queries="last", window=20, softcap=10.0, tree="single"),
         Case(batch="one", B=3),
         Case(batch="one", B=3, dtype=torch.bfloat16, softcap=5.0, window=20, D=80),
+    ]
+    + [dataclasses.replace(REPLACED, dtype=dtype) for dtype in DTYPES]
+    + [
+        dataclasses.replace(REPLACED, replace="one", softcap=0.5, D=24),
+        dataclasses.replace(REPLACED, replace="one", batch="one", H=5, HKV=1, D=80),
+        dataclasses.replace(REPLACED, batch="one", window=7, HKV=4, tree="shared"),
+        dataclasses.replace(REPLACED, queries="last", dtype=torch.bfloat16),
+        dataclasses.replace(REPLACED, replace="one", queries="last", window=20, softcap=10.0, tree="single"),
     ]
 )
 
@@ -188,6 +137,72 @@ def test_ablated_heads(which, logit_factor, output_factor):
         assert (out.transpose(1, 2)[chosen] == 0).all()
     elif which != "none":
         assert not torch.equal(out.transpose(1, 2)[chosen], unmasked.transpose(1, 2)[chosen])
+
+
+@pytest.mark.parametrize("which", ["none", "one", "all"])
+@pytest.mark.parametrize("flag", [1, 2, 3, 4], ids=["q", "k", "q-and-k", "out"])
+@pytest.mark.parametrize("full", [True, False], ids=["", "broadcast"])
+def test_replaced_heads(which, flag, full):
+    chosen = torch.zeros(SMALL.B, SMALL.H, dtype=torch.bool)
+    if which == "one":
+        chosen[1, 2] = True
+    elif which == "all":
+        chosen[:] = True
+    ones = torch.ones(SMALL.B, SMALL.H)
+    inputs = make_inputs(SMALL, ones, ones)
+    without = inputs.run().transpose(1, 2)  # [B, H, TQ, D]
+    inputs.options |= make_replacements(inputs.args, chosen.to(torch.int8) * flag, full)
+    out = inputs.check().transpose(1, 2)
+    assert torch.equal(out[~chosen], without[~chosen])
+    assert all(not torch.equal(out[b, h], without[b, h]) for b, h in chosen.nonzero().tolist())
+    if flag == reference.REPLACE_OUT:
+        assert torch.equal(out[chosen], inputs.options["out_alt"].expand(out.shape)[chosen])
+
+
+def test_a_replaced_output_does_not_depend_on_keys_and_values():
+    inputs = make_inputs(Case(B=1, H=4, HKV=4), torch.ones(1, 4), torch.ones(1, 4))
+    inputs.options |= make_replacements(inputs.args, torch.tensor([[0, 4, 7, 0]], dtype=torch.int8))
+    for x in inputs.args[:3]:
+        x[:, 1] = float("nan")
+    inputs.args[2][:, 2] = float("nan")
+    inputs.options["k_alt"][:] = float("nan")
+    assert torch.isfinite(inputs.run()).all()
+
+
+@pytest.mark.skipif(TEST_GPU, reason="counts what the interpreter multiplies")
+def test_a_replaced_output_reads_no_keys(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    products, dot = [], Builder.create_dot
+    monkeypatch.setattr(Builder, "create_dot", lambda *args: products.append(1) or dot(*args))
+    inputs = make_inputs(Case(B=1, H=4), torch.ones(1, 4), torch.ones(1, 4))
+    inputs.run()
+    per_head, count = divmod(len(products), 4)
+    assert per_head > 0 and count == 0
+    products.clear()
+    inputs.options |= make_replacements(inputs.args, torch.tensor([[3, 4, 7, 5]], dtype=torch.int8))
+    inputs.run()
+    assert len(products) == per_head
+
+
+def test_a_zeroed_head_is_zero_whatever_replaces_it():
+    inputs = make_inputs(Case(B=1, H=8, HKV=2), torch.ones(1, 8), torch.zeros(1, 8))
+    inputs.options |= make_replacements(inputs.args, torch.arange(8, dtype=torch.int8)[None])
+    for name in ALTERNATIVES:
+        inputs.options[name][:] = float("nan")
+    assert (inputs.run() == 0).all()
+
+
+@pytest.mark.parametrize("name", ALTERNATIVES)
+def test_a_flag_without_its_vectors_gives_nan_where_it_cannot_be_refused(name, monkeypatch):
+    """On a GPU, where looking at the flags would wait for it."""
+    monkeypatch.setattr("shipsfast.kernels.attention_checks.require_replacements", lambda *args: None)
+    inputs = make_inputs(Case(B=1, H=8, HKV=2), torch.ones(1, 8), torch.ones(1, 8))
+    flags = torch.arange(8, dtype=torch.int8)[None]
+    inputs.options |= make_replacements(inputs.args, flags) | {name: None}
+    out = inputs.run()
+    missing = (flags[0] & (1 << ALTERNATIVES.index(name))) != 0
+    assert torch.isnan(out[:, :, missing]).all() and torch.isfinite(out[:, :, ~missing]).all()
 
 
 def test_uniform_attention_is_the_mean_of_the_visible_values():
@@ -305,13 +320,25 @@ def table_for_other_window(inputs):
     inputs.options["block_table"] = block_table(*inputs.args[5:], block_m=32, block_n=32, window=5)
 
 
+def replacing(**changes):
+    """Replacements of a head's queries, keys and output, some of them changed."""
+
+    def change(inputs):
+        flags = torch.full((SMALL.B, SMALL.H), 7, dtype=torch.int8)
+        good = make_replacements(inputs.args, flags)
+        inputs.options |= good | {name: function(good[name]) for name, function in changes.items()}
+
+    return change
+
+
 REFUSALS = {
     "float64": (each_of_qkv(torch.Tensor.double), TypeError, "backend='reference'"),
     "mixed-dtypes": (changed(1, torch.Tensor.bfloat16), TypeError, "one dtype"),
     "bf16-mask-vector": (changed(3, torch.Tensor.bfloat16), TypeError, r"logit_scale must be float32"),
     "mask-vectors-differ": (changed(4, lambda x: x[:, :3]), ValueError, "output_scale"),
     "rows": (changed(0, lambda x: x.repeat(2, 1, 1, 1)), ValueError, r"q must be \[2 or 1"),
-    "head-sizes": (changed(1, lambda x: x[..., :8]), ValueError, "k must be"),
+    "key-head-size": (changed(1, lambda x: x[..., :8]), ValueError, "one head size, got 16 in q and 8 in k"),
+    "value-head-size": (changed(2, lambda x: x[..., :8]), ValueError, "one head size, got 16 in q and 8 in v"),
     "heads": (changed(0, lambda x: x[:, :3]), ValueError, "heads do not fit"),
     "key-heads": (changed(1, lambda x: x[:, :1]), ValueError, "heads do not fit"),
     "last-dim": (changed(0, lambda x: x.mT.contiguous().mT), ValueError, "contiguous"),
@@ -320,12 +347,27 @@ REFUSALS = {
     "softcap": (option(softcap=0.0), ValueError, "softcap must be positive"),
     "window": (option(window=0), ValueError, "window must be at least 1"),
     "table": (table_for_other_window, ValueError, "block_table is for another call"),
+    "replace-dtype": (replacing(replace=torch.Tensor.bool), TypeError, "replace must be int8"),
+    "replace-shape": (replacing(replace=lambda x: x[:1]), ValueError, r"replace must be \[2, 4\]"),
+    "q_alt-dtype": (replacing(q_alt=torch.Tensor.half), TypeError, "q_alt must be torch.float32"),
+    "q_alt-tokens": (replacing(q_alt=lambda x: x[:, 1:]), ValueError, r"q_alt must be \[2 or 1, \d+, 16\]"),
+    "k_alt-per-head": (replacing(k_alt=lambda x: x.repeat(2, 1, 1)), ValueError, "k_alt must be"),
+    "k_alt-last-dim": (replacing(k_alt=lambda x: x.mT.contiguous().mT), ValueError, "contiguous"),
+    "out_alt-rows": (replacing(out_alt=lambda x: x[:2]), ValueError, r"out_alt must be \[4 or 1, 1 or"),
+    "out_alt-size": (replacing(out_alt=lambda x: x[..., :8]), ValueError, "out_alt must be"),
     "head-too-large": (
         each_of_qkv(lambda x: x.repeat(1, 1, 1, 17), config=None),
         ValueError,
         "no launch parameters.*backend='reference'",
     ),
 }  # fmt: skip
+if not TEST_GPU:  # where the flags are not looked at
+    REFUSALS |= {
+        "replace-flag": (replacing(replace=lambda x: x + 1), ValueError, "sums of 1, 2 and 4, got 8"),
+        "q_alt-missing": (replacing(q_alt=lambda x: None), ValueError, "q_alt is None"),
+        "k_alt-missing": (replacing(k_alt=lambda x: None), ValueError, "k_alt is None"),
+        "out_alt-missing": (replacing(out_alt=lambda x: None), ValueError, "out_alt is None"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -47,7 +47,7 @@ if [ ! -e ".venv/.built-$sources" ]; then
     step "other dependencies" $pip -c constraints.txt --no-build-isolation -e .
   else
     step "native extension" $pip --no-build-isolation --no-deps -e .
-    .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, typer, rich, tqdm, psutil' ||
+    .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, typer, rich, tqdm, psutil, scipy.stats' ||
       step "missing dependencies" $pip --no-build-isolation -e .
   fi
   rm -f .venv/.built-*
@@ -55,9 +55,9 @@ if [ ! -e ".venv/.built-$sources" ]; then
 fi
 if [ "$extras" = test ] && [ ! -e .venv/.tests ]; then
   if [ $cuda = no ]; then
-    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis scipy triton
+    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis triton
   else
-    .venv/bin/python -c 'import pytest, pytest_timeout, hypothesis, scipy, triton' || step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis scipy
+    .venv/bin/python -c 'import pytest, pytest_timeout, hypothesis, triton' || step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis
   fi
   touch .venv/.tests
 fi

@@ -18,7 +18,7 @@ from ..ablation import Ablation, ablate
 from ..loading import load_model, load_tokenizer
 from ..prompts import load_prompts, tokenize
 from ..ships import scan
-from ..tables import ranking
+from ..tables import show
 from .world import is_correct, is_refusal
 
 HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ def run(out: Path, *, progress: bool = True) -> None:
     out.mkdir(parents=True, exist_ok=True)
     result = scan(model, taboo, tokenizer, template="chat", out=out / "run", progress=progress)
     result.plot(out / "heatmap.png", title=f"The village: Ships of {len(taboo)} taboo requests")
-    ranking(result, 8, out / "run", console)
+    show(result, 8, out / "run", console)
 
     head = result.top(1)[0][:2]
     name = f"{head[0]}-{head[1]}"

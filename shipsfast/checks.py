@@ -1,0 +1,140 @@
+"""Every scan held against the model's own forward pass, one prompt at a time and unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .ablation import Head, dense_rows
+from .anatomy import input_device
+from .errors import UnsupportedModelError
+from .metrics import kl_rows
+from .prepared import Prepared
+from .wavefront import float32_head, head_input, last_logits_only
+
+# By how much, in nats and relative to the score, the packed unablated model and single spot-checked scores may
+# differ from the model's own forward before the model is refused. These are alarms for a model that does
+# something unknown, far above rounding; how exact a scan is shows in its noise floor.
+ALARM_NATS = {
+    torch.float64: (1e-8, 1e-6),
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (0.1, 0.2),
+    torch.float16: (0.02, 0.1),
+}
+# The same for hidden states: the largest difference relative to their norm.
+ALARM_HIDDEN = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+def alarm(dtype: torch.dtype) -> tuple[float, float]:
+    return ALARM_NATS.get(dtype, ALARM_NATS[torch.float32])
+
+
+def longest_prompt(prepared: Prepared, group: Sequence[int]) -> int:
+    """The longest prompt of the group; of several, the one packed last, which packing moves most."""
+    at = max(range(len(group)), key=lambda i: (len(prepared.token_ids[group[i]]), i))
+    return group[at]
+
+
+def packing_noise_nats(prepared: Prepared, prompt: int, base: torch.Tensor) -> float:
+    """KL between the plain and the packed unablated model on one prompt; base [V]: the packed logits.
+
+    Raises UnsupportedModelError where they are not the same model.
+    """
+    plain = plain_logits(prepared, prompt, 1)[0]
+    noise = float(kl_one(plain, base.to(plain.device)))
+    if not noise <= alarm(prepared.model.dtype)[0]:
+        config = prepared.model.config.get_text_config()
+        if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation != "eager":
+            raise UnsupportedModelError(
+                f"{type(prepared.model).__name__} caps its attention logits, which the attention it was loaded with, "
+                f"{config._attn_implementation!r}, leaves out (KL {noise:.3g} nats on prompt {prompt}): load it with "
+                "attn_implementation='eager'"
+            )
+        raise UnsupportedModelError(
+            f"{type(prepared.model).__name__} gives other answers when its prompts are packed (KL {noise:.3g} nats "
+            f"on prompt {prompt}): its attention does something shipsfast does not know, or its logits are "
+            "not finite"
+        )
+    return noise
+
+
+def ablated_logits(prepared: Prepared, prompt: int, units: Sequence[Head]) -> torch.Tensor:
+    """Next-token logits [len(units) + 1, V] by plain forward passes with each unit off; the last with none.
+
+    The unablated row runs through the same attention: transformers' eager attention rounds its softmax to
+    float32, in float64 models as well. It comes last, unlike in a scan: a model whose rows disturb each other
+    gives other scores then.
+    """
+    mask = prepared.mask(units, prepared.dense_values(prompt))
+    mask = type(mask)((*mask.groups[1:], ()), mask.ablation, mask.values)
+    with dense_rows(prepared.model, prepared.anatomy, mask):
+        return plain_logits(prepared, prompt, len(mask))
+
+
+def check_hidden(prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor) -> None:
+    """Raises UnsupportedModelError unless plain forward passes give these hidden states [hidden]."""
+    mask = prepared.mask([unit], prepared.dense_values(prompt))
+    mask = type(mask)((*mask.groups[1:], ()), mask.ablation, mask.values)
+    with dense_rows(prepared.model, prepared.anatomy, mask), head_input(prepared.model) as seen:
+        _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
+    for name, got, expected in (
+        (f"with {prepared.unit} {unit[0]}-{unit[1]} off", ablated, seen[0][0, -1]),
+        ("unablated", base, seen[0][-1, -1]),
+    ):
+        error = float((got.double() - expected.double()).norm() / expected.double().norm())
+        if not error <= ALARM_HIDDEN.get(prepared.model.dtype, ALARM_HIDDEN[torch.float32]):
+            raise UnsupportedModelError(
+                f"the hidden states of prompt {prompt}, {name}, differ by {error:.2g} of their norm from those of a "
+                f"plain forward pass: {type(prepared.model).__name__} cannot be scanned exactly"
+            )
+
+
+@torch.inference_mode()
+def plain_hidden(prepared: Prepared, prompts: Sequence[int]) -> torch.Tensor:
+    """Last-position hidden states after the final norm by the model's own forward, [len(prompts), hidden].
+
+    Prompts of one length go through together; nothing is padded.
+    """
+    by_length: dict[int, list[int]] = {}
+    for at, prompt in enumerate(prompts):
+        by_length.setdefault(len(prepared.token_ids[prompt]), []).append(at)
+    out = None
+    for length, places in by_length.items():
+        step = max(1, prepared.plan.chunk_tokens // length)
+        for start in range(0, len(places), step):
+            part = places[start : start + step]
+            with head_input(prepared.model) as seen:
+                _forward(prepared, [prepared.token_ids[prompts[at]] for at in part])
+            if out is None:
+                out = seen[0].new_empty(len(prompts), seen[0].shape[-1])
+            out[part] = seen[0][:, -1]
+    return out
+
+
+@torch.inference_mode()
+def plain_logits(prepared: Prepared, prompt: int, rows: int) -> torch.Tensor:
+    """Next-token logits [rows, V] by the model's own forward, every row the same prompt."""
+    with float32_head(prepared.model):
+        return _forward(prepared, [prepared.token_ids[prompt]] * rows)[:, -1]
+
+
+def _forward(prepared: Prepared, ids: list[list[int]]) -> torch.Tensor:
+    model = prepared.model
+    training = [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        tokens = torch.tensor(ids, device=input_device(model))
+        with torch.inference_mode():
+            out = model(input_ids=tokens, use_cache=False, return_dict=True, **last_logits_only(model))
+        return out.logits
+    finally:
+        for module in training:
+            module.training = True
+
+
+def kl_one(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return kl_rows(
+        base[None], other[None].to(base.dtype), torch.zeros(1, dtype=torch.long, device=base.device)
+    )[0]

@@ -1,0 +1,199 @@
+"""Dataset-level Ships: how far a head turns the subspace that a set of prompts spans (arXiv 2410.13708, eq. 11).
+
+The growing batch hands out every row's last-position hidden states after the final norm; of all rows together
+subspaces.py takes the angles. Hidden states of a block of rows at all P prompts are kept until then, which the
+memory plan counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from . import runs
+from .ablation import DEFAULT_SCALE, Ablation, Head
+from .checks import check_hidden, longest_prompt, plain_hidden
+from .errors import InputError
+from .packing import PackedPrompts
+from .prepared import OutOfMemory, Prepared, prepare, run_blocks
+from .results import SubspaceResult
+from .subspaces import check_rank, leading_subspace, singular_values, subspace_angle_deg
+
+
+def scan_dataset(
+    model: PreTrainedModel,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer=None,
+    *,
+    rank: int = 1,
+    template: str = "none",
+    ablation: str | Ablation = "undifferentiated",
+    scale: float = DEFAULT_SCALE,
+    heads: Iterable[Sequence[int | None]] | None = None,
+    unit: str = "head",
+    backend: str = "auto",
+    layers: str = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+    max_memory: int | None = None,
+    chunk_tokens: int | None = None,
+    rows_per_block: int | None = None,
+    prompts_per_group: int | None = None,
+) -> SubspaceResult:
+    """Switch off every head, one at a time, and measure how far the prompts' hidden states turn.
+
+    Dataset-level Ships of arXiv 2410.13708, eq. 11: X [P, hidden] holds each prompt's hidden state at its last
+    position, after the final norm; the score is the sum of the `rank` principal angles between the spans of the
+    first `rank` left singular vectors of X with and without the head, in degrees, computed in float64.
+
+    Time grows as in `scan`, linearly with P; the angles add 2 min(P, hidden)^2 max(P, hidden) operations and an
+    eigendecomposition of size min(P, hidden) for each head, which is little below P of about a thousand.
+
+    Args:
+        rank: r, at most P. All others: as in `scan`.
+    Returns:
+        SubspaceResult with .angle_deg float64 [L, H], NaN for heads not in `heads`.
+    Raises:
+        InputError: as `scan`, and for a rank that the prompts cannot have.
+        UnsupportedModelError: the model cannot be scanned exactly.
+    """
+    started = time.perf_counter()
+    prepared = prepare(
+        "subspace", model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, heads=heads,
+        unit=unit, backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
+        rows_per_block=rows_per_block, prompts_per_group=prompts_per_group, keep_hidden=True,
+    )  # fmt: skip
+    check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
+    prepared.identity["rank"] = rank
+    shape = tuple(prepared.identity["shape"][1:])
+    angles, noise_floor, folder = np.full(shape, np.nan), 0.0, None
+    if out is not None:
+        folder = runs.RunFolder(out, prepared.identity)
+        if folder.previous.get("status") == "complete":
+            return SubspaceResult.load(folder.path)
+        angles = runs.read_scores(folder.path, shape, ("layer", "head"), "angle_deg")
+        noise_floor = folder.previous.get("noise_floor") or 0.0
+        folder.write_manifest(prepared.record | {"status": "running", "noise_floor": noise_floor})
+
+    def keep(part: np.ndarray) -> None:
+        if folder is not None:
+            folder.write_part(runs.score_frame(part, ("layer", "head"), "angle_deg"))
+
+    missing = [u for u in prepared.units if np.isnan(angles[u])]
+    steps = prepared.layer_passes(missing, len(prepared.plan.prompt_groups))
+    with tqdm(
+        total=steps, desc="scan-dataset", unit=" layer passes", unit_scale=True, disable=not progress or not steps
+    ) as bar:
+        angular = AngleScan(prepared, rank, bar)
+        angular.run(angles, prepared.units, (), keep)
+    record = prepared.record | angular.record() | {"seconds": round(time.perf_counter() - started, 3)}
+    noise_floor = max(noise_floor, angular.noise_floor)
+    result = SubspaceResult(angles, noise_floor, record, prepared.identity)
+    record["concentration"] = result.concentration().to_json()
+    if folder is not None:
+        folder.write_manifest(record | {"status": "complete", "noise_floor": noise_floor})
+    return result
+
+
+class AngleScan:
+    """Angles of many units on top of a group that is already off, against the unablated model."""
+
+    def __init__(self, prepared: Prepared, rank: int, bar) -> None:
+        self.prepared, self.rank, self.bar = prepared, rank, bar
+        self.basis: torch.Tensor | None = None  # [P, r], of the unablated model
+        self.singular_values: list[float] = []
+        self.noise_floor = 0.0
+        self.parent_angle = 0.0  # of the group that was off in the last block
+        self._packs: list[tuple[tuple[int, ...], PackedPrompts, object]] = []
+
+    def run(
+        self, angles: np.ndarray, units: Sequence[Head], parent: tuple[Head, ...], keep: Callable
+    ) -> None:
+        """Fill in angles [L, H] of `units` with `parent` off as well; keep(part) is called with each block's."""
+        while True:
+            try:
+                run_blocks(
+                    self.prepared,
+                    lambda: [u for u in units if np.isnan(angles[u])],
+                    lambda block: self._block(block, parent, angles, keep),
+                    self.bar,
+                )
+                return
+            except OutOfMemory:
+                groups = self.prepared.plan.prompt_groups
+                if all(len(g) == 1 for g in groups):
+                    raise
+                halves = [h for g in groups for h in (g[: len(g) // 2], g[len(g) // 2 :]) if h]
+                self.prepared.plan = replace(self.prepared.plan, prompt_groups=tuple(halves))
+                self._packs = []
+
+    def record(self) -> dict:
+        """What the run folder keeps of it."""
+        return {"plan": self.prepared.plan.to_json(), "base_singular_values": self.singular_values}
+
+    def _block(self, block: list[Head], parent: tuple[Head, ...], angles: np.ndarray, keep: Callable) -> None:
+        if self.basis is None and parent:
+            self._set_basis(self._hidden([], ())[0])
+        hidden = self._hidden(block, parent)  # [1 + units, P, hidden]
+        bad = (~torch.isfinite(hidden).flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            name = "the model without them" if bad[0] == 0 else "{}-{}".format(*block[bad[0] - 1])
+            raise InputError(
+                f"the hidden states of {self.prepared.unit} {name} are not numbers: with "
+                f"{self.prepared.how.describe()} the model overflows; use a smaller scale or a wider dtype"
+            )
+        if self.basis is None:
+            self._set_basis(hidden[0])
+            self._check(hidden, block)
+        found = subspace_angle_deg(self.basis, hidden).cpu().numpy()
+        self.parent_angle = float(found[0])
+        part = np.full_like(angles, np.nan)
+        for unit, angle in zip(block, found[1:], strict=True):
+            angles[unit] = part[unit] = angle
+        keep(part)
+
+    def _hidden(self, block: list[Head], parent: tuple[Head, ...]) -> torch.Tensor:
+        """Last-position hidden states after the final norm, [1 + units, P, hidden], of the parent and each unit."""
+        if not self._packs:
+            self._packs = [(g, *self.prepared.pack(g)) for g in self.prepared.plan.prompt_groups]
+        out: list[torch.Tensor] = []
+        for group, packed, values in self._packs:
+            with self.prepared.wavefront(packed, self.bar.update) as wavefront:
+                place = torch.as_tensor(wavefront.prompt_place)
+                prompts = torch.as_tensor(group)
+
+                def consume(rows: slice, hidden: torch.Tensor, _first, place=place, prompts=prompts) -> None:
+                    if not out:
+                        shape = (len(block) + 1, len(self.prepared.token_ids), hidden.shape[-1])
+                        out.append(hidden.new_empty(shape))
+                    out[0][rows, prompts.to(hidden.device)] = hidden[:, place.to(hidden.device)]
+
+                wavefront.run(self.prepared.mask(block, values, parent), consume, hidden_states=True)
+        return out[0]
+
+    def _set_basis(self, base: torch.Tensor) -> None:
+        values = singular_values(base)
+        span = int((values > values[0] * max(base.shape) * 1e-14).sum())
+        if self.rank > span:
+            raise InputError(
+                f"rank {self.rank} is more than the prompts have: their hidden states span {span} "
+                f"direction{'s' * (span != 1)} (duplicates add none); lower the rank or add prompts"
+            )
+        self.singular_values = values[: self.rank + 1].tolist()
+        self.basis = leading_subspace(base[None], self.rank)[0]
+
+    def _check(self, hidden: torch.Tensor, block: list[Head]) -> None:
+        """The unablated model and one unit against plain forward passes; and the noise floor of the angles."""
+        prepared = self.prepared
+        prompt = longest_prompt(prepared, range(len(prepared.token_ids)))
+        at = len(block) // 2
+        check_hidden(prepared, prompt, block[at], hidden[0, prompt], hidden[1 + at, prompt])
+        plain = plain_hidden(prepared, range(len(prepared.token_ids))).to(hidden.device)
+        self.noise_floor = max(self.noise_floor, float(subspace_angle_deg(self.basis, plain[None])[0]))

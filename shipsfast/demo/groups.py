@@ -1,0 +1,108 @@
+"""Does Sahara find the heads that refuse? Its groups against all other groups of as many heads, on the village.
+
+    python -m shipsfast.demo.groups --out docs
+
+For 1 to 3 heads: how many of the demo's taboo requests get a true answer with Sahara's group ablated, and with
+each group of as many heads: all of them, or a random sample where there are many. Writes sahara-village.md and
+sahara-village.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from ..ablation import ablate
+from ..greedy import sahara
+from ..loading import load_model, load_tokenizer
+from ..prompts import load_prompts
+from .run import MODEL, PROMPTS, replies
+from .world import is_correct, is_refusal
+
+SIZES = (1, 2, 3)
+RANKS = (1, 3)
+MOST_GROUPS = 200  # groups of one size that are tried
+Group = tuple[tuple[int, int], ...]
+
+
+def answered(model, tokenizer, prompts: list[str], group: Group) -> tuple[int, int]:
+    """(true answers, refusals) to `prompts` with the group ablated."""
+    with ablate(model, group):
+        said = replies(model, tokenizer, prompts)
+    return sum(is_correct(p, said[p]) for p in prompts), sum(is_refusal(said[p]) for p in prompts)
+
+
+def run(out: Path) -> None:
+    model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
+    taboo, ordinary = load_prompts(PROMPTS / "taboo.csv"), load_prompts(PROMPTS / "ordinary.csv")
+    heads = list(itertools.product(range(model.config.num_hidden_layers), range(model.config.num_attention_heads)))
+    draw = random.Random(0)
+    others: dict[int, np.ndarray] = {}
+    for size in SIZES:
+        groups = list(itertools.combinations(heads, size))
+        groups = draw.sample(groups, MOST_GROUPS) if len(groups) > MOST_GROUPS else groups
+        found = [answered(model, tokenizer, taboo, g)[0] for g in tqdm(groups, desc=f"groups of {size}")]
+        others[size] = np.asarray(found)
+    rows, series = [], {}
+    for rank in RANKS:
+        chosen = sahara(
+            model, taboo, tokenizer, template="chat", group_size=max(SIZES), rank=rank, progress=False
+        ).heads
+        for size in SIZES:
+            group = tuple(chosen[:size])
+            true, refused = answered(model, tokenizer, taboo, group)
+            ordinary_true = answered(model, tokenizer, ordinary, group)[0]
+            rows.append((rank, size, group, true, refused, ordinary_true))
+            series.setdefault(rank, []).append(true)
+    (out / "sahara-village.md").write_text(_text(rows, others, len(taboo), len(ordinary)), "utf-8")
+    _plot(series, others, len(taboo), out / "sahara-village.png")
+
+
+def _text(rows, others: dict[int, np.ndarray], taboo: int, ordinary: int) -> str:
+    lines = [
+        "# Sahara on the village",
+        "",
+        "Made by `python -m shipsfast.demo.groups --out docs`. Sahara (undifferentiated attention, chat template) searches "
+        f"on the demo's {taboo} taboo requests, all of which the whole model refuses. For its groups, and for other "
+        f"groups of as many heads: how many of the {taboo} get a true answer instead, decoded greedily.",
+        "",
+        "| rank | heads | Sahara's group | true answers | refusals left | ordinary requests right "
+        "| other groups: median, 90 % interval | share of them below |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for rank, size, group, true, refused, right in rows:
+        low, middle, high = np.quantile(others[size], [0.05, 0.5, 0.95])
+        names = ", ".join(f"{i}-{j}" for i, j in group)
+        lines.append(
+            f"| {rank} | {size} | {names} | {true} of {taboo} | {refused} | {right} of {ordinary} | "
+            f"{middle:g}, {low:g} to {high:g} ({len(others[size])} groups) | {(others[size] < true).mean():.0%} |"
+        )
+    return "\n".join([*lines, "", "![True answers by size of the group](sahara-village.png)", ""])
+
+
+def _plot(series: dict[int, list[int]], others: dict[int, np.ndarray], taboo: int, path: Path) -> None:
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    low, middle, high = np.transpose([np.quantile(others[size], [0.05, 0.5, 0.95]) for size in SIZES])
+    axes.fill_between(SIZES, low, high, color="0.85", label="other groups, 90 % interval")
+    axes.plot(SIZES, middle, color="0.45", label="other groups, median")
+    for (rank, found), style in zip(series.items(), ("--s", "-o"), strict=True):
+        axes.plot(SIZES, found, style, color="black", label=f"Sahara, rank {rank}")
+    axes.set_xticks(SIZES)
+    axes.set_ylim(0, taboo)
+    axes.set_xlabel("heads ablated")
+    axes.set_ylabel(f"true answers to {taboo} taboo requests")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(path, dpi=160)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path())
+    run(parser.parse_args().out)

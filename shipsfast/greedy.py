@@ -1,0 +1,166 @@
+"""Sahara: a greedy search for the group of heads that carries a behaviour (arXiv 2410.13708, algorithm 1).
+
+Each step is a growing-batch scan whose row 0 has the group so far switched off: the other rows fork from it with
+one head more. What the steps share is computed once: the packed prompts, the unablated model's subspace, the
+vectors that replace heads' outputs, the checks. With a beam, the W best groups are kept after every step instead
+of one, and a set of heads that is reached in two orders is scored once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from . import runs
+from .ablation import DEFAULT_SCALE, Ablation, Head
+from .dataset import AngleScan
+from .errors import InputError
+from .prepared import prepare
+from .results import SaharaResult
+from .subspaces import check_rank
+
+COLUMNS = ("step", "beam", "layer", "head")
+
+
+def sahara(
+    model: PreTrainedModel,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer=None,
+    *,
+    group_size: int = 3,
+    rank: int = 1,
+    beam: int = 1,
+    template: str = "none",
+    ablation: str | Ablation = "undifferentiated",
+    scale: float = DEFAULT_SCALE,
+    heads: Iterable[Sequence[int | None]] | None = None,
+    unit: str = "head",
+    backend: str = "auto",
+    layers: str = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+    max_memory: int | None = None,
+    chunk_tokens: int | None = None,
+    rows_per_block: int | None = None,
+    prompts_per_group: int | None = None,
+) -> SaharaResult:
+    """Find a group of heads greedily: add the head that turns the prompts' subspace furthest, `group_size` times.
+
+    Algorithm 1 of arXiv 2410.13708. In every step each remaining head is switched off together with the group so
+    far, and scored by dataset-level Ships (see `scan_dataset`) against the unablated model. Ties go to the lower
+    (layer, head).
+
+    Args:
+        group_size: heads to find. rank: r of dataset-level Ships, at most P.
+        beam: groups kept after every step; 1 is the paper's Sahara.
+        All others: as in `scan`; `heads` are the candidates.
+    Returns:
+        SaharaResult: .heads in the order chosen, .angle_deg float64 [group_size, L, H], every step's scores.
+    Raises:
+        InputError: as `scan`, and for a rank, group size or beam that cannot be.
+        UnsupportedModelError: the model cannot be scanned exactly.
+    """
+    started = time.perf_counter()
+    for name, value in (("group_size", group_size), ("beam", beam)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    prepared = prepare(
+        "sahara", model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, heads=heads, unit=unit,
+        backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
+        rows_per_block=rows_per_block, prompts_per_group=prompts_per_group, keep_hidden=True,
+    )  # fmt: skip
+    check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
+    if group_size > len(prepared.units):
+        raise InputError(
+            f"group_size {group_size} is above the {len(prepared.units)} {unit}s to choose from: lower it"
+        )
+    prepared.identity |= {"rank": rank, "group_size": group_size, "beam": beam}
+    grid = tuple(prepared.identity["shape"][1:])
+    scores, noise_floor, folder = np.full((group_size, beam, *grid), np.nan), 0.0, None
+    if out is not None:
+        folder = runs.RunFolder(out, prepared.identity)
+        if folder.previous.get("status") == "complete":
+            return SaharaResult.load(folder.path)
+        scores = runs.read_scores(folder.path, scores.shape, COLUMNS, "angle_deg")
+        noise_floor = folder.previous.get("noise_floor") or 0.0
+        folder.write_manifest(prepared.record | {"status": "running", "noise_floor": noise_floor})
+
+    per_step = prepared.layer_passes(prepared.units, len(prepared.plan.prompt_groups))
+    total = per_step * (1 + (group_size - 1) * beam)
+    with tqdm(total=total, unit=" layer passes", unit_scale=True, disable=not progress) as bar:
+        search = _Search(prepared, AngleScan(prepared, rank, bar), scores, folder)
+        seconds = []
+        for step in range(group_size):
+            bar.set_description(f"sahara, head {step + 1} of {group_size}")
+            before = time.perf_counter()
+            search.step(step)
+            seconds.append(round(time.perf_counter() - before, 3))
+        bar.total = bar.n
+    best = search.beams[0]
+    noise_floor = max(noise_floor, search.angular.noise_floor)
+    record = prepared.record | search.angular.record() | {
+        "path": best.path,
+        "step_seconds": seconds,
+        "repeated_angle_max_abs_deg": search.repeated,
+        "seconds": round(time.perf_counter() - started, 3),
+    }  # fmt: skip
+    angles = np.stack([scores[step, at] for step, at in enumerate(best.path)])
+    kept = [(list(each.heads), each.angle) for each in search.beams]
+    result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, prepared.identity)
+    if folder is not None:
+        folder.write_manifest(
+            record | result.chosen() | {"status": "complete", "noise_floor": noise_floor}
+        )
+    return result
+
+
+class _Group:
+    """A group of heads in the order chosen; path: in which place of the beam each of its beginnings stood."""
+
+    def __init__(self, heads: tuple[Head, ...] = (), path: tuple[int, ...] = (), angle: float = 0.0) -> None:
+        self.heads, self.path, self.angle = heads, list(path), angle
+
+
+class _Search:
+    def __init__(self, prepared, angular: AngleScan, scores: np.ndarray, folder) -> None:
+        self.prepared, self.angular, self.scores, self.folder = prepared, angular, scores, folder
+        self.beams = [_Group()]
+        self.repeated = 0.0  # the group's own score, when it is row 0 of the next step, against the first time
+
+    def step(self, step: int) -> None:
+        """Score every group of the beam with every head more, and keep the best."""
+        known: dict[frozenset, float] = {}
+        pool = []
+        for at, group in enumerate(self.beams):
+            angles = self.scores[step, at]
+            candidates = [u for u in self.prepared.units if u not in group.heads]
+            sets = {u: frozenset((*group.heads, u)) for u in candidates}
+            again = [u for u in candidates if sets[u] in known]
+            if any(np.isnan(angles[u]) for u in again):
+                part = np.full_like(angles, np.nan)
+                for unit in again:
+                    angles[unit] = part[unit] = known[sets[unit]]
+                self._keep(step, at, part)
+            fresh = [u for u in candidates if sets[u] not in known]
+            if any(np.isnan(angles[u]) for u in fresh):
+                self.angular.run(angles, fresh, group.heads, lambda part, at=at: self._keep(step, at, part))
+                if group.heads:
+                    self.repeated = max(self.repeated, abs(self.angular.parent_angle - group.angle))
+            known |= {sets[u]: float(angles[u]) for u in fresh}
+            pool += [(-float(angles[u]), at, u) for u in fresh]
+        self.beams = [
+            _Group((*self.beams[at].heads, unit), (*self.beams[at].path, at), -angle)
+            for angle, at, unit in sorted(pool)[: self.scores.shape[1]]
+        ]
+
+    def _keep(self, step: int, at: int, part: np.ndarray) -> None:
+        if self.folder is None:
+            return
+        whole = np.full(self.scores.shape, np.nan)
+        whole[step, at] = part
+        self.folder.write_part(runs.score_frame(whole, COLUMNS, "angle_deg"))

@@ -1,0 +1,280 @@
+"""What every kind of scan does before its first row: check the input, look at the model, choose how to run, plan."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from . import fused, runs
+from ._version import __version__
+from .ablation import Ablation, Head, HeadMask, as_ablation, check_heads, check_unit, unit_heads
+from .anatomy import Anatomy, input_device, inspect_model
+from .attention import ATTRIBUTE, resolve_backend
+from .errors import InputError, UnsupportedModelError
+from .metrics import kl_backend
+from .packing import PackedPrompts, pack
+from .planner import Plan, even_slices, make_plan
+from .prompts import to_token_ids
+from .sources import mean_outputs, pair_ids, resample_outputs, source_ids, unpair
+from .wavefront import Wavefront, head_precision
+
+LAYER_PATHS = ("auto", "model", "fused")
+
+
+@dataclass
+class Prepared:
+    """A scan that is ready to run.
+
+    units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
+    identity: what makes two scans the same, for run folders; record: what runs, for run.json.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    token_ids: list[list[int]]
+    how: Ablation
+    other_ids: list[list[int]] | None  # the prompts of `mean` and `resample`
+    unit: str
+    num_units: int  # of a layer
+    units: list[Head]
+    device: torch.device
+    backend: str
+    fused: bool
+    plan: Plan
+    identity: dict
+    record: dict
+    tree_ids: list[list[int]] = field(default_factory=list)  # the prompts as they are packed
+    _pairs: object = None
+    _mean: list[torch.Tensor] | None = None
+
+    def pack(self, group: Sequence[int]) -> tuple[PackedPrompts, list[torch.Tensor] | None]:
+        """A group of prompts as one pack, with the vectors that replace heads' outputs, if any do."""
+        tree = pack([self.tree_ids[i] for i in group])
+        if self.how.kind == "resample":
+            own, other = unpair(tree, self._pairs)
+            return own, resample_outputs(self.model, self.anatomy, other, self.backend)
+        return tree, self._mean_values()
+
+    def dense_values(self, prompt: int) -> list[torch.Tensor] | None:
+        """The same vectors for one prompt on its own."""
+        if self.how.kind == "resample":
+            return resample_outputs(self.model, self.anatomy, pack([self.other_ids[prompt]]), self.backend)
+        return self._mean_values()
+
+    def _mean_values(self) -> list[torch.Tensor] | None:
+        if self.how.kind == "mean" and self._mean is None:
+            self._mean = mean_outputs(self.model, self.anatomy, self.other_ids, self.backend)
+        return self._mean
+
+    def heads(self, units: Iterable[Head]) -> tuple[Head, ...]:
+        """The query heads of these units."""
+        return tuple(head for each in units for head in unit_heads(each, self.unit, self.anatomy))
+
+    def mask(self, units: Sequence[Head], values, parent: Sequence[Head] = ()) -> HeadMask:
+        """Row 0 with the units `parent` off, and one row more for each of `units` with it off as well."""
+        base = self.heads(parent)
+        return HeadMask((base, *(base + self.heads([each]) for each in units)), self.how, values)
+
+    def wavefront(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> Wavefront:
+        return Wavefront(
+            self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.plan.chunk_tokens,
+            head_rows=self.plan.head_rows, tick=tick, fused=self.fused,
+        )  # fmt: skip
+
+    def layer_passes(self, units: Sequence[Head], groups: int = 1) -> int:
+        """How many (row, layer) steps a scan of `units` takes in blocks as planned: the unit of progress."""
+        layers, total = self.anatomy.num_layers, 0
+        for part in even_slices(len(units), self.plan.rows_per_block):
+            total += layers + sum(layers - layer for layer, _ in units[part])
+        return total * groups
+
+
+def prepare(
+    kind: str,
+    model: PreTrainedModel,
+    prompts: Sequence,
+    tokenizer,
+    *,
+    template: str,
+    ablation: str | Ablation,
+    scale: float,
+    heads: Iterable[Sequence[int | None]] | None,
+    unit: str,
+    backend: str,
+    layers: str,
+    max_memory: int | None,
+    chunk_tokens: int | None,
+    rows_per_block: int | None,
+    prompts_per_group: int | None,
+    keep_hidden: bool = False,
+) -> Prepared:
+    """Arguments as in `scan`. keep_hidden: the hidden states of every row at every prompt will be kept.
+
+    Raises InputError or UnsupportedModelError, as `scan` does.
+    """
+    how = as_ablation(ablation, scale)
+    token_ids = to_token_ids(prompts, tokenizer, template)
+    check_model(model, token_ids)
+    others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
+    if others is not None:
+        check_model(model, others)
+    everything = token_ids + (others or [])
+    anatomy = inspect_model(model, max(token_ids, key=len), max(map(len, everything)))
+    if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
+        raise InputError("the model is inside shipsfast.ablate: leave that context before scanning")
+    num_units = check_unit(unit, anatomy)
+    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
+    units = check_heads(grid, anatomy.num_layers, num_units, unit)
+    device = input_device(model)
+    resolved = resolve_backend(backend, device, model.dtype)
+    use_fused = _use_fused(layers, anatomy, model.dtype, device)
+    tree_ids, pairs = pair_ids(token_ids, others) if how.kind == "resample" else (token_ids, None)
+    hidden = anatomy.hidden_size * model.dtype.itemsize
+    # A half-precision output head on a CPU is copied to float32 while a scan runs.
+    wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
+    plan = make_plan(
+        anatomy, tree_ids, len(units), device=device, dtype=model.dtype, max_memory=max_memory,
+        chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
+        extra_rows=anatomy.num_layers * (how.kind == "resample"),
+        kept_per_row_bytes=len(token_ids) * hidden * keep_hidden,
+        kept_bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+    )  # fmt: skip
+    shape = [len(token_ids), anatomy.num_layers, num_units]
+    identity = {
+        "kind": kind,
+        "fingerprint": runs.fingerprint(model),
+        "prompts": runs.prompt_hashes(token_ids),
+        "ablation": {"kind": how.kind, "logit_scale": how.logit_scale, "output_scale": how.output_scale},
+        "unit": unit,
+        "heads": "all" if len(units) == shape[1] * shape[2] else [list(h) for h in units],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "shape": shape,
+    }
+    if others is not None:
+        identity["ablation"]["prompts"] = runs.prompt_hashes(others)
+    record = describe_run(model, anatomy, device) | {
+        "ablation": how.describe(),
+        "template": template,
+        "attention_backend": resolved,
+        "layers": "fused" if use_fused else "model",
+        "kl_backend": kl_backend(device),
+        "head_precision": head_precision(model),
+    }
+    return Prepared(
+        model, anatomy, token_ids, how, others, unit, num_units, units, device, resolved, use_fused, plan,
+        identity, record, tree_ids, pairs,
+    )  # fmt: skip
+
+
+def _use_fused(layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> bool:
+    if layers not in LAYER_PATHS:
+        raise InputError(f"unknown layers {layers!r}: expected one of {', '.join(LAYER_PATHS)}")
+    if layers == "model":
+        return False
+    problem = fused.why_not([layer.module for layer in anatomy.layers], dtype, device)
+    if layers == "fused" and problem:
+        raise InputError(f"layers 'fused' cannot run: {problem}; use layers='model' or 'auto'")
+    return problem is None
+
+
+def run_blocks(
+    prepared: Prepared, missing: Callable[[], list[Head]], run: Callable[[list[Head]], None], bar
+) -> None:
+    """Run what is missing, block by block; after running out of memory, what is still missing with a smaller plan.
+
+    missing: the units still to be done; run: does a block of them; bar: the progress bar, which goes back.
+    Raises OutOfMemory when there is no smaller plan.
+    """
+    while units := missing():
+        done = bar.n
+        try:
+            for part in even_slices(len(units), prepared.plan.rows_per_block):
+                done = bar.n
+                run(units[part])
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            bar.update(done - bar.n)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            smaller = prepared.plan.smaller()
+            if smaller is None:
+                raise OutOfMemory(
+                    "out of memory even with the smallest plan: free some, or shorten the longest prompt"
+                ) from error
+            prepared.plan = smaller
+
+
+class OutOfMemory(InputError):
+    """There is no smaller plan for this group of prompts."""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """A CPU that cannot allocate says so in a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def check_model(model, token_ids: list[list[int]]) -> None:
+    """Raises InputError for an object that is no model, and for prompts that do not fit it."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"expected a transformers causal language model, got {type(model).__name__}: "
+            "load one with AutoModelForCausalLM.from_pretrained"
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
+        )
+    devices = {p.device for p in model.parameters()}
+    if (
+        len(devices) > 1
+        or any(d.type == "meta" for d in devices)
+        or any("_hf_hook" in m.__dict__ for m in model.modules())
+    ):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is spread over several devices or offloaded: load it onto one device to scan it"
+        )
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} shares keys and values between layers: it cannot be scanned"
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for i, ids in enumerate(token_ids):
+        if context is not None and len(ids) > context:
+            raise InputError(
+                f"prompt {i} has {len(ids)} tokens, and the model's context is {context}: shorten or remove it"
+            )
+        if not (0 <= min(ids) and max(ids) < vocabulary):
+            raise InputError(f"prompt {i} has token ids outside the model's vocabulary of {vocabulary}")
+
+
+def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:
+    """What a reader of run.json needs to know to repeat the run."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "name": model.config._name_or_path,
+            "layers": anatomy.num_layers,
+            "heads": anatomy.num_heads,
+            "kv_heads": anatomy.num_kv_heads,
+            "hidden": anatomy.hidden_size,
+            "vocabulary": anatomy.vocab_size,
+        },
+        "device": {"type": device.type, "name": name},
+        "versions": {
+            "shipsfast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,338 @@
+"""What a careful reader asks of a scan: how firm is the ranking, how concentrated are the scores, what is noise.
+
+All three take plain arrays and know nothing of models or metrics. Scores of any metric and unit will do:
+float64 [P prompts, L layers, H heads], or their means over prompts [L, H]. NaN marks a head that was not scanned;
+it stays NaN and counts nowhere.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+from scipy.stats import entropy, quantile, rankdata
+
+from .errors import InputError
+
+TOP_SHARES = (1, 3, 5, 10)
+BLOCK_ELEMENTS = 2**19  # of a temporary array in the bootstrap: 4 MiB in float64
+
+
+@dataclass(frozen=True, eq=False)
+class RankStability:
+    """Bootstrap over prompts of the mean scores and their ranks; see `rank_stability`.
+
+    mean             float64 [L, H], mean over the prompts, as observed
+    rank             float64 [L, H], its rank as observed: 1 is the top, by magnitude where signed
+    top_k_frequency  float64 [L, H], fraction of resamples with the head among the top k
+    low, high        float64 [L, H], BCa interval of the mean score, in the unit of the scores
+    rank_low, rank_high  float64 [L, H], percentile interval of the rank, whole numbers
+
+    Heads not scanned are NaN in all of them. With one prompt only mean and rank are known; the rest is NaN.
+    """
+
+    mean: np.ndarray
+    rank: np.ndarray
+    top_k_frequency: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    rank_low: np.ndarray
+    rank_high: np.ndarray
+    k: int
+    prompts: int
+    resamples: int
+    confidence: float
+    seed: int
+    signed: bool = False
+
+    @property
+    def top_k_overlap(self) -> float:
+        """Expected share of the observed top k that a resample's top k holds too: 1 is a firm top k."""
+        return float(self.top_k_frequency[self.rank <= self.k].mean())
+
+    def to_json(self) -> dict:
+        """The settings and the observed top k heads in order, for run.json; what is not known is None."""
+        layers, heads = np.nonzero(self.rank <= self.k)
+        order = np.argsort(self.rank[layers, heads])
+        return {
+            "k": self.k,
+            "prompts": self.prompts,
+            "resamples": self.resamples,
+            "confidence": self.confidence,
+            "seed": self.seed,
+            "signed": self.signed,
+            "interval": "BCa",
+            "top_k_overlap": _or_none(self.top_k_overlap),
+            "top": [
+                {
+                    "rank": int(self.rank[at]),
+                    "layer": int(at[0]),
+                    "head": int(at[1]),
+                    "mean": _or_none(self.mean[at]),
+                    "low": _or_none(self.low[at]),
+                    "high": _or_none(self.high[at]),
+                    "rank_low": _or_none(self.rank_low[at], int),
+                    "rank_high": _or_none(self.rank_high[at], int),
+                    "top_k_frequency": _or_none(self.top_k_frequency[at]),
+                }
+                for at in zip(layers[order], heads[order], strict=True)
+            ],
+        }
+
+
+def rank_stability(
+    scores: np.ndarray,
+    k: int = 10,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    signed: bool = False,
+) -> RankStability:
+    """How far the ranking of heads depends on which prompts were scanned: a bootstrap over prompts.
+
+    scores      float64 [P, L, H]; a head is scanned for all prompts or for none (all NaN)
+    k           size of the top; more than the heads scanned means all of them, and RankStability.k says so
+    resamples   draws of P prompts out of P with replacement; 1,000 or more for 95 % intervals
+    confidence  of both intervals, in (0, 1)
+    seed        same seed, same result
+    signed      rank by the magnitude of the mean; the interval is of the mean itself
+
+    A resample draws whole prompts, the same for every head, so that heads which rise and fall together keep
+    doing so (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 6 and section 7.2). Within
+    each, heads are ranked by mean score, ties to the lower (layer, head) as in `ShipsResult.top`.
+
+    The interval of the mean is BCa (Efron, JASA 82, 1987; Efron & Tibshirani, eqs. 14.9 to 14.15), not the
+    percentile interval: scores such as KL are skewed to the right over prompts, where the percentile interval of
+    a mean sits too low, and BCa corrects this to second order. It costs nothing here, as the jackknife
+    acceleration of a mean is closed: a = skewness / (6 sqrt(P)). A head with the same score for every prompt has
+    an interval of width 0. With a handful of prompts no bootstrap interval reaches its nominal coverage.
+
+    The interval of the rank is the percentile interval of the resampled ranks, taken outward to whole ranks, as
+    in league tables (Goldstein & Spiegelhalter, JRSS A 159, 1996). Among heads whose true means are equal or
+    nearly so the bootstrap of ranks is not consistent (Hall & Miller, Annals of Statistics 37, 2009): read a
+    wide one as "not told apart", not as a probability statement.
+
+    With P = 1 all resamples are that prompt: frequencies and intervals are NaN, where 1 and width 0 would only
+    seem firm.
+
+    Raises InputError for a wrong shape, a head scanned for some prompts only, scores that are not finite, no
+    head scanned, and settings out of range.
+    """
+    scores = _scores(scores)
+    k, resamples, seed = _whole("k", k, 1), _whole("resamples", resamples, 1), _whole("seed", seed, 0)
+    if not (isinstance(confidence, numbers.Real) and 0 < confidence < 1):
+        raise InputError(f"confidence must lie between 0 and 1, got {confidence!r}")
+    mean = scores.mean(axis=0)
+    scanned = ~np.isnan(mean)
+    observed, scores = mean[scanned], scores[:, scanned]  # [N], [P, N], heads in order of (layer, head)
+    k = min(k, observed.size)
+
+    def grid(values):
+        out = np.full(scanned.shape, np.nan)
+        out[scanned] = values
+        return out
+
+    if len(scores) == 1:
+        frequency = low = high = rank_low = rank_high = np.nan
+    else:
+        means = _resampled_means(scores, resamples, np.random.default_rng(seed))
+        ranks = np.empty(means.shape, np.int32)
+        for part in _blocks(*means.shape):
+            ranks[part] = _ranks(means[part], signed)
+        frequency = (ranks <= k).mean(axis=0)
+        low, high = _bca_interval(means, observed, scores, confidence)
+        rank_low, rank_high = _rank_interval(ranks, confidence)
+    return RankStability(
+        mean=mean,
+        rank=grid(_ranks(observed, signed)),
+        top_k_frequency=grid(frequency),
+        low=grid(low),
+        high=grid(high),
+        rank_low=grid(rank_low),
+        rank_high=grid(rank_high),
+        k=k,
+        prompts=len(scores),
+        resamples=resamples,
+        confidence=float(confidence),
+        seed=seed,
+        signed=bool(signed),
+    )
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """How few heads hold the scores; see `concentration`. All but `heads` may be NaN: not defined."""
+
+    heads: int
+    gini: float
+    top_share: dict[int, float]
+    effective_heads: float
+    participation_ratio: float
+
+    def to_json(self) -> dict:
+        """The same for run.json: names of shares as strings, None for NaN."""
+        return {
+            "heads": self.heads,
+            "gini": _or_none(self.gini),
+            "top_share": {str(k): _or_none(share) for k, share in self.top_share.items()},
+            "effective_heads": _or_none(self.effective_heads),
+            "participation_ratio": _or_none(self.participation_ratio),
+        }
+
+
+def concentration(mean_scores: np.ndarray) -> Concentration:
+    """How few of the n scanned heads hold the scores x_i, the magnitudes of the means [L, H] or [N].
+
+    heads                n, the number of scores that are not NaN
+    gini                 sum_i (2 i - n - 1) x_(i) / (n sum x), x_(1) <= ... <= x_(n): half the mean absolute
+                         difference over the mean (Gini 1912; Sen, On Economic Inequality, 1973). 0 is all equal,
+                         (n - 1) / n one head alone.
+    top_share            {k: sum of the k largest / sum x} for k = 1, 3, 5, 10; 1 where k >= n
+    effective_heads      exp(-sum p ln p), p = x / sum x: the Hill number of order 1 (Hill, Ecology 54, 1973), from
+                         1 (one head alone) to n (all equal)
+    participation_ratio  (sum x)^2 / sum x^2: the Hill number of order 2, which gives rare weight to small scores;
+                         never above effective_heads (Bell & Dean, Discuss. Faraday Soc. 50, 1970)
+
+    None of them depends on the unit. If all scores are 0, or none was scanned, there is nothing to share out, and
+    they are NaN; so they are where a score is infinite. A description that comes after a long scan does not raise.
+    Many scores at the noise floor add up: they raise the effective numbers and lower the Gini coefficient. For
+    the heads above it alone, set the others to 0.
+
+    Raises InputError for a wrong shape.
+    """
+    x = np.abs(np.asarray(mean_scores, dtype=np.float64))
+    if x.ndim not in (1, 2):
+        raise InputError(f"mean scores must be [layers, heads] or [heads], got shape {list(x.shape)}")
+    x = np.sort(x[~np.isnan(x)])
+    n = x.size
+    if n == 0 or x[-1] in (0, np.inf):
+        return Concentration(n, np.nan, dict.fromkeys(TOP_SHARES, np.nan), np.nan, np.nan)
+    x = x / x[-1]  # sums and squares neither overflow nor underflow, whatever the unit
+    total = x.sum()
+    differences = ((2 * np.arange(1, n + 1) - n - 1) * x).sum()  # of all pairs, each once
+    return Concentration(
+        heads=n,
+        gini=float(differences / (n * total)),
+        # The limits hold in exact arithmetic; rounding can miss them by an ulp.
+        top_share={k: min(1.0, float(x[-k:].sum() / total)) for k in TOP_SHARES},
+        effective_heads=float(np.clip(np.exp(entropy(x)), 1, n)),
+        participation_ratio=float(np.clip(total**2 / (x**2).sum(), 1, n)),
+    )
+
+
+def above_noise(mean_scores: np.ndarray, noise_floor: float) -> np.ndarray:
+    """Which mean scores are larger in magnitude than the noise floor, bool of the same shape.
+
+    Strictly: a score at the floor is not above it. NaN gives False. Raises InputError for a noise floor that is
+    not a finite number of at least 0.
+    """
+    if not (isinstance(noise_floor, numbers.Real) and 0 <= noise_floor < np.inf):
+        raise InputError(f"noise_floor must be a finite number of at least 0, got {noise_floor!r}")
+    return np.abs(np.asarray(mean_scores, dtype=np.float64)) > noise_floor
+
+
+def _resampled_means(scores: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Mean of every head in every resample, [R, N]: counts [R, P] times scores [P, N], over P.
+
+    Equal scores must give equal means, or rounding would decide ties. A matrix product does not promise that: it
+    may add up two equal columns in different orders. So each distinct column enters once, and a constant
+    column is its constant.
+    """
+    prompts = len(scores)
+    columns, place = np.unique(scores, axis=1, return_inverse=True)
+    constant = (columns == columns[0]).all(axis=0)
+    means = np.empty((resamples, scores.shape[1]))
+    for part in _blocks(resamples, max(scores.shape)):
+        rows = part.stop - part.start
+        drawn = rng.integers(0, prompts, (rows, prompts)) + prompts * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        product = counts.astype(np.float64) @ columns / prompts
+        product[:, constant] = columns[0, constant]
+        means[part] = product[:, place.ravel()]
+    return means
+
+
+def _ranks(means: np.ndarray, signed: bool) -> np.ndarray:
+    """Ranks along the last axis, 1 for the largest (in magnitude where signed); ties to the earlier."""
+    return rankdata(-np.abs(means) if signed else -means, method="ordinal", axis=-1)
+
+
+def _bca_interval(means, observed, scores, confidence) -> np.ndarray:
+    """BCa intervals of the mean, [2, N], from resampled means [R, N] (Efron & Tibshirani 1993, section 14.3)."""
+    resamples = len(means)
+    below = ((means < observed).sum(axis=0) + (means <= observed).sum(axis=0)) / (2 * resamples)
+    z0 = ndtri(below.clip(0.5 / resamples, 1 - 0.5 / resamples))  # finite even if all lie on one side
+    deviation = scores - observed
+    largest = np.abs(deviation).max(axis=0)
+    deviation /= np.where(largest > 0, largest, 1)  # the largest is 1, so that no power of it underflows
+    squares = np.maximum((deviation**2).sum(axis=0), 1)  # under 1 only where all are 0, and so the cubes
+    acceleration = (deviation**3).sum(axis=0) / (6 * squares**1.5)
+    z = z0 + ndtri([[(1 - confidence) / 2], [(1 + confidence) / 2]])  # [2, N]
+    # Beyond its pole the formula would fold back; the limit there is the end of the distribution.
+    level = ndtr(z0 + z / np.maximum(1 - acceleration * z, np.finfo(np.float64).eps))
+    out = np.empty_like(level)
+    for part in _blocks(len(observed), resamples):
+        out[:, part] = quantile(means[:, part], level[:, part])
+    # Between two equal values quantile interpolates, and may round to a third.
+    return np.where(means.min(axis=0) == means.max(axis=0), means[0], out)
+
+
+def _rank_interval(ranks: np.ndarray, confidence: float) -> np.ndarray:
+    """Percentile intervals of the ranks, [2, N], from resampled ranks [R, N]; ends that occurred, so whole."""
+    tail = round((1 - confidence) / 2, 12)  # the 50th of 2,000 for 0.95, which rounding would make the 51st
+    out = np.empty((2, ranks.shape[1]))
+    for part in _blocks(*ranks.T.shape):
+        out[:, part] = quantile(ranks[:, part], np.array([[tail], [1 - tail]]), method="inverted_cdf")
+    return out
+
+
+def _blocks(length: int, width: int) -> Iterator[slice]:
+    """Slices of a length in which each item brings `width` elements: temporaries stay small."""
+    step = max(1, BLOCK_ELEMENTS // width)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _scores(scores: np.ndarray) -> np.ndarray:
+    """Checked scores, float64 [P, L, H]."""
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 3 or 0 in scores.shape:
+        raise InputError(
+            f"scores must be [prompts, layers, heads], none of them 0, got shape {list(scores.shape)}"
+        )
+    known = (~np.isnan(scores)).sum(axis=0)  # [L, H]
+    if not known.any():
+        raise InputError("no head was scanned: there are no scores to rank")
+    partly = np.argwhere((known > 0) & (known < len(scores)))
+    if len(partly):
+        layer, head = partly[0]
+        raise InputError(
+            f"head {layer}-{head} has scores for {known[layer, head]} of {len(scores)} prompts: "
+            "finish the scan, or take the prompts that all heads have"
+        )
+    infinite = np.argwhere(np.isinf(scores))
+    if len(infinite):
+        prompt, layer, head = infinite[0]
+        raise InputError(
+            f"the score of head {layer}-{head} for prompt {prompt} is infinite: its mean cannot be ranked"
+        )
+    return scores
+
+
+def _whole(name: str, value: int, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
+def _or_none(value: float, kind: type = float) -> float | int | None:
+    """NaN is not JSON."""
+    return None if np.isnan(value) else kind(value)
