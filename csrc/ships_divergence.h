@@ -11,16 +11,16 @@
 //
 // as sums of terms that are never negative, so that nothing cancels between tokens:
 //
-//     toward = s - 1 + a            the larger probability's share: it is p (q/p - 1 - log(q/p)) / p
-//     away   = 1 - s (1 + a)        the smaller one's
+//     toward = s - 1 + a          of p log(p / q) + q - p, where p is the larger and q the smaller probability
+//     away   = 1 - s (1 + a)      of q log(q / p) + p - q
 //     kl += top * (p_b > p_a ? toward : away),  reverse_kl += top * (p_b > p_a ? away : toward)
 //     js += top * ((1 + s) log(2 / (1 + s)) - s a) / 2
 //     total_variation += top * (1 - s) / 2
 //
-// (kl and reverse_kl have sum (p_a - p_b) = 0 added.) For small a each is written in tail = s - 1 + a, which
-// comes out of the exp without cancellation, so that the terms, which are near a^2, keep all their digits. x_a - x_b
-// is exact where the logits are close. An error e in the log sums adds e^2 / 2 to kl and reverse_kl and e times
-// itself to js; total_variation is freed of it by what sum (p_a - p_b) then is instead of 0.
+// (q - p sums to 0 over the tokens.) For small a each is written in tail = s - 1 + a, which the exp yields without
+// cancellation, so that terms near a^2 keep all their digits; and x_a - x_b is exact where the logits are close. An
+// error e in the log sums adds some e^2 to kl, reverse_kl and js; total_variation is freed of it by what
+// sum (p_a - p_b) then is instead of 0.
 #pragma once
 
 #include <cmath>

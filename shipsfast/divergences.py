@@ -264,7 +264,7 @@ def _divergence_chunk(base: torch.Tensor, ablated: torch.Tensor, names: Sequence
     max_a, log_sum_a = _norm(x_a)
     log_p_b = (x_b - max_b).sub_(log_sum_b)
     top = (x_a - max_a).sub_(log_sum_a)
-    torch.maximum(top, log_p_b, out=top).clamp_(min=_LOWEST_EXPONENT).exp_()
+    torch.maximum(top, log_p_b, out=top).clamp_(min=_LOWEST_EXPONENT).exp_()  # NaN where a log_sum is
     del log_p_b
     d = (x_a - x_b).sub_((max_a - max_b) + (log_sum_a - log_sum_b))
     del x_a, x_b
@@ -297,8 +297,7 @@ def _divergence_chunk(base: torch.Tensor, ablated: torch.Tensor, names: Sequence
         toward = torch.where(small, tail, (s - 1.0) + a).mul_(top)
         sums["kl"] = torch.where(up, away, toward).sum(dim=1)
         sums["reverse_kl"] = torch.where(up, toward, away).sum(dim=1)
-    bad = (log_sum_a + log_sum_b).isnan()[:, 0]
-    return torch.stack([sums[name] for name in names]).masked_fill_(bad, torch.nan)
+    return torch.stack([sums[name] for name in names])
 
 
 # s - 1 + a = a^2 (1/2! - a/3! + a^2/4! ...), and (atanh(f) - f) / f^3 = 1/3 + f^2/5 + f^4/7 ...

@@ -122,7 +122,10 @@ def prepare(
     check_model(model, token_ids)
     others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
     if others is not None:
-        check_model(model, others)
+        try:
+            check_model(model, others)
+        except InputError as error:
+            raise InputError(f"in the prompts of ablation {how.kind}: {error}") from error
     everything = token_ids + (others or [])
     anatomy = inspect_model(model, max(token_ids, key=len), max(map(len, everything)))
     if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):

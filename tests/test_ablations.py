@@ -315,6 +315,8 @@ def test_scan_refuses(options, words):
         ("resample", {}, "resample needs prompts"),
         (Ablation("resample", prompts=SOURCES[:2]), {}, "from one prompt, and 2 were given"),
         (Ablation("mean", prompts=["text"]), {}, "tokenizer"),
+        (Ablation("mean", prompts=[[5], [99]]), {}, "vocabulary"),
+        (Ablation("resample", prompts=[[5] * 65]), {}, "65 tokens.*context is 64"),
         ("knockout", {}, "unknown ablation"),
         ("zero", dict(unit="layer"), "unknown unit"),
         ("zero", dict(unit="kv_group"), "kv_group 1-3 does not exist"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+import shipsfast
 from shipsfast import cli
 from shipsfast.demo.run import MODEL, PROMPTS
 from tests.models import _GQA
@@ -83,6 +84,45 @@ def test_a_second_run_continues_the_first(capsys, tmp_path):
     assert json.loads(first[1])["top"] == json.loads(second[1])["top"]
 
 
+def test_scan_with_another_metric_ablation_and_unit(capsys, tmp_path):
+    (tmp_path / "others.csv").write_text("prompt\nHow could we mend the kettle?\nWho sells the blue lamp?\n")
+    status, text, err = run(
+        capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 4, "--metric", "refusal_logit:I", "--ablation", "mean",
+        "--source", tmp_path / "others.csv", "--unit", "kv-group", "--top", 3, "--json", "-q",
+    )  # fmt: skip
+    assert status == 0, err
+    found = json.loads(text)
+    assert found["metric"]["name"].startswith("refusal_logit") and found["metric"]["signed"]
+    assert len(found["top"]) == 3 and found["stability"]["k"] == 3
+    assert found["record"]["ablation"] == "mean"
+    sizes = [abs(s["mean_score"]) for s in found["top"]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_scan_dataset(capsys, tmp_path):
+    out, plot = tmp_path / "run", tmp_path / "heads.png"
+    args = ("scan-dataset", MODEL, PROMPTS / "taboo.csv", "--limit", 5, "--rank", 2, "--out", out)
+    status, text, err = run(capsys, *args, "--plot", plot)
+    assert status == 0, err
+    assert "rank 2" in text and "angle, degrees" in text and "100%" in err
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    loaded = shipsfast.SubspaceResult.load(out)
+    found = json.loads(run(capsys, *args, "--json", "-q")[1])  # from the folder
+    assert [(s["layer"], s["head"], s["angle_deg"]) for s in found["top"]] == loaded.top(10)
+
+
+def test_sahara(capsys, tmp_path):
+    out, plot = tmp_path / "run", tmp_path / "steps.png"
+    args = ("sahara", MODEL, PROMPTS / "taboo.csv", "--limit", 5, "--group-size", 2, "--beam", 2, "--out", out)
+    status, text, err = run(capsys, *args, "--plot", plot)
+    assert status == 0, err
+    assert "angle of the group" in text and "also kept" in text and "head 2 of 2" in err
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    loaded = shipsfast.SaharaResult.load(out)
+    found = json.loads(run(capsys, *args, "--json", "-q")[1])
+    assert [tuple(h) for h in found["chosen"]] == loaded.heads and found["angle_deg"] == loaded.scores
+
+
 def test_info(capsys):
     status, text, _ = run(capsys, "info", "--json")
     facts = json.loads(text)
@@ -139,6 +179,16 @@ def test_help_is_quick_and_needs_no_torch():
         (("M", "P", "--device", "cuda:99"), "torch sees"),
         (("M", "P", "--plot", "absent/heads.png"), "there is no folder absent"),
         (("M", "P", "--out", "p.csv/run"), "is not a folder"),
+        (("M", "P", "--ablation", "resample"), "needs --source"),
+        (("M", "P", "--ablation", "zero", "--source", "p.csv"), "takes no prompts"),
+        (("M", "P", "--ablation", "mean", "--source", "empty.csv"), "empty.csv is empty"),
+        (("M", "P", "--ablation", "mean", "--source", "long.txt"), "in the prompts of ablation mean: prompt 0 has"),
+        (("M", "P", "--ablation", "resample", "--source", "short.csv"), "both need the same number"),
+        (("M", "P", "--unit", "layer"), "unknown unit 'layer'"),
+        (("M", "P", "--unit", "kv_group", "--heads", "0-3"), "kv_group 0-3 does not exist"),
+        (("M", "P", "--metric", "accuracy"), "unknown metric 'accuracy'"),
+        (("M", "P", "--metric", "logit_diff:1,99999"), "99999"),
+        (("M", "P", "--metric", "refusal_logit:I am sorry"), "expected one"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line(capsys, tmp_path, monkeypatch, model_folder, args, message):
@@ -147,6 +197,7 @@ def test_bad_input_gets_one_line(capsys, tmp_path, monkeypatch, model_folder, ar
     Path("empty.csv").write_text("")
     Path("blank.csv").write_text('prompt\nx\n""\n')
     Path("long.txt").write_text("kettle " * 500)
+    Path("short.csv").write_text("prompt\nkettle\n")
     Path("no-config").mkdir()
     if args[0] in ("bin-only", "mamba", "headless", "truncated"):
         shutil.copytree(model_folder, args[0])
@@ -173,6 +224,24 @@ def test_bad_input_gets_one_line(capsys, tmp_path, monkeypatch, model_folder, ar
     if "--device" not in words:
         words += ["--device", "cpu"]
     assert message in refused(capsys, "scan", *words)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("scan-dataset", "--rank", "4"), "rank 4 needs at least 4 prompts, and there are 3"),
+        (("sahara", "--rank", "4"), "rank 4 needs at least 4 prompts"),
+        (("sahara", "--group-size", "17"), "group_size 17 is above the 16 heads to choose from"),
+        (("sahara", "--group-size", "3", "--heads", "0-1,0-2"), "above the 2 heads"),
+        (("scan-dataset", "--ablation", "resample"), "needs --source"),
+        (("sahara", "--out", "."), "is not a shipsfast run"),
+    ],
+)  # fmt: skip
+def test_bad_input_of_searches_gets_one_line(capsys, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").write_text("")
+    command, *options = args
+    assert message in refused(capsys, command, MODEL, PROMPTS / "taboo.csv", "--limit", 3, *options)
 
 
 def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):

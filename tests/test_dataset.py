@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
 import shipsfast
 from shipsfast import Ablation, SubspaceResult
@@ -139,6 +140,28 @@ def test_very_small_angles(rank):
     assert noise < 1e-3 * expected.min()
     got = scan("gpt2", rank=rank, ablation="scale", scale=1 - 1e-9).angle_deg
     assert_close_abs(got, expected, 10 * noise)
+
+
+@pytest.mark.parametrize("prompts", ["few", "many"])
+@pytest.mark.parametrize("ratio", [1e-3, 1e-6, 1e-8])
+def test_a_direction_that_all_prompts_share(ratio, prompts):
+    """Singular values that are a small part of the first: their vectors are as well determined as float64 has them.
+
+    GPT-2 whose hidden states are a common vector, and little else.
+    """
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.bias += torch.linspace(1, 2, HIDDEN)
+        model.transformer.ln_f.weight *= ratio
+    exact = hooks.Oracle(model, PROMPTS if prompts == "few" else many().prompts, "zero")
+    values = np.linalg.svd(exact.hidden(), compute_uv=False)
+    assert ratio / 10 < values[1] / values[0] < 10 * ratio
+    expected = exact.angles_deg(2)
+    got = shipsfast.scan_dataset(
+        model, exact.prompts, rank=2, ablation="zero", prompts_per_group=20, progress=False
+    )
+    rounding_deg = np.rad2deg(2e-16 / ratio) * values[1] / (values[1] - values[2])
+    assert_close_abs(got.angle_deg, expected, TOLERANCE_DEG + 100 * rounding_deg)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
