@@ -142,7 +142,9 @@ class HeadMask:
             return LayerMask(mask.logit_scale, mask.output_scale, **{flag: off})
         if how.kind in SOURCED:
             value = self.values[layer].to(device=device, dtype=dtype)
-            return LayerMask(mask.logit_scale, mask.output_scale, fixed=off, value=value)
+            return LayerMask(
+                mask.logit_scale, mask.output_scale, fixed=off, value=value, per_token=how.kind == "resample"
+            )
         # Through float64: a scale beyond float32 is infinity there, and the scan names the score that is not a number.
         factors = torch.tensor([how.logit_scale, how.output_scale], dtype=torch.float64, device=device).to(wide)
         return LayerMask(

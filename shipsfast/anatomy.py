@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .attention import TREE, Probe, ProbeCall, installed, probe
-from .errors import UnsupportedModelError
+from .errors import InputError, UnsupportedModelError
 
 PROBE_TOKENS = 3
 
@@ -42,6 +42,41 @@ class Anatomy:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
+
+
+def check_model(model, token_ids: list[list[int]]) -> None:
+    """Raises InputError for an object that is no model, and for prompts that do not fit it."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"expected a transformers causal language model, got {type(model).__name__}: "
+            "load one with AutoModelForCausalLM.from_pretrained"
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
+        )
+    devices = {p.device for p in model.parameters()}
+    if (
+        len(devices) > 1
+        or any(d.type == "meta" for d in devices)
+        or any("_hf_hook" in m.__dict__ for m in model.modules())
+    ):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is spread over several devices or offloaded: load it onto one device to scan it"
+        )
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} shares keys and values between layers: it cannot be scanned"
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for i, ids in enumerate(token_ids):
+        if context is not None and len(ids) > context:
+            raise InputError(
+                f"prompt {i} has {len(ids)} tokens, and the model's context is {context}: shorten or remove it"
+            )
+        if not (0 <= min(ids) and max(ids) < vocabulary):
+            raise InputError(f"prompt {i} has token ids outside the model's vocabulary of {vocabulary}")
 
 
 @torch.inference_mode()

@@ -260,17 +260,18 @@ def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap
         if visible is not None:
             logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
         out = torch.matmul(torch.softmax(logits, -1), value)
+    before = out.transpose(1, 2)
     if mask.fixed is not None:
         tokens = mask.value.shape[1]
-        if tokens > 1 and (tokens != out.shape[2] or key.shape[2] != out.shape[2]):
+        if mask.per_token and (tokens != out.shape[2] or key.shape[2] != out.shape[2]):
             raise InputError(
                 f"resample ablation has outputs for {tokens} tokens, and {type(module).__name__} was called with "
                 f"{out.shape[2]} tokens and {key.shape[2]} keys: run passes of that length, without a cache"
             )
         out = torch.where(mask.fixed[:, :, None, None], mask.value[None], out)
     scale = mask.output_scale.to(out.dtype)[:, :, None, None]
-    out = (out * scale).masked_fill(scale == 0, 0).transpose(1, 2).contiguous()
-    return mask.finish(out)
+    out = (out * scale).masked_fill(scale == 0, 0).transpose(1, 2)
+    return mask.finish(out, before).contiguous()
 
 
 def _probe(recorder, module, query, key, value, mask, scaling, softcap, sliding_window):

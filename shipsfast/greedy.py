@@ -24,6 +24,7 @@ from .prepared import prepare
 from .results import SaharaResult
 from .subspaces import check_rank
 
+TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
 COLUMNS = ("step", "beam", "layer", "head")
 
 
@@ -52,8 +53,8 @@ def sahara(
     """Find a group of heads greedily: add the head that turns the prompts' subspace furthest, `group_size` times.
 
     Algorithm 1 of arXiv 2410.13708. In every step each remaining head is switched off together with the group so
-    far, and scored by dataset-level Ships (see `scan_dataset`) against the unablated model. Ties go to the lower
-    (layer, head).
+    far, and scored by dataset-level Ships (see `scan_dataset`) against the unablated model. Ties, up to
+    rounding, go to the lower (layer, head).
 
     Args:
         group_size: heads to find. rank: r of dataset-level Ships, at most P.
@@ -119,6 +120,17 @@ def sahara(
     return result
 
 
+def _best(pool: list[tuple[float, int, Head]], count: int) -> list[tuple[float, int, Head]]:
+    """The largest (angle, place in the beam, head). Equal up to rounding, the lower place and head comes first."""
+    pool, kept = list(pool), []
+    while pool and len(kept) < count:
+        limit = max(pool)[0] - TIE_DEG
+        won = min((entry for entry in pool if entry[0] >= limit), key=lambda entry: entry[1:])
+        pool.remove(won)
+        kept.append(won)
+    return kept
+
+
 class _Group:
     """A group of heads in the order chosen; path: in which place of the beam each of its beginnings stood."""
 
@@ -152,10 +164,10 @@ class _Search:
                 if group.heads:
                     self.repeated = max(self.repeated, abs(self.angular.parent_angle - group.angle))
             known |= {sets[u]: float(angles[u]) for u in fresh}
-            pool += [(-float(angles[u]), at, u) for u in fresh]
+            pool += [(float(angles[u]), at, u) for u in fresh]
         self.beams = [
-            _Group((*self.beams[at].heads, unit), (*self.beams[at].path, at), -angle)
-            for angle, at, unit in sorted(pool)[: self.scores.shape[1]]
+            _Group((*self.beams[at].heads, unit), (*self.beams[at].path, at), angle)
+            for angle, at, unit in _best(pool, self.scores.shape[1])
         ]
 
     def _keep(self, step: int, at: int, part: np.ndarray) -> None:

@@ -25,7 +25,8 @@ class LayerMask:
 
     logit_scale, output_scale: float [B, H], 1 leaves the head as it is;
     mean_q, mean_k, mean_out, fixed: bool [B, H], None for no head;
-    value: what `fixed` heads give, [H, T or 1, D]: per token of the call, or one vector for all.
+    value: what `fixed` heads give, [H, T or 1, D]: per token of the call, or one vector for all;
+    per_token: value belongs to the tokens of one sequence, and a call of another length is an error.
     """
 
     logit_scale: torch.Tensor
@@ -35,6 +36,7 @@ class LayerMask:
     mean_out: torch.Tensor | None = None
     fixed: torch.Tensor | None = None
     value: torch.Tensor | None = None
+    per_token: bool = False
 
     @classmethod
     def untouched(cls, rows: int, heads: int, dtype: torch.dtype, device: torch.device | str) -> LayerMask:
@@ -63,6 +65,7 @@ class LayerMask:
             self.output_scale * outer.output_scale,
             **flags,
             value=outer.value if value is None else value,
+            per_token=self.per_token or outer.per_token,
         )
 
     def replacements(self, q: torch.Tensor, k: torch.Tensor) -> dict:
@@ -80,9 +83,9 @@ class LayerMask:
                 out[alt] = make()
         return out if flags is None else out | {"replace": flags}
 
-    def finish(self, out: torch.Tensor) -> torch.Tensor:
-        """Heads that give the mean over heads: out [B, T, H, D]."""
+    def finish(self, out: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """Heads that give the mean over heads: out [B, T, H, D]; before: outputs without replacement, if others."""
         if self.mean_out is None:
             return out
-        mean = out.mean(2, keepdim=True)
+        mean = (out if before is None else before).mean(2, keepdim=True)
         return torch.where(self.mean_out[:, None, :, None], mean, out)

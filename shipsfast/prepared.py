@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from . import fused, runs
 from ._version import __version__
 from .ablation import Ablation, Head, HeadMask, as_ablation, check_heads, check_unit, unit_heads
-from .anatomy import Anatomy, input_device, inspect_model
+from .anatomy import Anatomy, check_model, input_device, inspect_model
 from .attention import ATTRIBUTE, resolve_backend
-from .errors import InputError, UnsupportedModelError
+from .errors import InputError
 from .metrics import kl_backend
 from .packing import PackedPrompts, pack
 from .planner import Plan, even_slices, make_plan
@@ -220,41 +220,6 @@ class OutOfMemory(InputError):
 def _is_out_of_memory(error: BaseException) -> bool:
     """A CPU that cannot allocate says so in a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def check_model(model, token_ids: list[list[int]]) -> None:
-    """Raises InputError for an object that is no model, and for prompts that do not fit it."""
-    if not isinstance(model, PreTrainedModel):
-        raise InputError(
-            f"expected a transformers causal language model, got {type(model).__name__}: "
-            "load one with AutoModelForCausalLM.from_pretrained"
-        )
-    if model.get_output_embeddings() is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
-        )
-    devices = {p.device for p in model.parameters()}
-    if (
-        len(devices) > 1
-        or any(d.type == "meta" for d in devices)
-        or any("_hf_hook" in m.__dict__ for m in model.modules())
-    ):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is spread over several devices or offloaded: load it onto one device to scan it"
-        )
-    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} shares keys and values between layers: it cannot be scanned"
-        )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for i, ids in enumerate(token_ids):
-        if context is not None and len(ids) > context:
-            raise InputError(
-                f"prompt {i} has {len(ids)} tokens, and the model's context is {context}: shorten or remove it"
-            )
-        if not (0 <= min(ids) and max(ids) < vocabulary):
-            raise InputError(f"prompt {i} has token ids outside the model's vocabulary of {vocabulary}")
 
 
 def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:

@@ -245,7 +245,9 @@ class SaharaResult:
         """Write a run folder. Raises InputError if the folder holds anything else."""
         run = RunFolder(folder, self.identity)
         if not run.previous:
-            run.write_part(self.to_pandas().assign(beam=0))
+            frame = self.to_pandas()
+            path = np.asarray(self.record.get("path") or [0] * len(self.heads), dtype=np.int32)
+            run.write_part(frame.assign(beam=path[frame["step"]]))
         run.write_manifest({"status": "complete", **self.record, **self.chosen(), "noise_floor": self.noise_floor})
         return run.path
 

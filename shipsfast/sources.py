@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .ablation import Ablation
-from .anatomy import Anatomy, input_device
+from .anatomy import Anatomy, check_model, input_device, inspect_model
 from .attention import ATTRIBUTE, TREE, TreeCall, TreeContext, installed, resolve_backend
 from .errors import InputError
 from .layer_mask import LayerMask
@@ -122,6 +122,8 @@ def values_for_ablate(model: PreTrainedModel, anatomy: Anatomy, how: Ablation, t
             f"ablation {how.kind} takes outputs of the unablated model: make it the outermost shipsfast.ablate"
         )
     ids = to_token_ids(how.prompts, tokenizer)
+    check_model(model, ids)
+    anatomy = inspect_model(model, max(ids, key=len), max(map(len, ids)))  # the windows that these lengths meet
     backend = resolve_backend("auto", input_device(model), model.dtype)
     if how.kind == "mean":
         return mean_outputs(model, anatomy, ids, backend)
