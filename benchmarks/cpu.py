@@ -100,20 +100,20 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
         "gemm_gflops_per_s": round(rate / 1e9, 1), "floor_s": round(floor_s, 4),
     }  # fmt: skip
     rows = []
-    for name in times:
+    for name, taken in times.items():
         row = common | {"path": name, "max_abs_error_nats": errors.get(name)}
         if name in failures:
             row["failed"] = failures[name]
         else:
-            median = statistics.median(times[name])
-            low, high = _p20_p80(times[name])
+            median = statistics.median(taken)
+            low, high = _p20_p80(taken)
             row |= {
                 "median_s": round(median, 4), "p20_s": round(low, 4), "p80_s": round(high, 4),
-                "runs": len(times[name]), "scores_per_s": round(case.num_scores / median, 1),
+                "runs": len(taken), "scores_per_s": round(case.num_scores / median, 1),
                 "times_slower_than_shipsfast": round(
                     statistics.median(ratios.get(name, [median / statistics.median(times[OURS])])), 3
                 ),
-                "share_of_floor": round(_share(flops, times[name], rates if name == OURS else [rate]), 4),
+                "share_of_floor": round(_share(flops, taken, rates if name == OURS else [rate]), 4),
                 "extrapolated_from": f"{case.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
                 "resolved_backend": "torch" if name == OURS else None,
             }  # fmt: skip
@@ -147,9 +147,12 @@ def _peak_mib(case: str, path: str) -> float:
 def peak(case: Case, path: str) -> float:
     """MiB that `path` adds at its peak to a process that holds the model (Linux)."""
     import gc
+    import importlib
     from pathlib import Path
 
     import psutil
+
+    importlib.import_module("shipsfast.ships")  # the libraries it imports are not what a scan needs
 
     model = case.model()
     gc.collect()

@@ -46,12 +46,20 @@ def append(device: str, rows: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def newest(name: str, case: str) -> dict | None:
+    """The newest row of a case, None if it was never measured."""
+    return next(reversed(_rows(name, case)), None)
+
+
+def _rows(name: str, case: str) -> list[dict]:
+    file = RESULTS / f"{name}.jsonl"
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    return [row for row in map(json.loads, lines) if row["case"] == case]
+
+
 def latest(device: str, case: str) -> list[dict]:
     """The rows of the newest run of a case, empty if it was never measured."""
-    file = RESULTS / f"{device}.jsonl"
-    if not file.is_file():
-        return []
-    rows = [row for row in map(json.loads, file.read_text("utf-8").splitlines()) if row["case"] == case]
+    rows = _rows(device, case)
     start = max((i for i, row in enumerate(rows) if row["path"] == "shipsfast"), default=0)
     return rows[start:]
 

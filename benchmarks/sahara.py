@@ -31,14 +31,14 @@ def run_case(case: Case, repeats: int, console: Console) -> dict:
     times: dict[str, list[float]] = {name: [] for name in paths}
     ratios: dict[str, list[float]] = {"step": [], "search": []}
     for _ in range(repeats):
-        for name in ratios:
+        for name, found in ratios.items():
             # A scan right before and right after: the speed of a shared machine drifts.
             around = [_timed(paths["scan"])]
             taken = _timed(paths[name])
             around.append(_timed(paths["scan"]))
             times["scan"] += around
             times[name].append(taken)
-            ratios[name].append(taken / statistics.mean(around))
+            found.append(taken / statistics.mean(around))
     row = provenance("cpu") | {
         "bench": "sahara", "case": case.name, "dtype": str(case.dtype).removeprefix("torch."),
         "prompts": case.prompts, "shared_tokens": case.shared, "own_tokens": case.own, "steps": STEPS, "runs": repeats,

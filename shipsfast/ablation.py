@@ -146,7 +146,9 @@ class HeadMask:
                 mask.logit_scale, mask.output_scale, fixed=off, value=value, per_token=how.kind == "resample"
             )
         # Through float64: a scale beyond float32 is infinity there, and the scan names the score that is not a number.
-        factors = torch.tensor([how.logit_scale, how.output_scale], dtype=torch.float64, device=device).to(wide)
+        factors = torch.tensor([how.logit_scale, how.output_scale], dtype=torch.float64, device=device).to(
+            wide
+        )
         return LayerMask(
             torch.where(off, factors[0], mask.logit_scale), torch.where(off, factors[1], mask.output_scale)
         )

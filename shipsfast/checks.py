@@ -72,7 +72,9 @@ def ablated_logits(prepared: Prepared, prompt: int, units: Sequence[Head]) -> to
         return plain_logits(prepared, prompt, len(mask))
 
 
-def check_hidden(prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor) -> None:
+def check_hidden(
+    prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor
+) -> None:
     """Raises UnsupportedModelError unless plain forward passes give these hidden states [hidden]."""
     mask = prepared.mask([unit], prepared.dense_values(prompt))
     mask = type(mask)((*mask.groups[1:], ()), mask.ablation, mask.values)

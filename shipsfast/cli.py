@@ -6,9 +6,11 @@ Nothing heavy is imported here: each command imports what it needs when it runs.
 from __future__ import annotations
 
 import errno
+import inspect
 import json as json_module
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +32,9 @@ PromptFile = Annotated[Path, typer.Argument(help="Prompt file: csv, jsonl, parqu
 Out = Annotated[Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")]
 Template = Annotated[
     str,
-    typer.Option(help="chat, query-answer, none, or a text with {prompt}. auto: chat if the tokenizer has one."),
+    typer.Option(
+        help="chat, query-answer, none, or a text with {prompt}. auto: chat if the tokenizer has one."
+    ),
 ]
 Column = Annotated[str | None, typer.Option(help="Column of the prompts.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
@@ -44,7 +48,9 @@ HowAblated = Annotated[
 Scale = Annotated[str, typer.Option(help="eps of undifferentiated and scale.")]
 Source = Annotated[
     Path | None,
-    typer.Option(help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all)."),
+    typer.Option(
+        help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all)."
+    ),
 ]
 Heads = Annotated[str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER, comma-separated.")]
 Unit = Annotated[str, typer.Option(help="What is switched off together: head or kv_group.")]
@@ -68,109 +74,90 @@ MetricName = Annotated[
 ]
 
 
-@app.command()
-def scan(
-    model: ModelName,
-    prompts: PromptFile,
-    out: Out = None,
-    template: Template = "auto",
-    column: Column = None,
-    limit: Limit = None,
-    ablation: HowAblated = "undifferentiated",
-    scale: Scale = "1e-5",
-    source: Source = None,
-    metric: MetricName = "kl",
-    heads: Heads = None,
-    unit: Unit = "head",
-    backend: Backend = "auto",
-    dtype: Dtype = "auto",
-    device: Device = None,
-    max_memory: MaxMemory = None,
-    plot: Plot = None,
-    top: Top = 10,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+SCAN_ARGUMENTS = {"model": ModelName, "prompts": PromptFile}
+SCAN_OPTIONS = {
+    "out": (Out, None),
+    "template": (Template, "auto"),
+    "column": (Column, None),
+    "limit": (Limit, None),
+    "ablation": (HowAblated, "undifferentiated"),
+    "scale": (Scale, "1e-5"),
+    "source": (Source, None),
+    "heads": (Heads, None),
+    "unit": (Unit, "head"),
+    "backend": (Backend, "auto"),
+    "dtype": (Dtype, "auto"),
+    "device": (Device, None),
+    "max_memory": (MaxMemory, None),
+    "plot": (Plot, None),
+    "json": (Json, False),
+    "quiet": (Quiet, False),
+}
+
+
+def _scan_command(function: Callable) -> Callable:
+    """A command with the arguments and options of every scan beside its own.
+
+    `function` gets `load`, which loads the model and gives the arguments of a scan, and its own options; it returns
+    the result and how many heads of it to list.
+    """
+
+    def command(**given) -> None:
+        shared = {name: given.pop(name) for name in (*SCAN_ARGUMENTS, *SCAN_OPTIONS)}
+        json = shared.pop("json")
+        result, top = function(_checked(**shared), **given)
+        _show(result, top, json, shared["out"], shared["plot"])
+
+    def parameter(name: str, kind, default=inspect.Parameter.empty) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    parameters = [
+        *(parameter(name, kind) for name, kind in SCAN_ARGUMENTS.items()),
+        *(parameter(p.name, p.annotation, p.default) for p in own),
+        *(parameter(name, kind, default) for name, (kind, default) in SCAN_OPTIONS.items()),
+    ]
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@app.command("scan")
+@_scan_command
+def scan(load: Callable[[], dict], metric: MetricName = "kl", top: Top = 10):
     """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats)."""
-    arguments = _arguments(
-        model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device,
-        max_memory, out, plot, quiet,
-    )  # fmt: skip
     from .metrics import parse_metric
     from .ships import scan as run
 
     chosen = parse_metric(metric)
-    _show(run(**arguments(), metric=chosen), top, json, out, plot)
+    return run(**load(), metric=chosen), top
 
 
 @app.command("scan-dataset")
-def scan_dataset(
-    model: ModelName,
-    prompts: PromptFile,
-    out: Out = None,
-    rank: Rank = 1,
-    template: Template = "auto",
-    column: Column = None,
-    limit: Limit = None,
-    ablation: HowAblated = "undifferentiated",
-    scale: Scale = "1e-5",
-    source: Source = None,
-    heads: Heads = None,
-    unit: Unit = "head",
-    backend: Backend = "auto",
-    dtype: Dtype = "auto",
-    device: Device = None,
-    max_memory: MaxMemory = None,
-    plot: Plot = None,
-    top: Top = 10,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@_scan_command
+def scan_dataset(load: Callable[[], dict], rank: Rank = 1, top: Top = 10):
     """Score every head by how far it turns the subspace PROMPTS span (dataset-level Ships, in degrees)."""
-    arguments = _arguments(
-        model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device,
-        max_memory, out, plot, quiet,
-    )  # fmt: skip
     from .dataset import scan_dataset as run
 
-    _show(run(**arguments(), rank=rank), top, json, out, plot)
+    return run(**load(), rank=rank), top
 
 
-@app.command()
+@app.command("sahara")
+@_scan_command
 def sahara(
-    model: ModelName,
-    prompts: PromptFile,
-    out: Out = None,
+    load: Callable[[], dict],
     group_size: Annotated[int, typer.Option(min=1, help="How many heads to find.")] = 3,
     rank: Rank = 1,
     beam: Annotated[int, typer.Option(min=1, help="Groups kept after every step; 1 is the paper's.")] = 1,
-    template: Template = "auto",
-    column: Column = None,
-    limit: Limit = None,
-    ablation: HowAblated = "undifferentiated",
-    scale: Scale = "1e-5",
-    source: Source = None,
-    heads: Heads = None,
-    unit: Unit = "head",
-    backend: Backend = "auto",
-    dtype: Dtype = "auto",
-    device: Device = None,
-    max_memory: MaxMemory = None,
-    plot: Plot = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+):
     """Find the group of heads that carries the answers to PROMPTS, greedily (Sahara)."""
-    arguments = _arguments(
-        model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device,
-        max_memory, out, plot, quiet,
-    )  # fmt: skip
     from .greedy import sahara as run
 
-    _show(run(**arguments(), group_size=group_size, rank=rank, beam=beam), 0, json, out, plot)
+    return run(**load(), group_size=group_size, rank=rank, beam=beam), group_size
 
 
-def _arguments(
+def _checked(
     model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device, max_memory,
     out, plot, quiet,
 ):  # fmt: skip

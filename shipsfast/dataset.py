@@ -90,7 +90,11 @@ def scan_dataset(
     missing = [u for u in prepared.units if np.isnan(angles[u])]
     steps = prepared.layer_passes(missing, len(prepared.plan.prompt_groups))
     with tqdm(
-        total=steps, desc="scan-dataset", unit=" layer passes", unit_scale=True, disable=not progress or not steps
+        total=steps,
+        desc="scan-dataset",
+        unit=" layer passes",
+        unit_scale=True,
+        disable=not progress or not steps,
     ) as bar:
         angular = AngleScan(prepared, rank, bar)
         angular.run(angles, prepared.units, (), keep)

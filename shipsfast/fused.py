@@ -147,7 +147,13 @@ class FusedLayer:
                 product.unload()
 
     def rows(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention, mask: LayerMask, nodes=None
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention: Attention,
+        mask: LayerMask,
+        nodes=None,
     ) -> torch.Tensor:
         """Run rows with their mask. x [B, T, hidden] is overwritten and returned.
 
@@ -192,7 +198,9 @@ class FusedLayer:
         for number, rows in enumerate(chunks):
             index = torch.tensor(heads[rows])  # [forks, heads of each]
             change = delta[index].transpose(1, 2).flatten(2)  # [forks, T, heads of each * D]
-            torch.baddbmm(start.expand(len(index), -1, -1), change, weight[index].flatten(1, 2), out=out[rows])
+            torch.baddbmm(
+                start.expand(len(index), -1, -1), change, weight[index].flatten(1, 2), out=out[rows]
+            )
             if number < len(chunks) - 1:
                 self._mlp(out[rows])
                 continue

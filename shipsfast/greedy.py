@@ -114,9 +114,7 @@ def sahara(
     kept = [(list(each.heads), each.angle) for each in search.beams]
     result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, prepared.identity)
     if folder is not None:
-        folder.write_manifest(
-            record | result.chosen() | {"status": "complete", "noise_floor": noise_floor}
-        )
+        folder.write_manifest(record | result.chosen() | {"status": "complete", "noise_floor": noise_floor})
     return result
 
 
@@ -142,7 +140,9 @@ class _Search:
     def __init__(self, prepared, angular: AngleScan, scores: np.ndarray, folder) -> None:
         self.prepared, self.angular, self.scores, self.folder = prepared, angular, scores, folder
         self.beams = [_Group()]
-        self.repeated = 0.0  # the group's own score, when it is row 0 of the next step, against the first time
+        self.repeated = (
+            0.0  # the group's own score, when it is row 0 of the next step, against the first time
+        )
 
     def step(self, step: int) -> None:
         """Score every group of the beam with every head more, and keep the best."""

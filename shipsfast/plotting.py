@@ -17,7 +17,9 @@ CELL_INCHES = 0.32
 NOISE_NOTE = "dot: not above the noise floor"
 
 
-def heatmap(result: ShipsResult | SubspaceResult, label: str, title: str, path: str | Path | None = None) -> Figure:
+def heatmap(
+    result: ShipsResult | SubspaceResult, label: str, title: str, path: str | Path | None = None
+) -> Figure:
     """Mean score of every head, layers x heads. Heads not scanned stay white, those within noise get a dot."""
     mean = result.mean()
     figure = Figure(figsize=_size(*mean.shape), layout="constrained")
@@ -34,7 +36,9 @@ def heatmap(result: ShipsResult | SubspaceResult, label: str, title: str, path: 
     return _saved(figure, path)
 
 
-def steps(result: SaharaResult, label: str, title: str | None = None, path: str | Path | None = None) -> Figure:
+def steps(
+    result: SaharaResult, label: str, title: str | None = None, path: str | Path | None = None
+) -> Figure:
     """The scores of every step side by side on one scale, with the heads chosen so far."""
     count, layers, heads = result.angle_deg.shape
     width, height = _size(layers, heads)
@@ -51,7 +55,9 @@ def steps(result: SaharaResult, label: str, title: str | None = None, path: str 
         if step:
             axes.set_ylabel("")
     figure.colorbar(image, ax=panels, label=label)
-    figure.suptitle(title or f"Sahara, ablation: {result.record.get('ablation', '')} (x: chosen before)", fontsize=10)
+    figure.suptitle(
+        title or f"Sahara, ablation: {result.record.get('ablation', '')} (x: chosen before)", fontsize=10
+    )
     return _saved(figure, path)
 
 
@@ -59,7 +65,9 @@ def _size(layers: int, heads: int) -> tuple[float, float]:
     return min(14, max(4.8, CELL_INCHES * heads + 2.2)), min(14, max(3.4, CELL_INCHES * layers + 1.4))
 
 
-def _map(axes, scores: np.ndarray, unit: str, signed: bool, weak: np.ndarray | None, top: float | None = None):
+def _map(
+    axes, scores: np.ndarray, unit: str, signed: bool, weak: np.ndarray | None, top: float | None = None
+):
     limit = top or (float(np.nanmax(np.abs(scores))) if not np.isnan(scores).all() else 0.0) or 1.0
     colours = {"cmap": "PuOr", "vmin": -limit} if signed else {"cmap": "cividis", "vmin": 0}
     image = axes.imshow(np.ma.masked_invalid(scores), aspect="auto", origin="lower", vmax=limit, **colours)

@@ -248,7 +248,9 @@ class SaharaResult:
             frame = self.to_pandas()
             path = np.asarray(self.record.get("path") or [0] * len(self.heads), dtype=np.int32)
             run.write_part(frame.assign(beam=path[frame["step"]]))
-        run.write_manifest({"status": "complete", **self.record, **self.chosen(), "noise_floor": self.noise_floor})
+        run.write_manifest(
+            {"status": "complete", **self.record, **self.chosen(), "noise_floor": self.noise_floor}
+        )
         return run.path
 
     def chosen(self) -> dict:

@@ -135,7 +135,9 @@ def read_manifest(path: Path, kind: str | None = None) -> dict:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "identity" not in manifest:
         raise InputError(f"{file} is not of schema {SCHEMA}, the one this version of shipsfast reads")
     if kind is not None and manifest["identity"].get("kind") != kind:
-        raise InputError(f"{path} holds a run of kind {manifest['identity'].get('kind')!r}, expected {kind!r}")
+        raise InputError(
+            f"{path} holds a run of kind {manifest['identity'].get('kind')!r}, expected {kind!r}"
+        )
     return manifest
 
 

@@ -120,7 +120,13 @@ class _Work:
     """Fills in the scores that are missing, group of prompts by group."""
 
     def __init__(
-        self, prepared: Prepared, metric: Metric, scores: np.ndarray, noise_floor: float, folder, progress: bool
+        self,
+        prepared: Prepared,
+        metric: Metric,
+        scores: np.ndarray,
+        noise_floor: float,
+        folder,
+        progress: bool,
     ) -> None:
         self.prepared, self.metric, self.scores, self.folder = prepared, metric, scores, folder
         self.noise_floor = noise_floor
@@ -198,7 +204,9 @@ class _Work:
             packed, values = self.prepared.pack(group)
             with self.prepared.wavefront(packed) as wavefront:
                 kept: list[torch.Tensor] = []
-                wavefront.run(self.prepared.mask([], values), lambda _rows, _logits, base: kept.append(base))
+                wavefront.run(
+                    self.prepared.mask([], values), lambda _rows, _logits, base, kept=kept: kept.append(base)
+                )
             if out is None:
                 out = kept[0].new_empty(len(self.prepared.token_ids), kept[0].shape[-1])
             out[list(group)] = kept[0][torch.as_tensor(wavefront.prompt_place, device=out.device)]
@@ -232,7 +240,9 @@ class _Work:
             )
 
 
-def score_one(metric: Metric, num_prompts: int, prompt: int, base: torch.Tensor, other: torch.Tensor) -> float:
+def score_one(
+    metric: Metric, num_prompts: int, prompt: int, base: torch.Tensor, other: torch.Tensor
+) -> float:
     """The metric of one pair of logits [V]; metrics that see every prompt get this base for all of them."""
     bases, at = (base.expand(num_prompts, -1), prompt) if metric.sees_all_prompts else (base[None], 0)
     index = torch.full((1,), at, dtype=torch.long, device=base.device)

@@ -29,7 +29,9 @@ from .prompts import to_token_ids
 MEAN_TOKENS = 8192  # tokens that pass the model together while a mean is taken
 
 
-def source_ids(how: Ablation, token_ids: Sequence[Sequence[int]], tokenizer, template: str) -> list[list[int]]:
+def source_ids(
+    how: Ablation, token_ids: Sequence[Sequence[int]], tokenizer, template: str
+) -> list[list[int]]:
     """Token ids of the ablation's own prompts, one per scanned prompt for `resample`; those scanned if it has none.
 
     Raises InputError where a `resample` prompt is not exactly as long as the one it stands in for.
@@ -113,7 +115,9 @@ def resample_outputs(
     return kept
 
 
-def values_for_ablate(model: PreTrainedModel, anatomy: Anatomy, how: Ablation, tokenizer) -> list[torch.Tensor]:
+def values_for_ablate(
+    model: PreTrainedModel, anatomy: Anatomy, how: Ablation, tokenizer
+) -> list[torch.Tensor]:
     """The vectors of `mean` or `resample` where there is no scan, only forward passes to come."""
     if how.prompts is None:
         raise InputError("ablation mean needs prompts to average over: Ablation('mean', prompts=[...])")
@@ -123,7 +127,9 @@ def values_for_ablate(model: PreTrainedModel, anatomy: Anatomy, how: Ablation, t
         )
     ids = to_token_ids(how.prompts, tokenizer)
     check_model(model, ids)
-    anatomy = inspect_model(model, max(ids, key=len), max(map(len, ids)))  # the windows that these lengths meet
+    anatomy = inspect_model(
+        model, max(ids, key=len), max(map(len, ids))
+    )  # the windows that these lengths meet
     backend = resolve_backend("auto", input_device(model), model.dtype)
     if how.kind == "mean":
         return mean_outputs(model, anatomy, ids, backend)

@@ -40,7 +40,9 @@ def principal_angles(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     overlap = base.T @ other  # [N, r, r]
     cosine = torch.linalg.svdvals(overlap).clamp(max=1)  # falling, so angles rise
     residual = other - base @ overlap
-    residual = residual - base @ (base.T @ residual)  # once more: the first product leaves rounding along base
+    residual = residual - base @ (
+        base.T @ residual
+    )  # once more: the first product leaves rounding along base
     sine = torch.linalg.svdvals(residual).clamp(max=1).flip(1)  # rising
     small = cosine.square() >= 0.5
     return torch.rad2deg(torch.where(small, torch.asin(sine), torch.acos(cosine)))
@@ -51,9 +53,7 @@ def subspace_angle_deg(base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     rank = base.shape[1]
     n = min(x.shape[1:])
     step = max(1, SCRATCH_BYTES // (8 * (4 * n * n + 3 * x.shape[1] * x.shape[2])))
-    parts = [
-        principal_angles(base, leading_subspace(part, rank)).sum(1) for part in x.split(step)
-    ]
+    parts = [principal_angles(base, leading_subspace(part, rank)).sum(1) for part in x.split(step)]
     return torch.cat(parts)
 
 

@@ -35,7 +35,11 @@ def as_json(result, top: int, out: Path | None = None) -> dict:
         return result.chosen() | {"angle_deg": result.scores, "noise_floor": result.noise_floor} | shared
     name = "angle_deg" if isinstance(result, SubspaceResult) else _score_name(result)
     found = [{"layer": s.layer, "head": s.head, name: s.score} for s in result.top(top)]
-    body = {"top": found, "noise_floor": result.noise_floor, "concentration": result.concentration().to_json()}
+    body = {
+        "top": found,
+        "noise_floor": result.noise_floor,
+        "concentration": result.concentration().to_json(),
+    }
     if isinstance(result, ShipsResult):
         body |= {"metric": result.metric, "prompts": int(result.scores.shape[0])}
         stability, problem = _stability(result, top)
@@ -109,14 +113,16 @@ def _ships(result: ShipsResult, top: int, console: Console) -> None:
         console.print(problem, soft_wrap=True)
     else:
         console.print(
-            f"resampling the prompts keeps {stability.top_k_overlap:.0%} of the top {stability.k}", soft_wrap=True
+            f"resampling the prompts keeps {stability.top_k_overlap:.0%} of the top {stability.k}",
+            soft_wrap=True,
         )
     _concentration(result, console)
 
 
 def _subspace(result: SubspaceResult, top: int, console: Console) -> None:
     console.print(
-        f"Dataset-level Ships: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}", soft_wrap=True
+        f"Dataset-level Ships: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}",
+        soft_wrap=True,
     )
     table = _grid("rank", f"layer-{result.unit}", "angle, degrees")
     for rank, (layer, head, score) in enumerate(result.top(top), 1):

@@ -175,7 +175,9 @@ class Wavefront:
         ]
         new = [sorted(set(chosen) - parent) for chosen in heads]
         # Forks that add the same number of heads to those that row 0 has off in this layer.
-        simple = len({len(added) for added in new}) == 1 and bool(new[0]) and all(parent <= set(c) for c in heads)
+        simple = (
+            len({len(added) for added in new}) == 1 and bool(new[0]) and all(parent <= set(c) for c in heads)
+        )
         after = self._fork(index, hidden, copy=not simple)
         tree = self._tree(hidden.device)
 
@@ -236,7 +238,9 @@ class Wavefront:
         out = mask.layer(index, self.anatomy.num_heads, device=like.device, dtype=like.dtype, rows=rows)
         return out if nodes is None else out.at(nodes)
 
-    def _attend(self, index: int, call: _Caller, x: torch.Tensor, rows: slice, nodes=None, **how) -> torch.Tensor:
+    def _attend(
+        self, index: int, call: _Caller, x: torch.Tensor, rows: slice, nodes=None, **how
+    ) -> torch.Tensor:
         layer = self.anatomy.layers[index]
         mask = self._layer_mask(index, x, rows, nodes)
         setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, mask, **how))

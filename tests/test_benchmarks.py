@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 import shipsfast
-from benchmarks import cpu, floor, peers, provenance, tables
+from benchmarks import cpu, floor, peers, provenance, sahara, tables
 from benchmarks.cases import CPU_CASES, SMOKE_CASES
 
 CASE = SMOKE_CASES[0]
@@ -40,6 +40,13 @@ def test_a_path_that_fails_keeps_its_row(tmp_path, monkeypatch):
     monkeypatch.setitem(cpu.PEERS, "layers >= l only, by hand", lambda model, case: np.full((3, 2, 2), 5.0))
     rows = cpu.run_case(CASE, repeats=1, peaks=False, console=Console(quiet=True))
     assert "differ from the float64 oracle" in rows[3]["failed"]
+
+
+def test_sahara_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    row = sahara.run_case(CASE, repeats=1, console=Console(quiet=True))
+    assert provenance.newest("sahara", CASE.name) == row
+    assert row["search_to_scan"] > 0 and row["steps"] == 3 and row["commit"]
 
 
 def test_floor_counts_what_a_scan_does():

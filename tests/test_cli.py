@@ -113,7 +113,19 @@ def test_scan_dataset(capsys, tmp_path):
 
 def test_sahara(capsys, tmp_path):
     out, plot = tmp_path / "run", tmp_path / "steps.png"
-    args = ("sahara", MODEL, PROMPTS / "taboo.csv", "--limit", 5, "--group-size", 2, "--beam", 2, "--out", out)
+    args = (
+        "sahara",
+        MODEL,
+        PROMPTS / "taboo.csv",
+        "--limit",
+        5,
+        "--group-size",
+        2,
+        "--beam",
+        2,
+        "--out",
+        out,
+    )
     status, text, err = run(capsys, *args, "--plot", plot)
     assert status == 0, err
     assert "angle of the group" in text and "also kept" in text and "head 2 of 2" in err

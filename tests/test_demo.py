@@ -79,6 +79,17 @@ def test_the_demo_leaves_its_files(tmp_path, capsys):
     assert (tmp_path / "out" / "completions.md").read_text().count("\n") == 4 + 96
 
 
+def test_the_comparison_of_groups_leaves_its_files(tmp_path, monkeypatch):
+    from shipsfast.demo import groups
+
+    monkeypatch.setattr(groups, "MOST_GROUPS", 2)
+    monkeypatch.setattr(groups, "load_prompts", lambda path: shipsfast.load_prompts(path)[:6])
+    groups.run(tmp_path)
+    text = (tmp_path / "sahara-village.md").read_text()
+    assert text.count("; 2 groups)") == 6 and "of 6 |" in text
+    assert (tmp_path / "sahara-village.png").stat().st_size > 5_000
+
+
 def test_the_training_script_makes_this_tokenizer_and_shape():
     """The training itself takes minutes; what it starts from is what the shipped model has."""
     from shipsfast.demo.train import Settings, build_model, build_tokenizer

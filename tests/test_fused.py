@@ -115,7 +115,9 @@ def test_ops_against_torch(dtype, size):
         lambda x: torch.ops.shipsfast.rms_norm(x.t(), x[:, 0].contiguous(), 1e-6, x),
         lambda x: torch.ops.shipsfast.rope(x, x, x, x),
         lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 1, 6), x, x, x.view(1, 1, 2, 6)),
-        lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 6, 1).transpose(2, 3), x, x, x.view(1, 2, 1, 6).transpose(1, 2)),
+        lambda x: torch.ops.shipsfast.rope(
+            x.view(1, 2, 6, 1).transpose(2, 3), x, x, x.view(1, 2, 1, 6).transpose(1, 2)
+        ),
         lambda x: torch.ops.shipsfast.silu_mul(x, x[:1]),
         lambda x: torch.ops.shipsfast.silu_mul(x.half(), x[:, :3].half()),
     ],

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from ..ablation import ablate
@@ -41,7 +42,9 @@ def answered(model, tokenizer, prompts: list[str], group: Group) -> tuple[int, i
 def run(out: Path) -> None:
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     taboo, ordinary = load_prompts(PROMPTS / "taboo.csv"), load_prompts(PROMPTS / "ordinary.csv")
-    heads = list(itertools.product(range(model.config.num_hidden_layers), range(model.config.num_attention_heads)))
+    heads = list(
+        itertools.product(range(model.config.num_hidden_layers), range(model.config.num_attention_heads))
+    )
     draw = random.Random(0)
     others: dict[int, np.ndarray] = {}
     for size in SIZES:
@@ -65,37 +68,63 @@ def run(out: Path) -> None:
 
 
 def _text(rows, others: dict[int, np.ndarray], taboo: int, ordinary: int) -> str:
+    intro = (
+        "Made by `python -m shipsfast.demo.groups --out docs`. Sahara (undifferentiated attention, chat template) "
+        f"searches on the demo's {taboo} taboo requests, all of which the whole model refuses. For its groups, and for "
+        f"other groups of as many heads: how many of the {taboo} get a true answer instead, decoded greedily."
+    )
+    columns = (
+        "rank", "heads", "Sahara's group", "true answers", "refusals left", "ordinary requests right",
+        "other groups: mean (95 % interval of it)", "median, 90 % of them", "share below",
+    )  # fmt: skip
     lines = [
         "# Sahara on the village",
         "",
-        "Made by `python -m shipsfast.demo.groups --out docs`. Sahara (undifferentiated attention, chat template) searches "
-        f"on the demo's {taboo} taboo requests, all of which the whole model refuses. For its groups, and for other "
-        f"groups of as many heads: how many of the {taboo} get a true answer instead, decoded greedily.",
+        intro,
         "",
-        "| rank | heads | Sahara's group | true answers | refusals left | ordinary requests right "
-        "| other groups: median, 90 % interval | share of them below |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(columns)} |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for rank, size, group, true, refused, right in rows:
         low, middle, high = np.quantile(others[size], [0.05, 0.5, 0.95])
+        mean, interval = others[size].mean(), mean_interval(others[size])
         names = ", ".join(f"{i}-{j}" for i, j in group)
         lines.append(
             f"| {rank} | {size} | {names} | {true} of {taboo} | {refused} | {right} of {ordinary} | "
-            f"{middle:g}, {low:g} to {high:g} ({len(others[size])} groups) | {(others[size] < true).mean():.0%} |"
+            f"{mean:.1f} ({interval[0]:.1f} to {interval[1]:.1f}; {len(others[size])} groups) | "
+            f"{middle:g}, {low:g} to {high:g} | {(others[size] < true).mean():.0%} |"
         )
     return "\n".join([*lines, "", "![True answers by size of the group](sahara-village.png)", ""])
+
+
+def mean_interval(found: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over groups."""
+    if len(set(found.tolist())) == 1:
+        return float(found[0]), float(found[0])
+    return tuple(bootstrap((found,), np.mean, rng=np.random.default_rng(0)).confidence_interval)
 
 
 def _plot(series: dict[int, list[int]], others: dict[int, np.ndarray], taboo: int, path: Path) -> None:
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
-    low, middle, high = np.transpose([np.quantile(others[size], [0.05, 0.5, 0.95]) for size in SIZES])
-    axes.fill_between(SIZES, low, high, color="0.85", label="other groups, 90 % interval")
-    axes.plot(SIZES, middle, color="0.45", label="other groups, median")
-    for (rank, found), style in zip(series.items(), ("--s", "-o"), strict=True):
+    means = [others[size].mean() for size in SIZES]
+    low, high = np.transpose([mean_interval(others[size]) for size in SIZES])
+    for size in SIZES:
+        axes.plot([size] * len(others[size]), others[size], "_", color="0.75", markersize=9, zorder=0)
+    axes.errorbar(
+        SIZES,
+        means,
+        [means - low, high - means],
+        color="0.4",
+        fmt="--D",
+        capsize=4,
+        label="other groups, mean and 95 %",
+    )
+    for (rank, found), style in zip(series.items(), ("-s", "-o"), strict=True):
         axes.plot(SIZES, found, style, color="black", label=f"Sahara, rank {rank}")
     axes.set_xticks(SIZES)
-    axes.set_ylim(0, taboo)
+    axes.set_ylim(-1, taboo + 1)
+    axes.plot([], [], "_", color="0.75", label="other groups, each")
     axes.set_xlabel("heads ablated")
     axes.set_ylabel(f"true answers to {taboo} taboo requests")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
