@@ -68,11 +68,16 @@ class Ablation:
         if self.prompts is not None:
             if self.kind not in SOURCED:
                 raise InputError(f"ablation {self.kind} takes no prompts: only mean and resample do")
-            if isinstance(self.prompts, str) or not len(self.prompts):
-                raise InputError(f"the prompts of ablation {self.kind} must be a list of at least one prompt")
-            object.__setattr__(
-                self, "prompts", tuple(p if isinstance(p, str) else tuple(p) for p in self.prompts)
-            )
+            try:
+                prompts = () if isinstance(self.prompts, str) else tuple(self.prompts)
+                prompts = tuple(p if isinstance(p, str) else tuple(p) for p in prompts)
+            except TypeError:
+                prompts = ()
+            if not prompts:
+                raise InputError(
+                    f"the prompts of ablation {self.kind} must be a list of at least one prompt, strings or token-id lists"
+                )
+            object.__setattr__(self, "prompts", prompts)
         elif self.kind == "resample":
             raise InputError(
                 "ablation resample needs prompts to take outputs from: Ablation('resample', prompts=[...])"
@@ -91,7 +96,13 @@ class Ablation:
 
 
 def as_ablation(ablation: str | Ablation, scale: float = DEFAULT_SCALE) -> Ablation:
-    return ablation if isinstance(ablation, Ablation) else Ablation(ablation, scale)
+    if not isinstance(ablation, Ablation):
+        return Ablation(ablation, scale)
+    if scale not in (DEFAULT_SCALE, ablation.scale):
+        raise InputError(
+            f"the ablation has scale {ablation.scale:g}, and scale={scale} is given as well: give one"
+        )
+    return ablation
 
 
 @dataclass(frozen=True)
@@ -158,6 +169,8 @@ def check_unit(unit: str, anatomy: Anatomy) -> int:
     """How many units a layer has: query heads, or key/value groups. Raises InputError for another unit."""
     if unit not in UNITS:
         raise InputError(f"unknown unit {unit!r}: expected one of {', '.join(UNITS)}")
+    if unit == "kv_group" and not anatomy.uniform_kv_heads:
+        raise InputError("the model's layers differ in their key/value heads: use unit 'head'")
     return anatomy.num_heads if unit == "head" else anatomy.num_kv_heads
 
 
@@ -178,6 +191,8 @@ def check_heads(
     Raises InputError for a head that does not exist or an entry that is not a pair of integers.
     """
     out: set[Head] = set()
+    if not isinstance(heads, Iterable):
+        raise InputError(f"heads must be a list of (layer, head) pairs, got {heads!r}")
     for entry in heads:
         try:
             layer, head = entry
@@ -221,6 +236,7 @@ def ablate(
     scale: float = DEFAULT_SCALE,
     unit: str = "head",
     tokenizer=None,
+    template: str = "none",
 ) -> Iterator[None]:
     """Context manager in which `model` runs with these heads switched off, in every forward pass by anyone.
 
@@ -231,7 +247,7 @@ def ablate(
     Args:
         heads: (layer, head) pairs, from 0; (layer, None) for a whole layer; may be empty.
         ablation, scale: as in `scan`. `mean` and `resample` need an `Ablation` with prompts (token-id lists, or
-            strings with a `tokenizer`). `resample` then runs forward passes of exactly the length of its one
+            strings with a `tokenizer` and the `template` around them). `resample` then runs forward passes of exactly the length of its one
             prompt, without a cache, and refuses others: a decode step has no counterpart.
         unit: "head", or "kv_group" for (layer, key/value head) pairs with all query heads that share it.
     Raises:
@@ -240,14 +256,14 @@ def ablate(
     """
     how = as_ablation(ablation, scale)
     anatomy = inspect_model(model, [0], 1)
-    heads = list(heads)
+    heads = list(heads) if isinstance(heads, Iterable) else heads
     chosen = check_heads(heads, anatomy.num_layers, check_unit(unit, anatomy), unit) if heads else []
     group = tuple(head for each in chosen for head in unit_heads(each, unit, anatomy))
     values = None
     if how.kind in SOURCED and group:
         from .sources import values_for_ablate  # it runs the model, and imports this file
 
-        values = values_for_ablate(model, anatomy, how, tokenizer)
+        values = values_for_ablate(model, anatomy, how, tokenizer, template)
     with dense_rows(model, anatomy, HeadMask((group,), how, values)):
         yield
 

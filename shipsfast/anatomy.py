@@ -29,7 +29,8 @@ class Layer:
 class Anatomy:
     layers: tuple[Layer, ...]
     num_heads: int
-    num_kv_heads: int
+    num_kv_heads: int  # the fewest of any layer
+    uniform_kv_heads: bool
     head_dim: int
     hidden_size: int
     vocab_size: int
@@ -42,6 +43,12 @@ class Anatomy:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
+
+
+def last_logits_only(model: PreTrainedModel) -> dict:
+    """The argument that keeps a forward pass from computing logits nobody reads, where the model takes it."""
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if takes else {}
 
 
 def check_model(model, token_ids: list[list[int]]) -> None:
@@ -132,6 +139,7 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
         layers=layers,
         num_heads=first.num_heads,
         num_kv_heads=min(s[1] for s in shapes),
+        uniform_kv_heads=len({s[1] for s in shapes}) == 1,
         head_dim=max(s[2] for s in shapes),
         hidden_size=hidden,
         vocab_size=logits.shape[-1],

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from .ablation import Head, dense_rows
-from .anatomy import input_device
+from .anatomy import input_device, last_logits_only
 from .errors import UnsupportedModelError
 from .metrics import kl_rows
 from .prepared import Prepared
-from .wavefront import float32_head, head_input, last_logits_only
+from .wavefront import float32_head, head_input
 
 # By how much, in nats and relative to the score, the packed unablated model and single spot-checked scores may
 # differ from the model's own forward before the model is refused. These are alarms for a model that does

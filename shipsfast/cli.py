@@ -170,7 +170,9 @@ def _checked(
         raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf")
     for path in (plot, out):
         _check_place(path)
-    others = None if source is None else load_prompts(source, column)[:limit]
+    others = (
+        None if source is None else load_prompts(source, column)[: limit if ablation == "resample" else None]
+    )
     _quiet_transformers()
     from .ablation import Ablation, parse_heads
     from .loading import load_model, load_tokenizer

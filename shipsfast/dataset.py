@@ -58,7 +58,7 @@ def scan_dataset(
     two cores, growing with P^2 and then P^3.
 
     Args:
-        rank: r, at most P. All others: as in `scan`.
+        rank: r, below P: with r = P both spans are all of R^P, and every angle is 0. All others: as in `scan`.
     Returns:
         SubspaceResult with .angle_deg float64 [L, H], NaN for heads not in `heads`.
     Raises:
@@ -71,17 +71,16 @@ def scan_dataset(
         unit=unit, backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
         rows_per_block=rows_per_block, prompts_per_group=prompts_per_group, keep_hidden=True,
     )  # fmt: skip
-    check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
+    rank = check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
     prepared.identity["rank"] = rank
     shape = tuple(prepared.identity["shape"][1:])
-    angles, noise_floor, folder = np.full(shape, np.nan), 0.0, None
+    angles, folder = np.full(shape, np.nan), None
     if out is not None:
         folder = runs.RunFolder(out, prepared.identity)
         if folder.previous.get("status") == "complete":
             return SubspaceResult.load(folder.path)
         angles = runs.read_scores(folder.path, shape, ("layer", "head"), "angle_deg")
-        noise_floor = folder.previous.get("noise_floor") or 0.0
-        folder.write_manifest(prepared.record | {"status": "running", "noise_floor": noise_floor})
+        folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
 
     def keep(part: np.ndarray) -> None:
         if folder is not None:
@@ -96,27 +95,27 @@ def scan_dataset(
         unit_scale=True,
         disable=not progress or not steps,
     ) as bar:
-        angular = AngleScan(prepared, rank, bar)
+        angular = AngleScan(prepared, rank, bar, folder)
         angular.run(angles, prepared.units, (), keep)
     record = prepared.record | angular.record() | {"seconds": round(time.perf_counter() - started, 3)}
-    noise_floor = max(noise_floor, angular.noise_floor)
-    result = SubspaceResult(angles, noise_floor, record, prepared.identity)
+    result = SubspaceResult(angles, angular.noise_floor, record, prepared.identity)
     record["concentration"] = result.concentration().to_json()
     if folder is not None:
-        folder.write_manifest(record | {"status": "complete", "noise_floor": noise_floor})
+        folder.write_manifest(record | {"status": "complete", "noise_floor": angular.noise_floor})
     return result
 
 
 class AngleScan:
     """Angles of many units on top of a group that is already off, against the unablated model."""
 
-    def __init__(self, prepared: Prepared, rank: int, bar) -> None:
-        self.prepared, self.rank, self.bar = prepared, rank, bar
+    def __init__(self, prepared: Prepared, rank: int, bar, folder: runs.RunFolder | None) -> None:
+        self.prepared, self.rank, self.bar, self.folder = prepared, rank, bar, folder
         self.basis: torch.Tensor | None = None  # [P, r], of the unablated model
-        self.singular_values: list[float] = []
-        self.noise_floor = 0.0
+        before = folder.previous_measures() if folder else {}
+        self.singular_values: list[float] = before.get("base_singular_values", [])
+        self.noise_floor: float = before.get("noise_floor", 0.0)
         self.parent_angle = 0.0  # of the group that was off in the last block
-        self._packs: list[tuple[tuple[int, ...], PackedPrompts, object]] = []
+        self._packs: dict[tuple[int, ...], tuple[PackedPrompts, object]] = {}
 
     def run(
         self, angles: np.ndarray, units: Sequence[Head], parent: tuple[Head, ...], keep: Callable
@@ -137,7 +136,7 @@ class AngleScan:
                     raise
                 halves = [h for g in groups for h in (g[: len(g) // 2], g[len(g) // 2 :]) if h]
                 self.prepared.plan = replace(self.prepared.plan, prompt_groups=tuple(halves))
-                self._packs = []
+                self._packs = {}
 
     def record(self) -> dict:
         """What the run folder keeps of it."""
@@ -166,10 +165,11 @@ class AngleScan:
 
     def _hidden(self, block: list[Head], parent: tuple[Head, ...]) -> torch.Tensor:
         """Last-position hidden states after the final norm, [1 + units, P, hidden], of the parent and each unit."""
-        if not self._packs:
-            self._packs = [(g, *self.prepared.pack(g)) for g in self.prepared.plan.prompt_groups]
         out: list[torch.Tensor] = []
-        for group, packed, values in self._packs:
+        for group in self.prepared.plan.prompt_groups:
+            packed, values = self._packs.get(group) or self.prepared.pack(group)
+            if self.prepared.how.kind != "resample":  # whose values take as much as many rows
+                self._packs[group] = packed, values
             with self.prepared.wavefront(packed, self.bar.update) as wavefront:
                 place = torch.as_tensor(wavefront.prompt_place)
                 prompts = torch.as_tensor(group)
@@ -202,3 +202,6 @@ class AngleScan:
         check_hidden(prepared, prompt, block[at], hidden[0, prompt], hidden[1 + at, prompt])
         plain = plain_hidden(prepared, range(len(prepared.token_ids))).to(hidden.device)
         self.noise_floor = max(self.noise_floor, float(subspace_angle_deg(self.basis, plain[None])[0]))
+        if self.folder is not None:  # before the first scores are
+            measured = {"noise_floor": self.noise_floor, "base_singular_values": self.singular_values}
+            self.folder.write_manifest(prepared.record | measured | {"status": "running"})

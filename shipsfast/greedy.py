@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head
 from .dataset import AngleScan
-from .errors import InputError
+from .errors import InputError, whole_number
 from .prepared import prepare
 from .results import SaharaResult
 from .subspaces import check_rank
@@ -53,8 +53,8 @@ def sahara(
     """Find a group of heads greedily: add the head that turns the prompts' subspace furthest, `group_size` times.
 
     Algorithm 1 of arXiv 2410.13708. In every step each remaining head is switched off together with the group so
-    far, and scored by dataset-level Ships (see `scan_dataset`) against the unablated model. Ties, up to
-    rounding, go to the lower (layer, head).
+    far, and scored by dataset-level Ships (see `scan_dataset`) against the unablated model. Ties, to
+    1e-9 degrees, go to the lower (layer, head).
 
     Args:
         group_size: heads to find. rank: r of dataset-level Ships, at most P.
@@ -67,34 +67,31 @@ def sahara(
         UnsupportedModelError: the model cannot be scanned exactly.
     """
     started = time.perf_counter()
-    for name, value in (("group_size", group_size), ("beam", beam)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    group_size, beam = whole_number("group_size", group_size), whole_number("beam", beam)
     prepared = prepare(
         "sahara", model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, heads=heads, unit=unit,
         backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
         rows_per_block=rows_per_block, prompts_per_group=prompts_per_group, keep_hidden=True,
     )  # fmt: skip
-    check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
+    rank = check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
     if group_size > len(prepared.units):
         raise InputError(
             f"group_size {group_size} is above the {len(prepared.units)} {unit}s to choose from: lower it"
         )
     prepared.identity |= {"rank": rank, "group_size": group_size, "beam": beam}
     grid = tuple(prepared.identity["shape"][1:])
-    scores, noise_floor, folder = np.full((group_size, beam, *grid), np.nan), 0.0, None
+    scores, folder = np.full((group_size, beam, *grid), np.nan), None
     if out is not None:
         folder = runs.RunFolder(out, prepared.identity)
         if folder.previous.get("status") == "complete":
             return SaharaResult.load(folder.path)
         scores = runs.read_scores(folder.path, scores.shape, COLUMNS, "angle_deg")
-        noise_floor = folder.previous.get("noise_floor") or 0.0
-        folder.write_manifest(prepared.record | {"status": "running", "noise_floor": noise_floor})
+        folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
 
     per_step = prepared.layer_passes(prepared.units, len(prepared.plan.prompt_groups))
     total = per_step * (1 + (group_size - 1) * beam)
     with tqdm(total=total, unit=" layer passes", unit_scale=True, disable=not progress) as bar:
-        search = _Search(prepared, AngleScan(prepared, rank, bar), scores, folder)
+        search = _Search(prepared, AngleScan(prepared, rank, bar, folder), scores, folder)
         seconds = []
         for step in range(group_size):
             bar.set_description(f"sahara, head {step + 1} of {group_size}")
@@ -103,7 +100,7 @@ def sahara(
             seconds.append(round(time.perf_counter() - before, 3))
         bar.total = bar.n
     best = search.beams[0]
-    noise_floor = max(noise_floor, search.angular.noise_floor)
+    noise_floor = search.angular.noise_floor
     record = prepared.record | search.angular.record() | {
         "path": best.path,
         "step_seconds": seconds,

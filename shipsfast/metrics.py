@@ -15,6 +15,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 
 import torch
 
@@ -66,6 +67,7 @@ class Metric(ABC):
     unit              "nats", "logits" or "", without unit or unknown
     signed            whether scores have a sign: heads are then ranked by size
     sees_all_prompts  whether `rows` wants the base rows of every prompt, in order
+    is_named          whether describe() tells it from any other metric
     """
 
     name: str
@@ -73,6 +75,7 @@ class Metric(ABC):
     unit: str = ""
     signed: bool = True
     sees_all_prompts: bool = False
+    is_named: bool = True
 
     @abstractmethod
     def describe(self) -> dict:
@@ -236,6 +239,10 @@ class _Custom(Metric):
     sees_all_prompts = True
 
     @property
+    def is_named(self) -> bool:
+        return isinstance(self.function, FunctionType) and "<" not in self.function.__qualname__
+
+    @property
     def name(self) -> str:
         function = self.function
         while isinstance(function, functools.partial):
@@ -302,11 +309,13 @@ def as_metric(metric: str | Metric | Callable, tokenizer=None, vocab_size: int |
 
     metric      a name ("kl", "reverse-kl" as well as "reverse_kl", ...) or other text for parse_metric, a Metric,
                 or a callable on (base_logits [P, V], ablated_logits [N, V], prompt_index int64 [N]) that
-                returns N real numbers, a tensor or an array. It sees the model's own dtype and device.
+                returns N real numbers, a tensor or an array. It sees logits on the model's device, float32 for
+                half-precision models.
     tokenizer   of the model; needed where tokens are text
     vocab_size  of the model; token ids are checked against it where it is given
 
-    A callable is identified by its module and name, nothing else.
+    A callable is identified by its module and name, nothing else; one without (lambda, partial, inner function,
+    object) cannot be used with a run folder.
     Raises InputError for anything else, for text that is not one token, and for ids outside the vocabulary.
     """
     if isinstance(metric, str):

@@ -52,11 +52,14 @@ class Plan:
 
     def smaller(self) -> Plan | None:
         """The plan to retry with after running out of memory, None if there is nothing left to halve."""
-        if self.chunk_tokens > 1:
-            return replace(self, chunk_tokens=self.chunk_tokens // 2, head_rows=max(1, self.head_rows // 2))
-        if self.rows_per_block > 1:
-            return replace(self, rows_per_block=self.rows_per_block // 2)
-        return None
+        if max(self.chunk_tokens, self.rows_per_block) == 1:
+            return None
+        return replace(
+            self,
+            rows_per_block=max(1, self.rows_per_block // 2),
+            chunk_tokens=max(1, self.chunk_tokens // 2),
+            head_rows=max(1, self.head_rows // 2),
+        )
 
 
 def even_slices(total: int, most: int) -> list[slice]:

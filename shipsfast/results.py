@@ -29,6 +29,20 @@ def ranked(scores: np.ndarray, k: int, signed: bool = False) -> list[HeadScore]:
     return sorted(found, key=lambda s: (key(s), s.layer, s.head))[:k]
 
 
+def _save(
+    folder: str | Path, identity: dict, record: dict, scores: np.ndarray, names: tuple[str, ...], value: str
+) -> Path:
+    """A run folder with these scores; what an unfinished one already holds is kept."""
+    run = RunFolder(folder, identity)
+    record = {"status": "complete", **record}
+    if not run.previous:
+        run.write_manifest(record | {"status": "running"})
+    if np.isnan(read_scores(run.path, scores.shape, names, value)[~np.isnan(scores)]).any():
+        run.write_part(score_frame(scores, names, value))
+    run.write_manifest(record)
+    return run.path
+
+
 class _Ranked:
     """What every result with a [L, H] map of scores offers. Subclasses say what the map is."""
 
@@ -119,14 +133,9 @@ class ShipsResult(_Ranked):
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
-        run = RunFolder(folder, self.identity)
-        record = {"status": "complete", **self.record, "noise_floor": self.noise_floor}
-        if not run.previous:
-            run.write_manifest(record | {"status": "running"})
-        if np.isnan(self.read(run.path, self.scores.shape, self.metric)[~np.isnan(self.scores)]).any():
-            run.write_part(self.to_pandas())
-        run.write_manifest(record)
-        return run.path
+        record = self.record | {"noise_floor": self.noise_floor}
+        names = ("prompt", "layer", "head")
+        return _save(folder, self.identity, record, self.scores, names, column(self.metric))
 
     @staticmethod
     def read(folder: Path, shape: tuple[int, ...], metric: dict) -> np.ndarray:
@@ -183,11 +192,8 @@ class SubspaceResult(_Ranked):
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
-        run = RunFolder(folder, self.identity)
-        if not run.previous:
-            run.write_part(self.to_pandas())
-        run.write_manifest({"status": "complete", **self.record, "noise_floor": self.noise_floor})
-        return run.path
+        record = self.record | {"noise_floor": self.noise_floor}
+        return _save(folder, self.identity, record, self.angle_deg, ("layer", "head"), "angle_deg")
 
     @classmethod
     def load(cls, folder: str | Path) -> SubspaceResult:
@@ -243,15 +249,12 @@ class SaharaResult:
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
-        run = RunFolder(folder, self.identity)
-        if not run.previous:
-            frame = self.to_pandas()
-            path = np.asarray(self.record.get("path") or [0] * len(self.heads), dtype=np.int32)
-            run.write_part(frame.assign(beam=path[frame["step"]]))
-        run.write_manifest(
-            {"status": "complete", **self.record, **self.chosen(), "noise_floor": self.noise_floor}
-        )
-        return run.path
+        path = self.record.get("path") or [0] * len(self.heads)
+        stored = np.full((len(self.heads), self.identity["beam"], *self.angle_deg.shape[1:]), np.nan)
+        for step, at in enumerate(path):
+            stored[step, at] = self.angle_deg[step]
+        record = self.record | self.chosen() | {"noise_floor": self.noise_floor}
+        return _save(folder, self.identity, record, stored, ("step", "beam", "layer", "head"), "angle_deg")
 
     def chosen(self) -> dict:
         """The outcome as run.json has it."""

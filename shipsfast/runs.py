@@ -29,6 +29,7 @@ NOT_THE_MODEL = (
     "torch_dtype",
     "use_cache",
 )  # keys of a config
+MEASURES = ("noise_floor", "base_singular_values")
 SAMPLES = 4096  # numbers of each tensor that enter the fingerprint
 
 
@@ -107,6 +108,10 @@ class RunFolder:
             raise InputError(
                 f"{self.path} holds another run (different {', '.join(differs)}): choose another output folder"
             )
+
+    def previous_measures(self) -> dict:
+        """What an unfinished run has measured beside its scores."""
+        return {k: self.previous[k] for k in MEASURES if k in self.previous}
 
     def write_manifest(self, record: dict) -> None:
         text = json.dumps({"schema": SCHEMA, "identity": self.identity, **record}, indent=1, sort_keys=True)

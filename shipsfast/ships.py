@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from .ablation import DEFAULT_SCALE, Ablation, Head
 from .checks import ablated_logits, alarm, longest_prompt, packing_noise_nats, plain_logits
 from .errors import InputError, UnsupportedModelError
 from .metrics import Metric, as_metric
-from .packing import PackedPrompts
 from .prepared import OutOfMemory, Prepared, prepare, run_blocks
 from .results import ShipsResult, column
 
@@ -86,16 +86,19 @@ def scan(
     noise_floor = 0.0
     folder = None
     if out is not None:
+        if not measure.is_named:
+            raise InputError(
+                f"metric {measure.name} has no name of its own, so a run folder cannot tell it from others: define it "
+                "as a function of a module, or leave out= away and save the result"
+            )
         folder = runs.RunFolder(out, prepared.identity)
         scores = ShipsResult.read(folder.path, tuple(scores.shape), about)
         if folder.previous.get("status") == "complete":
             return ShipsResult.load(folder.path)
-        noise_floor = folder.previous.get("noise_floor") or 0.0
-        folder.write_manifest(
-            record | {"status": "running", "plan": prepared.plan.to_json(), "noise_floor": noise_floor}
-        )
+        noise_floor = folder.previous_measures().get("noise_floor", 0.0)
+        folder.write_manifest(folder.previous_measures() | record | {"status": "running"})
 
-    work = _Work(prepared, measure, scores, noise_floor, folder, progress)
+    work = _Work(prepared, measure, scores, noise_floor, folder, record, progress)
     scan_started = time.perf_counter()
     try:
         work.run()
@@ -103,7 +106,7 @@ def scan(
         work.bar.close()
     record |= {
         "scan_seconds": round(time.perf_counter() - scan_started, 3),
-        "spot_check_max_abs": _spot_check(prepared, measure, scores),
+        "spot_check_max_abs": _spot_check(work),
         "plan": prepared.plan.to_json(),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -125,44 +128,46 @@ class _Work:
         metric: Metric,
         scores: np.ndarray,
         noise_floor: float,
-        folder,
+        folder: runs.RunFolder | None,
+        record: dict,
         progress: bool,
     ) -> None:
         self.prepared, self.metric, self.scores, self.folder = prepared, metric, scores, folder
-        self.noise_floor = noise_floor
+        self.noise_floor, self.record = noise_floor, record
         self.compared = False
         steps = sum(prepared.layer_passes(self.missing(group)) for group in prepared.plan.prompt_groups)
         self.bar = tqdm(
             total=steps, desc="scan", unit=" layer passes", unit_scale=True, disable=not progress or not steps
         )
-        self.all_base: torch.Tensor | None = None  # [P, V], for metrics that see every prompt's
+        self._packed: tuple | None = None  # (group, pack, values) of the group at hand
 
     def missing(self, group: Sequence[int]) -> list[Head]:
         return [u for u in self.prepared.units if np.isnan(self.scores[list(group), u[0], u[1]]).any()]
 
     def run(self) -> None:
         if self.metric.sees_all_prompts and any(map(self.missing, self.prepared.plan.prompt_groups)):
-            self.all_base = self._base_logits()
+            _ = self.all_base  # not in the midst of another pass
         groups = list(self.prepared.plan.prompt_groups)
         while groups:
-            group = groups.pop(0)
-            if not self.missing(group):
-                continue
-            packed, values = self.prepared.pack(group)
+            group, plan = groups.pop(0), self.prepared.plan
             try:
                 run_blocks(
                     self.prepared,
                     lambda group=group: self.missing(group),
-                    lambda block, *a, at=(group, packed, values): self._block(block, *at),
+                    lambda block, group=group: self._block(block, group),
                     self.bar,
                 )
             except OutOfMemory:
                 if len(group) == 1:
                     raise
                 groups[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+                self.prepared.plan = plan  # half the prompts: try blocks and chunks as large as before
 
-    def _block(self, block: list[Head], group: Sequence[int], packed: PackedPrompts, values) -> None:
+    def _block(self, block: list[Head], group: tuple[int, ...]) -> None:
         prepared = self.prepared
+        if self._packed is None or self._packed[0] != group:
+            self._packed = (group, *prepared.pack(group))
+        _, packed, values = self._packed
         with prepared.wavefront(packed, self.bar.update) as wavefront:
             columns: list[torch.Tensor] = []
             kept: list[torch.Tensor] = []
@@ -197,8 +202,9 @@ class _Work:
         index = torch.arange(base.shape[0], device=logits.device).repeat(rows)
         return self.metric.rows(base, logits.flatten(0, 1), index).view(rows, -1)[:, place]
 
-    def _base_logits(self) -> torch.Tensor:
-        """Next-token logits of the unablated model on every prompt, [P, V]."""
+    @functools.cached_property
+    def all_base(self) -> torch.Tensor:
+        """Next-token logits of the unablated model on every prompt, [P, V]: for metrics that see all of them."""
         out = None
         for group in self.prepared.plan.prompt_groups:
             packed, values = self.prepared.pack(group)
@@ -221,12 +227,25 @@ class _Work:
         packed = base[place[list(group).index(prompt)]]
         noise = packing_noise_nats(self.prepared, prompt, packed)
         if self.metric.name != "kl":
-            plain = plain_logits(self.prepared, prompt, 1)
-            noise = abs(self._one(prompt, plain[0].to(packed.device), packed))
+            plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
+            # A metric of the caller's own need not be 0 for equal logits.
+            noise = abs(self.one(prompt, plain, packed) - self.one(prompt, plain, plain))
+            if not np.isfinite(noise):
+                raise InputError(
+                    f"metric {self.metric.name} is not finite for logits that differ by rounding only: it must be"
+                )
         self.noise_floor = max(self.noise_floor, noise)
+        if self.folder is not None:  # before the first scores are
+            self.folder.write_manifest(self.record | {"status": "running", "noise_floor": self.noise_floor})
 
-    def _one(self, prompt: int, base: torch.Tensor, other: torch.Tensor) -> float:
-        return score_one(self.metric, len(self.prepared.token_ids), prompt, base, other)
+    def one(self, prompt: int, base: torch.Tensor, other: torch.Tensor) -> float:
+        """The metric of one pair of logits [V]."""
+        bases, at = base[None], 0
+        if self.metric.sees_all_prompts:
+            bases, at = self.all_base.to(base.device, copy=True), prompt
+            bases[prompt] = base
+        index = torch.full((1,), at, dtype=torch.long, device=base.device)
+        return float(self.metric.rows(bases, other[None].to(base.dtype), index)[0])
 
     def _check_numbers(self, scores: np.ndarray, group: Sequence[int], block: list[Head]) -> None:
         """Raises InputError, naming prompt and head, if a score is not a number: it would be missing for ever."""
@@ -240,20 +259,12 @@ class _Work:
             )
 
 
-def score_one(
-    metric: Metric, num_prompts: int, prompt: int, base: torch.Tensor, other: torch.Tensor
-) -> float:
-    """The metric of one pair of logits [V]; metrics that see every prompt get this base for all of them."""
-    bases, at = (base.expand(num_prompts, -1), prompt) if metric.sees_all_prompts else (base[None], 0)
-    index = torch.full((1,), at, dtype=torch.long, device=base.device)
-    return float(metric.rows(bases, other[None].to(base.dtype), index)[0])
-
-
-def _spot_check(prepared: Prepared, metric: Metric, scores: np.ndarray) -> float:
+def _spot_check(work: _Work) -> float:
     """Recompute two scores of the longest prompt by plain forward passes; returns the larger difference.
 
     Raises UnsupportedModelError if one is off by more than rounding can explain.
     """
+    prepared, metric, scores = work.prepared, work.metric, work.scores
     prompt = longest_prompt(prepared, range(len(prepared.token_ids)))
     strongest = max(prepared.units, key=lambda u: abs(scores[prompt, u[0], u[1]]))
     chosen = sorted({strongest, prepared.units[len(prepared.units) // 2]})
@@ -263,7 +274,7 @@ def _spot_check(prepared: Prepared, metric: Metric, scores: np.ndarray) -> float
         absolute *= max(1.0, float(np.nanmax(np.abs(scores[prompt]))))
     worst = 0.0
     for (layer, index), logits in zip(chosen, ablated, strict=True):
-        got, expected = scores[prompt, layer, index], score_one(metric, len(scores), prompt, base, logits)
+        got, expected = scores[prompt, layer, index], work.one(prompt, base, logits)
         error = 0.0 if got == expected else abs(expected - got)
         if not error <= absolute + relative * abs(expected):
             raise UnsupportedModelError(

@@ -19,14 +19,14 @@ import torch
 from transformers import PreTrainedModel
 
 from .ablation import Ablation
-from .anatomy import Anatomy, check_model, input_device, inspect_model
+from .anatomy import Anatomy, check_model, input_device, inspect_model, last_logits_only
 from .attention import ATTRIBUTE, TREE, TreeCall, TreeContext, installed, resolve_backend
 from .errors import InputError
 from .layer_mask import LayerMask
 from .packing import PackedPrompts, pack
 from .prompts import to_token_ids
 
-MEAN_TOKENS = 8192  # tokens that pass the model together while a mean is taken
+MEAN_TOKENS = 2048  # tokens that pass the model together while a mean is taken
 
 
 def source_ids(
@@ -116,7 +116,7 @@ def resample_outputs(
 
 
 def values_for_ablate(
-    model: PreTrainedModel, anatomy: Anatomy, how: Ablation, tokenizer
+    model: PreTrainedModel, anatomy: Anatomy, how: Ablation, tokenizer, template: str = "none"
 ) -> list[torch.Tensor]:
     """The vectors of `mean` or `resample` where there is no scan, only forward passes to come."""
     if how.prompts is None:
@@ -125,7 +125,7 @@ def values_for_ablate(
         raise InputError(
             f"ablation {how.kind} takes outputs of the unablated model: make it the outermost shipsfast.ablate"
         )
-    ids = to_token_ids(how.prompts, tokenizer)
+    ids = to_token_ids(how.prompts, tokenizer, template)
     check_model(model, ids)
     anatomy = inspect_model(
         model, max(ids, key=len), max(map(len, ids))
@@ -164,6 +164,7 @@ def tree_outputs(
             input_ids=torch.as_tensor(packed.token_ids, device=device)[None],
             position_ids=torch.as_tensor(packed.position, device=device).long()[None],
             use_cache=False,
+            **last_logits_only(model),
         )
 
 

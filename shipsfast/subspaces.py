@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, whole_number
 
 SCRATCH_BYTES = 256 << 20
 
@@ -57,16 +57,16 @@ def subspace_angle_deg(base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def check_rank(rank: int, num_prompts: int, width: int) -> None:
-    """Raises InputError for a rank that P prompts of a hidden size cannot have."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InputError(f"rank must be a whole number of at least 1, got {rank!r}")
+def check_rank(rank: int, num_prompts: int, width: int) -> int:
+    """The rank as an int. Raises InputError for one that P prompts of a hidden size cannot have."""
+    rank = whole_number("rank", rank)
     if rank > num_prompts:
         raise InputError(
             f"rank {rank} needs at least {rank} prompts, and there are {num_prompts}: lower the rank or add prompts"
         )
     if rank > width:
         raise InputError(f"rank {rank} is above the model's hidden size of {width}: lower it")
+    return rank
 
 
 def singular_values(x: torch.Tensor) -> torch.Tensor:

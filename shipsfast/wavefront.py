@@ -11,7 +11,6 @@ and each chunk's logits are handed out at once: nothing of size [rows, V] is kep
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Self
@@ -21,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .ablation import HeadMask
-from .anatomy import Anatomy, input_device
+from .anatomy import Anatomy, input_device, last_logits_only
 from .attention import ATTRIBUTE, TREE, Captured, TreeCall, TreeContext, installed, tree_attention
 from .fused import FusedLayer
 from .layer_mask import LayerMask
@@ -307,12 +306,6 @@ def _forward_replaced(module: torch.nn.Module, make: Callable[[Callable], Callab
             del module.forward
         else:
             module.forward = own
-
-
-def last_logits_only(model: PreTrainedModel) -> dict:
-    """The argument that keeps a forward pass from computing logits nobody reads, where the model takes it."""
-    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if takes else {}
 
 
 def head_precision(model: PreTrainedModel) -> str:

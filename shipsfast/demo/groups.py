@@ -40,6 +40,7 @@ def answered(model, tokenizer, prompts: list[str], group: Group) -> tuple[int, i
 
 
 def run(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     taboo, ordinary = load_prompts(PROMPTS / "taboo.csv"), load_prompts(PROMPTS / "ordinary.csv")
     heads = list(
@@ -71,11 +72,11 @@ def _text(rows, others: dict[int, np.ndarray], taboo: int, ordinary: int) -> str
     intro = (
         "Made by `python -m shipsfast.demo.groups --out docs`. Sahara (undifferentiated attention, chat template) "
         f"searches on the demo's {taboo} taboo requests, all of which the whole model refuses. For its groups, and for "
-        f"other groups of as many heads: how many of the {taboo} get a true answer instead, decoded greedily."
+        f"groups drawn at random of as many heads (all there are, up to {MOST_GROUPS}): how many of the {taboo} get a true answer instead, decoded greedily."
     )
     columns = (
         "rank", "heads", "Sahara's group", "true answers", "refusals left", "ordinary requests right",
-        "other groups: mean (95 % interval of it)", "median, 90 % of them", "share below",
+        "random groups: mean (95 % interval of it)", "median, 90 % of them", "share below",
     )  # fmt: skip
     lines = [
         "# Sahara on the village",
@@ -118,13 +119,13 @@ def _plot(series: dict[int, list[int]], others: dict[int, np.ndarray], taboo: in
         color="0.4",
         fmt="--D",
         capsize=4,
-        label="other groups, mean and 95 %",
+        label="random groups, mean and 95 %",
     )
     for (rank, found), style in zip(series.items(), ("-s", "-o"), strict=True):
         axes.plot(SIZES, found, style, color="black", label=f"Sahara, rank {rank}")
     axes.set_xticks(SIZES)
     axes.set_ylim(-1, taboo + 1)
-    axes.plot([], [], "_", color="0.75", label="other groups, each")
+    axes.plot([], [], "_", color="0.75", label="random groups, each")
     axes.set_xlabel("heads ablated")
     axes.set_ylabel(f"true answers to {taboo} taboo requests")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
