@@ -14,6 +14,7 @@ _PUBLIC = {
     "InputError": "errors",
     "ShipsResult": "results",
     "UnsupportedModelError": "errors",
+    "load": "results",
     "load_prompts": "prompts",
     "logit_diff": "metrics",
     "refusal_logit": "metrics",

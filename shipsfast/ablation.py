@@ -195,7 +195,7 @@ def check_heads(
         raise InputError(f"heads must be a list of (layer, head) pairs, got {heads!r}")
     for entry in heads:
         try:
-            layer, head = entry
+            layer, head = entry[:2] if hasattr(entry, "score") else entry  # a HeadScore is as good as a pair
             layer, head = operator.index(layer), None if head is None else operator.index(head)
         except (TypeError, ValueError):
             raise InputError(f"head {entry!r} is not a (layer, head) pair of integers") from None

@@ -111,7 +111,7 @@ def sahara(
     kept = [(list(each.heads), each.angle) for each in search.beams]
     result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, prepared.identity)
     if folder is not None:
-        folder.write_manifest(record | result.chosen() | {"status": "complete", "noise_floor": noise_floor})
+        folder.write_manifest(record | result.outcome() | {"status": "complete", "noise_floor": noise_floor})
     return result
 
 

@@ -51,7 +51,7 @@ def steps(
             axes.plot(earlier[1], earlier[0], marker="x", color="black", markersize=5)
         layer, head = result.heads[step]
         _name(axes, layer, head, f"{layer}-{head}", result.angle_deg[step, layer, head], image)
-        axes.set_title(f"step {step + 1}: {result.scores[step]:.3g}°", fontsize=9)
+        axes.set_title(f"step {step + 1}: {result.scores[step]:.5g}°", fontsize=9)
         if step:
             axes.set_ylabel("")
     figure.colorbar(image, ax=panels, label=label)

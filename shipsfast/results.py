@@ -128,7 +128,8 @@ class ShipsResult(_Ranked):
         from .plotting import heatmap
 
         prompts = self.scores.shape[0]
-        title = title or f"Ships, mean of {prompts} prompt{'s' * (prompts != 1)}"
+        name = "Ships" if self.metric["name"] == "kl" else self.metric["name"]
+        title = title or f"{name}, mean of {prompts} prompt{'s' * (prompts != 1)}"
         return heatmap(self, _label(self.metric), title, path)
 
     def save(self, folder: str | Path) -> Path:
@@ -253,10 +254,10 @@ class SaharaResult:
         stored = np.full((len(self.heads), self.identity["beam"], *self.angle_deg.shape[1:]), np.nan)
         for step, at in enumerate(path):
             stored[step, at] = self.angle_deg[step]
-        record = self.record | self.chosen() | {"noise_floor": self.noise_floor}
+        record = self.record | self.outcome() | {"noise_floor": self.noise_floor}
         return _save(folder, self.identity, record, stored, ("step", "beam", "layer", "head"), "angle_deg")
 
-    def chosen(self) -> dict:
+    def outcome(self) -> dict:
         """The outcome as run.json has it."""
         return {
             "chosen": [list(h) for h in self.heads],
@@ -278,3 +279,15 @@ class SaharaResult:
         path = manifest.get("path") or [0] * len(heads)
         angles = np.stack([stored[step, beam] for step, beam in enumerate(path)])
         return cls(heads, angles, beams, manifest.get("noise_floor") or 0.0, manifest, identity)
+
+
+def load(folder: str | Path) -> ShipsResult | SubspaceResult | SaharaResult:
+    """Read any run folder: what `scan`, `scan_dataset` or `sahara` left there.
+
+    Raises InputError if it is missing, damaged, or of a search that is not finished.
+    """
+    kinds = {"ships": ShipsResult, "subspace": SubspaceResult, "sahara": SaharaResult}
+    kind = read_manifest(Path(folder))["identity"].get("kind")
+    if kind not in kinds:
+        raise InputError(f"{folder} holds a run of kind {kind!r}, expected one of {', '.join(kinds)}")
+    return kinds[kind].load(folder)

@@ -32,7 +32,7 @@ def as_json(result, top: int, out: Path | None = None) -> dict:
     """The same as an object."""
     shared = {"run_folder": None if out is None else str(out), "record": result.record}
     if isinstance(result, SaharaResult):
-        return result.chosen() | {"angle_deg": result.scores, "noise_floor": result.noise_floor} | shared
+        return result.outcome() | {"angle_deg": result.scores, "noise_floor": result.noise_floor} | shared
     name = "angle_deg" if isinstance(result, SubspaceResult) else _score_name(result)
     found = [{"layer": s.layer, "head": s.head, name: s.score} for s in result.top(top)]
     body = {
@@ -106,7 +106,7 @@ def _ships(result: ShipsResult, top: int, console: Console) -> None:
     weak = scanned - int(result.above_noise().sum())
     console.print(
         f"{scanned} {result.unit}s x {result.scores.shape[0]} prompts in {result.record.get('scan_seconds', 0):.2f} s; "
-        f"noise floor {result.noise_floor:.2g}{' ' * bool(metric['unit'])}{metric['unit']}, {weak} of them not above it",
+        f"noise floor {result.noise_floor:.2g}{' ' * bool(metric['unit'])}{metric['unit']}, {f'{weak} heads not above it' if weak else 'all above it'}",
         soft_wrap=True,
     )
     if stability is None:

@@ -26,6 +26,27 @@ def test_round_trip(tmp_path):
     assert loaded.record["attention_backend"] == "torch"
 
 
+def test_any_run_folder_loads(tmp_path):
+    model = build()
+    scan(tmp_path / "a", model)
+    shipsfast.scan_dataset(model, PROMPTS, out=tmp_path / "b", progress=False)
+    shipsfast.sahara(model, PROMPTS, out=tmp_path / "c", group_size=1, progress=False)
+    kinds = [type(shipsfast.load(tmp_path / name)).__name__ for name in "abc"]
+    assert kinds == ["ShipsResult", "SubspaceResult", "SaharaResult"]
+    with pytest.raises(shipsfast.InputError, match=r"it has no run\.json"):
+        shipsfast.load(tmp_path)
+
+
+def test_ablate_takes_what_top_returns():
+    model = build()
+    top = scan(None, model).top(2)
+    ids = torch.tensor([PROMPTS[0]])
+    with shipsfast.ablate(model, top):
+        first = model(ids).logits
+    with shipsfast.ablate(model, [s[:2] for s in top]):
+        assert torch.equal(first, model(ids).logits)
+
+
 def test_save_writes_the_same_folder(tmp_path):
     result = scan(None, heads=[(0, 1), (2, 3)])
     result.save(tmp_path / "saved")
