@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from .ablation import Head, dense_rows
+from .ablation import Head, HeadMask, dense_rows
 from .anatomy import input_device, last_logits_only
 from .errors import UnsupportedModelError
 from .metrics import kl_rows
@@ -36,13 +37,12 @@ def longest_prompt(prepared: Prepared, group: Sequence[int]) -> int:
     return group[at]
 
 
-def packing_noise_nats(prepared: Prepared, prompt: int, base: torch.Tensor) -> float:
-    """KL between the plain and the packed unablated model on one prompt; base [V]: the packed logits.
+def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, base: torch.Tensor) -> float:
+    """KL between the plain and the packed unablated model on one prompt, of their logits `plain` and `base` [V].
 
     Raises UnsupportedModelError where they are not the same model.
     """
-    plain = plain_logits(prepared, prompt, 1)[0]
-    noise = float(kl_one(plain, base.to(plain.device)))
+    noise = float(kl_one(plain, base))
     if not noise <= alarm(prepared.model.dtype)[0]:
         config = prepared.model.config.get_text_config()
         if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation != "eager":
@@ -60,24 +60,28 @@ def packing_noise_nats(prepared: Prepared, prompt: int, base: torch.Tensor) -> f
 
 
 def ablated_logits(prepared: Prepared, prompt: int, units: Sequence[Head]) -> torch.Tensor:
-    """Next-token logits [len(units) + 1, V] by plain forward passes with each unit off; the last with none.
-
-    The unablated row runs through the same attention: transformers' eager attention rounds its softmax to
-    float32, in float64 models as well. It comes last, unlike in a scan: a model whose rows disturb each other
-    gives other scores then.
-    """
-    mask = prepared.mask(units, prepared.dense_values(prompt))
-    mask = type(mask)((*mask.groups[1:], ()), mask.ablation, mask.values)
+    """Next-token logits [len(units) + 1, V] by a plain forward pass with each unit off; the last with none."""
+    mask = _plain_mask(prepared, prompt, units)
     with dense_rows(prepared.model, prepared.anatomy, mask):
         return plain_logits(prepared, prompt, len(mask))
+
+
+def _plain_mask(prepared: Prepared, prompt: int, units: Sequence[Head]) -> HeadMask:
+    """One row for each unit, and the unablated one.
+
+    That one runs through the same attention: transformers' eager attention rounds its softmax to float32, in
+    float64 models as well. It comes last, unlike in a scan: a model whose rows disturb each other gives other
+    scores then.
+    """
+    mask = prepared.mask(units, prepared.dense_values(prompt))
+    return replace(mask, groups=(*mask.groups[1:], ()))
 
 
 def check_hidden(
     prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor
 ) -> None:
     """Raises UnsupportedModelError unless plain forward passes give these hidden states [hidden]."""
-    mask = prepared.mask([unit], prepared.dense_values(prompt))
-    mask = type(mask)((*mask.groups[1:], ()), mask.ablation, mask.values)
+    mask = _plain_mask(prepared, prompt, [unit])
     with dense_rows(prepared.model, prepared.anatomy, mask), head_input(prepared.model) as seen:
         _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
     for name, got, expected in (

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from types import FunctionType
 
@@ -43,7 +43,6 @@ __all__ = [
     "kl_backend",
     "kl_rows",
     "logit_diff",
-    "metric_rows",
     "parse_metric",
     "refusal_logit",
 ]
@@ -347,25 +346,6 @@ def parse_metric(text: str) -> Metric:
     if "" in tokens or (kind == "logit_diff" and len(tokens) != 2):
         raise InputError(f"metric {text!r}: expected {_TEXT_FORMS}")
     return logit_diff(*tokens) if kind == "logit_diff" else refusal_logit(tokens)
-
-
-def metric_rows(
-    metrics: Sequence[Metric],
-    base_logits: torch.Tensor,
-    ablated_logits: torch.Tensor,
-    row_map: torch.Tensor,
-) -> torch.Tensor:
-    """`rows` of several metrics, float64 [len(metrics), N]. The divergences among them share one read."""
-    names = [metric.name for metric in metrics if isinstance(metric, _Divergence)]
-    shared = divergence_rows(base_logits, ablated_logits, row_map, names=names) if names else None
-    return torch.stack(
-        [
-            shared[names.index(metric.name)]
-            if isinstance(metric, _Divergence)
-            else metric.rows(base_logits, ablated_logits, row_map)
-            for metric in metrics
-        ]
-    )
 
 
 def _as_token(token: Token, kind: str) -> Token:

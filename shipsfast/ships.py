@@ -225,9 +225,9 @@ class _Work:
         self.compared = True
         prompt = longest_prompt(self.prepared, group)
         packed = base[place[list(group).index(prompt)]]
-        noise = packing_noise_nats(self.prepared, prompt, packed)
+        plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
+        noise = packing_noise_nats(self.prepared, prompt, plain, packed)
         if self.metric.name != "kl":
-            plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
             # A metric of the caller's own need not be 0 for equal logits.
             noise = abs(self.one(prompt, plain, packed) - self.one(prompt, plain, plain))
             if not np.isfinite(noise):

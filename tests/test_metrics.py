@@ -17,7 +17,6 @@ from shipsfast.metrics import (
     divergence_rows,
     kl_rows,
     logit_diff,
-    metric_rows,
     parse_metric,
     refusal_logit,
 )
@@ -268,23 +267,6 @@ def test_wrong_rows_are_refused_by_every_metric():
             as_metric(metric).rows(base, ablated, row_map[:3])
         with pytest.raises(InputError, match="row_map names a row"):
             as_metric(metric).rows(base, ablated, row_map + 3)
-
-
-def test_several_metrics_share_the_read(monkeypatch):
-    base, ablated, row_map = draw(65)
-    metrics = [
-        as_metric(m) for m in ("js", logit_diff(1, 2), "kl", mean_logit_change, "total_variation", "js")
-    ]
-    expected = torch.stack([metric.rows(base, ablated, row_map) for metric in metrics])
-    calls = []
-
-    def counted(*arguments, names):
-        calls.append(names)
-        return divergence_rows(*arguments, names=names)
-
-    monkeypatch.setattr("shipsfast.metrics.divergence_rows", counted)
-    assert_close_abs(metric_rows(metrics, base, ablated, row_map), expected, 1e-15)
-    assert calls == [["js", "kl", "total_variation", "js"]]
 
 
 def test_a_metric_of_another_kind():
