@@ -20,12 +20,13 @@ from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head
 from .dataset import AngleScan
 from .errors import InputError, whole_number
+from .grams import ROOM as GRAMS
+from .grams import Grams
 from .prepared import prepare
-from .results import SaharaResult
+from .results import STEP_COLUMNS, SaharaResult
 from .subspaces import check_rank
 
 TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
-COLUMNS = ("step", "beam", "layer", "head")
 
 
 def sahara(
@@ -85,13 +86,17 @@ def sahara(
         folder = runs.RunFolder(out, prepared.identity)
         if folder.previous.get("status") == "complete":
             return SaharaResult.load(folder.path)
-        scores = runs.read_scores(folder.path, scores.shape, COLUMNS, "angle_deg")
+        scores = runs.read_scores(folder.path, scores.shape, STEP_COLUMNS, "angle_deg")
         folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
+    grams = Grams.empty(len(prepared.token_ids), scores.shape)
+    if grams is not None and folder is not None:
+        grams.read(folder.path, STEP_COLUMNS)
 
     per_step = prepared.layer_passes(prepared.units, len(prepared.plan.prompt_groups))
     total = per_step * (1 + (group_size - 1) * beam)
     with tqdm(total=total, unit=" layer passes", unit_scale=True, disable=not progress) as bar:
-        search = _Search(prepared, AngleScan(prepared, rank, bar, folder), scores, folder)
+        angular = AngleScan(prepared, rank, bar, folder, None if grams is None else grams.base)
+        search = _Search(prepared, angular, scores, grams, folder)
         seconds = []
         for step in range(group_size):
             bar.set_description(f"sahara, head {step + 1} of {group_size}")
@@ -100,8 +105,7 @@ def sahara(
             seconds.append(round(time.perf_counter() - before, 3))
         bar.total = bar.n
     best = search.beams[0]
-    noise_floor = search.angular.noise_floor
-    record = prepared.record | search.angular.record() | {
+    record = prepared.record | angular.record() | {
         "path": best.path,
         "step_seconds": seconds,
         "repeated_angle_max_abs_deg": search.repeated,
@@ -109,7 +113,11 @@ def sahara(
     }  # fmt: skip
     angles = np.stack([scores[step, at] for step, at in enumerate(best.path)])
     kept = [(list(each.heads), each.angle) for each in search.beams]
-    result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, prepared.identity)
+    if grams is not None:
+        grams = Grams(grams.base, np.stack([grams.heads[step, at] for step, at in enumerate(best.path)]))
+    noise_floor = angular.noise_floor
+    result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, prepared.identity, grams)
+    record["concentration"] = [result.concentration(step).to_json() for step in range(group_size)]
     if folder is not None:
         folder.write_manifest(record | result.outcome() | {"status": "complete", "noise_floor": noise_floor})
     return result
@@ -134,8 +142,10 @@ class _Group:
 
 
 class _Search:
-    def __init__(self, prepared, angular: AngleScan, scores: np.ndarray, folder) -> None:
-        self.prepared, self.angular, self.scores, self.folder = prepared, angular, scores, folder
+    def __init__(self, prepared, angular: AngleScan, scores: np.ndarray, grams: Grams | None, folder) -> None:
+        self.prepared, self.angular, self.scores, self.grams, self.folder = (
+            prepared, angular, scores, grams, folder,
+        )  # fmt: skip
         self.beams = [_Group()]
         self.repeated = (
             0.0  # the group's own score, when it is row 0 of the next step, against the first time
@@ -143,7 +153,7 @@ class _Search:
 
     def step(self, step: int) -> None:
         """Score every group of the beam with every head more, and keep the best."""
-        known: dict[frozenset, float] = {}
+        known: dict[frozenset, tuple[int, Head]] = {}  # where a set of heads was scored: (place, head)
         pool = []
         for at, group in enumerate(self.beams):
             angles = self.scores[step, at]
@@ -153,23 +163,35 @@ class _Search:
             if any(np.isnan(angles[u]) for u in again):
                 part = np.full_like(angles, np.nan)
                 for unit in again:
-                    angles[unit] = part[unit] = known[sets[unit]]
-                self._keep(step, at, part)
+                    place, head = known[sets[unit]]
+                    angles[unit] = part[unit] = self.scores[step, place][head]
+                    if self.grams is not None:
+                        self.grams.heads[step, at][unit] = self.grams.heads[step, place][head]
+                self._keep(step, at, part, again)
             fresh = [u for u in candidates if sets[u] not in known]
             if any(np.isnan(angles[u]) for u in fresh):
-                self.angular.run(angles, fresh, group.heads, lambda part, at=at: self._keep(step, at, part))
+                self.angular.run(
+                    angles,
+                    fresh,
+                    group.heads,
+                    lambda part, units, at=at: self._keep(step, at, part, units),
+                    None if self.grams is None else self.grams.heads[step, at],
+                )
                 if group.heads:
                     self.repeated = max(self.repeated, abs(self.angular.parent_angle - group.angle))
-            known |= {sets[u]: float(angles[u]) for u in fresh}
+            known |= {sets[u]: (at, u) for u in fresh}
             pool += [(float(angles[u]), at, u) for u in fresh]
         self.beams = [
             _Group((*self.beams[at].heads, unit), (*self.beams[at].path, at), angle)
             for angle, at, unit in _best(pool, self.scores.shape[1])
         ]
 
-    def _keep(self, step: int, at: int, part: np.ndarray) -> None:
+    def _keep(self, step: int, at: int, part: np.ndarray, units: list[Head]) -> None:
         if self.folder is None:
             return
+        if self.grams is not None:  # first, so that no score is without
+            index = [(step, at, *unit) for unit in units]
+            self.folder.write_part(self.grams.part(STEP_COLUMNS, index), GRAMS)
         whole = np.full(self.scores.shape, np.nan)
         whole[step, at] = part
-        self.folder.write_part(runs.score_frame(whole, COLUMNS, "angle_deg"))
+        self.folder.write_part(runs.score_frame(whole, STEP_COLUMNS, "angle_deg"))

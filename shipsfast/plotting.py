@@ -9,10 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from .results import SaharaResult, ShipsResult, SubspaceResult
 
-LABELLED = 3  # heads named in the plot
+LABELLED = 3  # heads named in the map
+BARS = 10  # heads beside it
+BARS_INCHES = 3.2
 CELL_INCHES = 0.32
 NOISE_NOTE = "dot: not above the noise floor"
 
@@ -20,20 +24,53 @@ NOISE_NOTE = "dot: not above the noise floor"
 def heatmap(
     result: ShipsResult | SubspaceResult, label: str, title: str, path: str | Path | None = None
 ) -> Figure:
-    """Mean score of every head, layers x heads. Heads not scanned stay white, those within noise get a dot."""
+    """Mean score of every head, layers x heads, and the top heads with their intervals.
+
+    Heads not scanned stay white, those within noise get a dot.
+    """
     mean = result.mean()
-    figure = Figure(figsize=_size(*mean.shape), layout="constrained")
-    axes = figure.subplots()
+    width, height = _size(*mean.shape)
+    figure = Figure(figsize=(width + BARS_INCHES, height), layout="constrained")
+    axes, bars = figure.subplots(1, 2, width_ratios=(width, BARS_INCHES))
     weak = ~result.above_noise() & ~np.isnan(mean)
     image = _map(axes, mean, result.unit, result.signed, weak)
     for layer, head, score in result.top(LABELLED):
         _name(axes, layer, head, f"{layer}-{head}", score, image)
-    figure.colorbar(image, ax=axes, label=label)
+    figure.colorbar(image, ax=axes).set_label(label, fontsize=8)
+    figure.get_layout_engine().set(wspace=0.06)
     if weak.any():
-        axes.text(1, -0.12, NOISE_NOTE, transform=axes.transAxes, ha="right", va="top", fontsize=7)
+        _note(axes, NOISE_NOTE)
+    _bars(bars, result, label)
     ablation = result.record.get("ablation")
-    axes.set_title(f"{title}\nablation: {ablation}" if ablation else title, fontsize=10)
+    figure.suptitle(f"{title}\nablation: {ablation}" if ablation else title, fontsize=10)
     return _saved(figure, path)
+
+
+def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
+    """The top heads with bootstrap intervals, where they are known, and how much of the total they carry."""
+    top = result.top(BARS)
+    try:
+        stability = result.stability(BARS)
+    except InputError:  # one prompt, or not finished: bars only
+        stability = None
+    at = tuple(zip(*((s.layer, s.head) for s in top), strict=True))
+    error = None
+    if stability is not None and top and np.isfinite(stability.low[at]).all():
+        scores = np.array([s.score for s in top])
+        # BCa intervals of skewed scores may lie beside the score
+        error = np.maximum([scores - stability.low[at], stability.high[at] - scores], 0)
+    names = [f"{s.layer}-{s.head}" for s in top]
+    axes.barh(
+        names, [s.score for s in top], xerr=error, color="#5c6b8a", ecolor="black", capsize=2, height=0.7
+    )
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel(label, fontsize=7)
+    share = result.concentration().top_share.get(LABELLED, np.nan)
+    title = "" if np.isnan(share) else f"top {LABELLED} carry {share:.0%}"
+    if error is not None:
+        title += f"\n{stability.confidence:.0%} intervals, {stability.prompts} prompts resampled"
+    axes.set_title(title, fontsize=8)
 
 
 def steps(
@@ -45,20 +82,32 @@ def steps(
     figure = Figure(figsize=(min(18, (width - 1.2) * count + 1.2), height), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False, sharey=True)[0]
     top = float(np.nanmax(result.angle_deg))
+    weak = ~result.above_noise() & ~np.isnan(result.angle_deg)
     for step, axes in enumerate(panels):
-        image = _map(axes, result.angle_deg[step], result.unit, False, None, top)
+        image = _map(axes, result.angle_deg[step], result.unit, False, weak[step], top)
         for earlier in result.heads[:step]:
             axes.plot(earlier[1], earlier[0], marker="x", color="black", markersize=5)
         layer, head = result.heads[step]
         _name(axes, layer, head, f"{layer}-{head}", result.angle_deg[step, layer, head], image)
-        axes.set_title(f"step {step + 1}: {result.scores[step]:.5g}°", fontsize=9)
+        axes.set_title(f"step {step + 1}: {result.scores[step]:.5g}°{_firm(result, step)}", fontsize=9)
         if step:
             axes.set_ylabel("")
     figure.colorbar(image, ax=panels, label=label)
+    if weak.any():
+        _note(panels[-1], "dot: gain not above the noise floor")
     figure.suptitle(
         title or f"Sahara, ablation: {result.record.get('ablation', '')} (x: chosen before)", fontsize=10
     )
     return _saved(figure, path)
+
+
+def _firm(result: SaharaResult, step: int) -> str:
+    """How often resampled prompts choose the same head, where that is known."""
+    try:
+        frequency = result.stability(1, step).top_k_frequency[result.heads[step]]
+    except InputError:
+        return ""
+    return f"\nchosen in {frequency:.0%} of resamples"
 
 
 def _size(layers: int, heads: int) -> tuple[float, float]:
@@ -86,6 +135,19 @@ def _name(axes, layer: int, head: int, text: str, score: float, image) -> None:
     red, green, blue, _ = image.cmap(image.norm(score))
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
     axes.text(head, layer, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+
+
+def _note(axes, text: str) -> None:
+    axes.annotate(
+        text,
+        (1, 0),
+        (0, -24),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=7,
+    )
 
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:

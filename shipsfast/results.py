@@ -9,9 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .errors import InputError
+from .errors import InputError, whole_number
+from .grams import RESAMPLES, ROOM, Grams
 from .runs import RunFolder, read_manifest, read_scores, score_frame
 from .statistics import Concentration, RankStability, above_noise, concentration, rank_stability
+
+HEAD_COLUMNS = ("layer", "head")
+STEP_COLUMNS = ("step", "beam", *HEAD_COLUMNS)
 
 KL = {"name": "kl", "unit": "nats", "signed": False, "label": "KL(base || head ablated)"}
 
@@ -30,7 +34,13 @@ def ranked(scores: np.ndarray, k: int, signed: bool = False) -> list[HeadScore]:
 
 
 def _save(
-    folder: str | Path, identity: dict, record: dict, scores: np.ndarray, names: tuple[str, ...], value: str
+    folder: str | Path,
+    identity: dict,
+    record: dict,
+    scores: np.ndarray,
+    names: tuple[str, ...],
+    value: str,
+    grams: Grams | None = None,
 ) -> Path:
     """A run folder with these scores; what an unfinished one already holds is kept."""
     run = RunFolder(folder, identity)
@@ -38,6 +48,10 @@ def _save(
     if not run.previous:
         run.write_manifest(record | {"status": "running"})
     if np.isnan(read_scores(run.path, scores.shape, names, value)[~np.isnan(scores)]).any():
+        if grams is not None:
+            run.write_part(
+                grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(scores))]), ROOM
+            )
         run.write_part(score_frame(scores, names, value))
     run.write_manifest(record)
     return run.path
@@ -174,14 +188,32 @@ class SubspaceResult(_Ranked):
     noise_floor: float = 0.0
     record: dict = field(default_factory=dict)
     identity: dict = field(default_factory=dict)
+    grams: Grams | None = None
 
     def mean(self) -> np.ndarray:
         """The angles themselves: they already belong to the whole set of prompts."""
         return self.angle_deg
 
+    def stability(
+        self,
+        k: int = 10,
+        *,
+        resamples: int = RESAMPLES,
+        confidence: float = 0.95,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> RankStability:
+        """Bootstrap over prompts: how often each head is in the top k, and intervals of its angle and rank.
+
+        Every resample takes the singular subspaces anew: about 10 microseconds a head at 8 prompts, 1 ms at 100.
+        Resamples with no more distinct prompts than the rank, in which all angles are 0, are drawn again. Raises
+        InputError for fewer than rank + 2 prompts, and where there are so many that their Gram matrices were not kept.
+        """
+        return _stability(self, self.angle_deg, self.grams, k, resamples, confidence, seed, progress)
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per head: layer, head, angle_deg."""
-        return score_frame(self.angle_deg, ("layer", "head"), "angle_deg")
+        return score_frame(self.angle_deg, HEAD_COLUMNS, "angle_deg")
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
         """Heatmap of the angles, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
@@ -194,7 +226,7 @@ class SubspaceResult(_Ranked):
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
         record = self.record | {"noise_floor": self.noise_floor}
-        return _save(folder, self.identity, record, self.angle_deg, ("layer", "head"), "angle_deg")
+        return _save(folder, self.identity, record, self.angle_deg, HEAD_COLUMNS, "angle_deg", self.grams)
 
     @classmethod
     def load(cls, folder: str | Path) -> SubspaceResult:
@@ -202,11 +234,24 @@ class SubspaceResult(_Ranked):
         folder = Path(folder)
         manifest = read_manifest(folder, "subspace")
         identity = manifest.pop("identity")
-        angles = read_scores(folder, tuple(identity["shape"][1:]), ("layer", "head"), "angle_deg")
-        return cls(angles, manifest.get("noise_floor") or 0.0, manifest, identity)
+        prompts, *shape = identity["shape"]
+        angles = read_scores(folder, tuple(shape), HEAD_COLUMNS, "angle_deg")
+        grams = Grams.empty(prompts, tuple(shape))
+        if grams is not None:
+            grams.read(folder, HEAD_COLUMNS)
+        return cls(angles, manifest.get("noise_floor") or 0.0, manifest, identity, grams)
 
 
 ANGLE_LABEL = "sum of principal angles, degrees"
+
+
+def _stability(result, angles: np.ndarray, grams: Grams | None, *settings) -> RankStability:
+    if grams is None:
+        raise InputError(
+            f"{len(result.identity.get('prompts', []))} prompts are too many to keep every head's Gram matrix, "
+            "which resampling needs: scan fewer of them"
+        )
+    return grams.stability(angles, result.identity["rank"], *settings)
 
 
 @dataclass
@@ -225,18 +270,56 @@ class SaharaResult:
     noise_floor: float = 0.0
     record: dict = field(default_factory=dict)
     identity: dict = field(default_factory=dict)
+    grams: Grams | None = None
 
     @property
     def scores(self) -> list[float]:
         return [float(self.angle_deg[step, layer, head]) for step, (layer, head) in enumerate(self.heads)]
 
     @property
+    def gain_deg(self) -> np.ndarray:
+        """float64 [group_size, L, H], degrees: what each further head adds to the score of the group so far."""
+        return self.angle_deg - np.reshape([0.0, *self.scores[:-1]], (-1, 1, 1))
+
+    @property
     def unit(self) -> str:
         return self.identity.get("unit", "head")
 
     def top(self, k: int = 10, step: int = 0) -> list[HeadScore]:
-        """The k best candidates of a step."""
-        return ranked(self.angle_deg[step], k)
+        """The k best candidates of a step (from 0)."""
+        return ranked(self.angle_deg[self._step(step)], k)
+
+    def above_noise(self) -> np.ndarray:
+        """bool [group_size, L, H]: heads whose gain can be told from what rounding and chunking alone produce."""
+        return above_noise(self.gain_deg, self.noise_floor)
+
+    def concentration(self, step: int = 0) -> Concentration:
+        """How much of what all further heads would change in a step (from 0), up or down, few of them carry."""
+        return concentration(self.gain_deg[self._step(step)])
+
+    def stability(
+        self,
+        k: int = 1,
+        step: int = 0,
+        *,
+        resamples: int = RESAMPLES,
+        confidence: float = 0.95,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> RankStability:
+        """Bootstrap over prompts of one step (from 0), the group so far given: see `SubspaceResult.stability`.
+
+        With k = 1, .top_k_frequency says how often each head would have been chosen.
+        """
+        step = self._step(step)
+        grams = None if self.grams is None else self.grams.at(step)
+        return _stability(self, self.angle_deg[step], grams, k, resamples, confidence, seed, progress)
+
+    def _step(self, step: int) -> int:
+        step = whole_number("step", step, 0)
+        if step >= len(self.heads):
+            raise InputError(f"step {step} is not one of 0 to {len(self.heads) - 1}")
+        return step
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per step and head: step, layer, head, angle_deg."""
@@ -252,10 +335,13 @@ class SaharaResult:
         """Write a run folder. Raises InputError if the folder holds anything else."""
         path = self.record.get("path") or [0] * len(self.heads)
         stored = np.full((len(self.heads), self.identity["beam"], *self.angle_deg.shape[1:]), np.nan)
+        grams = self.grams and Grams(self.grams.base, np.empty((*stored.shape, *self.grams.base.shape)))
         for step, at in enumerate(path):
             stored[step, at] = self.angle_deg[step]
+            if grams is not None:
+                grams.heads[step, at] = self.grams.heads[step]
         record = self.record | self.outcome() | {"noise_floor": self.noise_floor}
-        return _save(folder, self.identity, record, stored, ("step", "beam", "layer", "head"), "angle_deg")
+        return _save(folder, self.identity, record, stored, STEP_COLUMNS, "angle_deg", grams)
 
     def outcome(self) -> dict:
         """The outcome as run.json has it."""
@@ -275,10 +361,14 @@ class SaharaResult:
         heads = [tuple(h) for h in manifest.pop("chosen")]
         beams = [([tuple(h) for h in b["heads"]], b["angle_deg"]) for b in manifest.pop("beams")]
         shape = (len(heads), identity["beam"], *identity["shape"][1:])
-        stored = read_scores(folder, shape, ("step", "beam", "layer", "head"), "angle_deg")
+        stored = read_scores(folder, shape, STEP_COLUMNS, "angle_deg")
         path = manifest.get("path") or [0] * len(heads)
         angles = np.stack([stored[step, beam] for step, beam in enumerate(path)])
-        return cls(heads, angles, beams, manifest.get("noise_floor") or 0.0, manifest, identity)
+        grams = Grams.empty(identity["shape"][0], shape)
+        if grams is not None:
+            kept = grams.read(folder, STEP_COLUMNS).heads
+            grams = Grams(grams.base, np.stack([kept[step, beam] for step, beam in enumerate(path)]))
+        return cls(heads, angles, beams, manifest.get("noise_floor") or 0.0, manifest, identity, grams)
 
 
 def load(folder: str | Path) -> ShipsResult | SubspaceResult | SaharaResult:

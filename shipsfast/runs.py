@@ -1,4 +1,4 @@
-"""Run folders: run.json says what was run, scores/part-*.parquet hold the scores.
+"""Run folders: run.json says what was run, scores/part-*.parquet hold the scores, grams/ what resampling needs.
 
 Every file appears at once (written beside, fsynced, renamed), so a killed scan leaves whole parts only,
 and the same scan continues from them. A folder that belongs to another scan is refused.
@@ -6,11 +6,12 @@ and the same scan continues from them. A folder that belongs to another scan is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,15 +118,35 @@ class RunFolder:
         text = json.dumps({"schema": SCHEMA, "identity": self.identity, **record}, indent=1, sort_keys=True)
         write_whole(self.path / MANIFEST, lambda p: p.write_text(text + "\n", "utf-8"))
 
-    def write_part(self, frame: pd.DataFrame) -> None:
-        number = 1 + max((int(p.stem.split("-")[1]) for p in _parts(self.path)), default=-1)
+    def write_part(self, frame: pd.DataFrame, room: str = SCORES) -> None:
+        number = 1 + max((int(p.stem.split("-")[1]) for p in _parts(self.path, room)), default=-1)
+        (self.path / room).mkdir(exist_ok=True)
         write_whole(
-            self.path / SCORES / f"part-{number:06d}.parquet", lambda p: frame.to_parquet(p, index=False)
+            self.path / room / f"part-{number:06d}.parquet", lambda p: frame.to_parquet(p, index=False)
         )
 
 
-def _parts(path: Path) -> list[Path]:
-    return sorted((path / SCORES).glob("part-[0-9]*.parquet"))
+def _parts(path: Path, room: str) -> list[Path]:
+    return sorted((path / room).glob("part-[0-9]*.parquet"))
+
+
+def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path, pd.DataFrame]]:
+    """The parts of one room of a run folder, in the order written. Raises InputError for a damaged one."""
+    for part in _parts(path, room):
+        with damage(part):
+            frame = pd.read_parquet(part, columns=columns)
+        yield part, frame
+
+
+@contextlib.contextmanager
+def damage(part: Path) -> Iterator[None]:
+    """What goes wrong inside is the part's fault."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise InputError(
+            f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again"
+        ) from error
 
 
 def read_manifest(path: Path, kind: str | None = None) -> dict:
@@ -152,14 +173,9 @@ def read_scores(path: Path, shape: tuple[int, ...], names: tuple[str, ...], valu
     names: the columns that index the dimensions; value: the column of the scores.
     """
     scores = np.full(shape, np.nan)
-    for part in _parts(path):
-        try:
-            frame = pd.read_parquet(part, columns=[*names, value])
+    for part, frame in read_parts(path, SCORES, [*names, value]):
+        with damage(part):
             scores[tuple(frame[name] for name in names)] = frame[value]
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise InputError(
-                f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again"
-            ) from error
     return scores
 
 

@@ -8,7 +8,6 @@ it stays NaN and counts nowhere.
 from __future__ import annotations
 
 import numbers
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from scipy.stats import entropy, quantile, rankdata
 
-from .errors import InputError
+from .errors import InputError, whole_number
 
 TOP_SHARES = (1, 3, 5, 10)
 BLOCK_ELEMENTS = 2**19  # of a temporary array in the bootstrap: 4 MiB in float64
@@ -124,44 +123,93 @@ def rank_stability(
     head scanned, and settings out of range.
     """
     scores = _scores(scores)
-    k, resamples, seed = _whole("k", k, 1), _whole("resamples", resamples, 1), _whole("seed", seed, 0)
-    if not (isinstance(confidence, numbers.Real) and 0 < confidence < 1):
-        raise InputError(f"confidence must lie between 0 and 1, got {confidence!r}")
+    check_settings(k, resamples, confidence, seed)
     mean = scores.mean(axis=0)
     scanned = ~np.isnan(mean)
-    observed, scores = mean[scanned], scores[:, scanned]  # [N], [P, N], heads in order of (layer, head)
-    k = min(k, observed.size)
+    columns = scores[:, scanned]  # [P, N], heads in order of (layer, head)
+    means = None
+    if len(scores) > 1:
+        means = _resampled_means(columns, resamples, np.random.default_rng(seed))
+    return stability_of(
+        mean,
+        means,
+        columns - mean[scanned],
+        k,
+        prompts=len(scores),
+        resamples=resamples,
+        confidence=confidence,
+        seed=seed,
+        signed=signed,
+    )
+
+
+def stability_of(
+    observed: np.ndarray,
+    resampled: np.ndarray | None,
+    influence: np.ndarray,
+    k: int,
+    *,
+    prompts: int,
+    resamples: int,
+    confidence: float = 0.95,
+    seed: int = 0,
+    signed: bool = False,
+) -> RankStability:
+    """RankStability of any statistic of the prompts, once its resampled values are known.
+
+    observed   float64 [L, H], the statistic of all prompts; NaN for heads not scanned
+    resampled  float64 [R, N], the same of R resamples, for the N scanned heads in order of (layer, head); None
+               if there is nothing to resample: then only observed and rank are known
+    influence  float64 [P, N], what each prompt adds to it: for a mean its deviation, for others (P - 1) times the
+               statistic of all prompts less that without the prompt, centred; the acceleration of BCa needs its
+               skewness only (Efron & Tibshirani 1993, eq. 14.15)
+    The settings are those of `rank_stability`, recorded as they are.
+    """
+    scanned = ~np.isnan(observed)
+    values = observed[scanned]
+    k = min(k, values.size)
 
     def grid(values):
         out = np.full(scanned.shape, np.nan)
         out[scanned] = values
         return out
 
-    if len(scores) == 1:
+    if resampled is None:
         frequency = low = high = rank_low = rank_high = np.nan
     else:
-        means = _resampled_means(scores, resamples, np.random.default_rng(seed))
-        ranks = np.empty(means.shape, np.int32)
-        for part in _blocks(*means.shape):
-            ranks[part] = _ranks(means[part], signed)
+        ranks = np.empty(resampled.shape, np.int32)
+        for part in _blocks(*resampled.shape):
+            ranks[part] = _ranks(resampled[part], signed)
         frequency = (ranks <= k).mean(axis=0)
-        low, high = _bca_interval(means, observed, scores, confidence)
+        low, high = _bca_interval(resampled, values, influence, confidence)
         rank_low, rank_high = _rank_interval(ranks, confidence)
     return RankStability(
-        mean=mean,
-        rank=grid(_ranks(observed, signed)),
+        mean=observed,
+        rank=grid(_ranks(values, signed)),
         top_k_frequency=grid(frequency),
         low=grid(low),
         high=grid(high),
         rank_low=grid(rank_low),
         rank_high=grid(rank_high),
         k=k,
-        prompts=len(scores),
+        prompts=prompts,
         resamples=resamples,
         confidence=float(confidence),
         seed=seed,
         signed=bool(signed),
     )
+
+
+def resample_counts(
+    prompts: int, resamples: int, least_distinct: int, rng: np.random.Generator
+) -> np.ndarray:
+    """How often each resample holds each prompt, float64 [R, P]; draws of fewer distinct prompts are drawn again."""
+    counts = np.empty((resamples, prompts))
+    left = np.arange(resamples)
+    while left.size:
+        counts[left] = rng.multinomial(prompts, np.full(prompts, 1 / prompts), left.size)
+        left = left[(counts[left] > 0).sum(axis=1) < least_distinct]
+    return counts
 
 
 @dataclass(frozen=True)
@@ -262,14 +310,15 @@ def _ranks(means: np.ndarray, signed: bool) -> np.ndarray:
     return rankdata(-np.abs(means) if signed else -means, method="ordinal", axis=-1)
 
 
-def _bca_interval(means, observed, scores, confidence) -> np.ndarray:
-    """BCa intervals of the mean, [2, N], from resampled means [R, N] (Efron & Tibshirani 1993, section 14.3)."""
+def _bca_interval(means, observed, influence, confidence) -> np.ndarray:
+    """BCa intervals, [2, N], from resampled values [R, N] (Efron & Tibshirani 1993, section 14.3)."""
     resamples = len(means)
     below = ((means < observed).sum(axis=0) + (means <= observed).sum(axis=0)) / (2 * resamples)
     z0 = ndtri(below.clip(0.5 / resamples, 1 - 0.5 / resamples))  # finite even if all lie on one side
-    deviation = scores - observed
-    largest = np.abs(deviation).max(axis=0)
-    deviation /= np.where(largest > 0, largest, 1)  # the largest is 1, so that no power of it underflows
+    largest = np.abs(influence).max(axis=0)
+    deviation = influence / np.where(
+        largest > 0, largest, 1
+    )  # the largest is 1, so that no power of it underflows
     squares = np.maximum((deviation**2).sum(axis=0), 1)  # under 1 only where all are 0, and so the cubes
     acceleration = (deviation**3).sum(axis=0) / (6 * squares**1.5)
     z = z0 + ndtri([[(1 - confidence) / 2], [(1 + confidence) / 2]])  # [2, N]
@@ -323,14 +372,12 @@ def _scores(scores: np.ndarray) -> np.ndarray:
     return scores
 
 
-def _whole(name: str, value: int, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return number
+def check_settings(k: int, resamples: int, confidence: float, seed: int) -> None:
+    """Raises InputError for settings of a bootstrap that cannot be."""
+    for name, value, least in (("k", k, 1), ("resamples", resamples, 1), ("seed", seed, 0)):
+        whole_number(name, value, least)
+    if not (isinstance(confidence, numbers.Real) and 0 < confidence < 1):
+        raise InputError(f"confidence must lie between 0 and 1, got {confidence!r}")
 
 
 def _or_none(value: float, kind: type = float) -> float | int | None:

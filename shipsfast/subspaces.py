@@ -12,7 +12,10 @@ direction of the prompts is enough for, angles of rank 2 were off by 1e-9 degree
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
+from tqdm import tqdm
 
 from .errors import InputError, whole_number
 
@@ -55,6 +58,46 @@ def subspace_angle_deg(base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     step = max(1, SCRATCH_BYTES // (8 * (4 * n * n + 3 * x.shape[1] * x.shape[2])))
     parts = [principal_angles(base, leading_subspace(part, rank)).sum(1) for part in x.split(step)]
     return torch.cat(parts)
+
+
+def gram_matrices(x: torch.Tensor) -> torch.Tensor:
+    """x [N, P, d] -> x x^T, float64 [N, P, P]."""
+    step = max(1, SCRATCH_BYTES // (8 * x.shape[1] * x.shape[2]))
+    return torch.cat([wide @ wide.mT for wide in (part.double() for part in x.split(step))])
+
+
+def resampled_angle_deg(
+    base: torch.Tensor, grams: torch.Tensor, rank: int, counts: torch.Tensor, progress: bool = False
+) -> torch.Tensor:
+    """Dataset-level Ships of resampled prompts: float64 [R, N], degrees.
+
+    base [P, P], grams [N, P, P]: Gram matrices without and with each head switched off; counts [R, P]: how often
+    each resample holds each prompt, at least `rank` of them distinct.
+
+    With c_i copies of prompt i, X becomes diag(sqrt(c)) X up to a rotation that both sides share: the copies of a
+    row are sqrt(c_i) times a unit vector. So the singular subspaces are the leading eigenvectors of
+    diag(sqrt(c)) X X^T diag(sqrt(c)). Squared singular values cost digits (see above), which resampling, unlike
+    the scores themselves, does not need. R (N + 1) eigenvalue problems of size P.
+    """
+    threads = torch.get_num_threads()
+    step = max(1, SCRATCH_BYTES // (8 * 4 * threads * base.numel()))
+
+    def one(count: torch.Tensor) -> torch.Tensor:
+        both = count.sqrt()[:, None] * count.sqrt()
+        own = _leading_eigenvectors((base * both)[None], rank)[0]
+        parts = [principal_angles(own, _leading_eigenvectors(g * both, rank)) for g in grams.split(step)]
+        return torch.cat(parts).sum(1)
+
+    # torch goes through a batch of small matrices one by one
+    with ThreadPoolExecutor(threads) as pool:
+        found = tqdm(
+            pool.map(one, counts), desc="resampling", total=len(counts), disable=not progress, leave=False
+        )
+        return torch.stack(list(found))
+
+
+def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.linalg.eigh(gram)[1][:, :, -rank:]
 
 
 def check_rank(rank: int, num_prompts: int, width: int) -> int:

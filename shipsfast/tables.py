@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .errors import InputError
 from .results import SaharaResult, ShipsResult, SubspaceResult
-from .statistics import RankStability
+from .statistics import Concentration, RankStability
 
 
 def show(result, top: int, out: Path | None = None, console: Console | None = None) -> None:
@@ -30,41 +30,52 @@ def show(result, top: int, out: Path | None = None, console: Console | None = No
 
 def as_json(result, top: int, out: Path | None = None) -> dict:
     """The same as an object."""
-    shared = {"run_folder": None if out is None else str(out), "record": result.record}
-    if isinstance(result, SaharaResult):
-        return result.outcome() | {"angle_deg": result.scores, "noise_floor": result.noise_floor} | shared
-    name = "angle_deg" if isinstance(result, SubspaceResult) else _score_name(result)
-    found = [{"layer": s.layer, "head": s.head, name: s.score} for s in result.top(top)]
-    body = {
-        "top": found,
+    shared = {
         "noise_floor": result.noise_floor,
+        "run_folder": None if out is None else str(out),
+        "record": result.record,
+    }
+    if isinstance(result, SaharaResult):
+        count = range(len(result.heads))
+        return result.outcome() | shared | {
+            "angle_deg": result.scores,
+            "concentration": [result.concentration(step).to_json() for step in count],
+            "stability": [_or_reason(*_stability(result, 1, step)) for step in count],
+        }  # fmt: skip
+    name = "angle_deg" if isinstance(result, SubspaceResult) else _score_name(result)
+    body = shared | {
+        "top": [{"layer": s.layer, "head": s.head, name: s.score} for s in result.top(top)],
         "concentration": result.concentration().to_json(),
+        "stability": _or_reason(*_stability(result, top)),
     }
     if isinstance(result, ShipsResult):
         body |= {"metric": result.metric, "prompts": int(result.scores.shape[0])}
-        stability, problem = _stability(result, top)
-        body["stability"] = {"not_known": problem} if stability is None else stability.to_json()
-    return body | shared
+    return body
 
 
 def _score_name(result: ShipsResult) -> str:
     return "mean_kl_nats" if result.metric["name"] == "kl" else "mean_score"
 
 
-def _stability(result: ShipsResult, top: int) -> tuple[RankStability | None, str]:
-    """The bootstrap over prompts; None and the reason where there is nothing to resample."""
-    if result.scores.shape[0] == 1:
+def _stability(result, k: int, *step: int) -> tuple[RankStability | None, str]:
+    """The bootstrap over prompts; None and the reason where it cannot be."""
+    options = {} if isinstance(result, ShipsResult) else {"progress": True}
+    if isinstance(result, ShipsResult) and result.scores.shape[0] == 1:
         return None, "one prompt: no intervals"
     try:
-        return result.stability(top), ""
-    except InputError as problem:  # a head scanned in part, or an infinite score
+        return result.stability(k, *step, **options), ""
+    except InputError as problem:  # too few prompts, a head scanned in part, or an infinite score
         return None, f"no intervals: {problem}"
+
+
+def _or_reason(stability: RankStability | None, problem: str) -> dict:
+    return {"not_known": problem} if stability is None else stability.to_json()
 
 
 def _grid(*names: str) -> Table:
     table = Table()
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name != "rank interval")
     return table
 
 
@@ -72,27 +83,15 @@ def _weak(result, layer: int, head: int) -> str:
     return "" if result.above_noise()[layer, head] else " (not above the noise floor)"
 
 
-def _concentration(result, console: Console) -> None:
-    found = result.concentration()
-    shares = ", ".join(f"top {k} {share:.0%}" for k, share in found.top_share.items() if not np.isnan(share))
-    if shares:
-        console.print(
-            f"concentration: {shares}; Gini {found.gini:.2f}, {found.effective_heads:.1f} effective {result.unit}s",
-            soft_wrap=True,
-        )
-
-
-def _ships(result: ShipsResult, top: int, console: Console) -> None:
-    mean, metric = result.mean(), result.metric
-    unit = f", {metric['unit']}" if metric["unit"] else ""
-    console.print(f"Ships: {metric['label']}, {result.record.get('ablation', '')}", soft_wrap=True)
+def _ranking(result, top: int, score: str, console: Console) -> None:
+    """The top heads, how firm their order is, how much of the total they carry, and how many are noise."""
     stability, problem = _stability(result, top)
-    names = ["rank", f"layer-{result.unit}", f"mean{unit}"]
+    names = ["rank", f"layer-{result.unit}", score]
     if stability is not None:
         names += [f"{stability.confidence:.0%} interval", "rank interval", f"in top {stability.k}"]
     table = _grid(*names)
-    for rank, (layer, head, score) in enumerate(result.top(top), 1):
-        row = [str(rank), f"{layer}-{head}", f"{score:.6g}{_weak(result, layer, head)}"]
+    for rank, (layer, head, value) in enumerate(result.top(top), 1):
+        row = [str(rank), f"{layer}-{head}", f"{value:.6g}{_weak(result, layer, head)}"]
         if stability is not None:
             at = (layer, head)
             row += [
@@ -102,21 +101,43 @@ def _ships(result: ShipsResult, top: int, console: Console) -> None:
             ]
         table.add_row(*row)
     console.print(table)
-    scanned = int((~np.isnan(mean)).sum())
-    weak = scanned - int(result.above_noise().sum())
-    console.print(
-        f"{scanned} {result.unit}s x {result.scores.shape[0]} prompts in {result.record.get('scan_seconds', 0):.2f} s; "
-        f"noise floor {result.noise_floor:.2g}{' ' * bool(metric['unit'])}{metric['unit']}, {f'{weak} heads not above it' if weak else 'all above it'}",
-        soft_wrap=True,
-    )
     if stability is None:
         console.print(problem, soft_wrap=True)
     else:
         console.print(
-            f"resampling the prompts keeps {stability.top_k_overlap:.0%} of the top {stability.k}",
+            f"resampling the prompts {stability.resamples} times keeps {stability.top_k_overlap:.0%} of the top "
+            f"{stability.k}",
             soft_wrap=True,
         )
-    _concentration(result, console)
+
+
+def _concentration(found: Concentration, unit: str, of: str, console: Console) -> None:
+    shares = ", ".join(f"top {k} {share:.0%}" for k, share in found.top_share.items() if not np.isnan(share))
+    if shares:
+        console.print(
+            f"concentration{of}: {shares}; Gini {found.gini:.2f}, {found.effective_heads:.1f} effective {unit}s",
+            soft_wrap=True,
+        )
+
+
+def _noise(result, unit: str) -> str:
+    weak = int((~np.isnan(result.mean())).sum() - result.above_noise().sum())
+    left = f"{weak} {result.unit}s not above it" if weak else "all above it"
+    return f"noise floor {result.noise_floor:.2g}{' ' * bool(unit)}{unit}, {left}"
+
+
+def _ships(result: ShipsResult, top: int, console: Console) -> None:
+    metric = result.metric
+    unit = f", {metric['unit']}" if metric["unit"] else ""
+    console.print(f"Ships: {metric['label']}, {result.record.get('ablation', '')}", soft_wrap=True)
+    _ranking(result, top, f"mean{unit}", console)
+    scanned = int((~np.isnan(result.mean())).sum())
+    console.print(
+        f"{scanned} {result.unit}s x {result.scores.shape[0]} prompts in {result.record.get('scan_seconds', 0):.2f} s; "
+        f"{_noise(result, metric['unit'])}",
+        soft_wrap=True,
+    )
+    _concentration(result.concentration(), result.unit, "", console)
 
 
 def _subspace(result: SubspaceResult, top: int, console: Console) -> None:
@@ -124,25 +145,42 @@ def _subspace(result: SubspaceResult, top: int, console: Console) -> None:
         f"Dataset-level Ships: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}",
         soft_wrap=True,
     )
-    table = _grid("rank", f"layer-{result.unit}", "angle, degrees")
-    for rank, (layer, head, score) in enumerate(result.top(top), 1):
-        table.add_row(str(rank), f"{layer}-{head}", f"{score:.6g}{_weak(result, layer, head)}")
-    console.print(table)
-    console.print(f"noise floor {result.noise_floor:.2g} degrees", soft_wrap=True)
-    _concentration(result, console)
+    _ranking(result, top, "degrees", console)
+    console.print(_noise(result, "degrees"), soft_wrap=True)
+    _concentration(result.concentration(), result.unit, "", console)
 
 
-def _sahara(result: SaharaResult, top: int, console: Console) -> None:
+def _sahara(result: SaharaResult, _top: int, console: Console) -> None:
     console.print(
         f"Sahara: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}", soft_wrap=True
     )
-    table = _grid("step", f"layer-{result.unit}", "angle of the group, degrees", "next best")
+    firm = [_stability(result, 1, step) for step in range(len(result.heads))]
+    table = _grid("step", f"layer-{result.unit}", "degrees", "next best")
+    if firm[0][0] is not None:
+        for name in (f"{firm[0][0].confidence:.0%} interval", "chosen again"):
+            table.add_column(name, justify="right", no_wrap=True)
+    above = result.above_noise()
     for step, ((layer, head), angle) in enumerate(zip(result.heads, result.scores, strict=True)):
         others = [s for s in result.top(2, step) if (s.layer, s.head) != (layer, head)][:1]
         runner_up = "".join(f"{s.layer}-{s.head} ({s.score:.4g})" for s in others)
-        table.add_row(str(step + 1), f"{layer}-{head}", f"{angle:.6g}", runner_up)
+        weak = "" if above[step, layer, head] else " (gain not above the noise floor)"
+        row = [str(step + 1), f"{layer}-{head}", f"{angle:.6g}{weak}", runner_up]
+        stability = firm[step][0]
+        if stability is not None:
+            low, high = stability.low[layer, head], stability.high[layer, head]
+            row += [f"{low:.3g} to {high:.3g}", f"{stability.top_k_frequency[layer, head]:.0%}"]
+        table.add_row(*row)
     console.print(table)
     if len(result.beams) > 1:
         for group, angle in result.beams[1:]:
             console.print(f"also kept: {', '.join(f'{i}-{j}' for i, j in group)} ({angle:.6g} degrees)")
+    if firm[0][0] is None:
+        console.print(firm[0][1], soft_wrap=True)
+    else:
+        console.print(
+            f"interval, chosen again: of {firm[0][0].resamples} resamples of the prompts, the group before each step given",
+            soft_wrap=True,
+        )
     console.print(f"noise floor {result.noise_floor:.2g} degrees", soft_wrap=True)
+    for step in range(len(result.heads)):
+        _concentration(result.concentration(step), result.unit, f" of step {step + 1}", console)

@@ -104,7 +104,13 @@ def test_scan_dataset(capsys, tmp_path):
     args = ("scan-dataset", MODEL, PROMPTS / "taboo.csv", "--limit", 5, "--rank", 2, "--out", out)
     status, text, err = run(capsys, *args, "--plot", plot)
     assert status == 0, err
-    assert "rank 2" in text and "angle, degrees" in text and "100%" in err
+    assert (
+        "rank 2" in text
+        and "degrees" in text
+        and "95% interval" in text
+        and "in top 10" in text
+        and "100%" in err
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
     loaded = shipsfast.SubspaceResult.load(out)
     found = json.loads(run(capsys, *args, "--json", "-q")[1])  # from the folder
@@ -128,7 +134,13 @@ def test_sahara(capsys, tmp_path):
     )
     status, text, err = run(capsys, *args, "--plot", plot)
     assert status == 0, err
-    assert "angle of the group" in text and "also kept" in text and "head 2 of 2" in err
+    assert (
+        "degrees" in text
+        and "chosen again" in text
+        and "concentration of step 2" in text
+        and "also kept" in text
+        and "head 2 of 2" in err
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
     loaded = shipsfast.SaharaResult.load(out)
     found = json.loads(run(capsys, *args, "--json", "-q")[1])

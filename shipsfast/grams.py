@@ -1,0 +1,99 @@
+"""Gram matrices of the prompts' hidden states: all that resampling the prompts needs of a dataset-level scan.
+
+The score of a set of prompts is not a mean over them, so its bootstrap wants the hidden states of every head again, with
+other weights. Their Gram matrices X X^T [P, P] are enough, and small where there are not many prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import runs
+from .errors import InputError
+from .statistics import RankStability, check_settings, resample_counts, stability_of
+from .subspaces import resampled_angle_deg
+
+MOST_BYTES = 256 << 20  # of one run; where more would be needed, none are kept
+ROOM = "grams"
+RESAMPLES = 200
+
+
+@dataclass(eq=False)
+class Grams:
+    """base: float64 [P, P], of the unablated model; heads: float64 [..., L, H, P, P], NaN where not scanned."""
+
+    base: np.ndarray
+    heads: np.ndarray
+    _steps: dict[int, Grams] = field(default_factory=dict, repr=False)
+    _resampled: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def at(self, step: int) -> Grams:
+        """Those of one step of a search."""
+        return self._steps.setdefault(step, Grams(self.base, self.heads[step]))
+
+    @classmethod
+    def empty(cls, prompts: int, shape: tuple[int, ...]) -> Grams | None:
+        """Room for a run, or None if it would take more than MOST_BYTES."""
+        if 8 * prompts**2 * int(np.prod(shape)) > MOST_BYTES:
+            return None
+        return cls(np.full((prompts, prompts), np.nan), np.full((*shape, prompts, prompts), np.nan))
+
+    def stability(
+        self,
+        angles: np.ndarray,
+        rank: int,
+        k: int,
+        resamples: int,
+        confidence: float,
+        seed: int,
+        progress: bool = False,
+    ) -> RankStability:
+        """Bootstrap over prompts of angles [L, H], of which self.heads are the Gram matrices [L, H, P, P]."""
+        check_settings(k, resamples, confidence, seed)
+        prompts, scanned = len(self.base), ~np.isnan(angles)
+        if prompts < rank + 2:
+            raise InputError(
+                f"{prompts} prompt{'s' * (prompts != 1)} cannot be resampled at rank {rank}: take at least {rank + 2}"
+            )
+        matrices = self.heads[scanned]
+        if np.isnan(self.base).any() or np.isnan(matrices).any():
+            raise InputError("the Gram matrices of some heads are missing: scan again into a new folder")
+        settings = (rank, resamples, seed, scanned.tobytes())
+        if settings not in self._resampled:  # the same for any k
+            counts = resample_counts(prompts, resamples, rank + 1, np.random.default_rng(seed))
+            every = np.concatenate([counts, 1 - np.eye(prompts)])  # and each prompt left out once
+            self._resampled[settings] = resampled_angle_deg(
+                torch.from_numpy(self.base),
+                torch.from_numpy(matrices),
+                rank,
+                torch.from_numpy(every),
+                progress,
+            ).numpy()
+        found = self._resampled[settings]
+        without = found[resamples:]
+        return stability_of(
+            angles, found[:resamples], without.mean(axis=0) - without, k, prompts=prompts, resamples=resamples,
+            confidence=confidence, seed=seed,
+        )  # fmt: skip
+
+    def part(self, names: tuple[str, ...], index: list[tuple[int, ...]]) -> pd.DataFrame:
+        """Those of `index`, and the unablated model's as -1, as rows: the columns `names`, and the lower triangle."""
+        rows = np.tril_indices(len(self.base))
+        frame = pd.DataFrame([[-1] * len(names), *index], columns=list(names), dtype=np.int32)
+        frame["gram"] = [self.base[rows], *(self.heads[at][rows] for at in index)]
+        return frame
+
+    def read(self, path: Path, names: tuple[str, ...]) -> Grams:
+        """Fill in what a run folder holds."""
+        rows = np.tril_indices(len(self.base))
+        for part, frame in runs.read_parts(path, ROOM, [*names, "gram"]):
+            with runs.damage(part):
+                for *index, values in frame.itertuples(index=False):
+                    into = self.base if index[0] == -1 else self.heads[tuple(index)]
+                    into[rows] = into.T[rows] = values
+        return self
