@@ -58,7 +58,8 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
     """Check, time and append the rows of one case; returns them."""
     model = case.model()
     oracle = shipsfast.scan(case.model().double(), case.token_ids(), progress=False).kl
-    chunk_tokens = ours(model, case).record["plan"]["chunk_tokens"]  # and a warm-up
+    record = ours(model, case).record  # and a warm-up
+    chunk_tokens, backend = record["plan"]["chunk_tokens"], record["attention_backend"]
     errors, failures, ratios = {}, {}, {}
     times: dict[str, list[float]] = {name: [] for name in [OURS, *PEERS, LOOP]}
     rates: list[float] = []
@@ -115,7 +116,7 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
                 ),
                 "share_of_floor": round(_share(flops, taken, rates if name == OURS else [rate]), 4),
                 "extrapolated_from": f"{case.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
-                "resolved_backend": "torch" if name == OURS else None,
+                "resolved_backend": backend if name == OURS else None,
             }  # fmt: skip
             if peaks:
                 row["peak_mib"] = _peak_mib(case.name, name)

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -18,38 +17,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SHIPS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SHIPS_CLONES
-#endif
+#include "ships_exp.h"
 
 namespace {
 
+using shipsfast::exp_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kElementsPerTask = 1 << 14;  // less than this is not worth another thread
-
-// exp for floats by exp(x) = 2^k exp(r), |r| <= ln2 / 2, to 1 ulp or so; branch-free, so that loops vectorise.
-inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  const float k = std::floor(x * 1.44269504f + 0.5f);
-  float r = x - k * 0.693359375f;
-  r = r + k * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
-  float two_to_k;
-  std::memcpy(&two_to_k, &bits, sizeof(float));
-  return p * two_to_k;
-}
-inline double exp_of(double x) { return std::exp(x); }
 
 #define SHIPS_DEFINE(T)                                                                                          \
   SHIPS_CLONES void norm_row(const T* x, const T* weight, T eps, int64_t size, T* out) {                         \

@@ -21,13 +21,15 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from . import reference
+from .cpp_attention import cpp_attention, plan_blocks
+from .divergences import extension_status
 from .errors import InputError, UnsupportedModelError
 from .layer_mask import LayerMask
 from .packing import PackedPrompts
 from .segments import plan_segments, segment_attention
 
 TREE, DENSE = "shipsfast_tree", "shipsfast_dense"
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "cpp", "torch", "reference")
 ATTRIBUTE = "_shipsfast_call"  # on the attention module: what to do in the next call
 
 # Passed by some models, and without influence on what is computed here: visibility comes from the tree
@@ -39,18 +41,31 @@ _IGNORED = {
 
 
 def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention backend that will run: "triton", "torch" or "reference".
+    """The attention backend that will run: "triton", "cpp", "torch" or "reference".
 
     Raises InputError if the one asked for cannot run here, with the reason and the remedy.
     """
     if requested not in BACKENDS:
         raise InputError(f"unknown backend {requested!r}: expected one of {', '.join(BACKENDS)}")
-    problem = _no_triton(device, dtype)
+    problems = {"triton": _no_triton(device, dtype), "cpp": _no_cpp(device, dtype)}
     if requested == "auto":
-        return "torch" if problem else "triton"
-    if requested == "triton" and problem:
-        raise InputError(f"backend 'triton' cannot run: {problem}; use backend='torch' or 'auto'")
+        return next((name for name, problem in problems.items() if problem is None), "torch")
+    if problems.get(requested):
+        raise InputError(
+            f"backend {requested!r} cannot run: {problems[requested]}; use backend='torch' or 'auto'"
+        )
     return requested
+
+
+def _no_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the model is on {device.type}, the C++ attention runs on a CPU"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64, the model is in {str(dtype).removeprefix('torch.')}"
+    built, reason = extension_status()
+    if built and not hasattr(torch.ops.shipsfast, "tree_attention"):
+        return "the extension is of an older version: build it again"
+    return None if built else reason
 
 
 def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -80,12 +95,14 @@ class TreeContext:
     def plan(self, window: int | None, trimmed: bool, query: torch.Tensor):
         """The backend's own form of the tree, made once per window and kind of query.
 
-        torch: a list of BlockGroup; triton and reference: keyword arguments of the kernel.
+        cpp: Blocks; torch: a list of BlockGroup; triton and reference: keyword arguments of the kernel.
         """
         key = (window, trimmed, query.dtype, query.shape[-1])
         if key not in self._plans:
             query_index = self.trimmed if trimmed else None
-            if self.backend == "torch":
+            if self.backend == "cpp":
+                plan = plan_blocks(self.packed, window=window, query_index=query_index)
+            elif self.backend == "torch":
                 plan = plan_segments(self.packed, window=window, query_index=query_index, device=self.device)
             else:
                 index = (
@@ -227,9 +244,11 @@ def tree_attention(
     """`reference.tree_attention` by the backend that was chosen. `plan` is what `tree.plan` gave."""
     vectors = (mask.logit_scale, mask.output_scale)
     alt = mask.replacements(query, key)
-    if tree.backend == "torch":
-        out = segment_attention(query, key, value, *vectors, plan, scaling=scaling, softcap=softcap, **alt)
-        return mask.finish(out)
+    if tree.backend in ("cpp", "torch"):
+        function = cpp_attention if tree.backend == "cpp" else segment_attention
+        return mask.finish(
+            function(query, key, value, *vectors, plan, scaling=scaling, softcap=softcap, **alt)
+        )
     if tree.backend == "reference":
         function = reference.tree_attention
     else:

@@ -55,7 +55,7 @@ Source = Annotated[
 Heads = Annotated[str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER, comma-separated.")]
 Unit = Annotated[str, typer.Option(help="What is switched off together: head or kv_group.")]
 Rank = Annotated[int, typer.Option(min=1, help="Singular vectors that span the subspace.")]
-Backend = Annotated[str, typer.Option(help="Attention: auto, triton, torch or reference.")]
+Backend = Annotated[str, typer.Option(help="Attention: auto, triton, cpp, torch or reference.")]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")]
 MaxMemory = Annotated[

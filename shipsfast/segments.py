@@ -9,6 +9,7 @@ kept is O(T) depths and indices per block, and the work is what the tree needs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,25 +60,40 @@ def plan_segments(
     device: torch.device,
 ) -> list[BlockGroup]:
     """Cut the tree into groups of blocks. query_index: the packed index of each query, None for all T."""
-    place = np.arange(packed.num_tokens) if query_index is None else _inverse(query_index, packed.num_tokens)
-    pending: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+    pending: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for place, queries, keys in tree_blocks(packed, BLOCK, window, query_index):
+        shape = (_padded(len(queries)), _padded(len(keys) - len(queries)))
+        pending.setdefault(shape, []).append((place, queries, keys))
+    return [_group(blocks, packed, window, device) for _, blocks in sorted(pending.items())]
+
+
+def tree_blocks(
+    packed: PackedPrompts, size: int, window: int | None, query_index: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Runs of at most `size` queries without a branch: (places among the queries, packed indices, keys they see).
+
+    The keys are packed indices too, from the root down: each query sees those that are at most as deep as itself,
+    and within the window.
+    """
+    inverse = np.arange(packed.num_tokens)
+    if query_index is not None:
+        inverse = np.full(packed.num_tokens, -1)
+        inverse[query_index] = np.arange(len(query_index))
     for number, segment in enumerate(packed.segments):
         above = [
             np.arange(packed.segments[s].start, packed.segments[s].stop) for s in packed.path(number)[:-1]
         ]
         above = np.concatenate(above) if above else np.zeros(0, np.int64)
-        for start in range(segment.start, segment.stop, BLOCK):
-            stop = min(start + BLOCK, segment.stop)
+        for start in range(segment.start, segment.stop, size):
+            stop = min(start + size, segment.stop)
             keys = np.concatenate([above, np.arange(segment.start, stop)])
             queries = np.arange(start, stop)
-            queries = queries[place[queries] >= 0]
+            queries = queries[inverse[queries] >= 0]
             if window is not None and len(queries):
                 first = packed.position[queries[0]] - window + 1
                 keys = keys[packed.position[keys] >= first]
             if len(queries):
-                shape = (_padded(len(queries)), _padded(len(keys) - len(queries)))
-                pending.setdefault(shape, []).append((queries, keys))
-    return [_group(blocks, packed, place, window, device) for _, blocks in sorted(pending.items())]
+                yield inverse[queries], queries, keys
 
 
 def _padded(length: int) -> int:
@@ -90,21 +106,15 @@ def _extend(values: np.ndarray, length: int, step: int) -> np.ndarray:
     return np.concatenate([values, values[-1] + step * np.arange(1, pad + 1)])
 
 
-def _inverse(query_index: np.ndarray, num_tokens: int) -> np.ndarray:
-    place = np.full(num_tokens, -1)
-    place[query_index] = np.arange(len(query_index))
-    return place
-
-
-def _group(blocks, packed: PackedPrompts, place, window, device) -> BlockGroup:
-    num_q = max(len(q) for q, _ in blocks)
-    num_k = max(len(k) for _, k in blocks)
-    queries = np.stack([_extend(q, num_q, 0) for q, _ in blocks])  # [G, S]
-    keys = np.stack([_extend(k, num_k, 0) for _, k in blocks])  # [G, K]
+def _group(blocks, packed: PackedPrompts, window, device) -> BlockGroup:
+    num_q = max(len(q) for _, q, _ in blocks)
+    num_k = max(len(k) for _, _, k in blocks)
+    queries = np.stack([_extend(p, num_q, 0) for p, _, _ in blocks])  # [G, S]
+    keys = np.stack([_extend(k, num_k, 0) for _, _, k in blocks])  # [G, K]
     # Within a path, "ancestor or itself" is "at most as deep". Padding repeats the last token but counts on
     # in depth: no real query sees it, and blocks of different length keep one and the same mask.
-    depth_q = np.stack([_extend(packed.position[q], num_q, 1) for q, _ in blocks])
-    depth_k = np.stack([_extend(packed.position[k], num_k, 1) for _, k in blocks])
+    depth_q = np.stack([_extend(packed.position[q], num_q, 1) for _, q, _ in blocks])
+    depth_k = np.stack([_extend(packed.position[k], num_k, 1) for _, _, k in blocks])
     if (depth_q == depth_q[:1]).all() and (depth_k == depth_k[:1]).all():
         depth_q, depth_k = depth_q[:1], depth_k[:1]
     causal = (
@@ -113,13 +123,13 @@ def _group(blocks, packed: PackedPrompts, place, window, device) -> BlockGroup:
         and (window is None or num_q <= window)
         and (depth_q == depth_k).all()
     )
-    real = np.stack([np.arange(num_q) < len(q) for q, _ in blocks])
+    real = np.stack([np.arange(num_q) < len(q) for _, q, _ in blocks])
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(array), device=device)
 
     return BlockGroup(
-        query_index=tensor(place[queries]),
+        query_index=tensor(queries),
         key_index=tensor(keys),
         depth_q=tensor(depth_q),
         depth_k=tensor(depth_k),

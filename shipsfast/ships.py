@@ -59,7 +59,7 @@ def scan(
         heads: (layer, head) pairs, from 0, to scan; (layer, None) for a whole layer; None for all.
         unit: "head", or "kv_group" to switch off all query heads of a key/value head together; then `heads` and
             the last axis of the scores count key/value heads.
-        backend: attention: "auto", "triton", "torch" or "reference". Named, it runs or raises.
+        backend: attention: "auto", "triton", "cpp", "torch" or "reference". Named, it runs or raises.
         layers: how rows pass a decoder layer: "model" is the layer's own forward, "fused" the faster way of
             fused.py for Llama-like models on a CPU, "auto" the second where it can. Named, it runs or raises.
         out: run folder. What is finished is kept there, and the same scan continues from it.

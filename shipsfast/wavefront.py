@@ -36,7 +36,7 @@ class Wavefront:
     Args:
         model, anatomy: the model and what `inspect_model` said of it.
         packed: P prompts, T tokens.
-        backend: "triton", "torch" or "reference", already resolved.
+        backend: "triton", "cpp", "torch" or "reference", already resolved.
         chunk_tokens: most tokens (rows x T) that pass a layer together; at least one row does.
         head_rows: most (row, prompt) pairs that pass the model's head together.
         tick: called with the number of (row, layer) steps done, for progress.

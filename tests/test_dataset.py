@@ -54,7 +54,7 @@ def test_angles_equal_hooks(family, rank):
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
 def test_cut_into_chunks_blocks_and_groups(family, rank):
-    for options in (dict(backend="torch"), dict(backend="reference")):
+    for options in (dict(), dict(backend="torch"), dict(backend="reference")):
         got = scan(family, rank=rank, layers="model", **CUT, **options)
         assert_close_abs(got.angle_deg, oracle(family).angles_deg(rank), TOLERANCE_DEG, str(options))
 

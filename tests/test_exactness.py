@@ -43,7 +43,7 @@ def test_other_ablations_equal_brute_force(family, ablation):
     _close(result.kl, brute_force(model, PROMPTS["shared-prefix"], ablation, 0.3))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma2-softcap-window", "gpt2"])
 def test_cut_into_chunks_blocks_and_groups(family, backend):
     model = build(family)
@@ -76,12 +76,15 @@ def test_half_precision_ranks_the_same_head_first(dtype):
 
 
 def test_long_prompts_cross_block_boundaries(monkeypatch):
-    """Runs longer than a block of the torch path, with and without a window."""
+    """Runs longer than a block, with and without a window."""
     monkeypatch.setattr("shipsfast.segments.BLOCK", 3)
+    monkeypatch.setattr("shipsfast.cpp_attention.BLOCK", 3)
     prompts = [SHARED * 3 + [3, 4, 5, 6, 7, 8], SHARED * 3 + [9, 10], SHARED * 2]
     for family in ("llama-gqa", "mistral-window"):
         model = build(family)
-        _close(shipsfast.scan(model, prompts, progress=False).kl, brute_force(model, prompts))
+        for backend in ("auto", "torch"):
+            got = shipsfast.scan(model, prompts, backend=backend, progress=False)
+            _close(got.kl, brute_force(model, prompts))
 
 
 def test_spot_check_and_noise_floor_are_recorded():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shipsfast import packing, reference, segments
+from shipsfast import cpp_attention, packing, reference, segments
+from shipsfast.divergences import extension_status
 from tests.attention_numerics import (
     ALTERNATIVES,
     Case,
@@ -48,10 +49,29 @@ def segment_attention(case: Case, args, options) -> torch.Tensor:
     return segments.segment_attention(*args[:5], plan, **options)
 
 
+def cpp(case: Case, args, options) -> torch.Tensor:
+    """cpp_attention.cpp_attention likewise."""
+    options = dict(options)
+    query_index = options.pop("query_index", None)
+    plan = cpp_attention.plan_blocks(
+        packing.pack(make_prompts(case.tree)),
+        window=options.pop("window"),
+        query_index=None if query_index is None else query_index.numpy(),
+    )
+    return cpp_attention.cpp_attention(*args[:5], plan, **options)
+
+
+built, why_not_built = extension_status()
+NATIVE = pytest.param(
+    "cpp", marks=pytest.mark.skipif(not built, reason=f"needs the extension: {why_not_built}")
+)
 ATTENTION = {
     "reference": lambda case, args, options: reference.tree_attention(*args, **options),
     "segments": segment_attention,
+    "cpp": cpp,
 }
+NAMES = ["reference", "segments", NATIVE]
+FAST = ["segments", NATIVE]
 
 
 def formula(args, options) -> torch.Tensor:
@@ -96,10 +116,11 @@ def test_the_oracle_is_the_formula(case):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_segments_match_the_oracle(case, dtype):
+@pytest.mark.parametrize("name", FAST)
+def test_matches_the_oracle(name, case, dtype):
     case = dataclasses.replace(case, dtype=dtype)
     args, options = make_arguments(case)
-    out, exact = segment_attention(case, args, options), oracle(*args, **options)
+    out, exact = ATTENTION[name](case, args, options), oracle(*args, **options)
     assert out.is_contiguous()
     if dtype == torch.float64:
         assert_close_abs(out, exact, 1e-13)
@@ -108,15 +129,17 @@ def test_segments_match_the_oracle(case, dtype):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.replace], ids=str)
-def test_segments_in_many_small_calls(case, monkeypatch):
+@pytest.mark.parametrize("name", FAST)
+def test_many_small_blocks(name, case, monkeypatch):
     args, options = make_arguments(case)
     exact = oracle(*args, **options)
     monkeypatch.setattr(segments, "BLOCK", 9)
     monkeypatch.setattr(segments, "GATHER_BYTES", 1)
-    assert_close_abs(segment_attention(case, args, options), exact, 1e-13)
+    monkeypatch.setattr(cpp_attention, "BLOCK", 9)
+    assert_close_abs(ATTENTION[name](case, args, options), exact, 1e-13)
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("which", ["none", "one", "all"])
 @pytest.mark.parametrize("flag", [1, 2, 3, 4], ids=["q", "k", "q-and-k", "out"])
 @pytest.mark.parametrize("batch", ["full", "one"], ids=["", "batch1"])
@@ -141,7 +164,7 @@ def test_other_heads_keep_their_bits(name, which, flag, batch, softcap):
     assert all(map(torch.equal, args, given)), "an input was written to"
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_zeroed_head_is_zero_whatever_replaces_it(name):
     case = Case(B=1, H=8, HKV=2)
     args, options = make_arguments(case, torch.ones(1, 8), torch.zeros(1, 8))
@@ -151,7 +174,7 @@ def test_a_zeroed_head_is_zero_whatever_replaces_it(name):
     assert (ATTENTION[name](case, args, options) == 0).all()
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("missing", ALTERNATIVES)
 def test_refuses_a_flag_without_its_vectors(name, missing):
     args, options = make_arguments(FULL)
@@ -159,8 +182,52 @@ def test_refuses_a_flag_without_its_vectors(name, missing):
         ATTENTION[name](FULL, args, options | {missing: None})
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", NAMES)
 def test_refuses_an_unknown_flag(name):
     args, options = make_arguments(FULL)
     with pytest.raises(ValueError, match="sums of 1, 2 and 4, got 9"):
         ATTENTION[name](FULL, args, options | {"replace": torch.full((3, 4), 9, dtype=torch.int8)})
+
+
+@pytest.mark.skipif(not built, reason=f"needs the extension: {why_not_built}")
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_instruction_set(isa, monkeypatch):
+    monkeypatch.setenv("SHIPSFAST_CPU_ISA", isa)
+    try:
+        for case in CASES:
+            for dtype in (torch.float64, torch.float32):
+                test_matches_the_oracle("cpp", case, dtype)
+    except RuntimeError as error:
+        if isa != "default" and "or this machine or build lacks it" in str(error):
+            pytest.skip(f"this CPU has no {isa}")
+        raise
+
+
+@pytest.mark.skipif(not built, reason=f"needs the extension: {why_not_built}")
+def test_threads_do_not_change_a_bit():
+    args, options = make_arguments(FULL)
+    whole = cpp(FULL, args, options)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(cpp(FULL, args, options), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not built, reason=f"needs the extension: {why_not_built}")
+def test_scores_far_apart_and_many_tiles():
+    """Running maxima that jump from tile to tile, and weights too small for the exp of floats, in a long path."""
+    case = Case(B=1, H=2, HKV=1, D=16, tree="single")
+    args, options = make_arguments(case, torch.tensor([[200.0, -200.0]]), torch.ones(1, 2))
+    exact = oracle(*args, **options)
+    assert_close_per_head(cpp(case, args, options), reference.tree_attention(*args, **options), exact)
+
+
+@pytest.mark.skipif(not built, reason=f"needs the extension: {why_not_built}")
+def test_cpp_refuses_what_does_not_fit():
+    args, options = make_arguments(FULL)
+    with pytest.raises(RuntimeError, match="shapes of q, k, v and out that fit together"):
+        cpp(FULL, [args[0], args[1][..., :-1], *args[2:]], options)
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        cpp(FULL, [*(x.bfloat16() for x in args[:3]), *args[3:]], options)
