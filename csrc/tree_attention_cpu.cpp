@@ -184,7 +184,7 @@ SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t begin, int64_t end, int64_t padde
   T total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < padded; ++j) total += scores[j];
-  const T before = std::isinf(*largest) ? T(0) : exp_of(*largest - top);
+  const T before = exp_of(*largest - top);
   *largest = top;
   *sum = *sum * before + total;
   return before;
