@@ -15,6 +15,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -71,6 +72,8 @@ struct Call {
 template <typename T>
 struct Lanes {
   typedef T Vec __attribute__((vector_size(64)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Whole;
+  typedef Whole Index __attribute__((vector_size(64)));
   static constexpr int count = 64 / sizeof(T);
 };
 
@@ -86,7 +89,8 @@ SHIPS_ALWAYS_INLINE void store(T* to, typename Lanes<T>::Vec value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// out[i][0 .. 2 * lanes) += sum over n of left[n * kQueries + i] * right[n * right_stride + ...], for kQueries rows i.
+// out[i][0 .. 2 * lanes) += sum over n of left[n * left_step + i * left_row] * right[n * right_stride + ...], for
+// kQueries rows i.
 template <typename T>
 SHIPS_ALWAYS_INLINE void multiply_add(const T* left, int64_t left_step, int64_t left_row, const T* right,
                                       int64_t right_stride, int64_t first, int64_t last, T* out, int64_t out_stride) {
@@ -116,8 +120,9 @@ SHIPS_ALWAYS_INLINE void multiply_add(const T* left, int64_t left_step, int64_t 
 template <typename T>
 struct Scratch {
   int64_t size, width;           // D, and D of v padded to two vectors
-  std::vector<T> q;              // [query heads, query groups, D, kQueries], scaled
-  std::vector<T> keys, alt;      // [D, kTile]
+  std::vector<T> q;              // [query heads, queries, D], scaled
+  std::vector<T> zeros;          // [D]
+  std::vector<T> keys, alt;      // [D, kTile], the keys of a tile and those that replace them
   std::vector<T> values;         // [kTile, width]
   std::vector<T> scores;         // [kQueries, kTile]
   std::vector<T> out;            // [query heads, queries, width]
@@ -130,6 +135,7 @@ struct Scratch {
     size = shape.size;
     width = (shape.out_size + pair - 1) / pair * pair;
     q.resize(shared * queries * size);
+    zeros.resize(size);
     keys.resize(size * kTile);
     alt.resize(size * kTile);
     values.resize(kTile * width);
@@ -140,26 +146,51 @@ struct Scratch {
   }
 };
 
+#if !defined(__clang__)
+// One stage of transposing a square of vectors: swap the blocks off the diagonal of every 2 S x 2 S block.
+template <typename T, int S>
+SHIPS_ALWAYS_INLINE void swap_blocks(typename Lanes<T>::Vec* rows) {
+  constexpr int lanes = Lanes<T>::count;
+  typename Lanes<T>::Index low, high;
+  for (int j = 0; j < lanes; ++j) {
+    low[j] = (j & S) ? lanes + j - S : j;
+    high[j] = (j & S) ? lanes + j : j + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & S) continue;
+    const typename Lanes<T>::Vec a = rows[i], b = rows[i + S];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + S] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (2 * S < lanes) swap_blocks<T, 2 * S>(rows);
+}
+#endif
+
 // Keys of a tile with their dimensions in rows: to[d][j] = from(j)[d], zero from `count` to a whole pair of vectors.
-template <typename T, typename From>
-SHIPS_ALWAYS_INLINE void transpose(T* to, int64_t size, int64_t count, const From& from) {
-  constexpr int64_t pair = 2 * Lanes<T>::count;
-  constexpr int64_t together = 8;  // keys read side by side, so that a cache line of the tile is written at once
-  static_assert(pair % together == 0);
-  const int64_t padded = (count + pair - 1) / pair * pair;
-  for (int64_t j = 0; j < padded; j += together) {
-    const T* key[together];
-    const int64_t real = std::clamp<int64_t>(count - j, 0, together);
-    for (int64_t n = 0; n < real; ++n) key[n] = from(j + n);
-    if (real == together) {
-      for (int64_t d = 0; d < size; ++d) {
-#pragma GCC unroll 8
-        for (int64_t n = 0; n < together; ++n) to[d * kTile + j + n] = key[n][d];
+// Wide: vectors are registers, and squares of them are transposed there. zeros: size of them.
+template <typename T, bool Wide, typename From>
+SHIPS_ALWAYS_INLINE void transpose(T* to, int64_t size, int64_t count, const T* zeros, const From& from) {
+  constexpr int lanes = Lanes<T>::count;
+  const int64_t padded = (count + 2 * lanes - 1) / (2 * lanes) * (2 * lanes);
+  for (int64_t j = 0; j < padded; j += lanes) {
+    const T* key[lanes];
+    for (int64_t n = 0; n < lanes; ++n) key[n] = j + n < count ? from(j + n) : zeros;
+    int64_t d = 0;
+#if !defined(__clang__)
+    if constexpr (Wide) {
+      for (; d + lanes <= size; d += lanes) {
+        typename Lanes<T>::Vec rows[lanes];
+#pragma GCC unroll 16
+        for (int n = 0; n < lanes; ++n) rows[n] = load(key[n] + d);
+        swap_blocks<T, 1>(rows);
+#pragma GCC unroll 16
+        for (int n = 0; n < lanes; ++n) store(to + (d + n) * kTile + j, rows[n]);
       }
-    } else {
-      for (int64_t d = 0; d < size; ++d) {
-        for (int64_t n = 0; n < together; ++n) to[d * kTile + j + n] = n < real ? key[n][d] : T(0);
-      }
+    }
+#endif
+    for (; d < size; ++d) {
+      for (int n = 0; n < lanes; ++n) to[d * kTile + j + n] = key[n][d];
     }
   }
 }
@@ -190,7 +221,7 @@ SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t begin, int64_t end, int64_t padde
   return before;
 }
 
-template <typename T>
+template <typename T, bool Wide>
 SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_head, int64_t block, Scratch<T>& work) {
   constexpr int64_t pair = 2 * Lanes<T>::count;
   const Shape& shape = call.shape;
@@ -218,7 +249,7 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
         const int64_t n = std::min(g * kQueries + i, queries - 1);
         const int64_t at = table[3 * n];
         const T* q = (flags(h) & kReplaceQ) ? call.q_alt.at(row, at, 0) : call.q.at(row, at, first_head + h);
-        for (int64_t d = 0; d < size; ++d) to[d * kQueries + i] = q[d] * scale;
+        for (int64_t d = 0; d < size; ++d) to[i * size + d] = q[d] * scale;
       }
     }
   }
@@ -231,8 +262,8 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   for (int64_t start = 0; any && start < num_keys; start += kTile) {
     const int64_t count = std::min<int64_t>(kTile, num_keys - start);
     const int64_t padded = (count + pair - 1) / pair * pair;
-    if (any_own) transpose(work.keys.data(), size, count, [&](int64_t j) { return call.k.at(row, keys[start + j], kv_head); });
-    if (any_alt) transpose(work.alt.data(), size, count, [&](int64_t j) { return call.k_alt.at(row, keys[start + j], 0); });
+    if (any_own) transpose<T, Wide>(work.keys.data(), size, count, work.zeros.data(), [&](int64_t j) { return call.k.at(row, keys[start + j], kv_head); });
+    if (any_alt) transpose<T, Wide>(work.alt.data(), size, count, work.zeros.data(), [&](int64_t j) { return call.k_alt.at(row, keys[start + j], 0); });
     for (int64_t j = 0; j < count; ++j) {
       const T* value = call.v.at(row, keys[start + j], kv_head);
       T* to = work.values.data() + j * width;
@@ -258,7 +289,7 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
         T* scores = work.scores.data();
         std::fill(scores, scores + kQueries * kTile, T(0));
         for (int64_t j = 0; j < padded; j += pair) {
-          multiply_add<T>(q, kQueries, 1, tile + j, kTile, 0, size, scores + j, kTile);
+          multiply_add<T>(q, 1, size, tile + j, kTile, 0, size, scores + j, kTile);
         }
         T* out = work.out.data() + (h * groups + g) * kQueries * width;
         for (int64_t i = 0; i < kQueries; ++i) {
@@ -294,26 +325,26 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   }
 }
 
-template <typename T>
+template <typename T, bool Wide>
 SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task % call.num_blocks, rest = task / call.num_blocks;
-    run_block<T>(call, rest / call.shape.kv_heads, rest % call.shape.kv_heads, block, work);
+    run_block<T, Wide>(call, rest / call.shape.kv_heads, rest % call.shape.kv_heads, block, work);
   }
 }
 
 template <typename T>
 void run_default(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
-  run_tasks(call, begin, end, work);
+  run_tasks<T, false>(call, begin, end, work);
 }
 #if SHIPS_X86_VARIANTS
 template <typename T>
 SHIPS_TARGET_AVX2 void run_avx2(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
-  run_tasks(call, begin, end, work);
+  run_tasks<T, false>(call, begin, end, work);
 }
 template <typename T>
 SHIPS_TARGET_AVX512 void run_avx512(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
-  run_tasks(call, begin, end, work);
+  run_tasks<T, true>(call, begin, end, work);
 }
 #endif
 
