@@ -65,11 +65,12 @@ Plot = Annotated[Path | None, typer.Option(help="Write the heatmap here (png, sv
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many heads to list.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
-MetricName = Annotated[
-    str,
+MetricNames = Annotated[
+    list[str],
     typer.Option(
         "--metric",
-        help="kl, reverse_kl, js, total_variation, logit_diff:TOKEN,TOKEN or refusal_logit:TOKEN,TOKEN,...",
+        help="kl, reverse_kl, js, total_variation, logit_diff:TOKEN,TOKEN or refusal_logit:TOKEN,TOKEN,...; may be "
+        "given several times, for one pass that measures all (plots of all but the first get a number).",
     ),
 ]
 
@@ -125,12 +126,12 @@ def _scan_command(function: Callable) -> Callable:
 
 @app.command("scan")
 @_scan_command
-def scan(load: Callable[[], dict], metric: MetricName = "kl", top: Top = 10):
+def scan(load: Callable[[], dict], metric: MetricNames = ("kl",), top: Top = 10):
     """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats)."""
     from .metrics import parse_metric
     from .ships import scan as run
 
-    chosen = parse_metric(metric)
+    chosen = [parse_metric(each) for each in metric]
     return run(**load(), metric=chosen), top
 
 
@@ -227,6 +228,8 @@ def _show(result, top: int, json: bool, out: Path | None, plot: Path | None) -> 
 
     if plot is not None:
         result.plot(plot)
+        for number, other in enumerate(getattr(result, "also", {}).values(), 2):
+            other.plot(plot.with_stem(f"{plot.stem}-{number}"))
     if json:
         print(json_module.dumps(as_json(result, top, out), indent=1))
     else:

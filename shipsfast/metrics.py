@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import FunctionType
 
@@ -43,6 +43,7 @@ __all__ = [
     "kl_backend",
     "kl_rows",
     "logit_diff",
+    "measure_rows",
     "parse_metric",
     "refusal_logit",
 ]
@@ -93,6 +94,18 @@ class Metric(ABC):
     def resolve(self, tokenizer=None, vocab_size: int | None = None) -> Metric:
         """The same metric with tokens as ids, checked against vocab_size."""
         return self
+
+
+def measure_rows(
+    metrics: Sequence[Metric], base_logits: torch.Tensor, ablated_logits: torch.Tensor, row_map: torch.Tensor
+) -> list[torch.Tensor]:
+    """`rows` of several metrics; all divergences among them come from one read of the logits."""
+    names = [m.name for m in metrics if isinstance(m, _Divergence)]
+    read = iter(divergence_rows(base_logits, ablated_logits, row_map, names=names)) if names else iter(())
+    return [
+        next(read) if isinstance(m, _Divergence) else m.rows(base_logits, ablated_logits, row_map)
+        for m in metrics
+    ]
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,14 @@ class ShipsResult(_Ranked):
     noise_floor: the score between two computations of the same unablated model that differ in packing,
         chunking and rounding only; scores at or under it cannot be told from zero.
     record: what really ran: model, ablation, precision, backend, versions, device, plan, timings.
+    also: the results of further metrics of the same scan, by their names.
     """
 
     scores: np.ndarray
     noise_floor: float = 0.0
     record: dict = field(default_factory=dict)
     identity: dict = field(default_factory=dict)
+    also: dict[str, ShipsResult] = field(default_factory=dict)
 
     @property
     def metric(self) -> dict:
@@ -150,7 +152,10 @@ class ShipsResult(_Ranked):
         """Write a run folder. Raises InputError if the folder holds anything else."""
         record = self.record | {"noise_floor": self.noise_floor}
         names = ("prompt", "layer", "head")
-        return _save(folder, self.identity, record, self.scores, names, column(self.metric))
+        path = _save(folder, self.identity, record, self.scores, names, column(self.metric))
+        for number, other in enumerate(self.also.values(), 1):
+            other.save(path / also_place(number))
+        return path
 
     @staticmethod
     def read(folder: Path, shape: tuple[int, ...], metric: dict) -> np.ndarray:
@@ -163,7 +168,14 @@ class ShipsResult(_Ranked):
         manifest = read_manifest(folder, "ships")
         identity = manifest.pop("identity")
         scores = cls.read(folder, tuple(identity["shape"]), manifest.get("metric", KL))
-        return cls(scores, manifest.get("noise_floor") or 0.0, manifest, identity)
+        others = [cls.load(folder / also_place(n)) for n in range(1, len(identity.get("also", [])) + 1)]
+        also = {other.metric["name"]: other for other in others}
+        return cls(scores, manifest.get("noise_floor") or 0.0, manifest, identity, also)
+
+
+def also_place(number: int) -> str:
+    """Where in a run folder the run folder of a scan's further metrics lies, counted from 1."""
+    return f"also/{number}"
 
 
 def column(metric: dict) -> str:

@@ -16,9 +16,9 @@ from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head
 from .checks import ablated_logits, alarm, longest_prompt, packing_noise_nats, plain_logits
 from .errors import InputError, UnsupportedModelError
-from .metrics import Metric, as_metric
+from .metrics import Metric, as_metric, measure_rows
 from .prepared import OutOfMemory, Prepared, prepare, run_blocks
-from .results import ShipsResult, column
+from .results import ShipsResult, also_place, column
 
 
 def scan(
@@ -55,7 +55,8 @@ def scan(
             prompts; for others, and for "resample", give an `Ablation` with prompts.
         metric: "kl", "reverse_kl", "js", "total_variation", `logit_diff(token_a, token_b)`,
             `refusal_logit(tokens)`, or a callable on (base_logits [P, V], ablated_logits [N, V],
-            prompt_index int64 [N]) -> [N].
+            prompt_index int64 [N]) -> [N]. Or a list of them, measured in one pass: the result is the first one's,
+            and has the others in .also.
         heads: (layer, head) pairs, from 0, to scan; (layer, None) for a whole layer; None for all.
         unit: "head", or "kv_group" to switch off all query heads of a key/value head together; then `heads` and
             the last axis of the scores count key/value heads.
@@ -78,62 +79,104 @@ def scan(
         backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
         rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
     )  # fmt: skip
-    measure = as_metric(metric, tokenizer, prepared.anatomy.vocab_size)
-    about = {"name": measure.name, "unit": measure.unit, "signed": measure.signed, "label": measure.label}
-    prepared.identity["metric"] = measure.describe()
-    record = prepared.record | {"metric": about}
-    scores = np.full(prepared.identity["shape"], np.nan)
-    noise_floor = 0.0
-    folder = None
-    if out is not None:
-        if not measure.is_named:
-            raise InputError(
-                f"metric {measure.name} has no name of its own, so a run folder cannot tell it from others: define it "
-                "as a function of a module, or leave out= away and save the result"
-            )
-        folder = runs.RunFolder(out, prepared.identity)
-        scores = ShipsResult.read(folder.path, tuple(scores.shape), about)
-        if folder.previous.get("status") == "complete":
-            return ShipsResult.load(folder.path)
-        noise_floor = folder.previous_measures().get("noise_floor", 0.0)
-        folder.write_manifest(folder.previous_measures() | record | {"status": "running"})
-
-    work = _Work(prepared, measure, scores, noise_floor, folder, record, progress)
+    measures = _measures(prepared, metric, tokenizer, out)
+    main = measures[0]
+    if all(m.folder is not None and m.folder.previous.get("status") == "complete" for m in measures):
+        return ShipsResult.load(main.folder.path)
+    work = _Work(prepared, measures, progress)
     scan_started = time.perf_counter()
     try:
         work.run()
     finally:
         work.bar.close()
-    record |= {
-        "scan_seconds": round(time.perf_counter() - scan_started, 3),
-        "spot_check_max_abs": _spot_check(work),
-        "plan": prepared.plan.to_json(),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    result = ShipsResult(scores, work.noise_floor, record, prepared.identity)
-    record["concentration"] = result.concentration().to_json()
-    if np.isfinite(scores[:, *zip(*prepared.units, strict=True)]).all():
-        record["rank_stability"] = result.stability().to_json()
-    if folder is not None:
-        folder.write_manifest(record | {"status": "complete", "noise_floor": work.noise_floor})
-    return result
+    scan_seconds = round(time.perf_counter() - scan_started, 3)
+    _spot_check(work)
+    for measure in measures:
+        measure.record |= {"scan_seconds": scan_seconds, "plan": prepared.plan.to_json()}
+        measure.record["seconds"] = round(time.perf_counter() - started, 3)
+    # The first one's run folder is finished last: complete, it says that all are.
+    also = {measure.metric.name: measure.result() for measure in measures[1:]}
+    return main.result(also)
+
+
+def _measures(prepared: Prepared, metric, tokenizer, out: str | Path | None) -> list[_Measure]:
+    """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first."""
+    given = list(metric) if isinstance(metric, (list, tuple)) else [metric]
+    metrics = [as_metric(each, tokenizer, prepared.anatomy.vocab_size) for each in given]
+    if not metrics:
+        raise InputError("there are no metrics: give at least one, such as 'kl'")
+    names = [each.name for each in metrics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"metric {twice} is given twice: name each metric once")
+    if out is not None and not all(each.is_named for each in metrics):
+        name = next(each.name for each in metrics if not each.is_named)
+        raise InputError(
+            f"metric {name} has no name of its own, so a run folder cannot tell it from others: define it "
+            "as a function of a module, or leave out= away and save the result"
+        )
+    places = [
+        None if out is None else Path(out) / place for place in ("", *map(also_place, range(1, len(metrics))))
+    ]
+    others = {"also": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
+    return [
+        _Measure(prepared, each, place, others if number == 0 else {})
+        for number, (each, place) in enumerate(zip(metrics, places, strict=True))
+    ]
+
+
+class _Measure:
+    """One metric of a scan: its scores so far, float64 [P, L, H], its noise floor and its run folder."""
+
+    def __init__(self, prepared: Prepared, metric: Metric, path: Path | None, others: dict) -> None:
+        """others: what the identity says of further metrics of the same scan."""
+        self.prepared, self.metric = prepared, metric
+        about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
+        self.identity = prepared.identity | {"metric": metric.describe()} | others
+        self.record = prepared.record | {"metric": about}
+        if others:
+            self.record["also"] = [also_place(number) for number in range(1, len(others["also"]) + 1)]
+        self.scores = np.full(self.identity["shape"], np.nan)
+        self.noise_floor, self.folder = 0.0, None
+        if path is not None:
+            self.folder = runs.RunFolder(path, self.identity)
+            self.scores = ShipsResult.read(path, tuple(self.scores.shape), about)
+            self.noise_floor = self.folder.previous_measures().get("noise_floor", 0.0)
+            if self.folder.previous.get("status") != "complete":
+                self.folder.write_manifest(
+                    self.folder.previous_measures() | self.record | {"status": "running"}
+                )
+
+    def keep(self, scores: np.ndarray, group: Sequence[int], block: Sequence[Head]) -> None:
+        """Take scores [units, prompts] of a block of units on a group of prompts."""
+        part = np.full_like(self.scores, np.nan)
+        for (layer, index), row in zip(block, scores, strict=True):
+            self.scores[list(group), layer, index] = part[list(group), layer, index] = row
+        if self.folder is not None:
+            names = ("prompt", "layer", "head")
+            self.folder.write_part(runs.score_frame(part, names, column({"name": self.metric.name})))
+
+    def keep_noise(self, noise: float) -> None:
+        self.noise_floor = max(self.noise_floor, noise)
+        if self.folder is not None:  # before the first scores are
+            self.folder.write_manifest(self.record | {"status": "running", "noise_floor": self.noise_floor})
+
+    def result(self, also: dict[str, ShipsResult] | None = None) -> ShipsResult:
+        """The finished result; its run folder says so."""
+        result = ShipsResult(self.scores, self.noise_floor, self.record, self.identity, also or {})
+        self.record["concentration"] = result.concentration().to_json()
+        if np.isfinite(self.scores[:, *zip(*self.prepared.units, strict=True)]).all():
+            self.record["rank_stability"] = result.stability().to_json()
+        if self.folder is not None:
+            self.folder.write_manifest(self.record | {"status": "complete", "noise_floor": self.noise_floor})
+        return result
 
 
 class _Work:
     """Fills in the scores that are missing, group of prompts by group."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        metric: Metric,
-        scores: np.ndarray,
-        noise_floor: float,
-        folder: runs.RunFolder | None,
-        record: dict,
-        progress: bool,
-    ) -> None:
-        self.prepared, self.metric, self.scores, self.folder = prepared, metric, scores, folder
-        self.noise_floor, self.record = noise_floor, record
+    def __init__(self, prepared: Prepared, measures: list[_Measure], progress: bool) -> None:
+        self.prepared, self.measures = prepared, measures
         self.compared = False
         steps = sum(prepared.layer_passes(self.missing(group)) for group in prepared.plan.prompt_groups)
         self.bar = tqdm(
@@ -141,11 +184,21 @@ class _Work:
         )
         self._packed: tuple | None = None  # (group, pack, values) of the group at hand
 
+    @property
+    def sees_all_prompts(self) -> bool:
+        return any(measure.metric.sees_all_prompts for measure in self.measures)
+
     def missing(self, group: Sequence[int]) -> list[Head]:
-        return [u for u in self.prepared.units if np.isnan(self.scores[list(group), u[0], u[1]]).any()]
+        """The units that some metric still wants."""
+        rows = list(group)
+        return [
+            u
+            for u in self.prepared.units
+            if any(np.isnan(m.scores[rows, u[0], u[1]]).any() for m in self.measures)
+        ]
 
     def run(self) -> None:
-        if self.metric.sees_all_prompts and any(map(self.missing, self.prepared.plan.prompt_groups)):
+        if self.sees_all_prompts and any(map(self.missing, self.prepared.plan.prompt_groups)):
             _ = self.all_base  # not in the midst of another pass
         groups = list(self.prepared.plan.prompt_groups)
         while groups:
@@ -169,38 +222,41 @@ class _Work:
             self._packed = (group, *prepared.pack(group))
         _, packed, values = self._packed
         with prepared.wavefront(packed, self.bar.update) as wavefront:
-            columns: list[torch.Tensor] = []
+            found: list[list[torch.Tensor]] = []  # of every chunk, of every metric
             kept: list[torch.Tensor] = []
             place = torch.as_tensor(wavefront.prompt_place)
 
             def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
                 if not kept:
                     kept.append(base)
-                columns.append(self._measure(logits, base, group, place.to(logits.device)))
+                found.append(self._score(logits, base, group, place.to(logits.device)))
 
             wavefront.run(prepared.mask(block, values), consume)
         self._compare(group, kept[0], wavefront.prompt_place)
-        scores = torch.cat(columns)[1:].cpu().numpy()  # [units, prompts]
-        self._check_numbers(scores, group, block)
-        part = np.full_like(self.scores, np.nan)
-        for (layer, index), column_ in zip(block, scores, strict=True):
-            self.scores[list(group), layer, index] = part[list(group), layer, index] = column_
-        if self.folder is not None:
-            names = ("prompt", "layer", "head")
-            name = column({"name": self.metric.name})
-            self.folder.write_part(runs.score_frame(part, names, name))
+        scores = [
+            torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)
+        ]  # [units, prompts]
+        for measure, each in zip(self.measures, scores, strict=True):
+            self._check_numbers(measure.metric, each, group, block)
+        for measure, each in zip(self.measures, scores, strict=True):
+            measure.keep(each, group, block)
 
-    def _measure(
+    def _score(
         self, logits: torch.Tensor, base: torch.Tensor, group: Sequence[int], place: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores float64 [rows, prompts of the group] of logits [rows, U, V]."""
-        rows = logits.shape[0]
-        if self.metric.sees_all_prompts:
-            index = torch.as_tensor(group, device=logits.device).repeat(rows)
-            each = logits[:, place].flatten(0, 1)
-            return self.metric.rows(self.all_base, each, index).view(rows, -1)
+    ) -> list[torch.Tensor]:
+        """Scores float64 [rows, prompts of the group] of logits [rows, U, V], for every metric."""
+        rows, metrics = logits.shape[0], [measure.metric for measure in self.measures]
         index = torch.arange(base.shape[0], device=logits.device).repeat(rows)
-        return self.metric.rows(base, logits.flatten(0, 1), index).view(rows, -1)[:, place]
+        own = [metric for metric in metrics if not metric.sees_all_prompts]
+        read = iter(measure_rows(own, base, logits.flatten(0, 1), index))
+        out = []
+        for metric in metrics:
+            if metric.sees_all_prompts:
+                prompts = torch.as_tensor(group, device=logits.device).repeat(rows)
+                out.append(metric.rows(self.all_base, logits[:, place].flatten(0, 1), prompts).view(rows, -1))
+            else:
+                out.append(next(read).view(rows, -1)[:, place])
+        return out
 
     @functools.cached_property
     def all_base(self) -> torch.Tensor:
@@ -219,67 +275,71 @@ class _Work:
         return out
 
     def _compare(self, group: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
-        """Noise floor, once a scan: the packed against the plain unablated model on the longest prompt."""
+        """Noise floors, once a scan: the packed against the plain unablated model on the longest prompt."""
         if self.compared:
             return
         self.compared = True
         prompt = longest_prompt(self.prepared, group)
         packed = base[place[list(group).index(prompt)]]
         plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
-        noise = packing_noise_nats(self.prepared, prompt, plain, packed)
-        if self.metric.name != "kl":
-            # A metric of the caller's own need not be 0 for equal logits.
-            noise = abs(self.one(prompt, plain, packed) - self.one(prompt, plain, plain))
-            if not np.isfinite(noise):
-                raise InputError(
-                    f"metric {self.metric.name} is not finite for logits that differ by rounding only: it must be"
-                )
-        self.noise_floor = max(self.noise_floor, noise)
-        if self.folder is not None:  # before the first scores are
-            self.folder.write_manifest(self.record | {"status": "running", "noise_floor": self.noise_floor})
+        nats = packing_noise_nats(self.prepared, prompt, plain, packed)
+        for measure in self.measures:
+            noise, metric = nats, measure.metric
+            if metric.name != "kl":
+                # A metric of the caller's own need not be 0 for equal logits.
+                noise = abs(self.one(metric, prompt, plain, packed) - self.one(metric, prompt, plain, plain))
+                if not np.isfinite(noise):
+                    raise InputError(
+                        f"metric {metric.name} is not finite for logits that differ by rounding only: it must be"
+                    )
+            measure.keep_noise(noise)
 
-    def one(self, prompt: int, base: torch.Tensor, other: torch.Tensor) -> float:
+    def one(self, metric: Metric, prompt: int, base: torch.Tensor, other: torch.Tensor) -> float:
         """The metric of one pair of logits [V]."""
         bases, at = base[None], 0
-        if self.metric.sees_all_prompts:
+        if metric.sees_all_prompts:
             bases, at = self.all_base.to(base.device, copy=True), prompt
             bases[prompt] = base
         index = torch.full((1,), at, dtype=torch.long, device=base.device)
-        return float(self.metric.rows(bases, other[None].to(base.dtype), index)[0])
+        return float(metric.rows(bases, other[None].to(base.dtype), index)[0])
 
-    def _check_numbers(self, scores: np.ndarray, group: Sequence[int], block: list[Head]) -> None:
+    def _check_numbers(
+        self, metric: Metric, scores: np.ndarray, group: Sequence[int], block: list[Head]
+    ) -> None:
         """Raises InputError, naming prompt and head, if a score is not a number: it would be missing for ever."""
         bad = np.argwhere(np.isnan(scores))
         if len(bad):
             prompt, (layer, index) = group[bad[0][1]], block[bad[0][0]]
             raise InputError(
                 f"the score of {self.prepared.unit} {layer}-{index} on prompt {prompt} is not a number: with "
-                f"{self.prepared.how.describe()} the model overflows, or the metric {self.metric.name} is undefined; "
+                f"{self.prepared.how.describe()} the model overflows, or the metric {metric.name} is undefined; "
                 "use a smaller scale, a wider dtype or another metric"
             )
 
 
-def _spot_check(work: _Work) -> float:
-    """Recompute two scores of the longest prompt by plain forward passes; returns the larger difference.
+def _spot_check(work: _Work) -> None:
+    """Recompute two heads on the longest prompt by plain forward passes; record each metric's larger difference.
 
     Raises UnsupportedModelError if one is off by more than rounding can explain.
     """
-    prepared, metric, scores = work.prepared, work.metric, work.scores
+    prepared, main = work.prepared, work.measures[0]
     prompt = longest_prompt(prepared, range(len(prepared.token_ids)))
-    strongest = max(prepared.units, key=lambda u: abs(scores[prompt, u[0], u[1]]))
+    strongest = max(prepared.units, key=lambda u: abs(main.scores[prompt, u[0], u[1]]))
     chosen = sorted({strongest, prepared.units[len(prepared.units) // 2]})
     *ablated, base = ablated_logits(prepared, prompt, chosen)
-    absolute, relative = alarm(prepared.model.dtype)
-    if metric.sees_all_prompts:  # a metric of the caller's own, of unknown size
-        absolute *= max(1.0, float(np.nanmax(np.abs(scores[prompt]))))
-    worst = 0.0
-    for (layer, index), logits in zip(chosen, ablated, strict=True):
-        got, expected = scores[prompt, layer, index], work.one(prompt, base, logits)
-        error = 0.0 if got == expected else abs(expected - got)
-        if not error <= absolute + relative * abs(expected):
-            raise UnsupportedModelError(
-                f"the score of {prepared.unit} {layer}-{index} on prompt {prompt} is {got:.6g}, a plain forward pass "
-                f"gives {expected:.6g}: {type(prepared.model).__name__} cannot be scanned exactly"
-            )
-        worst = max(worst, error)
-    return worst
+    for measure in work.measures:
+        metric, scores = measure.metric, measure.scores
+        absolute, relative = alarm(prepared.model.dtype)
+        if metric.sees_all_prompts:  # a metric of the caller's own, of unknown size
+            absolute *= max(1.0, float(np.nanmax(np.abs(scores[prompt]))))
+        worst = 0.0
+        for (layer, index), logits in zip(chosen, ablated, strict=True):
+            got, expected = scores[prompt, layer, index], work.one(metric, prompt, base, logits)
+            error = 0.0 if got == expected else abs(expected - got)
+            if not error <= absolute + relative * abs(expected):
+                raise UnsupportedModelError(
+                    f"the score of {prepared.unit} {layer}-{index} on prompt {prompt} is {got:.6g}, a plain forward "
+                    f"pass gives {expected:.6g}: {type(prepared.model).__name__} cannot be scanned exactly"
+                )
+            worst = max(worst, error)
+        measure.record["spot_check_max_abs"] = worst

@@ -50,6 +50,8 @@ def as_json(result, top: int, out: Path | None = None) -> dict:
     }
     if isinstance(result, ShipsResult):
         body |= {"metric": result.metric, "prompts": int(result.scores.shape[0])}
+        if result.also:
+            body["also"] = {name: as_json(other, top) for name, other in result.also.items()}
     return body
 
 
@@ -138,6 +140,9 @@ def _ships(result: ShipsResult, top: int, console: Console) -> None:
         soft_wrap=True,
     )
     _concentration(result.concentration(), result.unit, "", console)
+    for other in result.also.values():
+        console.print()
+        _ships(other, top, console)
 
 
 def _subspace(result: SubspaceResult, top: int, console: Console) -> None:

@@ -67,6 +67,17 @@ def test_scan_of_the_embedded_model(capsys, tmp_path):
     assert manifest["status"] == "complete" and manifest["template"] == "chat"
 
 
+def test_several_metrics(capsys, tmp_path):
+    plot = tmp_path / "heads.png"
+    args = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 3, "--metric", "kl", "--metric", "js", "--quiet")
+    status, text, err = run(capsys, *args, "--plot", plot)
+    assert status == 0, err
+    assert text.count("layer-head") == 2 and "Jensen-Shannon" in text
+    assert plot.exists() and (tmp_path / "heads-2.png").exists()
+    status, text, err = run(capsys, *args, "--json")
+    assert status == 0 and json.loads(text)["also"]["js"]["metric"]["name"] == "js", err
+
+
 def test_json_is_all_that_stdout_holds(capsys):
     status, text, _ = run(
         capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 3, "--json", "-q", "--heads", "0-2,3"

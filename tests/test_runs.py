@@ -190,7 +190,7 @@ def test_out_of_memory_halves_and_gives_the_same_numbers(monkeypatch):
         return real(q, *args, **kwargs)
 
     monkeypatch.setattr("shipsfast.attention.segment_attention", attention)
-    result = scan(None)
+    result = scan(None, backend="torch")
     assert failures
     np.testing.assert_allclose(result.kl, whole.kl, rtol=0, atol=1e-12)
     assert result.record["plan"]["chunk_tokens"] < whole.record["plan"]["chunk_tokens"]
