@@ -55,7 +55,8 @@ def test_after_an_exception(monkeypatch, error, where):
     if where == "metric":
         monkeypatch.setattr("shipsfast.metrics.divergence_rows", fail)
     elif where == "layer":
-        monkeypatch.setattr("shipsfast.attention.segment_attention", fail)
+        for name in ("segment_attention", "cpp_attention"):
+            monkeypatch.setattr(f"shipsfast.attention.{name}", fail)
     else:
         monkeypatch.setattr("shipsfast.attention._probe", fail)
     with pytest.raises(type(error)):
