@@ -65,7 +65,7 @@ def _sahara() -> list[str]:
     return [
         *lines,
         "",
-        "The model and machine of the tables above; a search of one and of three heads, each between two scans.",
+        "The model and machine of the tables above; a search of one and of three heads, each between two scans. Its speed drifts from hour to hour: the ratios count.",
     ]
 
 

@@ -408,6 +408,10 @@ bool table(const Tensor& tensor, int64_t dims, int64_t columns) {
          (dims == 1 || tensor.size(1) == columns);
 }
 
+bool contiguous_last(const Tensor& tensor) {
+  return tensor.size(tensor.dim() - 1) == 1 || tensor.stride(tensor.dim() - 1) == 1;
+}
+
 void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale,
                     const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt, const Tensor& k_alt,
                     const Tensor& out_alt, const Tensor& blocks, const Tensor& queries, const Tensor& keys,
@@ -421,7 +425,7 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
               v.size(1) == kv_heads && v.size(2) == k.size(2) && kv_heads > 0 && heads % kv_heads == 0,
           "shapes of q, k, v and out that fit together");
   for (const Tensor* x : {&q, &k, &v}) {
-    require(x->scalar_type() == type && x->stride(3) == 1 && (x->size(0) == rows || x->size(0) == 1),
+    require(x->scalar_type() == type && contiguous_last(*x) && (x->size(0) == rows || x->size(0) == 1),
             "one dtype, contiguous heads, and as many rows as out or one");
   }
   require(out.scalar_type() == type, "out of the dtype of q");
@@ -433,9 +437,15 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
                                    replace.numel() == rows * heads),
           "int8 flags [B, H]");
   for (const Tensor* x : {&q_alt, &k_alt, &out_alt}) {
-    require(x->numel() == 0 || (x->scalar_type() == type && x->dim() == 3 && x->stride(2) == 1),
+    require(x->numel() == 0 || (x->scalar_type() == type && x->dim() == 3 && contiguous_last(*x)),
             "replacement vectors of three dimensions and the dtype of q");
   }
+  const auto fits = [](const Tensor& x, int64_t first, int64_t second, int64_t third) {
+    return x.numel() == 0 || ((x.size(0) == first || x.size(0) == 1) && x.size(1) == second && x.size(2) == third);
+  };
+  require(fits(q_alt, rows, out.size(1), q.size(3)) && fits(k_alt, rows, k.size(2), k.size(3)) &&
+              (fits(out_alt, heads, out.size(1), v.size(3)) || fits(out_alt, heads, 1, v.size(3))),
+          "q_alt [B or 1, TQ, D], k_alt [B or 1, T, D] and out_alt [H or 1, TQ or 1, D of v]");
   require(table(blocks, 2, 4) && table(queries, 2, 3) && table(keys, 1, 0), "the tables of cpp_attention.plan_blocks");
   if (out.numel() == 0) return;
   const auto go = type == ScalarType::Float ? &run<float> : &run<double>;

@@ -86,7 +86,8 @@ def scan_dataset(
         folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
     grams = Grams.empty(len(prepared.token_ids), shape)
     if grams is not None and folder is not None:
-        grams.read(folder.path, HEAD_COLUMNS)
+        grams = grams.read(folder.path, HEAD_COLUMNS)
+        grams = grams if grams.covers(angles) else None  # a folder begun by an earlier version
 
     def keep(part: np.ndarray, units: list[Head]) -> None:
         if folder is not None:
@@ -190,11 +191,13 @@ class AngleScan:
             self._check(hidden, block)
         found = subspace_angle_deg(self.basis, hidden).cpu().numpy()
         self.parent_angle = float(found[0])
+        # Before any angle is taken: what runs out of memory here is done again.
+        matrices = None if grams is None else gram_matrices(hidden[1:]).cpu().numpy()
         part = np.full_like(angles, np.nan)
         for unit, angle in zip(block, found[1:], strict=True):
             angles[unit] = part[unit] = angle
-        if grams is not None:
-            for unit, gram in zip(block, gram_matrices(hidden[1:]).cpu().numpy(), strict=True):
+        if matrices is not None:
+            for unit, gram in zip(block, matrices, strict=True):
                 grams[unit] = gram
         keep(part, block)
 

@@ -6,6 +6,7 @@ other weights. Their Gram matrices X X^T [P, P] are enough, and small where ther
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .subspaces import resampled_angle_deg
 MOST_BYTES = 256 << 20  # of one run; where more would be needed, none are kept
 ROOM = "grams"
 RESAMPLES = 200
+QUICK = 10**10  # work that tables and plots take on by themselves: some ten seconds
 
 
 @dataclass(eq=False)
@@ -46,6 +48,7 @@ class Grams:
     def stability(
         self,
         angles: np.ndarray,
+        names: Sequence[str],
         rank: int,
         k: int,
         resamples: int,
@@ -53,19 +56,26 @@ class Grams:
         seed: int,
         progress: bool = False,
     ) -> RankStability:
-        """Bootstrap over prompts of angles [L, H], of which self.heads are the Gram matrices [L, H, P, P]."""
+        """Bootstrap over prompts of angles [L, H], of which self.heads are the Gram matrices [L, H, P, P].
+
+        names: of the P prompts, equal for equal prompts.
+        """
         check_settings(k, resamples, confidence, seed)
         prompts, scanned = len(self.base), ~np.isnan(angles)
-        if prompts < rank + 2:
+        distinct = len(set(names))
+        if distinct < rank + 2:
             raise InputError(
-                f"{prompts} prompt{'s' * (prompts != 1)} cannot be resampled at rank {rank}: take at least {rank + 2}"
+                f"{distinct} distinct prompt{'s' * (distinct != 1)} cannot be resampled at rank {rank}: take at least "
+                f"{rank + 2}"
             )
+        if not scanned.any():
+            raise InputError("no head was scanned: there are no scores to rank")
         matrices = self.heads[scanned]
         if np.isnan(self.base).any() or np.isnan(matrices).any():
             raise InputError("the Gram matrices of some heads are missing: scan again into a new folder")
         settings = (rank, resamples, seed, scanned.tobytes())
         if settings not in self._resampled:  # the same for any k
-            counts = resample_counts(prompts, resamples, rank + 1, np.random.default_rng(seed))
+            counts = resample_counts(names, resamples, rank + 1, np.random.default_rng(seed))
             every = np.concatenate([counts, 1 - np.eye(prompts)])  # and each prompt left out once
             self._resampled[settings] = resampled_angle_deg(
                 torch.from_numpy(self.base),
@@ -80,6 +90,15 @@ class Grams:
             angles, found[:resamples], without.mean(axis=0) - without, k, prompts=prompts, resamples=resamples,
             confidence=confidence, seed=seed,
         )  # fmt: skip
+
+    def covers(self, scores: np.ndarray) -> bool:
+        """Whether every score there is comes with its own."""
+        return not np.isnan(self.heads[~np.isnan(scores)]).any()
+
+    @staticmethod
+    def work(angles: np.ndarray, prompts: int) -> int:
+        """What the default resampling takes, in operations or so."""
+        return (RESAMPLES + prompts) * int((~np.isnan(angles)).sum()) * prompts**3
 
     def part(self, names: tuple[str, ...], index: list[tuple[int, ...]]) -> pd.DataFrame:
         """Those of `index`, and the unablated model's as -1, as rows: the columns `names`, and the lower triangle."""

@@ -90,7 +90,8 @@ def sahara(
         folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
     grams = Grams.empty(len(prepared.token_ids), scores.shape)
     if grams is not None and folder is not None:
-        grams.read(folder.path, STEP_COLUMNS)
+        grams = grams.read(folder.path, STEP_COLUMNS)
+        grams = grams if grams.covers(scores) else None  # a folder begun by an earlier version
 
     per_step = prepared.layer_passes(prepared.units, len(prepared.plan.prompt_groups))
     total = per_step * (1 + (group_size - 1) * beam)

@@ -48,9 +48,11 @@ def heatmap(
 
 def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
     """The top heads with bootstrap intervals, where they are known, and how much of the total they carry."""
+    from .results import resampling_is_long
+
     top = result.top(BARS)
     try:
-        stability = result.stability(BARS)
+        stability = None if resampling_is_long(result) else result.stability(BARS)
     except InputError:  # one prompt, or not finished: bars only
         stability = None
     at = tuple(zip(*((s.layer, s.head) for s in top), strict=True))
@@ -103,6 +105,10 @@ def steps(
 
 def _firm(result: SaharaResult, step: int) -> str:
     """How often resampled prompts choose the same head, where that is known."""
+    from .results import resampling_is_long
+
+    if resampling_is_long(result, step):
+        return ""
     try:
         frequency = result.stability(1, step).top_k_frequency[result.heads[step]]
     except InputError:

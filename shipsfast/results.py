@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError, whole_number
-from .grams import RESAMPLES, ROOM, Grams
-from .runs import RunFolder, read_manifest, read_scores, score_frame
+from .grams import QUICK, RESAMPLES, ROOM, Grams
+from .runs import MANIFEST, RunFolder, read_manifest, read_scores, score_frame
 from .statistics import Concentration, RankStability, above_noise, concentration, rank_stability
 
 HEAD_COLUMNS = ("layer", "head")
@@ -152,10 +152,12 @@ class ShipsResult(_Ranked):
         """Write a run folder. Raises InputError if the folder holds anything else."""
         record = self.record | {"noise_floor": self.noise_floor}
         names = ("prompt", "layer", "head")
-        path = _save(folder, self.identity, record, self.scores, names, column(self.metric))
-        for number, other in enumerate(self.also.values(), 1):
-            other.save(path / also_place(number))
-        return path
+        args = (self.scores, names, column(self.metric))
+        if self.also:  # complete when all are
+            path = _save(folder, self.identity, record | {"status": "running"}, *args)
+            for number, other in enumerate(self.also.values(), 1):
+                other.save(path / also_place(number))
+        return _save(folder, self.identity, record, *args)
 
     @staticmethod
     def read(folder: Path, shape: tuple[int, ...], metric: dict) -> np.ndarray:
@@ -168,7 +170,9 @@ class ShipsResult(_Ranked):
         manifest = read_manifest(folder, "ships")
         identity = manifest.pop("identity")
         scores = cls.read(folder, tuple(identity["shape"]), manifest.get("metric", KL))
-        others = [cls.load(folder / also_place(n)) for n in range(1, len(identity.get("also", [])) + 1)]
+        places = [folder / also_place(n + 1) for n in range(len(identity.get("further_metrics", [])))]
+        done = manifest.get("status") == "complete"  # else some may not have been begun
+        others = [cls.load(place) for place in places if done or (place / MANIFEST).exists()]
         also = {other.metric["name"]: other for other in others}
         return cls(scores, manifest.get("noise_floor") or 0.0, manifest, identity, also)
 
@@ -217,9 +221,10 @@ class SubspaceResult(_Ranked):
     ) -> RankStability:
         """Bootstrap over prompts: how often each head is in the top k, and intervals of its angle and rank.
 
-        Every resample takes the singular subspaces anew: about 10 microseconds a head at 8 prompts, 1 ms at 100.
-        Resamples with no more distinct prompts than the rank, in which all angles are 0, are drawn again. Raises
-        InputError for fewer than rank + 2 prompts, and where there are so many that their Gram matrices were not kept.
+        Every resample, and every prompt left out once, takes the singular subspaces anew: about 10 microseconds a
+        head at 8 prompts, 1 ms at 100. Resamples with no more distinct prompts than the rank, in which all angles are
+        0, are drawn again. Raises InputError for fewer than rank + 2 distinct prompts, where most resamples have too
+        few, and where there are so many prompts that their Gram matrices were not kept.
         """
         return _stability(self, self.angle_deg, self.grams, k, resamples, confidence, seed, progress)
 
@@ -263,7 +268,15 @@ def _stability(result, angles: np.ndarray, grams: Grams | None, *settings) -> Ra
             f"{len(result.identity.get('prompts', []))} prompts are too many to keep every head's Gram matrix, "
             "which resampling needs: scan fewer of them"
         )
-    return grams.stability(angles, result.identity["rank"], *settings)
+    return grams.stability(angles, result.identity["prompts"], result.identity["rank"], *settings)
+
+
+def resampling_is_long(result, *step: int) -> bool:
+    """Whether `stability` of this result takes minutes, so that it has to be asked for."""
+    if isinstance(result, ShipsResult) or result.grams is None:
+        return False
+    angles = result.angle_deg[step[0]] if step else result.angle_deg
+    return Grams.work(angles, len(result.grams.base)) > QUICK
 
 
 @dataclass

@@ -98,13 +98,21 @@ class RunFolder:
         if (self.path / MANIFEST).exists():
             self.previous = read_manifest(self.path)
             self._check(self.previous)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or not self._untouched()):
             raise InputError(f"{self.path} exists and is not a shipsfast run: choose another output folder")
         (self.path / SCORES).mkdir(parents=True, exist_ok=True)
 
+    def _untouched(self) -> bool:
+        """Nothing there but what a run leaves that was killed before its manifest."""
+        ours = (SCORES, f".{MANIFEST}.")
+        return all(
+            each.name == ours[0] or each.name.startswith(ours[1]) for each in self.path.iterdir()
+        ) and not any((self.path / SCORES).glob("*"))
+
     def _check(self, manifest: dict) -> None:
         before = manifest["identity"]
-        differs = [k for k in self.identity if json.loads(json.dumps(self.identity[k])) != before.get(k)]
+        now = json.loads(json.dumps(self.identity))
+        differs = [k for k in {**now, **before} if now.get(k) != before.get(k)]
         if differs:
             raise InputError(
                 f"{self.path} holds another run (different {', '.join(differs)}): choose another output folder"

@@ -118,7 +118,7 @@ def _measures(prepared: Prepared, metric, tokenizer, out: str | Path | None) -> 
     places = [
         None if out is None else Path(out) / place for place in ("", *map(also_place, range(1, len(metrics))))
     ]
-    others = {"also": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
+    others = {"further_metrics": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
     return [
         _Measure(prepared, each, place, others if number == 0 else {})
         for number, (each, place) in enumerate(zip(metrics, places, strict=True))
@@ -135,7 +135,9 @@ class _Measure:
         self.identity = prepared.identity | {"metric": metric.describe()} | others
         self.record = prepared.record | {"metric": about}
         if others:
-            self.record["also"] = [also_place(number) for number in range(1, len(others["also"]) + 1)]
+            self.record["also"] = [
+                also_place(number) for number in range(1, len(others["further_metrics"]) + 1)
+            ]
         self.scores = np.full(self.identity["shape"], np.nan)
         self.noise_floor, self.folder = 0.0, None
         if path is not None:

@@ -8,7 +8,7 @@ it stays NaN and counts nowhere.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,14 +201,27 @@ def stability_of(
 
 
 def resample_counts(
-    prompts: int, resamples: int, least_distinct: int, rng: np.random.Generator
+    prompts: Sequence[Hashable], resamples: int, least_distinct: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """How often each resample holds each prompt, float64 [R, P]; draws of fewer distinct prompts are drawn again."""
-    counts = np.empty((resamples, prompts))
+    """How often each resample holds each prompt, float64 [R, P]; draws of fewer distinct prompts are drawn again.
+
+    prompts: equal ones are the same prompt. Raises InputError if most draws have too few distinct ones.
+    """
+    number = len(prompts)
+    contents = np.equal.outer(*[np.unique(np.asarray(prompts), return_inverse=True)[1].ravel()] * 2)
+    first = ~np.tril(contents, -1).any(axis=1)  # one of each content
+    counts = np.empty((resamples, number))
     left = np.arange(resamples)
     while left.size:
-        counts[left] = rng.multinomial(prompts, np.full(prompts, 1 / prompts), left.size)
-        left = left[(counts[left] > 0).sum(axis=1) < least_distinct]
+        counts[left] = rng.multinomial(number, np.full(number, 1 / number), left.size)
+        distinct = ((counts[left] @ contents)[:, first] > 0).sum(axis=1)
+        again = distinct < least_distinct
+        if left.size == resamples and again.mean() > 0.5:
+            raise InputError(
+                f"most resamples of {number} prompts have fewer than {least_distinct} distinct ones, which the rank "
+                "asks for: lower it, or take more prompts"
+            )
+        left = left[again]
     return counts
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import InputError
-from .results import SaharaResult, ShipsResult, SubspaceResult
+from .results import SaharaResult, ShipsResult, SubspaceResult, resampling_is_long
 from .statistics import Concentration, RankStability
 
 
@@ -61,11 +61,15 @@ def _score_name(result: ShipsResult) -> str:
 
 def _stability(result, k: int, *step: int) -> tuple[RankStability | None, str]:
     """The bootstrap over prompts; None and the reason where it cannot be."""
-    options = {} if isinstance(result, ShipsResult) else {"progress": True}
     if isinstance(result, ShipsResult) and result.scores.shape[0] == 1:
         return None, "one prompt: no intervals"
+    if resampling_is_long(result, *step):
+        return (
+            None,
+            "no intervals: resampling so many prompts and heads takes minutes; result.stability() does it",
+        )
     try:
-        return result.stability(k, *step, **options), ""
+        return result.stability(k, *step), ""
     except InputError as problem:  # too few prompts, a head scanned in part, or an infinite score
         return None, f"no intervals: {problem}"
 

@@ -37,7 +37,7 @@ def repeated(counts) -> list[list[int]]:
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_resample_is_a_scan_of_its_prompts(rank):
     result = scan(rank=rank, rows_per_block=5)
-    counts = resample_counts(len(PROMPTS), 6, rank + 1, np.random.default_rng(3))
+    counts = resample_counts(range(len(PROMPTS)), 6, rank + 1, np.random.default_rng(3))
     assert (counts.max(axis=1) > 1).sum() >= 5, "whole resamples"
     flat = result.grams.heads.reshape(LAYERS * HEADS, len(PROMPTS), -1)
     found = resampled_angle_deg(
@@ -60,7 +60,7 @@ def test_stability_is_of_scans_of_resampled_prompts():
     """Frequencies, ranks and the interval of a dozen resamples, each scanned; the jackknife by leaving prompts out."""
     seed, resamples, k = 5, 12, 4
     got = scan().stability(k, resamples=resamples, seed=seed, confidence=0.8)
-    counts = resample_counts(len(PROMPTS), resamples, 2, np.random.default_rng(seed))
+    counts = resample_counts(range(len(PROMPTS)), resamples, 2, np.random.default_rng(seed))
     angles = np.stack([scan(repeated(each)).angle_deg for each in counts])
     ranks = np.argsort(np.argsort(-angles.reshape(resamples, -1), axis=1), axis=1) + 1
     assert np.array_equal(got.top_k_frequency.ravel(), (ranks <= k).mean(axis=0))
@@ -201,7 +201,7 @@ def test_a_folder_without_them_says_so(tmp_path):
 
 
 def test_too_few_prompts_and_bad_settings():
-    with pytest.raises(InputError, match="2 prompts cannot be resampled at rank 1: take at least 3"):
+    with pytest.raises(InputError, match="2 distinct prompts cannot be resampled at rank 1: take at least 3"):
         scan(PROMPTS[:2]).stability()
     with pytest.raises(InputError, match="k must be a whole number"):
         scan().stability(0)
@@ -210,9 +210,9 @@ def test_too_few_prompts_and_bad_settings():
 
 
 def test_draws_with_too_few_distinct_prompts_are_drawn_again():
-    counts = resample_counts(4, 500, 3, np.random.default_rng(0))
+    counts = resample_counts(range(4), 500, 3, np.random.default_rng(0))
     assert (counts.sum(axis=1) == 4).all() and ((counts > 0).sum(axis=1) >= 3).all()
-    assert (resample_counts(4, 500, 1, np.random.default_rng(0)) > 0).sum(axis=1).min() < 3
+    assert (resample_counts(range(4), 500, 1, np.random.default_rng(0)) > 0).sum(axis=1).min() < 3
 
 
 @pytest.mark.parametrize("beam", [1, 3])
@@ -225,3 +225,44 @@ def test_every_score_of_a_search_comes_with_its_own(beam):
         both = map(torch.from_numpy, (result.grams.base, result.grams.heads[step][scored]))
         found = resampled_angle_deg(*both, 1, torch.ones(1, len(PROMPTS), dtype=torch.float64))
         np.testing.assert_allclose(found[0], angles[scored], rtol=0, atol=TOLERANCE_DEG)
+
+
+def test_copies_of_a_prompt_are_one_prompt():
+    counts = resample_counts([1, 1, 1, 1, 2, 3, 4, 5], 500, 3, np.random.default_rng(0))
+    contents = np.stack([counts[:, :4].sum(axis=1), *counts[:, 4:].T], 1)
+    assert ((contents > 0).sum(axis=1) >= 3).all()
+    with pytest.raises(InputError, match="2 distinct prompts cannot be resampled at rank 1"):
+        scan([PROMPTS[0], PROMPTS[0], PROMPTS[3]]).stability()
+
+
+def test_a_rank_that_most_resamples_cannot_have():
+    with pytest.raises(InputError, match="most resamples of 30 prompts have fewer than 29 distinct"):
+        resample_counts(range(30), 200, 29, np.random.default_rng(0))
+
+
+def test_memory_that_runs_out_loses_no_score(tmp_path, monkeypatch):
+    real, calls = shipsfast.dataset.gram_matrices, []
+
+    def fail_once(x):
+        calls.append(1)
+        if len(calls) == 2:  # the first is the base's
+            raise MemoryError("injected")
+        return real(x)
+
+    monkeypatch.setattr("shipsfast.dataset.gram_matrices", fail_once)
+    result = scan(out=tmp_path / "run")
+    loaded = shipsfast.load(tmp_path / "run")
+    assert len(calls) > 2 and np.isfinite(loaded.angle_deg).all()
+    np.testing.assert_array_equal(loaded.stability(2).low, result.stability(2).low)
+
+
+def test_a_long_resampling_is_not_begun_by_itself(monkeypatch):
+    from shipsfast.tables import as_json
+
+    result = search(group_size=1)
+    assert "top" in as_json(result, 3)["stability"][0]
+    monkeypatch.setattr("shipsfast.results.QUICK", 1)
+    monkeypatch.setattr(grams, "resampled_angle_deg", None)
+    assert "takes minutes" in as_json(result, 3)["stability"][0]["not_known"]
+    result.plot()
+    scan().plot()

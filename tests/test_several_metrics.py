@@ -64,9 +64,11 @@ def test_run_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(Wavefront, "run", None)  # nothing is computed again
     again = scan(METRICS, out=out)
     assert list(again.also) == NAMES[1:]
+    with pytest.raises(InputError, match="different further_metrics"):
+        scan("js", out=out)
     with pytest.raises(InputError, match="different metric"):
         scan(METRICS[::-1], out=out)
-    with pytest.raises(InputError, match="different also"):
+    with pytest.raises(InputError, match="different further_metrics"):
         scan([*METRICS[:3], "reverse_kl"], out=out)
 
 
@@ -112,3 +114,20 @@ def test_not_a_number_names_the_metric():
 
     with pytest.raises(InputError, match="the metric undefined is undefined|undefined"):
         shipsfast.scan(build(), PROMPTS, metric=["kl", undefined], heads=HEADS, progress=False)
+
+
+def test_killed_before_its_manifest(tmp_path, monkeypatch):
+    """A folder of a further metric is made, and its manifest is not written."""
+    real = shipsfast.runs.RunFolder.write_manifest
+
+    def write(self, record):
+        if self.path.name == "2":
+            raise KeyboardInterrupt
+        real(self, record)
+
+    monkeypatch.setattr("shipsfast.runs.RunFolder.write_manifest", write)
+    with pytest.raises(KeyboardInterrupt):
+        scan(METRICS, out=tmp_path / "run")
+    monkeypatch.undo()
+    assert list(shipsfast.load(tmp_path / "run").also) == NAMES[1:2]
+    assert list(scan(METRICS, out=tmp_path / "run").also) == NAMES[1:]
