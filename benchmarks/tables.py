@@ -38,10 +38,8 @@ def render() -> str:
                 f"{row['times_slower_than_shipsfast']:.2f} | {row['share_of_floor']:.0%} | {peak} |"
             )
         first = rows[0]
-        state = first["commit"] + (" with uncommitted changes" if first["dirty"] else "")
         origin = (
-            f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, {first['date']}, "
-            f"commit {state}; medians of interleaved runs ({first['runs']} of shipsfast); floor {first['floor_s']:.2f} s at "
+            f"{_origin(first)}; medians of interleaved runs ({first['runs']} of shipsfast); floor {first['floor_s']:.2f} s at "
             f"{first['gemm_gflops_per_s']:.0f} GFLOP/s measured in the same run."
         )
         lines += ["", origin]
@@ -52,6 +50,7 @@ def _sahara() -> list[str]:
     """What a Sahara search costs beside a KL scan."""
     lines = ["", "**Sahara beside a KL scan of the same prompts**", ""]
     lines += ["| prompts | KL scan, seconds | one step | three steps |", "|---|---:|---:|---:|"]
+    origins = []
     for case in CPU_CASES:
         prompts = f"{case.prompts} of {case.shared} shared + {case.own} own tokens"
         row = newest("sahara", case.name)
@@ -62,11 +61,24 @@ def _sahara() -> list[str]:
                 f"| {prompts} | {row['scan_median_s']:.2f} | {row['step_to_scan']:.2f} scans | "
                 f"{row['search_to_scan']:.2f} scans |"
             )
+            origins.append(_origin(row))
     return [
         *lines,
         "",
-        "The model and machine of the tables above; a search of one and of three heads, each between two scans. Its speed drifts from hour to hour: the ratios count.",
+        " ".join(
+            [
+                "The model of the tables above.",
+                *(f"{origin}." for origin in dict.fromkeys(origins)),
+                "A search of one and of three heads, each between two scans; the machine's speed drifts from hour to hour, so",
+                "that only ratios count.",
+            ]
+        ),
     ]
+
+
+def _origin(row: dict) -> str:
+    state = row["commit"] + (" with uncommitted changes" if row["dirty"] else "")
+    return f"{row['device']}, {row['threads']} threads, torch {row['versions']['torch']}, {row['date']}, commit {state}"
 
 
 def update_readme() -> bool:

@@ -25,7 +25,7 @@ from .grams import ROOM as GRAMS
 from .grams import Grams
 from .packing import PackedPrompts
 from .prepared import OutOfMemory, Prepared, prepare, run_blocks
-from .results import HEAD_COLUMNS, SubspaceResult
+from .results import HEAD_COLUMNS, SubspaceResult, stability_json
 from .subspaces import check_rank, gram_matrices, leading_subspace, singular_values, subspace_angle_deg
 
 
@@ -110,6 +110,7 @@ def scan_dataset(
     result = SubspaceResult(angles, angular.noise_floor, record, prepared.identity, grams)
     record["concentration"] = result.concentration().to_json()
     if folder is not None:
+        record["rank_stability"] = stability_json(result, 10)
         folder.write_manifest(record | {"status": "complete", "noise_floor": angular.noise_floor})
     return result
 

@@ -23,7 +23,7 @@ from .errors import InputError, whole_number
 from .grams import ROOM as GRAMS
 from .grams import Grams
 from .prepared import prepare
-from .results import STEP_COLUMNS, SaharaResult
+from .results import STEP_COLUMNS, SaharaResult, stability_json
 from .subspaces import check_rank
 
 TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
@@ -120,6 +120,7 @@ def sahara(
     result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, prepared.identity, grams)
     record["concentration"] = [result.concentration(step).to_json() for step in range(group_size)]
     if folder is not None:
+        record["rank_stability"] = [stability_json(result, 1, step) for step in range(group_size)]
         folder.write_manifest(record | result.outcome() | {"status": "complete", "noise_floor": noise_floor})
     return result
 

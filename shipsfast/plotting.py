@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .errors import InputError
-
-if TYPE_CHECKING:
-    from .results import SaharaResult, ShipsResult, SubspaceResult
+from .results import SaharaResult, ShipsResult, SubspaceResult, quick_stability
+from .statistics import Concentration
 
 LABELLED = 3  # heads named in the map
 BARS = 10  # heads beside it
@@ -48,16 +45,11 @@ def heatmap(
 
 def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
     """The top heads with bootstrap intervals, where they are known, and how much of the total they carry."""
-    from .results import resampling_is_long
-
     top = result.top(BARS)
-    try:
-        stability = None if resampling_is_long(result) else result.stability(BARS)
-    except InputError:  # one prompt, or not finished: bars only
-        stability = None
+    stability, _ = quick_stability(result, BARS)
     at = tuple(zip(*((s.layer, s.head) for s in top), strict=True))
     error = None
-    if stability is not None and top and np.isfinite(stability.low[at]).all():
+    if stability is not None:
         scores = np.array([s.score for s in top])
         # BCa intervals of skewed scores may lie beside the score
         error = np.maximum([scores - stability.low[at], stability.high[at] - scores], 0)
@@ -68,8 +60,7 @@ def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel(label, fontsize=7)
-    share = result.concentration().top_share.get(LABELLED, np.nan)
-    title = "" if np.isnan(share) else f"top {LABELLED} carry {share:.0%}"
+    title = _share(result.concentration())
     if error is not None:
         title += f"\n{stability.confidence:.0%} intervals, {stability.prompts} prompts resampled"
     axes.set_title(title, fontsize=8)
@@ -91,7 +82,10 @@ def steps(
             axes.plot(earlier[1], earlier[0], marker="x", color="black", markersize=5)
         layer, head = result.heads[step]
         _name(axes, layer, head, f"{layer}-{head}", result.angle_deg[step, layer, head], image)
-        axes.set_title(f"step {step + 1}: {result.scores[step]:.5g}°{_firm(result, step)}", fontsize=9)
+        axes.set_title(
+            f"step {step + 1}: {result.scores[step]:.5g}°{_firm(result, step)}\n{_share(result.concentration(step))}",
+            fontsize=9,
+        )
         if step:
             axes.set_ylabel("")
     figure.colorbar(image, ax=panels, label=label)
@@ -103,17 +97,17 @@ def steps(
     return _saved(figure, path)
 
 
+def _share(found: Concentration) -> str:
+    share = found.top_share[LABELLED]
+    return "" if np.isnan(share) else f"top {LABELLED} carry {share:.0%}"
+
+
 def _firm(result: SaharaResult, step: int) -> str:
     """How often resampled prompts choose the same head, where that is known."""
-    from .results import resampling_is_long
-
-    if resampling_is_long(result, step):
+    stability, _ = quick_stability(result, 1, step)
+    if stability is None:
         return ""
-    try:
-        frequency = result.stability(1, step).top_k_frequency[result.heads[step]]
-    except InputError:
-        return ""
-    return f"\nchosen in {frequency:.0%} of resamples"
+    return f"\nchosen in {stability.top_k_frequency[result.heads[step]]:.0%} of resamples"
 
 
 def _size(layers: int, heads: int) -> tuple[float, float]:

@@ -271,12 +271,28 @@ def _stability(result, angles: np.ndarray, grams: Grams | None, *settings) -> Ra
     return grams.stability(angles, result.identity["prompts"], result.identity["rank"], *settings)
 
 
-def resampling_is_long(result, *step: int) -> bool:
-    """Whether `stability` of this result takes minutes, so that it has to be asked for."""
-    if isinstance(result, ShipsResult) or result.grams is None:
-        return False
-    angles = result.angle_deg[step[0]] if step else result.angle_deg
-    return Grams.work(angles, len(result.grams.base)) > QUICK
+def quick_stability(result, k: int, *step: int) -> tuple[RankStability | None, str]:
+    """`stability` for tables, plots and run folders; None and the reason where it cannot be, or takes minutes."""
+    if isinstance(result, ShipsResult):
+        if result.scores.shape[0] == 1:
+            return None, "one prompt: no intervals"
+    elif result.grams is not None:
+        angles = result.angle_deg[step[0]] if step else result.angle_deg
+        if Grams.work(angles, len(result.grams.base)) > QUICK:
+            return (
+                None,
+                "no intervals: so many prompts and heads take minutes; result.stability(progress=True) does it",
+            )
+    try:
+        return result.stability(k, *step), ""
+    except InputError as problem:  # too few prompts, a head scanned in part, or an infinite score
+        return None, f"no intervals: {problem}"
+
+
+def stability_json(result, k: int, *step: int) -> dict:
+    """The same for run.json, and for a program to read."""
+    stability, problem = quick_stability(result, k, *step)
+    return {"not_known": problem} if stability is None else stability.to_json()
 
 
 @dataclass

@@ -55,6 +55,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def _unfinished(path: Path) -> bool:
+    """Is it what a run leaves that was killed while it wrote its first manifest?"""
+    return path.name.startswith(f".{MANIFEST}.")
+
+
 def _umask() -> int:
     """The process's umask; temporary files are made readable by their owner only, results should not be."""
     mask = os.umask(0)
@@ -98,16 +103,11 @@ class RunFolder:
         if (self.path / MANIFEST).exists():
             self.previous = read_manifest(self.path)
             self._check(self.previous)
-        elif self.path.exists() and (not self.path.is_dir() or not self._untouched()):
+        elif self.path.exists() and (
+            not self.path.is_dir() or not all(map(_unfinished, self.path.iterdir()))
+        ):
             raise InputError(f"{self.path} exists and is not a shipsfast run: choose another output folder")
-        (self.path / SCORES).mkdir(parents=True, exist_ok=True)
-
-    def _untouched(self) -> bool:
-        """Nothing there but what a run leaves that was killed before its manifest."""
-        ours = (SCORES, f".{MANIFEST}.")
-        return all(
-            each.name == ours[0] or each.name.startswith(ours[1]) for each in self.path.iterdir()
-        ) and not any((self.path / SCORES).glob("*"))
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def _check(self, manifest: dict) -> None:
         before = manifest["identity"]

@@ -134,10 +134,6 @@ class _Measure:
         about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
         self.identity = prepared.identity | {"metric": metric.describe()} | others
         self.record = prepared.record | {"metric": about}
-        if others:
-            self.record["also"] = [
-                also_place(number) for number in range(1, len(others["further_metrics"]) + 1)
-            ]
         self.scores = np.full(self.identity["shape"], np.nan)
         self.noise_floor, self.folder = 0.0, None
         if path is not None:

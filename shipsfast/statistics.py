@@ -208,14 +208,13 @@ def resample_counts(
     prompts: equal ones are the same prompt. Raises InputError if most draws have too few distinct ones.
     """
     number = len(prompts)
-    contents = np.equal.outer(*[np.unique(np.asarray(prompts), return_inverse=True)[1].ravel()] * 2)
-    first = ~np.tril(contents, -1).any(axis=1)  # one of each content
+    _, content = np.unique(np.asarray(prompts), return_inverse=True)
+    belongs = np.eye(content.max() + 1)[content]  # [P, distinct prompts]
     counts = np.empty((resamples, number))
     left = np.arange(resamples)
     while left.size:
         counts[left] = rng.multinomial(number, np.full(number, 1 / number), left.size)
-        distinct = ((counts[left] @ contents)[:, first] > 0).sum(axis=1)
-        again = distinct < least_distinct
+        again = (counts[left] @ belongs > 0).sum(axis=1) < least_distinct
         if left.size == resamples and again.mean() > 0.5:
             raise InputError(
                 f"most resamples of {number} prompts have fewer than {least_distinct} distinct ones, which the rank "

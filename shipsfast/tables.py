@@ -8,9 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .errors import InputError
-from .results import SaharaResult, ShipsResult, SubspaceResult, resampling_is_long
-from .statistics import Concentration, RankStability
+from .results import SaharaResult, ShipsResult, SubspaceResult, quick_stability, stability_json
+from .statistics import Concentration
 
 
 def show(result, top: int, out: Path | None = None, console: Console | None = None) -> None:
@@ -40,13 +39,13 @@ def as_json(result, top: int, out: Path | None = None) -> dict:
         return result.outcome() | shared | {
             "angle_deg": result.scores,
             "concentration": [result.concentration(step).to_json() for step in count],
-            "stability": [_or_reason(*_stability(result, 1, step)) for step in count],
+            "stability": [stability_json(result, 1, step) for step in count],
         }  # fmt: skip
     name = "angle_deg" if isinstance(result, SubspaceResult) else _score_name(result)
     body = shared | {
         "top": [{"layer": s.layer, "head": s.head, name: s.score} for s in result.top(top)],
         "concentration": result.concentration().to_json(),
-        "stability": _or_reason(*_stability(result, top)),
+        "stability": stability_json(result, top),
     }
     if isinstance(result, ShipsResult):
         body |= {"metric": result.metric, "prompts": int(result.scores.shape[0])}
@@ -57,25 +56,6 @@ def as_json(result, top: int, out: Path | None = None) -> dict:
 
 def _score_name(result: ShipsResult) -> str:
     return "mean_kl_nats" if result.metric["name"] == "kl" else "mean_score"
-
-
-def _stability(result, k: int, *step: int) -> tuple[RankStability | None, str]:
-    """The bootstrap over prompts; None and the reason where it cannot be."""
-    if isinstance(result, ShipsResult) and result.scores.shape[0] == 1:
-        return None, "one prompt: no intervals"
-    if resampling_is_long(result, *step):
-        return (
-            None,
-            "no intervals: resampling so many prompts and heads takes minutes; result.stability() does it",
-        )
-    try:
-        return result.stability(k, *step), ""
-    except InputError as problem:  # too few prompts, a head scanned in part, or an infinite score
-        return None, f"no intervals: {problem}"
-
-
-def _or_reason(stability: RankStability | None, problem: str) -> dict:
-    return {"not_known": problem} if stability is None else stability.to_json()
 
 
 def _grid(*names: str) -> Table:
@@ -90,8 +70,8 @@ def _weak(result, layer: int, head: int) -> str:
 
 
 def _ranking(result, top: int, score: str, console: Console) -> None:
-    """The top heads, how firm their order is, how much of the total they carry, and how many are noise."""
-    stability, problem = _stability(result, top)
+    """The top heads, and how firm their order is."""
+    stability, problem = quick_stability(result, top)
     names = ["rank", f"layer-{result.unit}", score]
     if stability is not None:
         names += [f"{stability.confidence:.0%} interval", "rank interval", f"in top {stability.k}"]
@@ -163,7 +143,7 @@ def _sahara(result: SaharaResult, _top: int, console: Console) -> None:
     console.print(
         f"Sahara: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}", soft_wrap=True
     )
-    firm = [_stability(result, 1, step) for step in range(len(result.heads))]
+    firm = [quick_stability(result, 1, step) for step in range(len(result.heads))]
     table = _grid("step", f"layer-{result.unit}", "degrees", "next best")
     if firm[0][0] is not None:
         for name in (f"{firm[0][0].confidence:.0%} interval", "chosen again"):

@@ -160,6 +160,13 @@ def test_run_folders_keep_them(tmp_path, how):
             np.testing.assert_array_equal(got[..., *lower], want[..., *lower])
             np.testing.assert_array_equal(got, np.swapaxes(got, -1, -2))
         np.testing.assert_allclose(loaded.stability(2).low, result.stability(2).low, rtol=0, atol=1e-9)
+        if how == "scan":
+            kept = loaded.record["rank_stability"]
+            assert kept == (
+                result.stability(10).to_json()
+                if run is scan
+                else [result.stability(1, s).to_json() for s in (0, 1)]
+            )
 
 
 @pytest.mark.parametrize("run", [scan, search])
@@ -263,6 +270,6 @@ def test_a_long_resampling_is_not_begun_by_itself(monkeypatch):
     assert "top" in as_json(result, 3)["stability"][0]
     monkeypatch.setattr("shipsfast.results.QUICK", 1)
     monkeypatch.setattr(grams, "resampled_angle_deg", None)
-    assert "takes minutes" in as_json(result, 3)["stability"][0]["not_known"]
+    assert "take minutes" in as_json(result, 3)["stability"][0]["not_known"]
     result.plot()
     scan().plot()

@@ -133,7 +133,7 @@ def test_a_score_that_is_not_a_number_ends_the_scan(tmp_path):
     model = build(dtype=torch.float32)
     with pytest.raises(shipsfast.InputError, match="head 0-0 on prompt . is not a number"):
         scan(tmp_path / "run", model, scale=1e300)
-    assert list((tmp_path / "run" / "scores").iterdir()) == []
+    assert not (tmp_path / "run" / "scores").exists()
 
 
 def test_another_config_is_another_model():
@@ -194,3 +194,14 @@ def test_out_of_memory_halves_and_gives_the_same_numbers(monkeypatch):
     assert failures
     np.testing.assert_allclose(result.kl, whole.kl, rtol=0, atol=1e-12)
     assert result.record["plan"]["chunk_tokens"] < whole.record["plan"]["chunk_tokens"]
+
+
+def test_killed_while_the_first_manifest_was_written(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.abc.tmp").write_text("{")
+    scan(tmp_path / "run")
+    assert shipsfast.load(tmp_path / "run").record["status"] == "complete"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(shipsfast.InputError, match="is not a shipsfast run"):
+        scan(tmp_path / "other")

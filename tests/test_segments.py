@@ -36,29 +36,28 @@ CASES = [
 ]
 
 
-def segment_attention(case: Case, args, options) -> torch.Tensor:
-    """segments.segment_attention with the arguments of reference.tree_attention."""
+def tree(case: Case, options: dict) -> tuple[packing.PackedPrompts, dict, dict]:
+    """The packed prompts, the arguments that cut them into blocks, and the options that are left."""
     options = dict(options)
     query_index = options.pop("query_index", None)
-    plan = segments.plan_segments(
-        packing.pack(make_prompts(case.tree)),
-        window=options.pop("window"),
-        query_index=None if query_index is None else query_index.numpy(),
-        device=torch.device("cpu"),
-    )
+    cut = {
+        "window": options.pop("window"),
+        "query_index": None if query_index is None else query_index.numpy(),
+    }
+    return packing.pack(make_prompts(case.tree)), cut, options
+
+
+def segment_attention(case: Case, args, options) -> torch.Tensor:
+    """segments.segment_attention with the arguments of reference.tree_attention."""
+    packed, cut, options = tree(case, options)
+    plan = segments.plan_segments(packed, **cut, device=torch.device("cpu"))
     return segments.segment_attention(*args[:5], plan, **options)
 
 
 def cpp(case: Case, args, options) -> torch.Tensor:
     """cpp_attention.cpp_attention likewise."""
-    options = dict(options)
-    query_index = options.pop("query_index", None)
-    plan = cpp_attention.plan_blocks(
-        packing.pack(make_prompts(case.tree)),
-        window=options.pop("window"),
-        query_index=None if query_index is None else query_index.numpy(),
-    )
-    return cpp_attention.cpp_attention(*args[:5], plan, **options)
+    packed, cut, options = tree(case, options)
+    return cpp_attention.cpp_attention(*args[:5], cpp_attention.plan_blocks(packed, **cut), **options)
 
 
 built, why_not_built = extension_status()

@@ -1,6 +1,5 @@
 """Several metrics in one scan: the numbers of scans of their own, one read of the logits, run folders that continue."""
 
-import json
 import shutil
 
 import numpy as np
@@ -59,7 +58,6 @@ def test_run_folders(tmp_path, monkeypatch):
         np.testing.assert_allclose(got.scores, want.scores, rtol=1e-12, atol=1e-15)
         assert got.record["status"] == "complete" and got.metric == want.metric
     assert shipsfast.load(out / "also" / "2").metric["name"] == "kl"
-    assert json.loads((out / "run.json").read_text())["also"] == ["also/1", "also/2", "also/3"]
 
     monkeypatch.setattr(Wavefront, "run", None)  # nothing is computed again
     again = scan(METRICS, out=out)
@@ -112,7 +110,7 @@ def test_not_a_number_names_the_metric():
     def undefined(base_logits, ablated_logits, prompt_index):
         return ablated_logits[:, 0] * (0 if len(ablated_logits) == 1 else float("nan"))
 
-    with pytest.raises(InputError, match="the metric undefined is undefined|undefined"):
+    with pytest.raises(InputError, match="or the metric .*undefined is undefined"):
         shipsfast.scan(build(), PROMPTS, metric=["kl", undefined], heads=HEADS, progress=False)
 
 
