@@ -13,8 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -22,31 +20,21 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "ships_attention.h"
 #include "ships_cpu.h"
 #include "ships_exp.h"
-
-#define SHIPS_ALWAYS_INLINE inline __attribute__((always_inline))
 
 // Vectors are passed between functions that are always inlined, so their ABI never shows.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace {
 
-using shipsfast::exp_of;
+using namespace shipsfast;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kTile = 64;     // keys at a time
 constexpr int kQueries = 6;   // queries at a time: with two vectors each, twelve accumulators
-enum Replace : int8_t { kReplaceQ = 1, kReplaceK = 2, kReplaceOut = 4 };
-
-// A tensor whose last dimension is contiguous; a dimension of size 1 stands for any size.
-template <typename T>
-struct View {
-  const T* data;
-  int64_t strides[3];
-  const T* at(int64_t i, int64_t j, int64_t k) const { return data + i * strides[0] + j * strides[1] + k * strides[2]; }
-};
 
 struct Shape {
   int64_t rows, heads, kv_heads, queries, size, out_size;
@@ -351,24 +339,11 @@ SHIPS_TARGET_AVX512 void run_avx512(const Call<T>& call, int64_t begin, int64_t 
 template <typename T>
 auto variant() -> void (*)(const Call<T>&, int64_t, int64_t, Scratch<T>&) {
 #if SHIPS_X86_VARIANTS
-  const shipsfast::Isa isa = shipsfast::choose_isa();
-  if (isa == shipsfast::Isa::kAvx512) return &run_avx512<T>;
-  if (isa == shipsfast::Isa::kAvx2) return &run_avx2<T>;
+  const Isa isa = choose_isa();
+  if (isa == Isa::kAvx512) return &run_avx512<T>;
+  if (isa == Isa::kAvx2) return &run_avx2<T>;
 #endif
   return &run_default<T>;
-}
-
-void require(bool condition, const char* expected) {
-  if (!condition) throw std::runtime_error(std::string("shipsfast::tree_attention: expected ") + expected);
-}
-
-template <typename T>
-View<T> view(const Tensor& tensor, std::vector<int64_t> dims) {
-  View<T> out{static_cast<const T*>(tensor.const_data_ptr()), {0, 0, 0}};
-  for (size_t i = 0; i < dims.size(); ++i) {
-    if (dims[i] >= 0 && tensor.size(dims[i]) > 1) out.strides[i] = tensor.stride(dims[i]);
-  }
-  return out;
 }
 
 template <typename T>
@@ -408,14 +383,13 @@ bool table(const Tensor& tensor, int64_t dims, int64_t columns) {
          (dims == 1 || tensor.size(1) == columns);
 }
 
-bool contiguous_last(const Tensor& tensor) {
-  return tensor.size(tensor.dim() - 1) == 1 || tensor.stride(tensor.dim() - 1) == 1;
-}
-
 void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale,
                     const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt, const Tensor& k_alt,
                     const Tensor& out_alt, const Tensor& blocks, const Tensor& queries, const Tensor& keys,
                     double scaling, double softcap, Tensor out) {
+  const auto require = [](bool condition, const char* expected) {
+    shipsfast::require("tree_attention", condition, expected);
+  };
   require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && out.dim() == 4 && out.is_contiguous(),
           "q, k and v [B, heads, T, D], and a contiguous out [B, TQ, H, D of v]");
   const ScalarType type = q.scalar_type();

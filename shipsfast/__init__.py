@@ -10,8 +10,12 @@ from ._version import __version__
 _PUBLIC = {
     "Ablation": "ablation",
     "ablate": "ablation",
+    "EvalResult": "evaluation",
+    "evaluate": "evaluation",
+    "generate": "generation",
     "HeadScore": "results",
     "InputError": "errors",
+    "KeywordJudge": "refusal",
     "ShipsResult": "results",
     "UnsupportedModelError": "errors",
     "load": "results",
@@ -22,6 +26,7 @@ _PUBLIC = {
     "SubspaceResult": "results",
     "sahara": "greedy",
     "scan": "ships",
+    "scan_asr": "asr",
     "scan_dataset": "dataset",
 }
 

@@ -51,8 +51,8 @@ def last_logits_only(model: PreTrainedModel) -> dict:
     return {"logits_to_keep": 1} if takes else {}
 
 
-def check_model(model, token_ids: list[list[int]]) -> None:
-    """Raises InputError for an object that is no model, and for prompts that do not fit it."""
+def check_model(model, token_ids: list[list[int]], new_tokens: int = 0) -> None:
+    """Raises InputError for an object that is no model, and for prompts that do not fit it with what follows them."""
     if not isinstance(model, PreTrainedModel):
         raise InputError(
             f"expected a transformers causal language model, got {type(model).__name__}: "
@@ -81,6 +81,11 @@ def check_model(model, token_ids: list[list[int]]) -> None:
         if context is not None and len(ids) > context:
             raise InputError(
                 f"prompt {i} has {len(ids)} tokens, and the model's context is {context}: shorten or remove it"
+            )
+        if context is not None and len(ids) + new_tokens > context:
+            raise InputError(
+                f"prompt {i} has {len(ids)} tokens, and the model's context is {context}: that leaves no room for "
+                f"{new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
             )
         if not (0 <= min(ids) and max(ids) < vocabulary):
             raise InputError(f"prompt {i} has token ids outside the model's vocabulary of {vocabulary}")

@@ -2,7 +2,7 @@
 
 It is registered with transformers' AttentionInterface under two names: `shipsfast_tree` for scans, where
 the tokens are a packed prefix tree, and `shipsfast_dense` for `ablate`, where the model is driven as usual
-with padding, cache and dense masks. What it has to do is not global: each attention module carries it in
+with padding, cache and dense masks. A decode step of `generate` goes by the first name too: its calls bring the cache. What it has to do is not global: each attention module carries it in
 an attribute for as long as `installed` lasts. It uses what a model passes to attention, or refuses it by name.
 """
 
@@ -63,7 +63,7 @@ def _no_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, the model is in {str(dtype).removeprefix('torch.')}"
     built, reason = extension_status()
-    if built and not hasattr(torch.ops.shipsfast, "tree_attention"):
+    if built and not hasattr(torch.ops.shipsfast, "decode_attention"):
         return "the extension is of an older version: build it again"
     return None if built else reason
 
@@ -142,6 +142,9 @@ class TreeCall:
         None  # use these keys and values; queries are the trimmed ones
     )
     tap: Callable[[torch.Tensor], None] | None = None  # is shown the heads' outputs [B, TQ, H, D]
+    keep: Callable[[torch.Tensor, torch.Tensor], None] | None = (
+        None  # is shown keys and values [B, HKV, T, D]
+    )
 
 
 class Captured(Exception):
@@ -149,6 +152,16 @@ class Captured(Exception):
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.kv = (key, value)
+
+
+@dataclass
+class DecodeCall:
+    """One call of a layer in a decode step: one new token per row, earlier ones in a cache.
+
+    attend(q [B, H, D], k, v [B, HKV, D], scaling, softcap) -> [B, H, DV]
+    """
+
+    attend: Callable[..., torch.Tensor]
 
 
 @dataclass
@@ -218,6 +231,9 @@ def ablated_attention(
     call = getattr(module, ATTRIBUTE, None)
     if isinstance(call, TreeCall):
         return _tree(call, query, key, value, scaling, softcap), None
+    if isinstance(call, DecodeCall):
+        out = call.attend(*(x[:, :, 0] for x in (query, key, value)), scaling, softcap)
+        return out[:, None], None
     if isinstance(call, DenseCall):
         return _dense(call, module, query, key, value, attention_mask, scaling, softcap), None
     raise UnsupportedModelError(f"{type(module).__name__} was not found when the model was inspected")
@@ -226,6 +242,8 @@ def ablated_attention(
 def _tree(call: TreeCall, query, key, value, scaling, softcap) -> torch.Tensor:
     if call.capture:
         raise Captured(key, value)
+    if call.keep is not None:
+        call.keep(key, value)
     trimmed = call.kv is not None
     if call.kv is not None:
         key, value = call.kv

@@ -61,6 +61,12 @@ class PackedPrompts:
             segment = self.segments[segment].parent
         return out[::-1]
 
+    def path_nodes(self, prompt: int) -> np.ndarray:
+        """The nodes of a prompt's tokens in their order, int64 [its length]."""
+        end = self.last_index[prompt]
+        before = np.arange(end + 1)
+        return before[self.subtree_end[: end + 1] > end]
+
 
 def pack(prompts: Sequence[Sequence[int]]) -> PackedPrompts:
     """Pack token-id lists into a prefix tree.

@@ -8,14 +8,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .results import SaharaResult, ShipsResult, SubspaceResult, quick_stability
+from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, quick_stability
 from .statistics import Concentration
 
 LABELLED = 3  # heads named in the map
 BARS = 10  # heads beside it
 BARS_INCHES = 3.2
 CELL_INCHES = 0.32
-NOISE_NOTE = "dot: not above the noise floor"
 
 
 def heatmap(
@@ -36,7 +35,7 @@ def heatmap(
     figure.colorbar(image, ax=axes).set_label(label, fontsize=8)
     figure.get_layout_engine().set(wspace=0.06)
     if weak.any():
-        _note(axes, NOISE_NOTE)
+        _note(axes, f"dot: not above {floor_name(result)}")
     _bars(bars, result, label)
     ablation = result.record.get("ablation")
     figure.suptitle(f"{title}\nablation: {ablation}" if ablation else title, fontsize=10)

@@ -27,12 +27,8 @@ LAYER_PATHS = ("auto", "model", "fused")
 
 
 @dataclass
-class Prepared:
-    """A scan that is ready to run.
-
-    units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
-    identity: what makes two scans the same, for run folders; record: what runs, for run.json.
-    """
+class Subject:
+    """A model, prompts and an ablation that fit together, and how they will run."""
 
     model: PreTrainedModel
     anatomy: Anatomy
@@ -41,13 +37,41 @@ class Prepared:
     other_ids: list[list[int]] | None  # the prompts of `mean` and `resample`
     unit: str
     num_units: int  # of a layer
-    units: list[Head]
     device: torch.device
     backend: str
     fused: bool
+    record: dict  # what runs, for run.json
+
+    def describe(self, kind: str) -> dict:
+        """What makes two runs the same, for run folders."""
+        ablation = {
+            "kind": self.how.kind,
+            "logit_scale": self.how.logit_scale,
+            "output_scale": self.how.output_scale,
+        }
+        if self.other_ids is not None:
+            ablation["prompts"] = runs.prompt_hashes(self.other_ids)
+        return {
+            "kind": kind,
+            "fingerprint": runs.fingerprint(self.model),
+            "prompts": runs.prompt_hashes(self.token_ids),
+            "ablation": ablation,
+            "unit": self.unit,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+
+@dataclass
+class Prepared(Subject):
+    """A scan that is ready to run.
+
+    units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
+    identity: what makes two scans the same, for run folders.
+    """
+
+    units: list[Head]
     plan: Plan
     identity: dict
-    record: dict
     tree_ids: list[list[int]] = field(default_factory=list)  # the prompts as they are packed
     _pairs: object = None
     _mean: list[torch.Tensor] | None = None
@@ -117,61 +141,84 @@ def prepare(
 
     Raises InputError or UnsupportedModelError, as `scan` does.
     """
+    subject = look_at(
+        model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,
+        layers=layers,
+    )  # fmt: skip
+    anatomy, token_ids = subject.anatomy, subject.token_ids
+    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
+    units = check_heads(grid, anatomy.num_layers, subject.num_units, unit)
+    resample = subject.how.kind == "resample"
+    tree_ids, pairs = pair_ids(token_ids, subject.other_ids) if resample else (token_ids, None)
+    hidden = anatomy.hidden_size * model.dtype.itemsize
+    # A half-precision output head on a CPU is copied to float32 while a scan runs.
+    wide_head = (
+        head_precision(model) == "float32" and model.dtype.itemsize < 4 and subject.device.type == "cpu"
+    )
+    plan = make_plan(
+        anatomy, tree_ids, len(units), device=subject.device, dtype=model.dtype, max_memory=max_memory,
+        chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
+        extra_rows=anatomy.num_layers * resample,
+        kept_per_row_bytes=len(token_ids) * hidden * keep_hidden,
+        kept_bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+    )  # fmt: skip
+    shape = [len(token_ids), anatomy.num_layers, subject.num_units]
+    identity = subject.describe(kind) | {
+        "heads": "all" if len(units) == shape[1] * shape[2] else [list(h) for h in units],
+        "shape": shape,
+    }
+    subject.record["head_precision"] = head_precision(model)
+    return Prepared(
+        **vars(subject), units=units, plan=plan, identity=identity, tree_ids=tree_ids, _pairs=pairs
+    )
+
+
+def look_at(
+    model: PreTrainedModel,
+    prompts: Sequence,
+    tokenizer,
+    *,
+    template: str,
+    ablation: str | Ablation,
+    scale: float,
+    unit: str,
+    backend: str,
+    layers: str,
+    new_tokens: int = 0,
+) -> Subject:
+    """Arguments as in `scan`. new_tokens: how many may follow each prompt.
+
+    Raises InputError or UnsupportedModelError, as `scan` does.
+    """
     how = as_ablation(ablation, scale)
     token_ids = to_token_ids(prompts, tokenizer, template)
-    check_model(model, token_ids)
+    check_model(model, token_ids, new_tokens)
     others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
     if others is not None:
         try:
             check_model(model, others)
         except InputError as error:
             raise InputError(f"in the prompts of ablation {how.kind}: {error}") from error
-    everything = token_ids + (others or [])
-    anatomy = inspect_model(model, max(token_ids, key=len), max(map(len, everything)))
+    longest = max(map(len, token_ids)) + new_tokens
+    if others is not None:
+        longest = max(longest, *map(len, others))
+    anatomy = inspect_model(model, max(token_ids, key=len), longest)
     if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
-        raise InputError("the model is inside shipsfast.ablate: leave that context before scanning")
+        raise InputError("the model is inside shipsfast.ablate: leave that context first")
     num_units = check_unit(unit, anatomy)
-    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
-    units = check_heads(grid, anatomy.num_layers, num_units, unit)
     device = input_device(model)
     resolved = resolve_backend(backend, device, model.dtype)
     use_fused = _use_fused(layers, anatomy, model.dtype, device)
-    tree_ids, pairs = pair_ids(token_ids, others) if how.kind == "resample" else (token_ids, None)
-    hidden = anatomy.hidden_size * model.dtype.itemsize
-    # A half-precision output head on a CPU is copied to float32 while a scan runs.
-    wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
-    plan = make_plan(
-        anatomy, tree_ids, len(units), device=device, dtype=model.dtype, max_memory=max_memory,
-        chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
-        extra_rows=anatomy.num_layers * (how.kind == "resample"),
-        kept_per_row_bytes=len(token_ids) * hidden * keep_hidden,
-        kept_bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
-    )  # fmt: skip
-    shape = [len(token_ids), anatomy.num_layers, num_units]
-    identity = {
-        "kind": kind,
-        "fingerprint": runs.fingerprint(model),
-        "prompts": runs.prompt_hashes(token_ids),
-        "ablation": {"kind": how.kind, "logit_scale": how.logit_scale, "output_scale": how.output_scale},
-        "unit": unit,
-        "heads": "all" if len(units) == shape[1] * shape[2] else [list(h) for h in units],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "shape": shape,
-    }
-    if others is not None:
-        identity["ablation"]["prompts"] = runs.prompt_hashes(others)
     record = describe_run(model, anatomy, device) | {
         "ablation": how.describe(),
         "template": template,
         "attention_backend": resolved,
         "layers": "fused" if use_fused else "model",
         "kl_backend": kl_backend(device),
-        "head_precision": head_precision(model),
     }
-    return Prepared(
-        model, anatomy, token_ids, how, others, unit, num_units, units, device, resolved, use_fused, plan,
-        identity, record, tree_ids, pairs,
-    )  # fmt: skip
+    return Subject(
+        model, anatomy, token_ids, how, others, unit, num_units, device, resolved, use_fused, record
+    )
 
 
 def _use_fused(layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> bool:
@@ -200,7 +247,7 @@ def run_blocks(
                 done = bar.n
                 run(units[part])
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             bar.update(done - bar.n)
             if torch.cuda.is_available():
@@ -217,7 +264,7 @@ class OutOfMemory(InputError):
     """There is no smaller plan for this group of prompts."""
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """A CPU that cannot allocate says so in a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 

@@ -98,6 +98,75 @@ def tree_attention(
     return out.transpose(1, 2).contiguous()
 
 
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot: torch.Tensor,
+    length: torch.Tensor,
+    logit_scale: torch.Tensor,
+    output_scale: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    replace: torch.Tensor | None = None,
+    q_alt: torch.Tensor | None = None,
+    k_alt: torch.Tensor | None = None,
+    out_alt: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Masked attention of one new query per entry over a key/value cache, with a mask vector per entry and head.
+
+        o[n, h] = output_scale[n, h] * softmax(cap(logit_scale[n, h] * scaling * q k^T)) v
+        cap(x) = softcap * tanh(x / softcap), or x without softcap
+
+    over the visible positions of the entry's slot: length - window .. length - 1, or 0 .. length - 1 without a
+    window. What the cache holds at other positions may be anything, NaN included, and changes nothing.
+
+    Args:
+        q: [N, H, D], one query for each entry; k_cache: [S, HKV, C, D] and v_cache: [S, HKV, C, D of v], slots of C
+            positions, with HKV dividing H (grouped-query attention).
+        slot: int [N], whose cache an entry reads. Several entries may read one slot, and some slots none.
+        length: int [N], how many positions of the slot hold keys, 1..C; the newest key is at length - 1.
+        logit_scale, output_scale: [N, H] float; 1 leaves the head as it is. A head whose output_scale
+            is 0 gives exactly 0.
+        window: sliding window in tokens, counting the new one, None for no window.
+        replace: int8 [N, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT for each entry and query head, 0 for a
+            head that keeps its own; None for no replacement, and the three below are not looked at.
+        q_alt: [N or 1, D], the query of a head flagged REPLACE_Q.
+        k_alt: [S, C, D], a cache of the keys of a head flagged REPLACE_K; others of its group keep theirs.
+        out_alt: [H or 1, D of v], the output of a head flagged REPLACE_OUT.
+            All three in q's dtype; None where no head is flagged for it.
+    Returns:
+        [N, H, D of v] in q's dtype, contiguous.
+    Raises:
+        ValueError: `replace` asks for vectors that are not given.
+    """
+    slot = slot.long()
+    groups = q.shape[1] // k_cache.shape[1]
+    k, v = (x[slot].repeat_interleave(groups, dim=1) for x in (k_cache, v_cache))  # [N, H, C, D]
+    ago = length[:, None] - torch.arange(k.shape[2], device=q.device)  # [N, C], 1 for the newest key
+    seen = (ago >= 1) if window is None else (ago >= 1) & (ago <= window)
+    logits = torch.matmul(q[:, :, None], k.transpose(-1, -2)) * scaling  # [N, H, 1, C]
+    if replace is not None:
+        require_replacements(replace, q_alt, k_alt, out_alt)
+        flagged = lambda flags: (replace & flags != 0)[:, :, None, None]
+        query = q if q_alt is None else torch.where(flagged(REPLACE_Q)[..., 0], q_alt[:, None], q)
+        key = k if k_alt is None else torch.where(flagged(REPLACE_K), k_alt[slot][:, None], k)
+        other = torch.matmul(query[:, :, None], key.transpose(-1, -2)) * scaling
+        logits = torch.where(flagged(REPLACE_Q | REPLACE_K), other, logits)
+    logits = logits * logit_scale.to(q.dtype)[:, :, None, None]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = torch.softmax(logits.masked_fill(~seen[:, None, None], float("-inf")), dim=-1)
+    # A weight of 0 does not hide a value that is not finite.
+    out = torch.matmul(weights, v.masked_fill(~seen[:, None, :, None], 0))[:, :, 0]
+    if replace is not None and out_alt is not None:
+        out = torch.where(flagged(REPLACE_OUT)[..., 0], out_alt, out)
+    off = (output_scale == 0)[:, :, None]
+    return (out * output_scale.to(q.dtype)[:, :, None]).masked_fill(off, 0).contiguous()
+
+
 def require_replacements(
     replace: torch.Tensor,
     q_alt: torch.Tensor | None,

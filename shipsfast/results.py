@@ -187,6 +187,15 @@ def column(metric: dict) -> str:
     return "kl_nats" if metric["name"] == "kl" else "score"
 
 
+def floor_name(result) -> str:
+    """What scores are compared with before they count as anything."""
+    return (
+        result.metric.get("floor", "the noise floor")
+        if isinstance(result, ShipsResult)
+        else "the noise floor"
+    )
+
+
 def _label(metric: dict) -> str:
     return metric["label"] + (f", {metric['unit']}" if metric["unit"] else "")
 
@@ -412,13 +421,19 @@ class SaharaResult:
         return cls(heads, angles, beams, manifest.get("noise_floor") or 0.0, manifest, identity, grams)
 
 
-def load(folder: str | Path) -> ShipsResult | SubspaceResult | SaharaResult:
-    """Read any run folder: what `scan`, `scan_dataset` or `sahara` left there.
+def load(folder: str | Path):
+    """Read any run folder: the ShipsResult, SubspaceResult, SaharaResult or EvalResult of what was run there.
 
     Raises InputError if it is missing, damaged, or of a search that is not finished.
     """
     kinds = {"ships": ShipsResult, "subspace": SubspaceResult, "sahara": SaharaResult}
     kind = read_manifest(Path(folder))["identity"].get("kind")
+    if kind == "evaluate":
+        from .evaluation import EvalResult  # it imports this file
+
+        return EvalResult.load(folder)
     if kind not in kinds:
-        raise InputError(f"{folder} holds a run of kind {kind!r}, expected one of {', '.join(kinds)}")
+        raise InputError(
+            f"{folder} holds a run of kind {kind!r}, expected one of {', '.join([*kinds, 'evaluate'])}"
+        )
     return kinds[kind].load(folder)

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .results import SaharaResult, ShipsResult, SubspaceResult, quick_stability, stability_json
+from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, quick_stability, stability_json
 from .statistics import Concentration
 
 
@@ -66,7 +66,7 @@ def _grid(*names: str) -> Table:
 
 
 def _weak(result, layer: int, head: int) -> str:
-    return "" if result.above_noise()[layer, head] else " (not above the noise floor)"
+    return "" if result.above_noise()[layer, head] else f" (not above {floor_name(result)})"
 
 
 def _ranking(result, top: int, score: str, console: Console) -> None:
@@ -109,7 +109,9 @@ def _concentration(found: Concentration, unit: str, of: str, console: Console) -
 def _noise(result, unit: str) -> str:
     weak = int((~np.isnan(result.mean())).sum() - result.above_noise().sum())
     left = f"{weak} {result.unit}s not above it" if weak else "all above it"
-    return f"noise floor {result.noise_floor:.2g}{' ' * bool(unit)}{unit}, {left}"
+    return (
+        f"{floor_name(result).removeprefix('the ')} {result.noise_floor:.2g}{' ' * bool(unit)}{unit}, {left}"
+    )
 
 
 def _ships(result: ShipsResult, top: int, console: Console) -> None:

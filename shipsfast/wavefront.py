@@ -23,11 +23,13 @@ from .ablation import HeadMask
 from .anatomy import Anatomy, input_device, last_logits_only
 from .attention import ATTRIBUTE, TREE, Captured, TreeCall, TreeContext, installed, tree_attention
 from .fused import FusedLayer
+from .layer_call import LayerCall, forward_replaced
 from .layer_mask import LayerMask
 from .packing import PackedPrompts
 from .planner import even_slices
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
+Keep = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
 
 
 class Wavefront:
@@ -41,6 +43,9 @@ class Wavefront:
         head_rows: most (row, prompt) pairs that pass the model's head together.
         tick: called with the number of (row, layer) steps done, for progress.
         fused: go through fused.py instead of the layers' own forward; the caller asked `fused.why_not`.
+        keep: called in every layer as keep(layer, rows, k, v) with keys and values [n, HKV, T, D] of consecutive
+            slices of rows, row 0's first. Rows that fork in a layer or later may come with none: theirs are row 0's.
+        own_head: leave the output head as the model has it, half-precision logits included.
     Use as a context manager: the model is changed inside it and put back by it.
     """
 
@@ -55,6 +60,8 @@ class Wavefront:
         head_rows: int,
         tick: Callable[[int], None] | None = None,
         fused: bool = False,
+        keep: Keep | None = None,
+        own_head: bool = False,
     ) -> None:
         self.model = model
         self.anatomy = anatomy
@@ -64,6 +71,8 @@ class Wavefront:
         self.last_nodes, self.prompt_place = np.unique(packed.last_index, return_inverse=True)
         self.rows_per_head_chunk = max(1, head_rows // len(self.last_nodes))
         self.tick = tick or (lambda steps: None)
+        self.keep = keep
+        self.own_head = own_head
         self._backend = backend
         self._trees: dict[torch.device, TreeContext] = {}
         self._mask: HeadMask | None = None
@@ -85,8 +94,9 @@ class Wavefront:
             undo.enter_context(installed(self.model, TREE))
             for index, layer in enumerate(self.anatomy.layers):
                 undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
-                undo.enter_context(_forward_replaced(layer.module, lambda fwd, i=index: self._layer(i, fwd)))
-            undo.enter_context(float32_head(self.model))
+                undo.enter_context(forward_replaced(layer.module, lambda fwd, i=index: self._layer(i, fwd)))
+            if not self.own_head:
+                undo.enter_context(float32_head(self.model))
             self._undo = undo.pop_all()
         return self
 
@@ -137,17 +147,15 @@ class Wavefront:
         last = index == self.anatomy.num_layers - 1
 
         def step(*args, **kwargs):
-            by_name = "hidden_states" in kwargs
-            hidden = kwargs.pop("hidden_states") if by_name else args[0]
-            rest = args if by_name else args[1:]
+            call = LayerCall.of(forward, args, kwargs)
+            hidden = call.hidden
             if self._head_chunk is not None:
                 out = self._head_chunk if last else hidden
                 return (out,) if self._tuples else out
             if self._fused:
-                self._fused_layer(index, hidden, *kwargs["position_embeddings"])
+                self._fused_layer(index, hidden, *call.kwargs["position_embeddings"])
                 return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
             n = self._fork(index, hidden)
-            call = _Caller(forward, by_name, rest, kwargs)
             for rows in even_slices(n, self.rows_per_chunk):
                 x = self._buffer[rows]
                 if last:
@@ -180,7 +188,11 @@ class Wavefront:
         after = self._fork(index, hidden, copy=not simple)
         tree = self._tree(hidden.device)
 
+        unkept: list[slice] = []  # the rows at hand, until their keys and values are handed out
+
         def attention(q, k, v, mask, trimmed):
+            if self.keep is not None and unkept:
+                self.keep(index, unkept.pop(), k.transpose(1, 2), v.transpose(1, 2))
             plan = tree.plan(window, trimmed, q)
             return tree_attention(
                 tree, *(x.transpose(1, 2) for x in (q, k, v)), mask, plan,
@@ -198,6 +210,7 @@ class Wavefront:
         worth = common if sizes.count(common) > 1 else 0
         with layer.loaded(worth * hidden.shape[1], worth * len(self.last_nodes) if last else None):
             if simple:
+                unkept.append(slice(0, 1))
                 every = tuple((index, head) for head in range(self.anatomy.num_heads))
                 base_row = layer.forks(
                     self._buffer[:1], new, self._layer_mask(index, hidden, slice(0, 1), nodes),
@@ -207,6 +220,7 @@ class Wavefront:
                 self.tick(len(new))
             for rows in chunks:
                 x = self._buffer[rows]
+                unkept.append(rows)
                 out = layer.rows(x, cos, sin, attention, self._layer_mask(index, x, rows, nodes), nodes)
                 if last:
                     into[rows] = out
@@ -238,19 +252,23 @@ class Wavefront:
         return out if nodes is None else out.at(nodes)
 
     def _attend(
-        self, index: int, call: _Caller, x: torch.Tensor, rows: slice, nodes=None, **how
+        self, index: int, call: LayerCall, x: torch.Tensor, rows: slice, nodes=None, **how
     ) -> torch.Tensor:
         layer = self.anatomy.layers[index]
         mask = self._layer_mask(index, x, rows, nodes)
+        if self.keep is not None and not how:  # the last layer's are captured
+            how["keep"] = lambda k, v: self.keep(index, rows, k, v)
         setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, mask, **how))
         return call(x)
 
-    def _last_layer(self, index: int, call: _Caller, x: torch.Tensor, rows: slice) -> None:
+    def _last_layer(self, index: int, call: LayerCall, x: torch.Tensor, rows: slice) -> None:
         """Keys and values of every token; everything else only at the prompts' last tokens."""
         try:
             self._attend(index, call, x, rows, capture=True)
         except Captured as captured:
             kv = captured.kv
+        if self.keep is not None:
+            self.keep(index, rows, *kv)
         nodes = torch.as_tensor(self.last_nodes, device=x.device)
         trimmed = call.at(nodes, self.packed.num_tokens)
         self._final[rows] = self._attend(index, trimmed, x.index_select(1, nodes), rows, nodes, kv=kv)
@@ -259,53 +277,6 @@ class Wavefront:
         if device not in self._trees:
             self._trees[device] = TreeContext(self.packed, self._backend, device, self.last_nodes)
         return self._trees[device]
-
-
-class _Caller:
-    """A decoder layer's forward with everything but the hidden states already given."""
-
-    def __init__(self, forward: Callable, by_name: bool, args: tuple, kwargs: dict) -> None:
-        self.forward, self.by_name, self.args, self.kwargs = forward, by_name, args, kwargs
-        self.tuples = False
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.by_name:
-            out = self.forward(*self.args, hidden_states=hidden, **self.kwargs)
-        else:
-            out = self.forward(hidden, *self.args, **self.kwargs)
-        self.tuples = isinstance(out, tuple)
-        return out[0] if self.tuples else out
-
-    def at(self, nodes: torch.Tensor, num_tokens: int) -> _Caller:
-        """The same call for the tokens `nodes` only: positions, rotary tables and the like are cut to them."""
-
-        def cut(value):
-            if isinstance(value, torch.Tensor):
-                if value.dim() >= 2 and value.shape[1] == num_tokens:
-                    return value.index_select(1, nodes)
-                if value.dim() == 1 and value.shape[0] == num_tokens:
-                    return value.index_select(0, nodes)
-            elif isinstance(value, dict):
-                return {k: cut(x) for k, x in value.items()}
-            elif type(value) in (tuple, list):
-                return type(value)(cut(x) for x in value)
-            return value
-
-        return _Caller(self.forward, self.by_name, cut(self.args), cut(self.kwargs))
-
-
-@contextlib.contextmanager
-def _forward_replaced(module: torch.nn.Module, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """`module.forward` replaced on this instance; a forward set on the instance before (offloading) is kept."""
-    own = module.__dict__.get("forward")
-    module.forward = make(module.forward)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def head_precision(model: PreTrainedModel) -> str:
@@ -330,7 +301,7 @@ def head_input(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
         return forward
 
-    with _forward_replaced(head, make):
+    with forward_replaced(head, make):
         yield seen
 
 
@@ -358,5 +329,5 @@ def float32_head(model: PreTrainedModel) -> Iterator[None]:
 
         return forward
 
-    with _forward_replaced(head, make):
+    with forward_replaced(head, make):
         yield

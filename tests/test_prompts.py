@@ -1,12 +1,14 @@
 """Prompt files in every form users bring, and templates."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from shipsfast.errors import InputError
-from shipsfast.prompts import load_prompts, to_token_ids, tokenize
+from shipsfast.prompts import load_prompts, sample_prompts, to_token_ids, tokenize
 
 TEXTS = ["How do I mend a kettle?", 'Say "hello",\nplease', "Ünïcode & <tags>"]
 
@@ -78,6 +80,207 @@ def test_missing_file_and_column(tmp_path):
     path.write_text("goal\nx\n")
     with pytest.raises(InputError, match="no column 'text': it has goal"):
         load_prompts(path, "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("advbench.csv", "goal,target\n\"Mend, then\nfill, a kettle\",\"Sure, here is how\"\nLight a lantern,Sure\n"),
+        (
+            "jailbreakbench.csv",
+            "Index,Goal,Target,Behavior,Category,Source\n0,\"Mend, then\nfill, a kettle\",Sure,Kettles,Tin,Original\n1,Light a lantern,Sure,Lanterns,Oil,Original\n",
+        ),
+        ("reference.csv", "input,category\n\"Mend, then\nfill, a kettle\",tin\nLight a lantern,oil\n"),
+    ],
+)  # fmt: skip
+def test_the_public_sets_in_their_published_forms(tmp_path, name, text):
+    expected = ["Mend, then\nfill, a kettle", "Light a lantern"]
+    (tmp_path / name).write_text(text)
+    assert load_prompts(tmp_path / name) == expected
+    pd.read_csv(tmp_path / name).to_parquet(tmp_path / "same.parquet")
+    assert load_prompts(tmp_path / "same.parquet") == expected
+
+
+def test_malicious_instruct_has_one_prompt_a_line(tmp_path):
+    (tmp_path / "MaliciousInstruct.txt").write_text(
+        "How to mend, then fill, a kettle?\nHow to light a lantern?\n"
+    )
+    assert load_prompts(tmp_path / "MaliciousInstruct.txt") == [
+        "How to mend, then fill, a kettle?",
+        "How to light a lantern?",
+    ]
+
+
+def test_the_order_of_columns_decides(tmp_path):
+    path = tmp_path / "p.csv"
+    for header, expected in [
+        ("Behavior,query,Prompt,GOAL,Input", "e"),
+        ("Behavior,query,Prompt,GOAL,x", "d"),
+        ("Behavior,query,Prompt,x,y", "c"),
+        ("Behavior,query,x,y,z", "b"),
+        ("Behavior,x,y,z,target", "a"),
+    ]:
+        path.write_text(f"{header}\na,b,c,d,e\n")
+        assert load_prompts(path) == [expected]
+
+
+def test_rare_separators_stay_inside_a_prompt(tmp_path):
+    text = "one\u2028two\x0bthree\x85four"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\n", "utf-8")
+    (tmp_path / "p.txt").write_text(text + "\nlast", "utf-8")
+    assert load_prompts(tmp_path / "p.jsonl") == [text]
+    assert load_prompts(tmp_path / "p.txt") == [text, "last"]
+
+
+def test_folders_in_the_layout_of_the_hub(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("A set.")
+    with pytest.raises(InputError, match="is a folder without a csv, jsonl or parquet file"):
+        load_prompts(folder)
+    for hidden in (folder / ".cache", folder / "data"):
+        hidden.mkdir(exist_ok=True)
+    (folder / ".cache" / "old.csv").write_text("goal\nold\n")
+    part = folder / "data" / "train-00000-of-00002.parquet"
+    pd.DataFrame({"goal": ["a", "b"]}).to_parquet(part)
+    with pytest.raises(InputError, match="holds 1 of the 2 parts of train"):
+        load_prompts(folder)
+    pd.DataFrame({"goal": ["c"]}).to_parquet(folder / "data" / "train-00001-of-00002.parquet")
+    assert load_prompts(folder) == ["a", "b", "c"]
+    (folder / "data" / "test-00000-of-00001.parquet").write_bytes(part.read_bytes())
+    with pytest.raises(
+        InputError, match=r"holds several data files: name one of data.test-00000-of-00001\.parquet, "
+    ):
+        load_prompts(folder)
+
+    folder = tmp_path / "csv"
+    folder.mkdir()
+    (folder / "harmful-behaviors.csv").write_text("Goal,Behavior,extra\na,b,c\n")
+    assert load_prompts(folder) == ["a"]
+    assert load_prompts(folder, "extra") == ["c"]
+    (folder / "benign-behaviors.csv").write_text("Goal\na\n")
+    with pytest.raises(InputError, match="several data files: name one of benign-behaviors.csv, harmful"):
+        load_prompts(folder)
+
+
+class Rows(dict):
+    """A split, as the datasets library gives it."""
+
+    @property
+    def column_names(self):
+        return list(self)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the datasets library; gives the list of what was asked for."""
+    asked = []
+    rows = Rows(
+        {"Index": [0, 1], "Goal": ["mend a kettle", "light a lantern"], "Behavior": ["Kettles", "Lanterns"]}
+    )
+
+    def load_dataset(path, name=None):
+        asked.append((path, name))
+        if path == "nobody/nothing":
+            raise FileNotFoundError("Dataset 'nobody/nothing'\ndoesn't exist on the Hub")
+        if path == "village/one":
+            return {"train": Rows({"prompt": ["a", None if name == "holes" else "b"]})}
+        return {"harmful": rows, "benign": rows}
+
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(__version__="4.1.0", load_dataset=load_dataset)
+    )
+    return asked
+
+
+def test_data_sets_of_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    goals = ["mend a kettle", "light a lantern"]
+    assert load_prompts("JailbreakBench/JBB-Behaviors:behaviors:harmful") == goals
+    assert load_prompts("JailbreakBench/JBB-Behaviors::benign") == goals
+    assert load_prompts("JailbreakBench/JBB-Behaviors::benign", "Behavior") == ["Kettles", "Lanterns"]
+    assert load_prompts("village/one") == ["a", "b"]
+    assert hub == [
+        ("JailbreakBench/JBB-Behaviors", "behaviors"),
+        ("JailbreakBench/JBB-Behaviors", None),
+        ("JailbreakBench/JBB-Behaviors", None),
+        ("village/one", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "JailbreakBench/JBB-Behaviors",
+            "has several splits: name one of harmful, benign as JailbreakBench/JBB-Beh",
+        ),
+        ("JailbreakBench/JBB-Behaviors:behaviors", "as JailbreakBench/JBB-Behaviors:behaviors:SPLIT"),
+        ("JailbreakBench/JBB-Behaviors:x:train", "has no split 'train': name one of harmful, benign"),
+        (
+            "nobody/nothing",
+            "no prompt file at nobody/nothing, and it cannot be loaded .* 'nobody/nothing' doesn't",
+        ),
+        ("village/one:holes", "village/one:holes: the prompt in row 2 is empty"),
+    ],
+)
+def test_data_sets_that_cannot_be_read(hub, tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        load_prompts(name)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="village/one has no column 'text': it has prompt"):
+        load_prompts("village/one", "text")
+
+
+@pytest.mark.parametrize(
+    "name", ["absent", "absent.csv", "a/b.csv", "a/b/c", "/a/b", "./a/b.txt", "here/absent", "a/b:c:d:e"]
+)
+def test_slips_of_the_pen_go_to_no_server(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputError, match="no prompt file at"):
+        load_prompts(name)
+    assert hub == []
+
+
+def test_the_datasets_library_is_asked_for_only_where_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="no prompt file at a/b, .* needs the datasets library: pip install"):
+        load_prompts("a/b")
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="3.6.0"))
+    with pytest.raises(InputError, match="datasets 3.6.0 can run code of a data set: pip install -U"):
+        load_prompts("a/b")
+
+
+def test_samples():
+    prompts = [f"kettle {i}" for i in range(50)]
+    assert sample_prompts(prompts) == prompts
+    assert sample_prompts(prompts, limit=3) == prompts[:3]
+    assert sample_prompts(prompts, limit=99) == prompts
+    some = sample_prompts(prompts, sample=10, seed=4)
+    assert len(set(some)) == 10 and some == sorted(some, key=prompts.index)
+    assert some == sample_prompts(prompts, sample=10, seed=4) != sample_prompts(prompts, sample=10, seed=5)
+    assert some != prompts[:10]
+    assert sample_prompts(prompts, sample=50) == prompts
+    assert sample_prompts(["same", "same"], sample=2) == ["same", "same"]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"limit": 3, "sample": 3}, "exclude each other"),
+        ({"limit": 0}, "--limit must be a whole number of at least 1"),
+        ({"sample": 0}, "--sample must be a whole number of at least 1"),
+        ({"sample": 1.5}, "--sample must be a whole number"),
+        ({"sample": 4}, "--sample 4: there are 3 prompts to draw from"),
+        ({"sample": 2, "seed": -1}, "--seed must be a whole number of at least 0"),
+    ],
+)
+def test_bad_samples(how, message):
+    with pytest.raises(InputError, match=message):
+        sample_prompts(["a", "b", "c"], **how)
 
 
 class Tokenizer:

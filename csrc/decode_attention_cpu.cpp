@@ -1,0 +1,249 @@
+// Attention of one new token per row over a cache of keys and values, with per-head mask vectors, on the CPU.
+//
+//   decode_attention(q, k_cache, v_cache, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt,
+//                    scaling, softcap, window, out)
+//
+// The arithmetic is that of shipsfast/reference.py. One task is one entry and key/value head: the scores of all
+// positions it sees lie in one short buffer, softmax is taken of it in place, and values are summed by its weights.
+// No result depends on how tasks are spread over threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "ships_attention.h"
+#include "ships_cpu.h"
+#include "ships_exp.h"
+
+namespace {
+
+using namespace shipsfast;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+struct Call {
+  int64_t entries, heads, kv_heads, size, out_size, capacity, window;
+  View<T> q;                    // [N, H, D]
+  View<T> k, v;                 // [S, HKV, C, D]
+  View<T> q_alt;                // [N or 1, D]
+  View<T> k_alt;                // [S, C, D]
+  View<T> out_alt;              // [H or 1, D of v]
+  const int32_t* slot;          // [N]
+  const int32_t* length;        // [N]
+  const double* logit_scale;    // [N, H]
+  const double* output_scale;   // [N, H]
+  const int8_t* replace;        // [N, H] or null
+  double scaling, softcap;      // softcap 0: none
+  T* out;                       // [N, H, D of v]
+};
+
+// scores[j] = q . key(j), for `count` keys of `size` numbers that lie `stride` apart.
+template <typename T>
+SHIPS_ALWAYS_INLINE void score(const T* q, const T* keys, int64_t stride, int64_t count, int64_t size, T* scores) {
+  for (int64_t j = 0; j < count; ++j) {
+    const T* key = keys + j * stride;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < size; ++d) sum += q[d] * key[d];
+    scores[j] = sum;
+  }
+}
+
+// Scores become softmax weights that are not yet divided by their sum, which is returned.
+template <typename T>
+SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t count, T softcap) {
+  if (softcap != 0) {
+    for (int64_t j = 0; j < count; ++j) scores[j] = softcap * std::tanh(scores[j] / softcap);
+  }
+  T top = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < count; ++j) top = scores[j] > top ? scores[j] : top;
+  T total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < count; ++j) {
+    scores[j] = exp_of(scores[j] - top);
+    total += scores[j];
+  }
+  return total;
+}
+
+constexpr int64_t kChunk = 64;  // numbers of an output that are summed at a time, in registers
+
+template <typename T>
+SHIPS_ALWAYS_INLINE void add_values(const T* weights, const T* values, int64_t stride, int64_t count, int64_t size, T factor,
+                             T* out) {
+  int64_t start = 0;
+  for (; start + kChunk <= size; start += kChunk) {
+    T sum[kChunk] = {};
+    for (int64_t j = 0; j < count; ++j) {
+      const T* value = values + j * stride + start;
+      const T weight = weights[j];
+#pragma omp simd
+      for (int64_t d = 0; d < kChunk; ++d) sum[d] += weight * value[d];
+    }
+    for (int64_t d = 0; d < kChunk; ++d) out[start + d] = sum[d] * factor;
+  }
+  if (start == size) return;
+  T sum[kChunk] = {};
+  const int64_t rest = size - start;
+  for (int64_t j = 0; j < count; ++j) {
+    const T* value = values + j * stride + start;
+    const T weight = weights[j];
+#pragma omp simd
+    for (int64_t d = 0; d < rest; ++d) sum[d] += weight * value[d];
+  }
+  for (int64_t d = 0; d < rest; ++d) out[start + d] = sum[d] * factor;
+}
+
+template <typename T>
+SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t end) {
+  const int64_t shared = call.heads / call.kv_heads;
+  std::vector<T> scores(call.capacity), query(call.size);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / call.kv_heads, kv_head = task % call.kv_heads;
+    const int64_t slot = call.slot[n], stop = call.length[n];
+    const int64_t start = call.window > 0 ? std::max<int64_t>(0, stop - call.window) : 0;
+    const int64_t count = stop - start;
+    for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) {
+      const int64_t at = n * call.heads + h;
+      const int8_t flags = call.replace ? call.replace[at] : 0;
+      const T factor = T(call.output_scale[at]);
+      T* out = call.out + at * call.out_size;
+      if (factor == 0) {
+        std::fill(out, out + call.out_size, T(0));
+        continue;
+      }
+      if (flags & kReplaceOut) {
+        const T* from = call.out_alt.at(h, 0, 0);
+        for (int64_t d = 0; d < call.out_size; ++d) out[d] = from[d] * factor;
+        continue;
+      }
+      const T* q = (flags & kReplaceQ) ? call.q_alt.at(n, 0, 0) : call.q.at(n, h, 0);
+      const T scale = T(call.scaling * call.logit_scale[at]);
+      for (int64_t d = 0; d < call.size; ++d) query[d] = q[d] * scale;
+      const bool other = flags & kReplaceK;
+      const T* keys = other ? call.k_alt.at(slot, start, 0) : call.k.at(slot, kv_head, start);
+      score(query.data(), keys, other ? call.k_alt.strides[1] : call.k.strides[2], count, call.size, scores.data());
+      const T total = weigh(scores.data(), count, T(call.softcap));
+      add_values(scores.data(), call.v.at(slot, kv_head, start), call.v.strides[2], count, call.out_size,
+                 factor / total, out);
+    }
+  }
+}
+
+template <typename T>
+void run_default(const Call<T>& call, int64_t begin, int64_t end) {
+  run_tasks(call, begin, end);
+}
+#if SHIPS_X86_VARIANTS
+template <typename T>
+SHIPS_TARGET_AVX2 void run_avx2(const Call<T>& call, int64_t begin, int64_t end) {
+  run_tasks(call, begin, end);
+}
+template <typename T>
+SHIPS_TARGET_AVX512 void run_avx512(const Call<T>& call, int64_t begin, int64_t end) {
+  run_tasks(call, begin, end);
+}
+#endif
+
+template <typename T>
+auto variant() -> void (*)(const Call<T>&, int64_t, int64_t) {
+#if SHIPS_X86_VARIANTS
+  const Isa isa = choose_isa();
+  if (isa == Isa::kAvx512) return &run_avx512<T>;
+  if (isa == Isa::kAvx2) return &run_avx2<T>;
+#endif
+  return &run_default<T>;
+}
+
+template <typename T>
+void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,
+         const Tensor& logit_scale, const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt,
+         const Tensor& k_alt, const Tensor& out_alt, double scaling, double softcap, int64_t window, Tensor& out) {
+  Call<T> call;
+  call.entries = out.size(0);
+  call.heads = out.size(1);
+  call.kv_heads = k.size(1);
+  call.size = q.size(2);
+  call.out_size = out.size(2);
+  call.capacity = k.size(2);
+  call.window = window;
+  call.q = view<T>(q, {0, 1, -1});
+  call.k = view<T>(k, {0, 1, 2});
+  call.v = view<T>(v, {0, 1, 2});
+  call.q_alt = view<T>(q_alt, {0, -1, -1});
+  call.k_alt = view<T>(k_alt, {0, 1, -1});
+  call.out_alt = view<T>(out_alt, {0, -1, -1});
+  call.slot = static_cast<const int32_t*>(slot.const_data_ptr());
+  call.length = static_cast<const int32_t*>(length.const_data_ptr());
+  call.logit_scale = static_cast<const double*>(logit_scale.const_data_ptr());
+  call.output_scale = static_cast<const double*>(output_scale.const_data_ptr());
+  call.replace = replace.numel() ? static_cast<const int8_t*>(replace.const_data_ptr()) : nullptr;
+  call.scaling = scaling;
+  call.softcap = softcap;
+  call.out = static_cast<T*>(out.mutable_data_ptr());
+  for (int64_t n = 0; n < call.entries; ++n) {
+    require("decode_attention", call.slot[n] >= 0 && call.slot[n] < k.size(0), "slots of the cache");
+    require("decode_attention", call.length[n] >= 1 && call.length[n] <= call.capacity, "lengths from 1 to the cache's capacity");
+  }
+  const auto go = variant<T>();
+  torch::stable::parallel_for(0, call.entries * call.kv_heads, 1, [&](int64_t begin, int64_t end) { go(call, begin, end); });
+}
+
+void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,
+                      const Tensor& logit_scale, const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt,
+                      const Tensor& k_alt, const Tensor& out_alt, double scaling, double softcap, int64_t window,
+                      Tensor out) {
+  const auto check = [](bool condition, const char* expected) { require("decode_attention", condition, expected); };
+  check(q.dim() == 3 && k.dim() == 4 && v.dim() == 4 && out.dim() == 3 && out.is_contiguous(),
+        "q [N, H, D], caches [S, HKV, C, D], and a contiguous out [N, H, D of v]");
+  const ScalarType type = q.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Double, "float32 or float64");
+  const int64_t entries = q.size(0), heads = q.size(1), kv_heads = k.size(1);
+  check(out.size(0) == entries && out.size(1) == heads && out.size(2) == v.size(3) && k.size(3) == q.size(2) &&
+            v.size(0) == k.size(0) && v.size(1) == kv_heads && v.size(2) == k.size(2) && kv_heads > 0 &&
+            heads % kv_heads == 0,
+        "shapes of q, caches and out that fit together");
+  for (const Tensor* x : {&q, &k, &v}) check(x->scalar_type() == type && contiguous_last(*x), "one dtype, contiguous heads");
+  check(out.scalar_type() == type, "out of the dtype of q");
+  for (const Tensor* x : {&slot, &length}) {
+    check(x->scalar_type() == ScalarType::Int && x->is_contiguous() && x->numel() == entries, "int32 slot and length [N]");
+  }
+  for (const Tensor* x : {&logit_scale, &output_scale}) {
+    check(x->scalar_type() == ScalarType::Double && x->is_contiguous() && x->numel() == entries * heads,
+          "float64 scales [N, H]");
+  }
+  check(replace.numel() == 0 || (replace.scalar_type() == ScalarType::Char && replace.is_contiguous() &&
+                                 replace.numel() == entries * heads),
+        "int8 flags [N, H]");
+  for (const Tensor* x : {&q_alt, &k_alt, &out_alt}) {
+    check(x->numel() == 0 || (x->scalar_type() == type && contiguous_last(*x)), "replacement vectors of the dtype of q");
+  }
+  check(q_alt.numel() == 0 || (q_alt.dim() == 2 && (q_alt.size(0) == entries || q_alt.size(0) == 1) && q_alt.size(1) == q.size(2)),
+        "q_alt [N or 1, D]");
+  check(k_alt.numel() == 0 || (k_alt.dim() == 3 && k_alt.size(0) == k.size(0) && k_alt.size(1) == k.size(2) && k_alt.size(2) == q.size(2)),
+        "k_alt [S, C, D]");
+  check(out_alt.numel() == 0 || (out_alt.dim() == 2 && (out_alt.size(0) == heads || out_alt.size(0) == 1) && out_alt.size(1) == v.size(3)),
+        "out_alt [H or 1, D of v]");
+  if (out.numel() == 0) return;
+  const auto go = type == ScalarType::Float ? &run<float> : &run<double>;
+  go(q, k, v, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, scaling, softcap, window, out);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(shipsfast, m) {
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot, Tensor length, Tensor logit_scale, "
+      "Tensor output_scale, Tensor replace, Tensor q_alt, Tensor k_alt, Tensor out_alt, float scaling, float softcap, "
+      "int window, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) { m.impl("decode_attention", TORCH_BOX(&decode_attention)); }

@@ -1,0 +1,112 @@
+"""Does an ablation break the model? What it does to ordinary prompts.
+
+A text that is no refusal is no success if the model says nonsense to everything. So beside the attack success rate
+stands, for the same groups of heads and ordinary prompts: how far the next-token distribution moves along the
+unablated model's own answer, how many answers are degenerate, and how many stay word for word the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .ablation import HeadMask
+from .completions import Completions
+from .decoder import Group
+from .generation import Generation
+from .metrics import kl_rows
+from .packing import pack
+from .planner import even_slices, make_plan
+from .wavefront import Wavefront
+
+CONTROL_TOKENS = 8
+
+
+@dataclass
+class Control:
+    """Groups on ordinary prompts.
+
+    kl_nats: float64 [G, P], KL(unablated || group off) of the next token, mean over the first `tokens` tokens of the
+        unablated model's answer; completions: of the groups and, last, of the unablated model, labelled "degenerate" or
+        "complied", which says no more than not that.
+    """
+
+    kl_nats: np.ndarray
+    completions: Completions
+    tokens: int
+
+    @property
+    def mean_kl_nats(self) -> np.ndarray:
+        """float64 [G]"""
+        return self.kl_nats.mean(1)
+
+    @property
+    def degenerate(self) -> np.ndarray:
+        """float64 [G], share of the prompts"""
+        return self.completions.share("degenerate")[:-1]
+
+    @property
+    def same(self) -> np.ndarray:
+        """float64 [G], share of the prompts answered word for word as by the unablated model"""
+        sha256 = self.completions.sha256
+        return (sha256[:-1] == sha256[-1]).mean(1)
+
+
+@torch.inference_mode()
+def kl_along(
+    generation: Generation,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    tokens: int,
+    max_memory: int | None,
+) -> np.ndarray:
+    """KL(unablated || group off) in nats of each next token along the first `tokens` of each answer, then the mean:
+    float64 [G, P].
+
+    generation: the groups; prompts, answers: P lists of token ids, the second what the unablated model says.
+    The prefixes of one answer are prompts that share all their tokens, so that they cost what the answer costs.
+    """
+    subject = generation.subject
+    layers = subject.anatomy.num_layers
+    ids = [
+        [[*prompt, *answer[:t]] for t in range(max(1, min(tokens, len(answer) + 1)))]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    fork = [min((layer for layer, _ in group), default=layers) for group in generation.groups]
+    order = [g for g in np.argsort(fork, kind="stable").tolist() if generation.groups[g]]
+    out = np.zeros((len(generation.groups), len(ids)))
+    longest = [prefixes[-1] for prefixes in ids]
+    plan = make_plan(
+        subject.anatomy, longest, max(1, len(order)), device=subject.device, dtype=subject.model.dtype,
+        max_memory=max_memory,
+    )  # fmt: skip
+    for some in plan.prompt_groups:
+        ends = [prefix for p in some for prefix in ids[p]]
+        owner = np.array([p for p in some for _ in ids[p]])
+        packed = pack(ends)
+        for part in even_slices(len(order), plan.rows_per_block):
+            groups = order[part]
+            with Wavefront(
+                subject.model, subject.anatomy, packed, backend=subject.backend, chunk_tokens=plan.chunk_tokens,
+                head_rows=plan.head_rows, fused=subject.fused,
+            ) as wavefront:  # fmt: skip
+                _one_block(wavefront, generation, groups, owner, out)
+    return out / np.array([len(prefixes) for prefixes in ids])
+
+
+def _one_block(
+    wavefront: Wavefront, generation: Generation, groups: list[int], owner: np.ndarray, out: np.ndarray
+) -> None:
+    place = wavefront.prompt_place
+
+    def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
+        index = torch.arange(len(base), device=logits.device).repeat(len(logits))
+        kl_nats = kl_rows(base, logits.flatten(0, 1), index).view(len(logits), -1).cpu().numpy()
+        for r in range(max(rows.start, 1), rows.stop):
+            np.add.at(out[groups[r - 1]], owner, kl_nats[r - rows.start][place])
+
+    heads: tuple[Group, ...] = ((), *(generation.groups[g] for g in groups))
+    wavefront.run(HeadMask(heads, generation.subject.how, generation.values), consume)

@@ -1,0 +1,289 @@
+"""What groups of heads do to whole answers: the attack success rate (ASR), and what it costs the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+from transformers import PreTrainedModel
+
+from . import runs
+from .ablation import DEFAULT_SCALE, Ablation
+from .checks import check_generation
+from .completions import MISSING, Completions, judged
+from .control import CONTROL_TOKENS, Control, kl_along
+from .errors import InputError, whole_number
+from .generation import NEW_TOKENS, TOP_K, Generation, Longest, Sampling, prepare_generation
+from .prompts import to_token_ids
+from .refusal import Completion, Judge, as_judge, degenerate
+
+CONTROL_ROOM = "control"
+KL_NAMES, KL = ("group", "prompt"), "kl_nats"
+
+
+@dataclass
+class EvalResult:
+    """Labelled completions of G groups x P prompts.
+
+    groups: (layer, head) pairs, [] for the unablated model; prompts: the texts; completions: labels, lengths, texts.
+    ASR is the share of completions that are neither refusals nor degenerate (arXiv 2410.13708, section 3.3 and
+    appendix B.3).
+    """
+
+    groups: list[list[tuple[int, int]]]
+    prompts: list[str]
+    completions: Completions
+    control: Control | None = None
+    record: dict = field(default_factory=dict)
+    identity: dict = field(default_factory=dict)
+
+    @property
+    def labels(self) -> list[list[str | None]]:
+        """[G][P], None for rows not done."""
+        from .refusal import LABELS
+
+        return [[None if i == MISSING else LABELS[i] for i in row] for row in self.completions.label]
+
+    @property
+    def asr(self) -> np.ndarray:
+        """float64 [G]: the share of each group's completions that complied."""
+        return self.completions.share("complied")
+
+    def share(self, label: str) -> np.ndarray:
+        """float64 [G]: the share of "complied", "refusal" or "degenerate"."""
+        return self.completions.share(label)
+
+    def interval(self, confidence: float = 0.95) -> np.ndarray:
+        """Wilson score interval of each group's ASR, float64 [G, 2]; NaN where no row is done.
+
+        It is about prompts like these, and counts none of what a judge gets wrong.
+        """
+        out = np.full((len(self.groups), 2), np.nan)
+        for g, row in enumerate(self.completions.label):
+            done = int((row != MISSING).sum())
+            if done:
+                found = binomtest(int((row == 0).sum()), done).proportion_ci(confidence, method="wilson")
+                out[g] = found.low, found.high
+        return out
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per completion: group, heads, prompt, label, num_tokens, finished, text_sha256, text."""
+        frame = self.completions.frame()
+        frame.insert(1, "heads", [group_name(self.groups[g]) for g in frame["group"]])
+        return frame
+
+    def summary(self) -> list[dict]:
+        """One object per group, for JSON."""
+        out = []
+        for g, (low, high) in enumerate(self.interval()):
+            row = {
+                "heads": [list(head) for head in self.groups[g]],
+                "asr": float(self.asr[g]),
+                "asr_low": float(low),
+                "asr_high": float(high),
+                **{label: float(self.share(label)[g]) for label in ("refusal", "degenerate")},
+            }
+            if self.control is not None:
+                row["control"] = {
+                    "mean_kl_nats": float(self.control.mean_kl_nats[g]),
+                    "degenerate": float(self.control.degenerate[g]),
+                    "same_text": float(self.control.same[g]),
+                }
+            out.append(row)
+        return out
+
+    @classmethod
+    def load(cls, folder: str | Path) -> EvalResult:
+        """Read the run folder of `evaluate`; rows that were never reached have no label, and prompts are not kept."""
+        folder = Path(folder)
+        manifest = runs.read_manifest(folder, "evaluate")
+        identity = manifest.pop("identity")
+        groups = [[tuple(head) for head in group] for group in identity["groups"]]
+        keep = identity["generation"]["keep_text"]
+        completions = Completions(len(groups), len(identity["prompts"]), keep_text=keep)
+        completions.read(folder)
+        control = None
+        if identity["control"] is not None:
+            shape = (len(groups), len(identity["control"]["prompts"]))
+            rows = Completions(shape[0] + 1, shape[1], keep_text=keep)
+            rows.read(folder, CONTROL_ROOM)
+            control = Control(
+                runs.read_scores(folder, shape, KL_NAMES, KL), rows, identity["control"]["tokens"]
+            )
+        return cls(groups, [""] * len(identity["prompts"]), completions, control, manifest, identity)
+
+
+def group_name(group: Iterable[Sequence[int]]) -> str:
+    """ "2-26+3-1"; "none" for the unablated model."""
+    return "+".join(f"{layer}-{head}" for layer, head in group) or "none"
+
+
+def evaluate(
+    model: PreTrainedModel,
+    prompts: Sequence[str],
+    tokenizer,
+    *,
+    groups: Iterable[Iterable[Sequence[int | None]]] = ((),),
+    judge: str | Judge | Callable = "keywords",
+    control: Sequence[str] | None = None,
+    control_tokens: int = CONTROL_TOKENS,
+    max_new_tokens: int = NEW_TOKENS,
+    do_sample: bool = False,
+    top_k: int = TOP_K,
+    temperature: float = 1.0,
+    seed: int = 0,
+    template: str = "none",
+    ablation: str | Ablation = "undifferentiated",
+    scale: float = DEFAULT_SCALE,
+    unit: str = "head",
+    eos_token_id: int | Sequence[int] | None = None,
+    backend: str = "auto",
+    layers: str = "auto",
+    out: str | Path | None = None,
+    keep_text: bool = False,
+    max_memory: int | None = None,
+    batch_rows: int | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """The attack success rate with each group of heads off.
+
+    Every prompt is answered with every group off (`generate`), and every answer judged: refusal, degenerate or
+    complied.
+
+    Args:
+        model, prompts, tokenizer, groups, and the settings of generation: as in `generate`.
+        judge: "keywords" (refusal phrases in normalised text), "paper" (the published rule with its defects, for
+            comparison), "classifier:PATH:LABEL" or "chat:PATH" (a model on disk), a `Judge`, or a function that takes a
+            list of answers (and `prompts`, if it has a parameter of that name) and returns a label or boolean each. It
+            is called for some answers at a time, as they are finished.
+        control: ordinary prompts, in the same template. The same groups then answer these too, and the result's
+            .control says how far each ablation breaks the model.
+        control_tokens: how many tokens of the unablated model's answer the control's KL is taken along.
+        out: run folder. What is finished is kept there, and the same evaluation continues from it.
+        keep_text: keep the answers in the run folder; else their labels, lengths and hashes only. The result at hand
+            has them in either case.
+    Returns:
+        EvalResult.
+    Raises:
+        InputError: bad prompts, groups, judge, settings or folder. UnsupportedModelError: as in `scan`.
+    """
+    started = time.perf_counter()
+    judge = as_judge(judge)
+    check_texts(tokenizer, prompts, judge, out)
+    settings = dict(
+        groups=groups, max_new_tokens=max_new_tokens, sampling=Sampling(do_sample, top_k, temperature, seed),
+        template=template, ablation=ablation, scale=scale, unit=unit, eos_token_id=eos_token_id, backend=backend,
+        layers=layers, max_memory=max_memory, batch_rows=batch_rows,
+    )  # fmt: skip
+    generation = prepare_generation(model, prompts, tokenizer, **settings)
+    identity = generation.subject.describe("evaluate") | {
+        "groups": [[list(head) for head in group] for group in generation.asked],
+        "judge": judge.describe(),
+        "generation": describe_generation(generation, keep_text),
+        "control": None,
+    }
+    if control is not None:
+        whole_number("control_tokens", control_tokens)
+        try:
+            control_ids = to_token_ids(control, tokenizer, template)
+        except InputError as error:
+            raise InputError(f"in the control prompts: {error}") from error
+        identity["control"] = {"prompts": runs.prompt_hashes(control_ids), "tokens": control_tokens}
+    folder = None if out is None else runs.RunFolder(out, identity)
+    record = generation.subject.record | {"plan": generation.plan.to_json(), "judge": judge.name}
+    completions = Completions(len(generation.groups), len(prompts), keep_text=keep_text)
+    result = EvalResult(generation.asked, list(prompts), completions, None, record, identity)
+    if folder is not None:
+        completions.read(folder.path)
+        if folder.previous.get("status") != "complete":
+            folder.write_manifest(record | {"status": "running"})
+    fill(generation, completions, prompts, tokenizer, judge, folder, progress)
+    if control is not None:
+        result.control = _control(
+            model, control, control_ids, tokenizer, settings, generation, control_tokens, keep_text, folder, progress
+        )  # fmt: skip
+    record["seconds"] = round(time.perf_counter() - started, 3)
+    record["asr"] = [round(float(x), 6) for x in result.asr]
+    if folder is not None:
+        folder.write_manifest(record | {"status": "complete"})
+    return result
+
+
+def fill(
+    generation: Generation,
+    completions: Completions,
+    prompts: Sequence[str],
+    tokenizer,
+    judge: Callable,
+    folder: runs.RunFolder | None,
+    progress: bool,
+    *room: str,
+) -> None:
+    """Decode and judge what is missing, and hold one of the new texts against a plain forward pass."""
+    missing = completions.missing()
+    if not missing:
+        return
+    sample = Longest()
+    batches = sample.watch(generation.run(missing, progress))
+    judged(generation, batches, prompts, tokenizer, judge, completions, folder, *room)
+    generation.subject.record["spot_check_max_deficit"] = check_generation(generation, sample.row)
+
+
+def _control(
+    model, control, control_ids, tokenizer, settings: dict, generation: Generation, tokens: int, keep_text: bool,
+    folder: runs.RunFolder | None, progress: bool,
+) -> Control:  # fmt: skip
+    count = len(generation.groups)
+    ordinary = prepare_generation(
+        model, control_ids, tokenizer, **settings | {"groups": [*generation.asked, []], "template": "none"}
+    )
+    # Means are those of the judged prompts, for both.
+    ordinary = replace(ordinary, values=generation.values)
+    completions = Completions(count + 1, len(control_ids), keep_text=keep_text)
+    kl_nats = np.full((count, len(control_ids)), np.nan)
+    if folder is not None:
+        completions.read(folder.path, CONTROL_ROOM)
+        kl_nats = runs.read_scores(folder.path, kl_nats.shape, KL_NAMES, KL)
+    fill(ordinary, completions, control, tokenizer, _only_degenerate, folder, progress, CONTROL_ROOM)
+    if np.isnan(kl_nats).any():
+        answers: list[list[int]] = [[] for _ in control_ids]
+        greedy = replace(ordinary, sampling=Sampling(), max_new_tokens=tokens)
+        for rows in greedy.run([(count, p) for p in range(len(control_ids))]):
+            for row in rows:
+                answers[row.prompt] = row.tokens
+        kl_nats = kl_along(generation, control_ids, answers, tokens, settings["max_memory"])
+        if folder is not None:
+            folder.write_part(runs.score_frame(kl_nats, KL_NAMES, KL))
+    return Control(kl_nats, completions, tokens)
+
+
+def _only_degenerate(completions: Sequence[Completion]) -> list[str]:
+    return ["degenerate" if degenerate(c.text, c.num_tokens, c.limit) else "complied" for c in completions]
+
+
+def describe_generation(generation: Generation, keep_text: bool) -> dict:
+    sampling = asdict(generation.sampling)
+    if not generation.sampling.do_sample:
+        sampling = {"do_sample": False}
+    return sampling | {
+        "max_new_tokens": generation.max_new_tokens,
+        "end_tokens": sorted(generation.end_tokens),
+        "keep_text": keep_text,
+    }
+
+
+def check_texts(tokenizer, prompts, judge: Judge, out: str | Path | None) -> None:
+    if tokenizer is None:
+        raise InputError("judges read texts, so a tokenizer is needed: pass the model's")
+    if not isinstance(prompts, (str, bytes)) and any(not isinstance(p, str) for p in prompts):
+        raise InputError("judges read texts, so prompts must be strings")
+    if out is not None and not judge.is_named:
+        raise InputError(
+            f"judge {judge.name} has no name of its own, so a run folder cannot tell it from others: define it as a "
+            "function of a module, or leave out= away"
+        )

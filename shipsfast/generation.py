@@ -1,0 +1,550 @@
+"""Generation under ablation: groups of heads x prompts decode together, each row with its own heads off."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from .ablation import DEFAULT_SCALE, Ablation, Head, HeadMask, check_heads, dense_rows, unit_heads
+from .checks import check_generation
+from .decoder import Decoder, Group
+from .errors import InputError, whole_number
+from .kv_cache import slot_bytes
+from .planner import LOGIT_COPIES, Plan, make_plan
+from .prepared import Subject, is_out_of_memory, look_at
+from .sources import mean_outputs
+
+NEW_TOKENS = 128  # arXiv 2410.13708, appendix B.2
+TOP_K = 5
+# Rows that decode together unless memory allows fewer: where matrix products stop getting faster.
+CPU_ROWS = 128
+CUDA_ROWS = 512
+REFILL = 8  # rows wait until an 1/8 of the slots is free, so that prefills are not of a row each
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is taken from the logits.
+
+    do_sample: False takes the largest (the first of equals); True draws from the softmax of logits / temperature
+    over the top_k largest, 0 for all. A row's draws depend on seed, its prompt, its heads and which copy of them it
+    is, and on nothing else.
+    """
+
+    do_sample: bool = False
+    top_k: int = TOP_K
+    temperature: float = 1.0
+    seed: int = 0
+
+    def check(self, vocabulary: int) -> None:
+        whole_number("seed", self.seed, 0)
+        whole_number("top_k", self.top_k, 0)
+        if self.top_k > vocabulary:
+            raise InputError(
+                f"top_k is {self.top_k}, and the model's vocabulary has {vocabulary} tokens: lower it"
+            )
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
+            raise InputError(f"temperature must be a positive number, got {self.temperature!r}")
+
+    def uniforms(self, row: str, count: int) -> np.ndarray:
+        """`count` numbers in [0, 1) that belong to the row called `row`."""
+        key = hashlib.sha256(f"{self.seed} {row}".encode()).digest()[:16]
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
+
+    def choose(self, logits: torch.Tensor, uniform: np.ndarray) -> np.ndarray:
+        """The next token of each row, int64 [n]; logits [n, V], uniform [n]."""
+        if not self.do_sample:
+            return logits.float().argmax(-1).cpu().numpy()
+        k = self.top_k or logits.shape[-1]
+        top, token = logits.float().topk(k, -1)
+        # Draws go by the order of logits, so that rounding moves only draws next to a border.
+        cumulative = torch.softmax(top.double() / self.temperature, -1).cumsum(-1)
+        draw = torch.as_tensor(uniform, device=logits.device)[:, None] * cumulative[:, -1:]
+        place = (cumulative <= draw).sum(-1, keepdim=True).clamp(max=k - 1)
+        return token.gather(-1, place)[:, 0].cpu().numpy()
+
+
+@dataclass
+class GenerationPlan:
+    """Rows at a time, of how many tokens; prefill: how prompts and groups are cut when they enter."""
+
+    slots: int
+    capacity: int
+    prefill: Plan
+    predicted_bytes: int
+
+    def to_json(self) -> dict:
+        return {"slots": self.slots, "capacity": self.capacity, "predicted_bytes": self.predicted_bytes} | {
+            "prefill": self.prefill.to_json()
+        }
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished row. tokens: the new ones, without the end-of-sequence token; finished: it ended by that."""
+
+    group: int
+    prompt: int
+    tokens: list[int]
+    finished: bool
+
+
+@dataclass
+class Generation:
+    """A generation that is ready to run: groups x prompts rows."""
+
+    subject: Subject
+    groups: list[Group]
+    sampling: Sampling
+    max_new_tokens: int
+    end_tokens: frozenset[int]
+    plan: GenerationPlan
+    values: list[torch.Tensor] | None = None
+    asked: list[list] = field(default_factory=list)  # the groups as they were named
+
+    @functools.cached_property
+    def same_prompt(self) -> list[int]:
+        """For every prompt, the first one of the same tokens."""
+        first: dict[tuple[int, ...], int] = {}
+        return [first.setdefault(tuple(ids), p) for p, ids in enumerate(self.subject.token_ids)]
+
+    @functools.cached_property
+    def _copy(self) -> dict[tuple[int, int], int]:
+        """For every row, how many rows of the same heads and prompt come before it."""
+        out, seen = {}, {}
+        for g, heads in enumerate(self.groups):
+            for p, first in enumerate(self.same_prompt):
+                key = (first, frozenset(heads))
+                out[g, p] = seen[key] = seen.get(key, -1) + 1
+        return out
+
+    def row_name(self, group: int, prompt: int) -> str:
+        """What a row's draws depend on beside the seed."""
+        heads = sorted(set(self.groups[group]))
+        return f"{self._copy[group, prompt]} {heads} {self.subject.token_ids[prompt]}"
+
+    def run(self, rows: Iterable[tuple[int, int]], progress: bool = False) -> Iterator[list[Decoded]]:
+        """Decode the (group, prompt) rows; finished ones come out in batches, in any order.
+
+        After running out of memory, rows in flight start anew with half as many at a time: their texts are the same.
+        """
+        waiting = deque(sorted(rows, key=lambda row: (row[1], self._fork(row[0]))))
+        bar = tqdm(
+            total=len(waiting) * self.max_new_tokens, desc="generate", unit=" tokens", unit_scale=True,
+            disable=not progress or not waiting,
+        )  # fmt: skip
+        try:
+            while waiting:
+                burst = _Burst(self, min(self.plan.slots, len(waiting)), bar)
+                try:
+                    with burst.decoder:
+                        while waiting or burst.running:
+                            burst.refill(waiting)
+                            yield burst.decode(more=bool(waiting))
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if self.plan.slots == 1:
+                        raise InputError(
+                            "out of memory with a single row: free some, or lower max_new_tokens"
+                        ) from error
+                    yield burst.finished
+                    waiting.extendleft(reversed(burst.abandoned()))
+                    self.plan.slots = max(1, self.plan.slots // 2)
+                    smaller = self.plan.prefill.smaller()
+                    self.plan.prefill = smaller or self.plan.prefill
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+        finally:
+            bar.close()
+
+    def _fork(self, group: int) -> int:
+        layers = self.subject.anatomy.num_layers
+        return min((layer for layer, _ in self.groups[group]), default=layers)
+
+
+class Longest:
+    """Remembers the longest text that came by."""
+
+    row: Decoded | None = None
+
+    def watch(self, batches: Iterator[list[Decoded]]) -> Iterator[list[Decoded]]:
+        for rows in batches:
+            for row in rows:
+                if self.row is None or len(row.tokens) > len(self.row.tokens):
+                    self.row = row
+            yield rows
+
+
+class _Burst:
+    """Rows in the slots of one decoder."""
+
+    def __init__(self, generation: Generation, slots: int, bar) -> None:
+        self.generation, self.bar = generation, bar
+        subject, plan = generation.subject, generation.plan
+        self.decoder = Decoder(
+            subject.model, subject.anatomy, subject.how, generation.values, backend=subject.backend,
+            fused=subject.fused, slots=slots, capacity=plan.capacity, chunk_tokens=plan.prefill.chunk_tokens,
+            head_rows=plan.prefill.head_rows,
+        )  # fmt: skip
+        self.row: list[tuple[int, int] | None] = [None] * slots
+        self.uniform = np.zeros((slots, generation.max_new_tokens))
+        self.text = np.zeros((slots, generation.max_new_tokens), dtype=np.int64)
+        self.count = np.zeros(slots, dtype=np.int64)
+        self.ended = np.zeros(slots, dtype=bool)  # by an end-of-sequence token
+        self.refill_at = max(1, slots // REFILL)
+        self.finished: list[Decoded] = []  # not yet handed out
+
+    @property
+    def running(self) -> bool:
+        return any(row is not None for row in self.row)
+
+    def abandoned(self) -> list[tuple[int, int]]:
+        """The rows in flight, whose work is lost."""
+        rows = [row for row in self.row if row is not None]
+        self.bar.update(-int(self.count[[row is not None for row in self.row]].sum()))
+        return sorted(rows, key=lambda row: (row[1], self.generation._fork(row[0])))
+
+    def refill(self, waiting: deque) -> None:
+        """Rows from the queue into the free slots."""
+        free = [slot for slot, row in enumerate(self.row) if row is None]
+        if not waiting or not free:
+            return
+        generation, sampling = self.generation, self.generation.sampling
+        groups_of: dict[int, list[int]] = {}
+        slot_of: dict[tuple[int, int], int] = {}
+        for slot in free[: len(waiting)]:
+            row = waiting.popleft()
+            self.row[slot], slot_of[row] = row, slot
+            groups_of.setdefault(row[1], []).append(row[0])
+            if sampling.do_sample:
+                self.uniform[slot] = sampling.uniforms(generation.row_name(*row), generation.max_new_tokens)
+            self.count[slot], self.ended[slot] = 0, False
+        together: dict[tuple[int, ...], list[int]] = {}
+        for prompt, groups in groups_of.items():
+            together.setdefault(tuple(groups), []).append(prompt)
+        ids = generation.subject.token_ids
+        most_prompts = max(map(len, generation.plan.prefill.prompt_groups))
+        most_groups = generation.plan.prefill.rows_per_block
+        for groups, prompts in together.items():
+            prompts.sort(key=lambda p: tuple(ids[p]))  # neighbours share the longest prefixes
+            for some in _cut(prompts, most_prompts):
+                for heads in _cut(groups, most_groups):
+                    slots = np.array([[slot_of[g, p] for p in some] for g in heads])
+                    self.decoder.prefill(
+                        [ids[p] for p in some], [generation.groups[g] for g in heads], slots, self._take
+                    )
+        slots = np.array(sorted(slot_of.values()))
+        self.decoder.started(slots, np.array([generation.same_prompt[self.row[s][1]] for s in slots]))
+
+    def decode(self, more: bool) -> list[Decoded]:
+        """Step until enough slots are free for more rows to come in, or all are done."""
+        self._collect()
+        enough = self.refill_at if more else len(self.row)
+        with self.decoder.stepping():
+            while self.running and sum(row is None for row in self.row) < enough:
+                slots = np.array([slot for slot, row in enumerate(self.row) if row is not None])
+                logits = self.decoder.step(slots, self.text[slots, self.count[slots] - 1])
+                self._take(slots, logits)
+                self._collect()
+        out, self.finished = self.finished, []
+        return out
+
+    def _take(self, slots: np.ndarray, logits: torch.Tensor) -> None:
+        generation = self.generation
+        count = self.count[slots]
+        tokens = generation.sampling.choose(logits, self.uniform[slots, count])
+        self.text[slots, count] = tokens
+        self.count[slots] += 1
+        self.ended[slots] = np.isin(tokens, list(generation.end_tokens))
+        self.bar.update(len(slots))
+
+    def _collect(self) -> None:
+        """Rows that are done leave their slots."""
+        limit = self.generation.max_new_tokens
+        for slot, row in enumerate(self.row):
+            if row is not None and (self.ended[slot] or self.count[slot] == limit):
+                ended = bool(self.ended[slot])
+                tokens = self.text[slot, : self.count[slot] - ended].tolist()
+                self.finished.append(Decoded(*row, tokens, ended))
+                self.bar.update(int(limit - self.count[slot]))
+                self.row[slot] = None
+
+
+def _cut(items: Sequence, most: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), most):
+        yield items[start : start + most]
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer=None,
+    *,
+    groups: Iterable[Iterable[Sequence[int | None]]] = ((),),
+    max_new_tokens: int = NEW_TOKENS,
+    do_sample: bool = False,
+    top_k: int = TOP_K,
+    temperature: float = 1.0,
+    seed: int = 0,
+    template: str = "none",
+    ablation: str | Ablation = "undifferentiated",
+    scale: float = DEFAULT_SCALE,
+    unit: str = "head",
+    eos_token_id: int | Sequence[int] | None = None,
+    engine: str = "auto",
+    generate_kwargs: dict | None = None,
+    backend: str = "auto",
+    layers: str = "auto",
+    max_memory: int | None = None,
+    batch_rows: int | None = None,
+    progress: bool = True,
+) -> list[list[str]] | list[list[list[int]]]:
+    """What the model answers with each group of heads off: groups x prompts rows decode together.
+
+    The ablation acts on the prompt and in every decode step (arXiv 2410.13708, section 3.1), on visible tokens only;
+    nothing is padded. Greedy texts are those of a plain loop without a cache, up to rounding: where two tokens are
+    within rounding of each other, batches of other sizes may choose differently.
+
+    Args:
+        model, prompts, tokenizer, template: as in `scan`. Without a tokenizer, prompts are token-id lists, and so are
+            the texts.
+        groups: G groups of (layer, head) pairs, from 0; (layer, None) is a whole layer, and [] the unablated model.
+        max_new_tokens: a text ends there or at an end-of-sequence token, which is not part of it.
+        do_sample, top_k, temperature, seed: False is greedy; True draws from the softmax of logits / temperature over
+            the top_k largest (0: all). What a row draws depends on seed, prompt, heads and, for equal rows, their
+            number; not on the other rows.
+        ablation, scale, unit: as in `scan`; `resample`, which matches positions one to one, is refused.
+        eos_token_id: tokens that end a text; default: those of the model's generation config, or the tokenizer's.
+            [] for none.
+        engine: "continuous" decodes all rows in one batch that is refilled as rows end; "transformers" calls the
+            model's own `generate` inside `ablate`, a group at a time. "auto" is the first, unless there are
+            `generate_kwargs`.
+        generate_kwargs: for the model's own `generate`: logits_processor, stopping_criteria, assistant_model, ...
+            Settings that the model comes with (such as a repetition penalty) count in neither engine.
+        backend, layers, max_memory: as in `scan`. batch_rows: rows that decode together; default 128 on a CPU, 512
+            on CUDA, fewer where memory is short.
+        progress: a progress bar on stderr.
+    Returns:
+        texts, [G][P]: strings, special tokens left out, or lists of token ids without a tokenizer.
+    Raises:
+        InputError: bad prompts, groups, ablation or settings. UnsupportedModelError: as in `scan`.
+    """
+    generation = prepare_generation(
+        model, prompts, tokenizer, groups=groups, max_new_tokens=max_new_tokens,
+        sampling=Sampling(do_sample, top_k, temperature, seed), template=template, ablation=ablation, scale=scale,
+        unit=unit, eos_token_id=eos_token_id, backend=backend, layers=layers, max_memory=max_memory,
+        batch_rows=batch_rows,
+    )  # fmt: skip
+    rows = [(g, p) for g in range(len(generation.groups)) for p in range(len(generation.subject.token_ids))]
+    longest = Longest()
+    if _use_transformers(engine, generate_kwargs):
+        finished = with_transformers(generation, rows, generate_kwargs or {}, progress)
+    else:
+        finished = longest.watch(generation.run(rows, progress))
+    out: list[list] = [[None] * len(generation.subject.token_ids) for _ in generation.groups]
+    for some in finished:
+        for row in some:
+            out[row.group][row.prompt] = row.tokens
+    check_generation(generation, longest.row)
+    if tokenizer is None:
+        return out
+    return [tokenizer.batch_decode(texts, skip_special_tokens=True) for texts in out]
+
+
+def prepare_generation(
+    model: PreTrainedModel,
+    prompts: Sequence,
+    tokenizer,
+    *,
+    groups: Iterable[Iterable[Sequence[int | None]]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    template: str,
+    ablation: str | Ablation,
+    scale: float,
+    unit: str,
+    eos_token_id: int | Sequence[int] | None,
+    backend: str,
+    layers: str,
+    max_memory: int | None,
+    batch_rows: int | None,
+) -> Generation:
+    """Arguments as in `generate`. Raises InputError or UnsupportedModelError, as it does."""
+    whole_number("max_new_tokens", max_new_tokens)
+    if batch_rows is not None:
+        whole_number("batch_rows", batch_rows)
+    subject = look_at(
+        model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,
+        layers=layers, new_tokens=max_new_tokens,
+    )  # fmt: skip
+    if subject.how.kind == "resample":
+        raise InputError(
+            "ablation resample matches positions one to one, and new text has no counterpart: use another"
+        )
+    asked, chosen = check_groups(groups, subject)
+    sampling.check(subject.anatomy.vocab_size)
+    values = None
+    if subject.how.kind == "mean" and any(chosen):
+        values = mean_outputs(model, subject.anatomy, subject.other_ids, subject.backend)
+    plan = make_generation_plan(subject, len(chosen), max_new_tokens, max_memory, batch_rows)
+    end_tokens = find_end_tokens(model, tokenizer, eos_token_id)
+    return Generation(subject, chosen, sampling, max_new_tokens, end_tokens, plan, values, asked)
+
+
+def check_groups(groups, subject: Subject) -> tuple[list[list[Head]], list[Group]]:
+    """The groups' units, and their query heads. `groups`: as in `generate`, or a function of the subject.
+
+    Raises InputError, naming the first group that is wrong.
+    """
+    anatomy = subject.anatomy
+    groups = groups(subject) if callable(groups) else groups
+    if isinstance(groups, (str, bytes)) or not isinstance(groups, Iterable):
+        raise InputError(f"groups must be a list of lists of (layer, head) pairs, got {groups!r}")
+    asked: list[list[Head]] = []
+    for number, group in enumerate(groups):
+        group = list(group) if isinstance(group, Iterable) and not isinstance(group, (str, bytes)) else group
+        if group == []:
+            asked.append([])
+            continue
+        try:
+            units = check_heads(group, anatomy.num_layers, subject.num_units, subject.unit)
+        except InputError as error:
+            raise InputError(f"group {number}: {error}") from None
+        named = [(entry[0], h) for entry in group for h in _heads_of(entry, subject.num_units)]
+        twice = next((head for head in named if named.count(head) > 1), None)
+        if twice is not None:
+            raise InputError(
+                f"group {number} names {subject.unit} {twice[0]}-{twice[1]} twice: name each once"
+            )
+        asked.append(units)
+    if not asked:
+        raise InputError("there are no groups: give at least one, such as [] for the unablated model")
+    return asked, [
+        tuple(head for each in units for head in unit_heads(each, subject.unit, anatomy)) for units in asked
+    ]
+
+
+def _heads_of(entry: Sequence[int | None], num_units: int) -> Iterable[int]:
+    return range(num_units) if entry[1] is None else [entry[1]]
+
+
+def find_end_tokens(model: PreTrainedModel, tokenizer, given: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens that end a text. Raises InputError if nobody names one."""
+    for tokens in (
+        given,
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    ):
+        if tokens is not None:
+            return frozenset(map(int, [tokens] if isinstance(tokens, int) else tokens))
+    raise InputError(
+        "neither the model nor the tokenizer names an end-of-sequence token: give eos_token_id, or [] to let every "
+        "text run to max_new_tokens"
+    )
+
+
+def make_generation_plan(
+    subject: Subject, num_groups: int, max_new_tokens: int, max_memory: int | None, batch_rows: int | None
+) -> GenerationPlan:
+    """How many rows at a time. Raises InputError if not even one fits."""
+    anatomy, dtype = subject.anatomy, subject.model.dtype
+    capacity = max(map(len, subject.token_ids)) + max_new_tokens
+    kept = _loaded_bytes(subject)
+    prefill = make_plan(
+        anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype, max_memory=max_memory,
+        kept_bytes=kept,
+    )  # fmt: skip
+    each = slot_bytes(anatomy.num_layers, anatomy.num_kv_heads, anatomy.head_dim, capacity, dtype.itemsize)
+    # A step's logits, and what a layer holds while it runs.
+    each += anatomy.vocab_size * 4 * LOGIT_COPIES + anatomy.work_width * dtype.itemsize
+    rows = num_groups * len(subject.token_ids)
+    wanted = min(rows, batch_rows or (CPU_ROWS if subject.device.type == "cpu" else CUDA_ROWS))
+    # Cache and prefill share the memory; prefill needs at least a row's worth, and has been given all.
+    slots = min(wanted, (prefill.memory_limit_bytes - kept) // 2 // each)
+    if slots < 1:
+        raise InputError(
+            f"a row of {capacity} tokens needs {each / 2**20:,.1f} MiB beyond the model, and half of "
+            f"{prefill.memory_limit_bytes / 2**20:,.1f} MiB may be used: raise max_memory or lower max_new_tokens"
+        )
+    if slots * each + prefill.predicted_bytes > prefill.memory_limit_bytes:
+        prefill = make_plan(
+            anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype,
+            max_memory=prefill.memory_limit_bytes - slots * each, kept_bytes=kept,
+        )  # fmt: skip
+    return GenerationPlan(int(slots), capacity, prefill, int(slots * each + prefill.predicted_bytes))
+
+
+def _loaded_bytes(subject: Subject) -> int:
+    """What fused layers hold beyond the model: their joined weights."""
+    if not subject.fused:
+        return 0
+    weights = (p for layer in subject.anatomy.layers for p in layer.module.parameters())
+    return sum(p.numel() * p.element_size() for p in weights)
+
+
+def _use_transformers(engine: str, generate_kwargs: dict | None) -> bool:
+    if engine not in ("auto", "continuous", "transformers"):
+        raise InputError(f"unknown engine {engine!r}: expected auto, continuous or transformers")
+    if engine == "continuous" and generate_kwargs:
+        raise InputError(
+            f"engine 'continuous' takes no generate_kwargs ({', '.join(generate_kwargs)}): use 'auto' or 'transformers'"
+        )
+    return engine == "transformers" or bool(generate_kwargs)
+
+
+def with_transformers(
+    generation: Generation, rows: Iterable[tuple[int, int]], generate_kwargs: dict, progress: bool
+) -> Iterator[list[Decoded]]:
+    """The same rows through the model's own `generate`, a group at a time inside `ablate`, prompts left-padded.
+
+    Draws then come from torch's generator, seeded for each group.
+    """
+    subject, sampling = generation.subject, generation.sampling
+    settings = {
+        "max_new_tokens": generation.max_new_tokens, "do_sample": sampling.do_sample, "num_beams": 1,
+        "eos_token_id": sorted(generation.end_tokens) or None, "return_dict_in_generate": False,
+    }  # fmt: skip
+    if sampling.do_sample:
+        settings |= {"top_k": sampling.top_k, "temperature": sampling.temperature, "top_p": 1.0}
+    config = GenerationConfig(**settings)
+    prompts_of: dict[int, list[int]] = {}
+    for group, prompt in rows:
+        prompts_of.setdefault(group, []).append(prompt)
+    pad = min(generation.end_tokens, default=0)
+    config.pad_token_id = pad
+    for group, prompts in tqdm(prompts_of.items(), desc="generate", unit=" groups", disable=not progress):
+        mask = HeadMask((generation.groups[group],), subject.how, generation.values)
+        out: list[Decoded] = []
+        for start in range(0, len(prompts), generation.plan.slots):
+            part = prompts[start : start + generation.plan.slots]
+            ids = [subject.token_ids[p] for p in part]
+            width = max(map(len, ids))
+            padded = torch.tensor([[pad] * (width - len(x)) + x for x in ids], device=subject.device)
+            seen = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=subject.device)
+            devices = [subject.device] if subject.device.type == "cuda" else []
+            with contextlib.ExitStack() as undo:
+                # What a call leaves open would be taken from the settings that the model comes with.
+                undo.callback(setattr, subject.model, "generation_config", subject.model.generation_config)
+                subject.model.generation_config = GenerationConfig()
+                undo.enter_context(torch.random.fork_rng(devices))
+                undo.enter_context(dense_rows(subject.model, subject.anatomy, mask))
+                torch.manual_seed(sampling.seed)
+                text = subject.model.generate(
+                    input_ids=padded, attention_mask=seen, generation_config=config, **generate_kwargs
+                )
+            for p, tokens in zip(part, text[:, width:].tolist(), strict=True):
+                end = next((i for i, t in enumerate(tokens) if t in generation.end_tokens), None)
+                out.append(Decoded(group, p, tokens[:end], end is not None))
+        yield out

@@ -1,0 +1,84 @@
+"""A decoder layer called with other rows or tokens than the model gave it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+class LayerCall:
+    """A decoder layer's forward with everything given but the hidden states it is to take.
+
+    hidden: those the model gave it; tuples: whether it returned a tuple, known after a call.
+    """
+
+    def __init__(
+        self, forward: Callable, hidden: torch.Tensor, by_name: bool, args: tuple, kwargs: dict
+    ) -> None:
+        self.forward, self.hidden, self.by_name, self.args, self.kwargs = (
+            forward,
+            hidden,
+            by_name,
+            args,
+            kwargs,
+        )
+        self.tuples = False
+
+    @classmethod
+    def of(cls, forward: Callable, args: tuple, kwargs: dict) -> LayerCall:
+        if "hidden_states" in kwargs:
+            rest = {k: x for k, x in kwargs.items() if k != "hidden_states"}
+            return cls(forward, kwargs["hidden_states"], True, args, rest)
+        return cls(forward, args[0], False, args[1:], kwargs)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.by_name:
+            out = self.forward(*self.args, hidden_states=hidden, **self.kwargs)
+        else:
+            out = self.forward(hidden, *self.args, **self.kwargs)
+        self.tuples = isinstance(out, tuple)
+        return out[0] if self.tuples else out
+
+    def at(self, nodes: torch.Tensor, num_tokens: int) -> LayerCall:
+        """The same call for the tokens `nodes` only: positions, rotary tables and the like are cut to them."""
+
+        def cut(x: torch.Tensor) -> torch.Tensor:
+            if x.dim() >= 2 and x.shape[1] == num_tokens:
+                return x.index_select(1, nodes)
+            if x.dim() == 1 and x.shape[0] == num_tokens:
+                return x.index_select(0, nodes)
+            return x
+
+        return self._cut(cut)
+
+    def first(self, rows: int, of: int) -> LayerCall:
+        """The same call for the first of the batch's rows only."""
+        return self._cut(lambda x: x[:rows] if x.dim() >= 1 and x.shape[0] == of else x)
+
+    def _cut(self, cut: Callable[[torch.Tensor], torch.Tensor]) -> LayerCall:
+        def walk(value):
+            if isinstance(value, torch.Tensor):
+                return cut(value)
+            if isinstance(value, dict):
+                return {k: walk(x) for k, x in value.items()}
+            if type(value) in (tuple, list):
+                return type(value)(walk(x) for x in value)
+            return value
+
+        return LayerCall(self.forward, self.hidden, self.by_name, walk(self.args), walk(self.kwargs))
+
+
+@contextlib.contextmanager
+def forward_replaced(module: torch.nn.Module, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """`module.forward` replaced on this instance; a forward set on the instance before (offloading) is kept."""
+    own = module.__dict__.get("forward")
+    module.forward = make(module.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
