@@ -227,6 +227,16 @@ def parse_heads(text: str) -> list[tuple[int, int | None]]:
     return out
 
 
+def parse_groups(text: str) -> list[list[tuple[int, int | None]]]:
+    """Groups of heads from the command line: "2-26; 2-26,3-1"; "none" is the unablated model."""
+    parts = [part.strip() for part in text.split(";")]
+    if not all(parts):
+        raise InputError(
+            f"cannot read the groups {text!r}: write heads such as 2-26,3-1, with ; between groups"
+        )
+    return [[] if part == "none" else parse_heads(part) for part in parts]
+
+
 @contextlib.contextmanager
 def ablate(
     model: PreTrainedModel,

@@ -26,6 +26,7 @@ METRIC = {
     "name": "asr",
     "unit": "",
     "signed": False,
+    "title": "Attack success rate",
     "label": "attack success rate with the head off",
     "floor": "the unablated model's rate",
 }
@@ -98,16 +99,20 @@ def scan_asr(
     }
     folder = None if out is None else runs.RunFolder(out, identity)
     if folder is not None and folder.previous.get("status") == "complete":
-        return ShipsResult.load(folder.path)
+        finished = ShipsResult.load(folder.path)
+        if not np.isnan(finished.scores[:, *zip(*units, strict=True)]).any():
+            return finished  # else somebody deleted a part
     record = subject.record | {"metric": METRIC, "plan": generation.plan.to_json(), "judge": judge.name}
     completions = Completions(1 + len(units), len(prompts), keep_text=keep_text)
     if folder is not None:
         completions.read(folder.path)
         folder.write_manifest(record | {"status": "running"})
     scan_started = time.perf_counter()
-    fill(generation, completions, prompts, tokenizer, judge, folder, progress)
+    record["spot_check_max_deficit"] = fill(
+        generation, completions, prompts, tokenizer, judge, folder, progress
+    )
     record |= {
-        "spot_check_max_deficit": subject.record["spot_check_max_deficit"],
+        "plan": generation.plan.to_json(),
         "scan_seconds": round(time.perf_counter() - scan_started, 3),
         "unablated": {label: float(completions.share(label)[0]) for label in LABELS},
         "degenerate": _by_head(completions, units, shape),

@@ -6,9 +6,7 @@ Nothing heavy is imported here: each command imports what it needs when it runs.
 from __future__ import annotations
 
 import errno
-import inspect
 import json as json_module
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,25 @@ from typing import Annotated
 
 import typer
 
+from .cli_options import (
+    SCAN_OPTIONS,
+    DoSample,
+    Groups,
+    Json,
+    JudgeName,
+    JudgeTemplate,
+    KeepText,
+    MetricNames,
+    NewTokens,
+    Quiet,
+    Rank,
+    Temperature,
+    Top,
+    TopK,
+    check_place,
+    command,
+    quiet_transformers,
+)  # fmt: skip
 from .errors import InputError
 
 app = typer.Typer(
@@ -27,127 +44,70 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelName = Annotated[str, typer.Argument(help="Model folder or hub id.")]
-PromptFile = Annotated[Path, typer.Argument(help="Prompt file: csv, jsonl, parquet or txt.")]
-Out = Annotated[Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")]
-Template = Annotated[
-    str,
-    typer.Option(
-        help="chat, query-answer, none, or a text with {prompt}. auto: chat if the tokenizer has one."
-    ),
-]
-Column = Annotated[str | None, typer.Option(help="Column of the prompts.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
-HowAblated = Annotated[
-    str,
-    typer.Option(
-        "--ablation",
-        help="undifferentiated, uniform, scale, zero, head_mean_q, head_mean_k, head_mean_v, mean or resample.",
-    ),
-]
-Scale = Annotated[str, typer.Option(help="eps of undifferentiated and scale.")]
-Source = Annotated[
-    Path | None,
-    typer.Option(
-        help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all)."
-    ),
-]
-Heads = Annotated[str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER, comma-separated.")]
-Unit = Annotated[str, typer.Option(help="What is switched off together: head or kv_group.")]
-Rank = Annotated[int, typer.Option(min=1, help="Singular vectors that span the subspace.")]
-Backend = Annotated[str, typer.Option(help="Attention: auto, triton, cpp, torch or reference.")]
-Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")]
-MaxMemory = Annotated[
-    str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
-]
-Plot = Annotated[Path | None, typer.Option(help="Write the heatmap here (png, svg or pdf).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Top = Annotated[int, typer.Option("--top", min=1, help="How many heads to list.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
-MetricNames = Annotated[
-    list[str],
-    typer.Option(
-        "--metric",
-        help="kl, reverse_kl, js, total_variation, logit_diff:TOKEN,TOKEN or refusal_logit:TOKEN,TOKEN,...; may be "
-        "given several times, for one pass that measures all (plots of all but the first get a number).",
-    ),
-]
-
-
-SCAN_ARGUMENTS = {"model": ModelName, "prompts": PromptFile}
-SCAN_OPTIONS = {
-    "out": (Out, None),
-    "template": (Template, "auto"),
-    "column": (Column, None),
-    "limit": (Limit, None),
-    "ablation": (HowAblated, "undifferentiated"),
-    "scale": (Scale, "1e-5"),
-    "source": (Source, None),
-    "heads": (Heads, None),
-    "unit": (Unit, "head"),
-    "backend": (Backend, "auto"),
-    "dtype": (Dtype, "auto"),
-    "device": (Device, None),
-    "max_memory": (MaxMemory, None),
-    "plot": (Plot, None),
-    "json": (Json, False),
-    "quiet": (Quiet, False),
-}
-
-
-def _scan_command(function: Callable) -> Callable:
-    """A command with the arguments and options of every scan beside its own.
-
-    `function` gets `load`, which loads the model and gives the arguments of a scan, and its own options; it returns
-    the result and how many heads of it to list.
-    """
-
-    def command(**given) -> None:
-        shared = {name: given.pop(name) for name in (*SCAN_ARGUMENTS, *SCAN_OPTIONS)}
-        json = shared.pop("json")
-        result, top = function(_checked(**shared), **given)
-        _show(result, top, json, shared["out"], shared["plot"])
-
-    def parameter(name: str, kind, default=inspect.Parameter.empty) -> inspect.Parameter:
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-    parameters = [
-        *(parameter(name, kind) for name, kind in SCAN_ARGUMENTS.items()),
-        *(parameter(p.name, p.annotation, p.default) for p in own),
-        *(parameter(name, kind, default) for name, (kind, default) in SCAN_OPTIONS.items()),
-    ]
-    command.__doc__ = function.__doc__
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
 
 @app.command("scan")
-@_scan_command
-def scan(load: Callable[[], dict], metric: MetricNames = ("kl",), top: Top = 10):
-    """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats)."""
+@command(SCAN_OPTIONS)
+def scan(
+    load: Callable[[], dict],
+    shared: dict,
+    metric: MetricNames = ("kl",),
+    top: Top = 10,
+    rank_by: Annotated[
+        str,
+        typer.Option(
+            help="score: the metric, of the next token. asr: attack success rate of whole answers, judged."
+        ),
+    ] = "score",
+    judge: JudgeName = "keywords",
+    judge_template: JudgeTemplate = None,
+    max_new_tokens: NewTokens = 128,
+    do_sample: DoSample = False,
+    top_k: TopK = 5,
+    temperature: Temperature = 1.0,
+    keep_text: KeepText = False,
+):
+    """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats).
+
+    With --rank-by asr: let the model answer with every head off, and judge the answers; the options from --judge to
+    --keep-text are for this.
+    """
     from .metrics import parse_metric
-    from .ships import scan as run
 
     chosen = [parse_metric(each) for each in metric]
-    return run(**load(), metric=chosen), top
+    if rank_by not in ("score", "asr"):
+        raise InputError(f"--rank-by {rank_by}: expected score or asr")
+    if rank_by == "score":
+        from .ships import scan as run
+
+        result = run(**load(), metric=chosen)
+    else:
+        if tuple(metric) != ("kl",):
+            raise InputError(
+                "--metric measures the next token, and --rank-by asr whole answers: give one of them"
+            )
+        from .asr import scan_asr
+
+        settings = _generation(max_new_tokens, do_sample, top_k, temperature, shared)
+        result = scan_asr(
+            judge=_judge(judge, judge_template, shared), keep_text=keep_text, **settings, **load()
+        )
+    _show(result, top, shared)
 
 
 @app.command("scan-dataset")
-@_scan_command
-def scan_dataset(load: Callable[[], dict], rank: Rank = 1, top: Top = 10):
+@command(SCAN_OPTIONS)
+def scan_dataset(load: Callable[[], dict], shared: dict, rank: Rank = 1, top: Top = 10):
     """Score every head by how far it turns the subspace PROMPTS span (dataset-level Ships, in degrees)."""
     from .dataset import scan_dataset as run
 
-    return run(**load(), rank=rank), top
+    _show(run(**load(), rank=rank), top, shared)
 
 
 @app.command("sahara")
-@_scan_command
+@command(SCAN_OPTIONS)
 def sahara(
     load: Callable[[], dict],
+    shared: dict,
     group_size: Annotated[int, typer.Option(min=1, help="How many heads to find.")] = 3,
     rank: Rank = 1,
     beam: Annotated[int, typer.Option(min=1, help="Groups kept after every step; 1 is the paper's.")] = 1,
@@ -155,48 +115,127 @@ def sahara(
     """Find the group of heads that carries the answers to PROMPTS, greedily (Sahara)."""
     from .greedy import sahara as run
 
-    return run(**load(), group_size=group_size, rank=rank, beam=beam), group_size
+    _show(run(**load(), group_size=group_size, rank=rank, beam=beam), group_size, shared)
 
 
-def _checked(
-    model, prompts, column, limit, template, ablation, scale, source, heads, unit, backend, dtype, device, max_memory,
-    out, plot, quiet,
-):  # fmt: skip
-    """Check the options, cheapest first; the function returned loads the model and gives the arguments of a scan."""
+@app.command("generate")
+@command()
+def generate(
+    load: Callable[[], dict],
+    shared: dict,
+    groups: Groups = None,
+    max_new_tokens: NewTokens = 128,
+    do_sample: DoSample = False,
+    top_k: TopK = 5,
+    temperature: Temperature = 1.0,
+):
+    """Print what MODEL answers to PROMPTS with each group of heads off."""
+    from .ablation import parse_groups
+    from .completion_view import show_texts
+    from .generation import generate as run
+
+    if shared["out"] is not None:
+        raise InputError(
+            "generate writes no run folder: use evaluate --out, or redirect the output of --json"
+        )
+    chosen = parse_groups(groups or "none")
+    given = load()
+    del given["out"]
+    texts = run(groups=chosen, **_generation(max_new_tokens, do_sample, top_k, temperature, shared), **given)
+    if shared["json"]:
+        rows = [
+            {"heads": [list(head) for head in group], "prompt": prompt, "text": text}
+            for group, answers in zip(chosen, texts, strict=True)
+            for prompt, text in zip(given["prompts"], answers, strict=True)
+        ]
+        print(json_module.dumps(rows, indent=1))
+    else:
+        show_texts(chosen, given["prompts"], texts)
+
+
+@app.command("evaluate")
+@command()
+def evaluate(
+    load: Callable[[], dict],
+    shared: dict,
+    groups: Groups = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A finished run folder to take heads from, with --top.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many heads to take from --run, each a group.")] = 10,
+    cumulative: Annotated[
+        bool,
+        typer.Option("--cumulative", help="Groups of the best 1, 2, ... heads instead. Sahara's always are."),
+    ] = False,
+    control: Annotated[
+        str | None, typer.Option(help="Ordinary prompts, to see how far each ablation breaks the model.")
+    ] = None,
+    judge: JudgeName = "keywords",
+    judge_template: JudgeTemplate = None,
+    max_new_tokens: NewTokens = 128,
+    do_sample: DoSample = False,
+    top_k: TopK = 5,
+    temperature: Temperature = 1.0,
+    keep_text: KeepText = False,
+    view: Annotated[
+        Path | None, typer.Option(help="Write the answers side by side here (md or html).")
+    ] = None,
+):
+    """Judge what MODEL answers to PROMPTS with each group of heads off: attack success rates, beside the unablated
+    model's."""
+    from .ablation import parse_groups
     from .prompts import load_prompts
 
-    texts = load_prompts(prompts, column)[:limit]
-    eps = _number(scale, "--scale")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf")
-    for path in (plot, out):
-        _check_place(path)
-    others = (
-        None if source is None else load_prompts(source, column)[: limit if ablation == "resample" else None]
-    )
-    _quiet_transformers()
-    from .ablation import Ablation, parse_heads
-    from .loading import load_model, load_tokenizer
-    from .planner import parse_bytes
+    if view is not None and view.suffix.lower() not in (".md", ".html"):
+        raise InputError(f"--view {view}: expected a name ending in .md or .html")
+    check_place(view)
+    if (groups is None) == (run is None):
+        raise InputError(
+            "evaluate needs --groups, such as '2-26; 2-26,3-1', or --run with a finished run folder"
+        )
+    chosen = parse_groups(groups) if run is None else _best(run, top, cumulative, shared["unit"])
+    ordinary = None if control is None else load_prompts(control, shared["column"])
+    from .evaluation import evaluate as run_it
 
-    if ablation == "resample" and others is None:
-        raise InputError("--ablation resample needs --source, a file of prompts to take outputs from")
-    how = Ablation(ablation, eps, None if others is None else tuple(others))
-    chosen = None if heads is None else parse_heads(heads)
-    limit_bytes = None if max_memory is None else parse_bytes(max_memory)
+    settings = _generation(max_new_tokens, do_sample, top_k, temperature, shared)
+    result = run_it(
+        groups=[[], *(group for group in chosen if group)], judge=_judge(judge, judge_template, shared),
+        control=ordinary, keep_text=keep_text, **settings, **load(),
+    )  # fmt: skip
+    if view is not None:
+        result.view(view)
+    _show(result, top, shared)
 
-    def load() -> dict:
-        tokenizer = load_tokenizer(model)
-        wrapped = template
-        if template == "auto":
-            wrapped = "chat" if getattr(tokenizer, "chat_template", None) else "none"
-        return {
-            "model": load_model(model, dtype=dtype, device=device), "prompts": texts, "tokenizer": tokenizer,
-            "template": wrapped, "ablation": how, "heads": chosen, "unit": unit.replace("-", "_"), "backend": backend,
-            "out": out, "progress": not quiet, "max_memory": limit_bytes,
-        }  # fmt: skip
 
-    return load
+def _generation(max_new_tokens, do_sample, top_k, temperature, shared: dict) -> dict:
+    return {
+        "max_new_tokens": max_new_tokens, "do_sample": do_sample, "top_k": top_k, "temperature": temperature,
+        "seed": shared["seed"],
+    }  # fmt: skip
+
+
+def _judge(name: str, template: str | None, shared: dict):
+    """Model judges go where the model goes."""
+    from .refusal import as_judge
+
+    return as_judge(name, template=template, device=shared["device"])
+
+
+def _best(run: Path, top: int, cumulative: bool, unit: str) -> list[list[tuple[int, int]]]:
+    """The groups that a finished run speaks for."""
+    from .results import SaharaResult, load
+
+    result = load(run)
+    if not hasattr(result, "top"):
+        raise InputError(f"{run} holds no scan: give one of scan, scan-dataset or sahara")
+    if result.record.get("status") not in (None, "complete"):
+        raise InputError(f"{run} holds a run that is not finished: run it again to continue")
+    if result.unit != unit.replace("-", "_"):
+        raise InputError(f"{run} is about {result.unit}s: give --unit {result.unit}")
+    heads = result.heads[:top] if isinstance(result, SaharaResult) else [s[:2] for s in result.top(top)]
+    if cumulative or isinstance(result, SaharaResult):
+        return [heads[:n] for n in range(1, len(heads) + 1)]
+    return [[head] for head in heads]
 
 
 @app.command()
@@ -207,8 +246,8 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Scan the small model that comes with shipsfast, and show what its top head does."""
-    _check_place(out / "run")
-    _quiet_transformers()
+    check_place(out / "run")
+    quiet_transformers()
     from .demo.run import run
 
     run(out, progress=not quiet)
@@ -236,31 +275,18 @@ def _show(result, top: int, json: bool, out: Path | None, plot: Path | None) -> 
         show(result, top, out)
 
 
-def _number(text: str, option: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{option} must be a number, got {text!r}") from None
+def _show(result, top: int, shared: dict) -> None:
+    from .tables import as_json, show
 
-
-def _check_place(path: Path | None) -> None:
-    """A result that cannot be written is refused before it is computed."""
-    if path is None:
-        return
-    parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write {path}: {parent} is not a folder that can be written to")
-    if path.suffix.lower() in (".png", ".svg", ".pdf") and not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
-
-
-def _quiet_transformers() -> None:
-    """Bad input is told once, by us; progress bars of loading are noise beside ours."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    plot, out = shared.get("plot"), shared["out"]
+    if plot is not None:
+        result.plot(plot)
+        for number, other in enumerate(getattr(result, "also", {}).values(), 2):
+            other.plot(plot.with_stem(f"{plot.stem}-{number}"))
+    if shared["json"]:
+        print(json_module.dumps(as_json(result, top, out), indent=1))
+    else:
+        show(result, top, out)
 
 
 def main() -> None:

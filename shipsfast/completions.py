@@ -107,21 +107,23 @@ def judged(
         unwritten.clear()
         written = time.monotonic()
 
-    for rows in batches:
-        if not rows:
-            continue
-        texts = tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
-        labels = judge(
-            [
-                Completion(
-                    prompts[row.prompt], text, len(row.tokens), row.finished, generation.max_new_tokens
-                )
-                for row, text in zip(rows, texts, strict=True)
-            ]
-        )
-        for row, text, label in zip(rows, texts, labels, strict=True):
-            completions.keep(row, text, label)
-            unwritten.append((row.group, row.prompt))
-        if time.monotonic() - written > WRITE_EVERY_S:
-            write()
-    write()
+    try:
+        for rows in batches:
+            if not rows:
+                continue
+            texts = tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
+            labels = judge(
+                [
+                    Completion(
+                        prompts[row.prompt], text, len(row.tokens), row.finished, generation.max_new_tokens
+                    )
+                    for row, text in zip(rows, texts, strict=True)
+                ]
+            )
+            for row, text, label in zip(rows, texts, labels, strict=True):
+                completions.keep(row, text, label)
+                unwritten.append((row.group, row.prompt))
+            if time.monotonic() - written > WRITE_EVERY_S:
+                write()
+    finally:  # also when a judge raises: what it has judged before is kept
+        write()

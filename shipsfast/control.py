@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .ablation import HeadMask
-from .completions import Completions
+from .completions import MISSING, Completions
 from .decoder import Group
 from .generation import Generation
 from .metrics import kl_rows
@@ -50,9 +50,12 @@ class Control:
 
     @property
     def same(self) -> np.ndarray:
-        """float64 [G], share of the prompts answered word for word as by the unablated model"""
-        sha256 = self.completions.sha256
-        return (sha256[:-1] == sha256[-1]).mean(1)
+        """float64 [G], share of the prompts answered word for word as by the unablated model, of those both answered;
+        NaN where there is none. Draws differ by themselves."""
+        sha256, done = self.completions.sha256, self.completions.label != MISSING
+        both = done[:-1] & done[-1]
+        count = both.sum(1)
+        return ((sha256[:-1] == sha256[-1]) & both).sum(1) / np.where(count, count, np.nan)
 
 
 @torch.inference_mode()
@@ -71,30 +74,29 @@ def kl_along(
     """
     subject = generation.subject
     layers = subject.anatomy.num_layers
-    ids = [
-        [[*prompt, *answer[:t]] for t in range(max(1, min(tokens, len(answer) + 1)))]
-        for prompt, answer in zip(prompts, answers, strict=True)
+    ends = [
+        (p, [*prompt, *answer[:t]])
+        for p, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for t in range(min(tokens, len(answer) + 1))
     ]
+    owner, ids = np.array([p for p, _ in ends]), [prefix for _, prefix in ends]
     fork = [min((layer for layer, _ in group), default=layers) for group in generation.groups]
     order = [g for g in np.argsort(fork, kind="stable").tolist() if generation.groups[g]]
-    out = np.zeros((len(generation.groups), len(ids)))
-    longest = [prefixes[-1] for prefixes in ids]
+    out = np.zeros((len(generation.groups), len(prompts)))
     plan = make_plan(
-        subject.anatomy, longest, max(1, len(order)), device=subject.device, dtype=subject.model.dtype,
+        subject.anatomy, ids, max(1, len(order)), device=subject.device, dtype=subject.model.dtype,
         max_memory=max_memory,
     )  # fmt: skip
     for some in plan.prompt_groups:
-        ends = [prefix for p in some for prefix in ids[p]]
-        owner = np.array([p for p in some for _ in ids[p]])
-        packed = pack(ends)
+        packed = pack([ids[i] for i in some])
         for part in even_slices(len(order), plan.rows_per_block):
             groups = order[part]
             with Wavefront(
                 subject.model, subject.anatomy, packed, backend=subject.backend, chunk_tokens=plan.chunk_tokens,
                 head_rows=plan.head_rows, fused=subject.fused,
             ) as wavefront:  # fmt: skip
-                _one_block(wavefront, generation, groups, owner, out)
-    return out / np.array([len(prefixes) for prefixes in ids])
+                _one_block(wavefront, generation, groups, owner[list(some)], out)
+    return out / np.bincount(owner)
 
 
 def _one_block(

@@ -19,7 +19,6 @@ from .completions import MISSING, Completions, judged
 from .control import CONTROL_TOKENS, Control, kl_along
 from .errors import InputError, whole_number
 from .generation import NEW_TOKENS, TOP_K, Generation, Longest, Sampling, prepare_generation
-from .prompts import to_token_ids
 from .refusal import Completion, Judge, as_judge, degenerate
 
 CONTROL_ROOM = "control"
@@ -97,6 +96,12 @@ class EvalResult:
             out.append(row)
         return out
 
+    def view(self, path: str | Path) -> None:
+        """Write the answers of all groups side by side: Markdown or a page of HTML, by the path's suffix."""
+        from .completion_view import write
+
+        write(self, path)
+
     @classmethod
     def load(cls, folder: str | Path) -> EvalResult:
         """Read the run folder of `evaluate`; rows that were never reached have no label, and prompts are not kept."""
@@ -163,10 +168,11 @@ def evaluate(
             is called for some answers at a time, as they are finished.
         control: ordinary prompts, in the same template. The same groups then answer these too, and the result's
             .control says how far each ablation breaks the model.
-        control_tokens: how many tokens of the unablated model's answer the control's KL is taken along.
+        control_tokens: how many tokens of the unablated model's answer the control's KL is taken along, at most
+            max_new_tokens.
         out: run folder. What is finished is kept there, and the same evaluation continues from it.
         keep_text: keep the answers in the run folder; else their labels, lengths and hashes only. The result at hand
-            has them in either case.
+            has those that were decoded for it in either case.
     Returns:
         EvalResult.
     Raises:
@@ -188,25 +194,31 @@ def evaluate(
         "control": None,
     }
     if control is not None:
-        whole_number("control_tokens", control_tokens)
-        try:
-            control_ids = to_token_ids(control, tokenizer, template)
-        except InputError as error:
-            raise InputError(f"in the control prompts: {error}") from error
-        identity["control"] = {"prompts": runs.prompt_hashes(control_ids), "tokens": control_tokens}
+        tokens = min(whole_number("control_tokens", control_tokens), max_new_tokens)
+        ordinary = _ordinary(model, control, tokenizer, settings, generation)
+        identity["control"] = {
+            "prompts": runs.prompt_hashes(ordinary.subject.token_ids),
+            "tokens": tokens,
+        }
     folder = None if out is None else runs.RunFolder(out, identity)
+    if folder is not None and folder.previous.get("status") == "complete":
+        finished = EvalResult.load(folder.path)
+        if _whole(finished):
+            return replace(finished, prompts=list(prompts))  # else somebody deleted a part
     record = generation.subject.record | {"plan": generation.plan.to_json(), "judge": judge.name}
     completions = Completions(len(generation.groups), len(prompts), keep_text=keep_text)
     result = EvalResult(generation.asked, list(prompts), completions, None, record, identity)
     if folder is not None:
         completions.read(folder.path)
-        if folder.previous.get("status") != "complete":
-            folder.write_manifest(record | {"status": "running"})
-    fill(generation, completions, prompts, tokenizer, judge, folder, progress)
+        folder.write_manifest(record | {"status": "running"})
+    record["spot_check_max_deficit"] = fill(
+        generation, completions, prompts, tokenizer, judge, folder, progress
+    )
     if control is not None:
         result.control = _control(
-            model, control, control_ids, tokenizer, settings, generation, control_tokens, keep_text, folder, progress
-        )  # fmt: skip
+            ordinary, list(control), tokenizer, tokens, keep_text, folder, progress, max_memory
+        )
+    record["plan"] = generation.plan.to_json()
     record["seconds"] = round(time.perf_counter() - started, 3)
     record["asr"] = [round(float(x), 6) for x in result.asr]
     if folder is not None:
@@ -223,27 +235,49 @@ def fill(
     folder: runs.RunFolder | None,
     progress: bool,
     *room: str,
-) -> None:
-    """Decode and judge what is missing, and hold one of the new texts against a plain forward pass."""
+) -> float:
+    """Decode and judge what is missing, and hold one of the new texts against a plain forward pass.
+
+    Returns the shortfall that `check_generation` found. Where nothing is missing, the run was ended before that check
+    or by it: it is made on a text that is decoded anew.
+    """
     missing = completions.missing()
-    if not missing:
-        return
     sample = Longest()
-    batches = sample.watch(generation.run(missing, progress))
-    judged(generation, batches, prompts, tokenizer, judge, completions, folder, *room)
-    generation.subject.record["spot_check_max_deficit"] = check_generation(generation, sample.row)
+    if missing:
+        batches = sample.watch(generation.run(missing, progress))
+        judged(generation, batches, prompts, tokenizer, judge, completions, folder, *room)
+    else:
+        longest = np.unravel_index(completions.num_tokens.argmax(), completions.num_tokens.shape)
+        for _ in sample.watch(generation.run([tuple(map(int, longest))])):
+            pass
+    return check_generation(generation, sample.row)
+
+
+def _whole(result: EvalResult) -> bool:
+    """Is every number there?"""
+    control = result.control
+    return not result.completions.missing() and (
+        control is None or not (control.completions.missing() or np.isnan(control.kl_nats).any())
+    )
+
+
+def _ordinary(model, control, tokenizer, settings: dict, generation: Generation) -> Generation:
+    """The same groups, and after them the unablated model, on the control prompts."""
+    try:
+        ordinary = prepare_generation(
+            model, control, tokenizer, **settings | {"groups": [*generation.asked, []]}
+        )
+    except InputError as error:
+        raise InputError(f"in the control prompts: {error}") from error
+    # Means are those of the judged prompts, for both.
+    return replace(ordinary, values=generation.values)
 
 
 def _control(
-    model, control, control_ids, tokenizer, settings: dict, generation: Generation, tokens: int, keep_text: bool,
-    folder: runs.RunFolder | None, progress: bool,
+    ordinary: Generation, control: Sequence[str], tokenizer, tokens: int, keep_text: bool,
+    folder: runs.RunFolder | None, progress: bool, max_memory: int | None,
 ) -> Control:  # fmt: skip
-    count = len(generation.groups)
-    ordinary = prepare_generation(
-        model, control_ids, tokenizer, **settings | {"groups": [*generation.asked, []], "template": "none"}
-    )
-    # Means are those of the judged prompts, for both.
-    ordinary = replace(ordinary, values=generation.values)
+    count, control_ids = len(ordinary.groups) - 1, ordinary.subject.token_ids
     completions = Completions(count + 1, len(control_ids), keep_text=keep_text)
     kl_nats = np.full((count, len(control_ids)), np.nan)
     if folder is not None:
@@ -256,7 +290,8 @@ def _control(
         for rows in greedy.run([(count, p) for p in range(len(control_ids))]):
             for row in rows:
                 answers[row.prompt] = row.tokens
-        kl_nats = kl_along(generation, control_ids, answers, tokens, settings["max_memory"])
+        ablated = replace(ordinary, groups=ordinary.groups[:-1])
+        kl_nats = kl_along(ablated, control_ids, answers, tokens, max_memory)
         if folder is not None:
             folder.write_part(runs.score_frame(kl_nats, KL_NAMES, KL))
     return Control(kl_nats, completions, tokens)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, quick_stability
+from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, label_of, quick_stability
 from .statistics import Concentration
 
 LABELLED = 3  # heads named in the map
@@ -63,6 +63,25 @@ def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
     if error is not None:
         title += f"\n{stability.confidence:.0%} intervals, {stability.prompts} prompts resampled"
     axes.set_title(title, fontsize=8)
+
+
+def side_by_side(results: dict[str, ShipsResult], path: str | Path | None = None) -> Figure:
+    """Maps of several scans of one model, each on a scale of its own, by their titles."""
+    width, height = _size(*next(iter(results.values())).mean().shape)
+    figure = Figure(figsize=(width * len(results), height), layout="constrained")
+    for axes, (title, result) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
+    ):
+        mean = result.mean()
+        weak = ~result.above_noise() & ~np.isnan(mean)
+        image = _map(axes, mean, result.unit, result.signed, weak)
+        for layer, head, score in result.top(LABELLED):
+            _name(axes, layer, head, f"{layer}-{head}", score, image)
+        figure.colorbar(image, ax=axes).set_label(label_of(result.metric), fontsize=8)
+        if weak.any():
+            _note(axes, f"dot: not above {floor_name(result)}")
+        axes.set_title(title, fontsize=9)
+    return _saved(figure, path)
 
 
 def steps(
@@ -140,7 +159,7 @@ def _note(axes, text: str) -> None:
     axes.annotate(
         text,
         (1, 0),
-        (0, -24),
+        (0, -34),  # below the name of the axis
         xycoords="axes fraction",
         textcoords="offset points",
         ha="right",

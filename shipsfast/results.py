@@ -144,9 +144,8 @@ class ShipsResult(_Ranked):
         from .plotting import heatmap
 
         prompts = self.scores.shape[0]
-        name = "Ships" if self.metric["name"] == "kl" else self.metric["name"]
-        title = title or f"{name}, mean of {prompts} prompt{'s' * (prompts != 1)}"
-        return heatmap(self, _label(self.metric), title, path)
+        title = title or f"{title_of(self.metric)}, mean of {prompts} prompt{'s' * (prompts != 1)}"
+        return heatmap(self, label_of(self.metric), title, path)
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
@@ -196,7 +195,11 @@ def floor_name(result) -> str:
     )
 
 
-def _label(metric: dict) -> str:
+def title_of(metric: dict) -> str:
+    return "Ships" if metric["name"] == "kl" else metric.get("title", metric["name"])
+
+
+def label_of(metric: dict) -> str:
     return metric["label"] + (f", {metric['unit']}" if metric["unit"] else "")
 
 

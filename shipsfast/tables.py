@@ -15,8 +15,13 @@ from .statistics import Concentration
 def show(result, top: int, out: Path | None = None, console: Console | None = None) -> None:
     """Print the top heads, and in one line each what ran and where it lies."""
     console = console or Console(highlight=False)
-    printer = {ShipsResult: _ships, SubspaceResult: _subspace, SaharaResult: _sahara}[type(result)]
-    printer(result, top, console)
+    printer = {ShipsResult: _ships, SubspaceResult: _subspace, SaharaResult: _sahara}.get(type(result))
+    if printer is None:
+        from .completion_view import show as show_completions
+
+        show_completions(result, console)
+    else:
+        printer(result, top, console)
     record = result.record
     console.print(
         f"{record.get('attention_backend')} attention, {record.get('layers')} layers, "
@@ -29,6 +34,9 @@ def show(result, top: int, out: Path | None = None, console: Console | None = No
 
 def as_json(result, top: int, out: Path | None = None) -> dict:
     """The same as an object."""
+    if not hasattr(result, "noise_floor"):
+        place = None if out is None else str(out)
+        return {"groups": result.summary(), "run_folder": place, "record": result.record}
     shared = {
         "noise_floor": result.noise_floor,
         "run_folder": None if out is None else str(out),
@@ -117,7 +125,8 @@ def _noise(result, unit: str) -> str:
 def _ships(result: ShipsResult, top: int, console: Console) -> None:
     metric = result.metric
     unit = f", {metric['unit']}" if metric["unit"] else ""
-    console.print(f"Ships: {metric['label']}, {result.record.get('ablation', '')}", soft_wrap=True)
+    name = "" if "title" in metric else "Ships: "
+    console.print(f"{name}{metric['label']}, {result.record.get('ablation', '')}", soft_wrap=True)
     _ranking(result, top, f"mean{unit}", console)
     scanned = int((~np.isnan(result.mean())).sum())
     console.print(

@@ -1,0 +1,213 @@
+"""Arguments and options that commands share, and what is checked before a model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import InputError
+
+ModelName = Annotated[str, typer.Argument(help="Model folder or hub id.")]
+PromptFile = Annotated[
+    str,
+    typer.Argument(
+        help="Prompts: a csv, jsonl, parquet or txt file, or a data set of the hub, owner/name[:config[:split]]."
+    ),
+]
+Out = Annotated[Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")]
+Template = Annotated[
+    str,
+    typer.Option(
+        help="chat, query-answer, none, or a text with {prompt}. auto: chat if the tokenizer has one."
+    ),
+]
+Column = Annotated[str | None, typer.Option(help="Column of the prompts.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
+Sample = Annotated[int | None, typer.Option(min=1, help="N prompts drawn at random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of --sample, and of --do-sample.")]
+HowAblated = Annotated[
+    str,
+    typer.Option(
+        "--ablation",
+        help="undifferentiated, uniform, scale, zero, head_mean_q, head_mean_k, head_mean_v, mean or resample.",
+    ),
+]
+Scale = Annotated[str, typer.Option(help="eps of undifferentiated and scale.")]
+Source = Annotated[
+    Path | None,
+    typer.Option(
+        help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all)."
+    ),
+]
+Heads = Annotated[str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER, comma-separated.")]
+Unit = Annotated[str, typer.Option(help="What is switched off together: head or kv_group.")]
+Rank = Annotated[int, typer.Option(min=1, help="Singular vectors that span the subspace.")]
+Backend = Annotated[str, typer.Option(help="Attention: auto, triton, cpp, torch or reference.")]
+Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
+]
+Plot = Annotated[Path | None, typer.Option(help="Write the heatmap here (png, svg or pdf).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Top = Annotated[int, typer.Option("--top", min=1, help="How many heads to list.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+MetricNames = Annotated[
+    list[str],
+    typer.Option(
+        "--metric",
+        help="kl, reverse_kl, js, total_variation, logit_diff:TOKEN,TOKEN or refusal_logit:TOKEN,TOKEN,...; may be "
+        "given several times, for one pass that measures all (plots of all but the first get a number).",
+    ),
+]
+
+
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Where a text ends at the latest.")]
+DoSample = Annotated[bool, typer.Option("--do-sample", help="Draw tokens instead of taking the likeliest.")]
+TopK = Annotated[int, typer.Option(help="Tokens to draw from; 0: all.")]
+Temperature = Annotated[float, typer.Option(help="Of the draws.")]
+Groups = Annotated[
+    str | None,
+    typer.Option(
+        help="Groups of heads to switch off, such as '2-26; 2-26,3-1'; 'none' is the unablated model."
+    ),
+]
+JudgeName = Annotated[
+    str,
+    typer.Option("--judge", help="keywords, paper, classifier:PATH:LABEL or chat:PATH (a model on disk)."),
+]
+JudgeTemplate = Annotated[
+    str | None,
+    typer.Option(
+        help="What a model judge is shown: a text with {completion}, or a file of it; {prompt} if it asks."
+    ),
+]
+KeepText = Annotated[bool, typer.Option("--keep-text", help="Keep the answers in the run folder.")]
+
+ARGUMENTS = {"model": ModelName, "prompts": PromptFile}
+RUN_OPTIONS = {
+    "out": (Out, None),
+    "template": (Template, "auto"),
+    "column": (Column, None),
+    "limit": (Limit, None),
+    "sample": (Sample, None),
+    "seed": (Seed, 0),
+    "ablation": (HowAblated, "undifferentiated"),
+    "scale": (Scale, "1e-5"),
+    "source": (Source, None),
+    "unit": (Unit, "head"),
+    "backend": (Backend, "auto"),
+    "dtype": (Dtype, "auto"),
+    "device": (Device, None),
+    "max_memory": (MaxMemory, None),
+    "json": (Json, False),
+    "quiet": (Quiet, False),
+}
+SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None)}
+
+
+def command(*more: dict) -> Callable:
+    """A command with the arguments and options of every run, of `more`, and of its own.
+
+    The function decorated gets `load`, which loads the model and gives the arguments of a run, `shared`, the options
+    as given, and its own options.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        options = RUN_OPTIONS | {name: option for some in more for name, option in some.items()}
+
+        def run(**given) -> None:
+            shared = {name: given.pop(name) for name in (*ARGUMENTS, *options)}
+            function(checked(**shared), shared, **given)
+
+        def parameter(name: str, kind, default=inspect.Parameter.empty) -> inspect.Parameter:
+            return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[2:]
+        parameters = [
+            *(parameter(name, kind) for name, kind in ARGUMENTS.items()),
+            *(parameter(p.name, p.annotation, p.default) for p in own),
+            *(parameter(name, kind, default) for name, (kind, default) in options.items()),
+        ]
+        run.__doc__ = function.__doc__
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def checked(
+    model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, dtype, device,
+    max_memory, out, quiet, json, heads=None, plot=None,
+) -> Callable[[], dict]:  # fmt: skip
+    """Check the options, cheapest first; the function returned loads the model and gives the arguments of a run.
+
+    `heads` is among them where the command has that option.
+    """
+    from .prompts import load_prompts, sample_prompts
+
+    texts = sample_prompts(load_prompts(prompts, column), limit, sample, seed)
+    eps = _number(scale, "--scale")
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf")
+    for path in (plot, out):
+        check_place(path)
+    others = None if source is None else load_prompts(source, column)
+    if others is not None and ablation == "resample":
+        others = sample_prompts(others, limit, sample, seed) if len(others) > 1 else others
+    quiet_transformers()
+    from .ablation import Ablation, parse_heads
+    from .loading import load_model, load_tokenizer
+    from .planner import parse_bytes
+
+    if ablation == "resample" and others is None:
+        raise InputError("--ablation resample needs --source, a file of prompts to take outputs from")
+    how = Ablation(ablation, eps, None if others is None else tuple(others))
+    chosen = None if heads is None else parse_heads(heads)
+    limit_bytes = None if max_memory is None else parse_bytes(max_memory)
+
+    def load() -> dict:
+        tokenizer = load_tokenizer(model)
+        wrapped = template
+        if template == "auto":
+            wrapped = "chat" if getattr(tokenizer, "chat_template", None) else "none"
+        return {
+            "model": load_model(model, dtype=dtype, device=device), "prompts": texts, "tokenizer": tokenizer,
+            "template": wrapped, "ablation": how, "unit": unit.replace("-", "_"), "backend": backend,
+            "out": out, "progress": not quiet, "max_memory": limit_bytes,
+        } | ({} if heads is None else {"heads": chosen})  # fmt: skip
+
+    return load
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{option} must be a number, got {text!r}") from None
+
+
+def check_place(path: Path | None) -> None:
+    """A result that cannot be written is refused before it is computed."""
+    if path is None:
+        return
+    parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write {path}: {parent} is not a folder that can be written to")
+    if path.suffix.lower() in (".png", ".svg", ".pdf") and not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def quiet_transformers() -> None:
+    """Bad input is told once, by us; progress bars of loading are noise beside ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,122 @@
+"""generate, evaluate and scan --rank-by asr on the command line."""
+
+import json
+
+import pytest
+
+import shipsfast
+from shipsfast.demo.run import MODEL, PROMPTS
+from tests.test_cli import refused, run
+
+TABOO, ORDINARY = PROMPTS / "taboo.csv", PROMPTS / "ordinary.csv"
+SHORT = ("--max-new-tokens", 30, "--quiet")
+
+
+def test_generate(capsys):
+    args = ("generate", MODEL, TABOO, "--limit", 2, "--groups", "none; 0-2", *SHORT)
+    status, text, err = run(capsys, *args)
+    assert status == 0, err
+    assert "I am sorry" in text and "0-2" in text
+    status, text, err = run(capsys, *args, "--json")
+    rows = json.loads(text)
+    assert status == 0 and [row["heads"] for row in rows] == [[], [], [[0, 2]], [[0, 2]]]
+    assert (
+        rows[0]["prompt"] == rows[2]["prompt"]
+        and "sorry" in rows[0]["text"]
+        and "sorry" not in rows[2]["text"]
+    )
+
+
+def test_evaluate_and_its_folder(capsys, tmp_path):
+    out, view = tmp_path / "run", tmp_path / "answers.html"
+    args = (
+        "evaluate", MODEL, TABOO, "--limit", 5, "--groups", "0-2; 0-2,1-0", "--control", ORDINARY, "--out", out,
+        "--view", view, *SHORT,
+    )  # fmt: skip
+    status, text, err = run(capsys, *args)
+    assert status == 0, err
+    assert "0-2+1-0" in text
+    assert "<html" in view.read_text()
+    result = shipsfast.load(out)
+    assert result.groups == [[], [(0, 2)], [(0, 2), (1, 0)]]
+    assert result.asr[0] == 0 and result.asr[1] > 0.5
+    status, text, err = run(capsys, *args, "--json")
+    assert status == 0 and json.loads(text)["groups"] == result.summary(), err
+
+
+def test_a_scan_by_attack_success_rate_and_the_best_of_it(capsys, tmp_path):
+    out, plot = tmp_path / "asr", tmp_path / "asr.png"
+    status, text, err = run(
+        capsys, "scan", MODEL, TABOO, "--limit", 4, "--rank-by", "asr", "--out", out, "--plot", plot, *SHORT
+    )
+    assert status == 0, err
+    assert "attack success rate" in text and "unablated model's rate 0" in text
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    best = shipsfast.load(out).top(2)
+    status, text, err = run(
+        capsys, "evaluate", MODEL, TABOO, "--limit", 4, "--run", out, "--top", 2, "--json", *SHORT
+    )
+    assert status == 0, err
+    groups = json.loads(text)["groups"]
+    assert [g["heads"] for g in groups] == [[], *([[s.layer, s.head]] for s in best)]
+    assert [g["asr"] for g in groups[1:]] == [s.score for s in best]
+    status, text, err = run(
+        capsys,
+        "evaluate",
+        MODEL,
+        TABOO,
+        "--limit",
+        4,
+        "--run",
+        out,
+        "--top",
+        2,
+        "--cumulative",
+        "--json",
+        *SHORT,
+    )
+    assert [len(g["heads"]) for g in json.loads(text)["groups"]] == [0, 1, 2], err
+
+
+def test_the_groups_of_a_search(capsys, tmp_path):
+    out = tmp_path / "group"
+    args = ("--limit", 6, "--template", "chat", "--quiet")
+    assert run(capsys, "sahara", MODEL, TABOO, "--group-size", 2, "--out", out, *args)[0] == 0
+    heads = shipsfast.load(out).heads
+    status, text, err = run(capsys, "evaluate", MODEL, TABOO, "--run", out, "--json", "--limit", 2, *SHORT)
+    found = [[tuple(h) for h in g["heads"]] for g in json.loads(text)["groups"]]
+    assert status == 0 and found == [[], sorted(heads[:1]), sorted(heads[:2])], err
+
+
+def test_the_sample_of_prompts(capsys, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join(f"Tell me of kettle {i}." for i in range(20)))
+    args = ("generate", MODEL, prompts, "--sample", 3, "--json", "--max-new-tokens", 2, "--quiet")
+    texts = [[row["prompt"] for row in json.loads(run(capsys, *args, "--seed", s)[1])] for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("evaluate", MODEL, TABOO), "evaluate needs --groups"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2;;"), "cannot read the groups"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2,0-2"), "group 1 names head 0-2 twice"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2", "--judge", "mine"), "unknown judge 'mine'"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2", "--view", "x.pdf"), "expected a name ending in .md or .html"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2", "--max-new-tokens", 0), "max_new_tokens must be"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2", "--max-new-tokens", 5000), "leaves no room for 5000 new tokens"),
+        (("evaluate", MODEL, TABOO, "--groups", "9-2"), "head 9-2 does not exist"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2", "--do-sample", "--top-k", 100000), "top_k is 100000"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2", "--judge", "paper", "--judge-template", "x"), "takes no template"),
+        (("evaluate", MODEL, TABOO, "--run", "nowhere"), "is not a shipsfast run"),
+        (("generate", MODEL, TABOO, "--out", "somewhere"), "generate writes no run folder"),
+        (("generate", MODEL, TABOO, "--limit", 2, "--sample", 2), "exclude each other"),
+        (("scan", MODEL, TABOO, "--rank-by", "luck"), "--rank-by luck"),
+        (("scan", MODEL, TABOO, "--rank-by", "asr", "--metric", "js"), "give one of them"),
+    ],
+)  # fmt: skip
+def test_bad_input(capsys, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *args)
+    assert list(tmp_path.iterdir()) == []
