@@ -1,0 +1,71 @@
+"""Whole runs on a CUDA GPU, held against float64 on the CPU: Triton attention, CUDA KL, the decode kernel."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
+
+import shipsfast
+from tests.numerics import assert_close_abs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+_SIZES = dict(
+    vocab_size=97, hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**_SIZES),
+    "qwen3": Qwen3Config(**_SIZES),
+    "gemma2": Gemma2Config(**_SIZES, sliding_window=6, attn_logit_softcapping=2.0),
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 9], [5, 6, 7, 20], [30]]
+GROUPS = [[], [(0, 1)], [(2, 0)], [(1, 2), (2, 3)]]
+# Scores of these models are around 0.1 nats.
+TOLERANCE_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def pair(family: str, dtype: torch.dtype):
+    """The same weights in float64 on the CPU and in `dtype` on the GPU."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.12)
+    model = model.to(dtype).double().eval()
+    return model, copy.deepcopy(model).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_scan(family, dtype):
+    exact, model = pair(family, dtype)
+    result = shipsfast.scan(model, PROMPTS, progress=False)
+    assert result.record["attention_backend"] == "triton"
+    expected = shipsfast.scan(exact, PROMPTS, progress=False)
+    assert_close_abs(result.kl, expected.kl, TOLERANCE_NATS[dtype])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_angles(family):
+    exact, model = pair(family, torch.float32)
+    found = shipsfast.scan_dataset(model, PROMPTS, progress=False).angle_deg
+    assert_close_abs(found, shipsfast.scan_dataset(exact, PROMPTS, progress=False).angle_deg, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation(family, dtype):
+    """In bfloat16 texts may part at near-ties; every run holds one text against a plain forward pass."""
+    exact, model = pair(family, dtype)
+    how = dict(groups=GROUPS, max_new_tokens=12, progress=False)
+    found = shipsfast.generate(model, PROMPTS, **how)
+    if dtype == torch.float32:
+        assert found == shipsfast.generate(exact, PROMPTS, **how)
+    assert found == shipsfast.generate(model, PROMPTS, **how)
+    assert shipsfast.generate(model, PROMPTS, batch_rows=3, do_sample=True, **how)
