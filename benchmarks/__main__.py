@@ -1,8 +1,9 @@
 """`python -m benchmarks`: one entry point for every benchmark.
 
-cpu     the exhaustive scan against the best other ways, appended to benchmarks/results/cpu.jsonl
-sahara  a Sahara search beside a KL scan, appended to benchmarks/results/sahara.jsonl
-tables  rewrite the README's tables from the results
+cpu         the exhaustive scan against the best other ways, appended to benchmarks/results/cpu.jsonl
+sahara      a Sahara search beside a KL scan, appended to benchmarks/results/sahara.jsonl
+generation  answers with groups of heads off against the best other ways, appended to .../generation.jsonl
+tables      rewrite the README's tables from the results
 """
 
 from __future__ import annotations
@@ -46,6 +47,23 @@ def sahara(
 
     chosen = [c for c in CPU_CASES if case in c.name] or [c for c in SMOKE_CASES if case in c.name]
     for each in chosen:
+        run_case(each, repeats, Console(width=160))
+
+
+@app.command()
+def generation(
+    case: str = typer.Option("", help="village or large; default both."),
+    repeats: int = typer.Option(3, min=1, help="Interleaved runs per path."),
+) -> None:
+    """Answers with groups of heads off on the CPU against the best other ways of getting them."""
+    from rich.console import Console
+
+    from .cases import GENERATION_CASES
+    from .generation import run_case
+
+    if case and case not in GENERATION_CASES:
+        raise typer.BadParameter(f"expected {' or '.join(GENERATION_CASES)}", param_hint="--case")
+    for each in [GENERATION_CASES[case]] if case else GENERATION_CASES.values():
         run_case(each, repeats, Console(width=160))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +22,7 @@ from . import peers
 from .cases import Case
 from .floor import floor_flops, gemm_flops_per_s
 from .provenance import append, provenance
+from .timing import Paths
 
 # What a path may differ from the float64 oracle by, in nats: float32 logits leave the peers' float32 KL
 # with about 1e-6, and undifferentiated attention scaled in q_proj or in the logits are the same ablation.
@@ -60,37 +60,27 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
     oracle = shipsfast.scan(case.model().double(), case.token_ids(), progress=False).kl
     record = ours(model, case).record  # and a warm-up
     chunk_tokens, backend = record["plan"]["chunk_tokens"], record["attention_backend"]
-    errors, failures, ratios = {}, {}, {}
-    times: dict[str, list[float]] = {name: [] for name in [OURS, *PEERS, LOOP]}
+    errors: dict[str, float] = {}
     rates: list[float] = []
+    paths = Paths(OURS, [*PEERS, LOOP])
 
-    def timed(name: str, path: Callable) -> None:
-        """Run a path, hold its scores against the oracle, keep its time if they are right."""
-        start = time.perf_counter()
-        try:
-            scores = path(model, case)
-            taken = time.perf_counter() - start
-        except (RuntimeError, ValueError) as error:
-            failures[name] = str(error)
-            return
+    def check(name: str, scores) -> str | None:
+        """Hold a path's scores against the oracle."""
         scores = scores.kl if isinstance(scores, shipsfast.ShipsResult) else scores
         errors[name] = max(errors.get(name, 0.0), float(np.nanmax(np.abs(scores - oracle))))
-        if not errors[name] <= TOLERANCE_NATS:
-            failures[name] = f"scores differ from the float64 oracle by {errors[name]:.2g} nats"
-        times[name].append(taken)
+        if errors[name] <= TOLERANCE_NATS:
+            return None
+        return f"scores differ from the float64 oracle by {errors[name]:.2g} nats"
 
-    # A shared machine's speed changes within seconds: every run of a peer has a run of ours beside it, and the
-    # rate of the matrix products is taken right before and after each of ours.
+    # The rate of the matrix products is taken right before and after each run of ours.
     for _ in range(repeats):
         for name, path in PEERS.items():
             before = gemm_flops_per_s(case, chunk_tokens)
-            timed(OURS, ours)
+            paths.timed(OURS, lambda: ours(model, case), check)
             rates.append((before + gemm_flops_per_s(case, chunk_tokens)) / 2)
-            timed(name, path)
-            if name not in failures and OURS not in failures:
-                ratios.setdefault(name, []).append(times[name][-1] / times[OURS][-1])
-    timed(LOOP, _sampled)
-    times[LOOP] = [t * case.heads / SAMPLED_HEADS for t in times[LOOP]]
+            paths.timed(name, lambda path=path: path(model, case), check)
+            paths.paired(name)
+    paths.timed(LOOP, lambda: _sampled(model, case), check, case.heads / SAMPLED_HEADS)
 
     flops = floor_flops(case)
     rate = statistics.median(rates)
@@ -101,19 +91,11 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
         "gemm_gflops_per_s": round(rate / 1e9, 1), "floor_s": round(floor_s, 4),
     }  # fmt: skip
     rows = []
-    for name, taken in times.items():
-        row = common | {"path": name, "max_abs_error_nats": errors.get(name)}
-        if name in failures:
-            row["failed"] = failures[name]
-        else:
-            median = statistics.median(taken)
-            low, high = _p20_p80(taken)
+    for name, taken in paths.times.items():
+        row = common | {"path": name, "max_abs_error_nats": errors.get(name)} | paths.figures(name)
+        if "failed" not in row:
             row |= {
-                "median_s": round(median, 4), "p20_s": round(low, 4), "p80_s": round(high, 4),
-                "runs": len(taken), "scores_per_s": round(case.num_scores / median, 1),
-                "times_slower_than_shipsfast": round(
-                    statistics.median(ratios.get(name, [median / statistics.median(times[OURS])])), 3
-                ),
+                "scores_per_s": round(case.num_scores / statistics.median(taken), 1),
                 "share_of_floor": round(_share(flops, taken, rates if name == OURS else [rate]), 4),
                 "extrapolated_from": f"{case.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
                 "resolved_backend": backend if name == OURS else None,
@@ -131,10 +113,6 @@ def _share(flops: float, times: list[float], rates: list[float]) -> float:
     if len(rates) == 1:
         return flops / rates[0] / statistics.median(times)
     return statistics.median(flops / r / t for t, r in zip(times, rates, strict=True))
-
-
-def _p20_p80(times: list[float]) -> tuple[float, float]:
-    return tuple(float(x) for x in np.quantile(times, [0.2, 0.8]))
 
 
 def _peak_mib(case: str, path: str) -> float:

@@ -1,5 +1,8 @@
 // Attention of one new token per row over a cache of keys and values, with per-head mask vectors, on the CPU.
 //
+//   cache_write(new, source, slot, position, cache)
+//       cache[slot[m], :, position[m]] = new[source[m]]
+//
 //   decode_attention(q, k_cache, v_cache, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt,
 //                    scaling, softcap, window, out)
 //
@@ -10,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -237,13 +241,49 @@ void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   go(q, k, v, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, scaling, softcap, window, out);
 }
 
+void cache_write(const Tensor& fresh, const Tensor& source, const Tensor& slot, const Tensor& position, Tensor cache) {
+  const auto check = [](bool condition, const char* expected) { require("cache_write", condition, expected); };
+  check(fresh.dim() == 3 && cache.dim() == 4 && cache.is_contiguous() && contiguous_last(fresh) &&
+            fresh.size(1) == cache.size(1) && fresh.size(2) == cache.size(3),
+        "new [n, HKV, D] and a contiguous cache [S, HKV, C, D]");
+  check(fresh.scalar_type() == cache.scalar_type() && fresh.element_size() == cache.element_size(), "one dtype");
+  const int64_t count = slot.numel();
+  for (const Tensor* x : {&source, &slot, &position}) {
+    check(x->scalar_type() == ScalarType::Long && x->is_contiguous() && x->numel() == count, "int64 source, slot and position [M]");
+  }
+  const int64_t heads = cache.size(1), capacity = cache.size(2), size = cache.size(3) * cache.element_size();
+  const auto* from = static_cast<const int64_t*>(source.const_data_ptr());
+  const auto* to_slot = static_cast<const int64_t*>(slot.const_data_ptr());
+  const auto* to_position = static_cast<const int64_t*>(position.const_data_ptr());
+  for (int64_t m = 0; m < count; ++m) {
+    check(from[m] >= 0 && from[m] < fresh.size(0) && to_slot[m] >= 0 && to_slot[m] < cache.size(0) &&
+              to_position[m] >= 0 && to_position[m] < capacity,
+          "sources among new, and places of the cache");
+  }
+  const auto* data = static_cast<const char*>(fresh.const_data_ptr());
+  auto* room = static_cast<char*>(cache.mutable_data_ptr());
+  const int64_t row = fresh.stride(0) * cache.element_size(), head = fresh.stride(1) * cache.element_size();
+  constexpr int64_t kRows = 16;  // less is not worth another thread
+  torch::stable::parallel_for(0, count, kRows, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      for (int64_t h = 0; h < heads; ++h) {
+        std::memcpy(room + ((to_slot[m] * heads + h) * capacity + to_position[m]) * size, data + from[m] * row + h * head, size);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shipsfast, m) {
+  m.def("cache_write(Tensor fresh, Tensor source, Tensor slot, Tensor position, Tensor(a!) cache) -> ()");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot, Tensor length, Tensor logit_scale, "
       "Tensor output_scale, Tensor replace, Tensor q_alt, Tensor k_alt, Tensor out_alt, float scaling, float softcap, "
       "int window, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) { m.impl("decode_attention", TORCH_BOX(&decode_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) {
+  m.impl("cache_write", TORCH_BOX(&cache_write));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+}

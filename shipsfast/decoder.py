@@ -46,7 +46,7 @@ class _Plan:
     order: np.ndarray  # [R], the caller's number of each row
     alive: list[int]  # rows that pass each layer
     leader: torch.Tensor  # int64 [R], each row's leader
-    source: list[torch.Tensor | None]  # per layer, whose keys and values a row takes; None: each its own
+    source: list[torch.Tensor]  # int64 [R] per layer, whose keys and values a row takes
     masks: list[LayerMask]  # per layer, of the rows alive
     slot: torch.Tensor  # int64 [R]
     slot_int: torch.Tensor  # int32 [R]
@@ -80,7 +80,9 @@ class Decoder:
         self.model, self.anatomy, self.how, self.values = model, anatomy, how, values
         self.backend, self.fused = backend, fused
         self.chunk_tokens, self.head_rows = chunk_tokens, head_rows
-        self.cache = KVCache(anatomy.num_layers, slots, capacity, mean_keys=how.kind == "head_mean_k")
+        self.cache = KVCache(
+            anatomy.num_layers, slots, capacity, mean_keys=how.kind == "head_mean_k", native=backend == "cpp"
+        )
         self.groups: list[Group] = [()] * slots
         self.length = np.zeros(slots, dtype=np.int64)  # tokens in the cache
         self._history = np.zeros(slots, dtype=np.int64)  # equal numbers: equal tokens so far
@@ -113,6 +115,7 @@ class Decoder:
         fork = np.array([min((layer for layer, _ in group), default=layers) for group in groups])
         order = [g for g in np.argsort(fork, kind="stable") if groups[g]]  # rows 1, 2, ... of the batch
         place = np.array([0, *order])  # of a row: its group; row 0 is the unablated model
+        takers_of = [[g for g in range(len(groups)) if not groups[g]], *([g] for g in order)]
         packed = pack(prompts)
         nodes, position, prompt = [], [], []
         for p in range(len(prompts)):
@@ -128,29 +131,28 @@ class Decoder:
 
         def keep(layer: int, rows: slice, key: torch.Tensor, value: torch.Tensor) -> None:
             own = range(max(rows.start, 1), rows.stop)
-            source = [r - rows.start for r in own]
-            takers = [place[r] for r in own]
+            takers, row = [place[r] for r in own], [r - rows.start for r in own]
             if rows.start == 0:  # rows that are still the unablated one; some overwrite that in this layer
-                shared = [g for g in range(len(groups)) if fork[g] >= layer and g not in set(takers)]
-                source = [0] * len(shared) + source
-                takers = shared + takers
+                shared = np.setdiff1d(np.nonzero(fork >= layer)[0], takers).tolist()
+                takers, row = shared + takers, [0] * len(shared) + row
             if not takers:
                 return
-            slot = torch.as_tensor(slots[np.asarray(takers)][:, prompt], device=key.device)  # [n, M]
-            index = torch.as_tensor(source, device=key.device)
-
-            def rows_of(x: torch.Tensor) -> torch.Tensor:  # [n M, HKV, D]
-                return x.index_select(2, nodes.to(x.device))[index].transpose(1, 2).flatten(0, 1)
-
-            where = position.to(key.device).expand(len(takers), -1)
-            self.cache.write(layer, slot.flatten(), where.flatten(), rows_of(key), rows_of(value))
+            to = key.device
+            slot = torch.as_tensor(slots[np.asarray(takers)][:, prompt], device=to)  # [n, M]
+            source = torch.as_tensor(row, device=to)[:, None] * key.shape[2] + nodes.to(to)
+            self.cache.write(
+                layer, slot.flatten(), position.to(to).expand_as(slot).flatten(),
+                *(x.transpose(1, 2).flatten(0, 1) for x in (key, value)), source.flatten(),
+            )  # fmt: skip
 
         def consume(rows: slice, logits: torch.Tensor, _base: torch.Tensor) -> None:
             at = torch.as_tensor(wavefront.prompt_place, device=logits.device)
-            for r in range(rows.start, rows.stop):
-                takers = [g for g in range(len(groups)) if not groups[g]] if r == 0 else [place[r]]
-                for g in takers:
-                    choose(slots[g], logits[r - rows.start].index_select(0, at))
+            taken = [(r - rows.start, g) for r in range(rows.start, rows.stop) for g in takers_of[r]]
+            if not taken:
+                return
+            row, group = np.array(taken).T
+            own = logits.index_select(0, torch.as_tensor(row, device=logits.device)).index_select(1, at)
+            choose(slots[group].ravel(), own.flatten(0, 1))
 
         with Wavefront(
             self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.chunk_tokens,
@@ -223,10 +225,7 @@ class Decoder:
         leader = history[order]  # leaders stand in the order of histories
         mask = HeadMask(tuple(groups[i] for i in order), self.how, self.values)
         slot = torch.as_tensor(slots[order], device=device)
-        source = [
-            None if n == len(slots) else torch.as_tensor(np.concatenate([np.arange(n), leader[n:]]), device=device)
-            for n in alive
-        ]  # fmt: skip
+        source = [torch.as_tensor(np.concatenate([np.arange(n), leader[n:]]), device=device) for n in alive]
         masks = [
             mask.layer(index, self.anatomy.num_heads, device=device, dtype=self.model.dtype, rows=slice(0, n))
             for index, n in enumerate(alive)
@@ -282,12 +281,7 @@ class Decoder:
         n, source = plan.alive[index], plan.source[index]
 
         def attend(q, k, v, scaling, softcap):
-            if source is not None:
-                cache.write(
-                    index, plan.slot, self._position, k.index_select(0, source), v.index_select(0, source)
-                )
-            else:
-                cache.write(index, plan.slot, self._position, k, v)
+            cache.write(index, plan.slot, self._position, k, v, source)
             return decode_attention(
                 self.backend, q, cache.key[index], cache.value[index], cache.mean_key[index], plan.slot_int[:n],
                 (self._position[:n] + 1).int(), plan.masks[index],

@@ -17,25 +17,39 @@ class KVCache:
     for ablations that put it in a head's place.
     """
 
-    def __init__(self, layers: int, slots: int, capacity: int, *, mean_keys: bool = False) -> None:
-        self.slots, self.capacity, self.mean_keys = slots, capacity, mean_keys
+    def __init__(
+        self, layers: int, slots: int, capacity: int, *, mean_keys: bool = False, native: bool = False
+    ) -> None:
+        """native: write by csrc/, on a CPU."""
+        self.slots, self.capacity, self.mean_keys, self.native = slots, capacity, mean_keys, native
         self.key: list[torch.Tensor | None] = [None] * layers
         self.value: list[torch.Tensor | None] = [None] * layers
         self.mean_key: list[torch.Tensor | None] = [None] * layers
 
     def write(
-        self, layer: int, slot: torch.Tensor, position: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        slot: torch.Tensor,
+        position: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        source: torch.Tensor,
     ) -> None:
-        """slot, position: int64 [M], no pair twice; key [M, HKV, D], value [M, HKV, DV]."""
+        """Put key [n, HKV, D] and value [n, HKV, DV] at source int64 [M] to slot and position int64 [M], no pair twice."""
         if self.key[layer] is None:
             self.key[layer] = self._room(key)
             self.value[layer] = self._room(value)
             if self.mean_keys:
                 self.mean_key[layer] = self._room(key[:, :1])[:, 0]
-        self.key[layer][slot, :, position] = key
-        self.value[layer][slot, :, position] = value
+        rooms = [(self.key[layer], key), (self.value[layer], value)]
         if self.mean_keys:
-            self.mean_key[layer][slot, position] = key.mean(1)
+            rooms.append((self.mean_key[layer][:, None], key.mean(1, keepdim=True)))
+        source, slot, position = (x.contiguous() for x in (source, slot, position))
+        for room, fresh in rooms:
+            if self.native:
+                torch.ops.shipsfast.cache_write(fresh, source, slot, position, room)
+            else:
+                room[slot, :, position] = fresh.index_select(0, source)
 
     def _room(self, like: torch.Tensor) -> torch.Tensor:
         _, heads, size = like.shape

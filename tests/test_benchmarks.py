@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 import shipsfast
-from benchmarks import cpu, floor, peers, provenance, sahara, tables
-from benchmarks.cases import CPU_CASES, SMOKE_CASES
+from benchmarks import cpu, floor, generation, peers, provenance, sahara, tables
+from benchmarks.cases import CPU_CASES, GENERATION_CASES, GENERATION_SMOKE, SMOKE_CASES
 
 CASE = SMOKE_CASES[0]
 
@@ -47,6 +47,60 @@ def test_sahara_row(tmp_path, monkeypatch):
     row = sahara.run_case(CASE, repeats=1, console=Console(quiet=True))
     assert provenance.newest("sahara", CASE.name) == row
     assert row["search_to_scan"] > 0 and row["steps"] == 3 and row["commit"]
+
+
+def test_generation_rows_and_their_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    assert "Generation" not in tables.render()
+    rows = generation.run_case(GENERATION_SMOKE, repeats=1, console=Console(quiet=True))
+    assert [r["path"] for r in rows] == [generation.OURS, *generation.PEERS, generation.LOOP]
+    assert provenance.latest("generation", GENERATION_SMOKE.name) == rows
+    for row in rows:
+        assert "failed" not in row and row["tokens_per_s"] > 0 and row["commit"]
+        assert row["max_shortfall_std"] <= 1e-4 and row["equal_share"] == 1
+    assert rows[-1]["extrapolated_from"] == "18 tokens" and rows[0]["resolved_backend"]
+    monkeypatch.setitem(GENERATION_CASES, "village", GENERATION_SMOKE)
+    text = tables.render()
+    assert text.count("**Generation: ") == 1 and f"{generation.LOOP} (extrapolated) | " in text
+
+
+def test_texts_of_the_smoke_case_show_the_ablation():
+    texts = generation.ours(generation.Job(GENERATION_SMOKE))
+    assert len({str(row) for group in texts for row in group}) > GENERATION_SMOKE.prompts
+
+
+def test_a_wrong_text_keeps_its_row_as_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    first, second = generation.PEERS
+
+    def wrong(job):
+        texts = generation.by_group(job)
+        texts[1][0][-1] = (texts[1][0][-1] + 1) % 50
+        return texts
+
+    monkeypatch.setitem(generation.PEERS, first, wrong)
+    monkeypatch.setitem(
+        generation.PEERS, second, lambda job: [[row[:3] for row in g] for g in generation.ours(job)]
+    )
+    rows = generation.run_case(GENERATION_SMOKE, repeats=1, console=Console(quiet=True))
+    assert "not those of a float64 pass" in rows[1]["failed"]
+    assert rows[2]["failed"] == "not every row has 6 tokens" and "failed" not in rows[3]
+
+
+def test_the_loop_is_measured_at_lengths_all_along_the_text():
+    job = generation.Job(GENERATION_SMOKE)
+    said = generation.published_loop(job, generation.ours(job))
+    assert [s.at for s in said if s.prompt == 0] == list(range(6))
+    lengths = [int((i + 0.5) * 64 / 8 - 0.5) for i in range(8)]
+    assert lengths == [3, 11, 19, 27, 35, 43, 51, 59]
+    assert len({s.group for s in said}) > 1
+
+
+def test_words_without_meaning_survive_decoding():
+    """The loop's text must be that of its tokens."""
+    tokenizer = GENERATION_SMOKE.tokenizer()
+    ids = [3, 0, 49, 7]
+    assert tokenizer(tokenizer.decode(ids), add_special_tokens=False).input_ids == ids
 
 
 def test_floor_counts_what_a_scan_does():

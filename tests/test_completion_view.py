@@ -308,7 +308,9 @@ def test_page_needs_nothing_and_runs_nothing(tmp_path):
 def test_texts_below_their_prompts():
     file = io.StringIO()
     console = Console(file=file, width=40, highlight=False, color_system=None)
-    show_texts([[], [(0, 2), (1, None)]], ["[b]p[/b]", "q"], [["one two " * 12, ""], ["a\nb", "\x1b[2J"]], console)
+    show_texts(
+        [[], [(0, 2), (1, None)]], ["[b]p[/b]", "q"], [["one two " * 12, ""], ["a\nb", "\x1b[2J"]], console
+    )
     assert file.getvalue().splitlines() == [
         "1. [b]p[/b]", "  none: " + ("one two " * 12).strip(), "  0-2+1: a", "    b",
         "2. q", "  none: (empty)", "  0-2+1: [U+001B][2J",
