@@ -11,6 +11,7 @@ other tests need, replaces triton.jit for good.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESOURCES = ROOT / "kernels" / "configs" / "aot_resources.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
-KERNEL = "tree_attention"
+KERNELS = ("tree_attention", "decode_attention")
 
 # Bytes of shared memory one thread block may use. default.json must fit the smallest, sm_86 and sm_89.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "default": 99 * 1024}
@@ -34,7 +35,6 @@ REGISTERS_PER_SM = 65536
 # config file -> the targets it is compiled for
 TARGETS = {"sm_80": (80,), "sm_90": (90,), "default": (80, 90)}
 TRITON_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-GROUPS = 4
 # How the arguments begin that are None without replacements.
 REPLACEMENT = (
     "replace",
@@ -50,19 +50,22 @@ REPLACEMENT = (
 
 @dataclass(frozen=True)
 class Case:
-    """One compiled version. `features`: softcap, window and query_index, none of them or all; `replace`: with
-    replacement vectors."""
+    """One compiled version. `groups`: query heads to a key/value head; `features`: softcap and window (and
+    query_index in tree_attention), none of them or all; `replace`: with replacement vectors."""
 
+    kernel: str
     config: str
     sm: int
     dtype: str
     head_dim: int
+    groups: int
     features: bool
     replace: bool
 
     @property
     def id(self) -> str:
-        return f"{self.config}.json sm_{self.sm} {self.dtype} D{self.head_dim} {self.version}"
+        shape = f"D{self.head_dim} G{self.groups}"
+        return f"{self.kernel} {self.config}.json sm_{self.sm} {self.dtype} {shape} {self.version}"
 
     @property
     def version(self) -> str:
@@ -75,15 +78,28 @@ def cases() -> list[Case]:
     from shipsfast.kernels.launch_config import load_configs
 
     return [
-        Case(config, sm, dtype, head_dim, features, replace)
+        Case(kernel, config, sm, dtype, head_dim, groups, features, replace)
+        for kernel in KERNELS
         for config, targets in TARGETS.items()
         for sm in targets
-        for dtype, sizes in load_configs(config)[KERNEL].items()
-        for head_dim in sizes
+        for dtype, sizes in load_configs(config)[kernel].items()
+        for own_chip in [dtype != "float16" and config != "default"]
+        for head_dim, groups, every_version in shapes(kernel, list(sizes), own_chip)
         for replace in (False, True)
         for features in (False, True)
-        if not ((features or replace) and (dtype == "float16" or config == "default"))
+        if (own_chip and every_version) or not (features or replace)
     ]
+
+
+def shapes(kernel: str, sizes: list[int], own_chip: bool) -> list[tuple[int, int, bool]]:
+    """(head size, query heads to a key/value head, whether every version is of interest) for the sizes of a
+    config file. The tree kernel's tiles are of one head, the decode kernel's of a group."""
+    found = [(head_dim, 4, True) for head_dim in sizes]
+    if kernel == "decode_attention" and own_chip:
+        found += [(head_dim, 1, True) for head_dim in sizes]
+        found += [(head_dim, groups, False) for head_dim in sizes for groups in (8, 32)]
+        found += [(96, groups, False) for groups in (1, 4, 8)]
+    return found
 
 
 def compile_case(case: Case) -> dict[str, int]:
@@ -94,28 +110,31 @@ def compile_case(case: Case) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from shipsfast.kernels import tree_attention as module
-
-    config = load_configs(case.config)[KERNEL][case.dtype][case.head_dim]
-    kernel = module._tree_attention_kernel
+    module = importlib.import_module(f"shipsfast.kernels.{case.kernel}")
+    sizes = load_configs(case.config)[case.kernel][case.dtype]
+    config = next(entry for largest, entry in sizes.items() if case.head_dim <= largest)
+    kernel = getattr(module, f"_{case.kernel}_kernel")
     dtype = TRITON_DTYPE[case.dtype]
     constants = {
-        "GROUPS": GROUPS,
+        "GROUPS": case.groups,
         "D": case.head_dim,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_D": case.head_dim,
+        "BLOCK_D": triton.next_power_of_2(case.head_dim),
         "HAS_SOFTCAP": case.features,
         "HAS_WINDOW": case.features,
-        "HAS_QUERY_INDEX": case.features,
         "HAS_REPLACE": case.replace,
         "DOT_DTYPE": getattr(module.tl, case.dtype),
         "INPUT_PRECISION": config.input_precision,
         "stride_lh": 1,  # the launcher turns strides of 1 into constants too
         "stride_oh": 1,
     }
-    if not case.features:
-        constants["query_index_ptr"] = None
+    if case.kernel == "decode_attention":
+        constants["BLOCK_M"] = min(config.block_m, triton.next_power_of_2(case.groups))
+    else:
+        constants["HAS_QUERY_INDEX"] = case.features
+        if not case.features:
+            constants["query_index_ptr"] = None
     if case.replace:
         constants["stride_rh"] = 1
     else:
@@ -139,7 +158,12 @@ def compile_case(case: Case) -> dict[str, int]:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", case.sm, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "maxnreg": config.max_registers,
+            "enable_fp_fusion": True,
+        },
     )
     ptx = compiled.asm["ptx"]
     registers, local_bytes = _resource_usage(compiled.asm["cubin"])
@@ -203,28 +227,34 @@ def write_resources(table: dict[str, dict[str, int]], version: str) -> None:
 def write_document(table: dict[str, dict[str, int]], version: str) -> None:
     """Replaces the part of docs/kernels.md between the two markers, or starts the file."""
     begin, end = "<!-- begin: python -m benchmarks.aot --update -->", "<!-- end -->"
-    by_id = {case.id: case for case in cases()}
     lines = [
         begin,
-        f"Triton {version}. `all` has softcap, window and query_index, `plain` has none of them,",
-        "`+replace` takes replacement vectors too.",
-        "",
-        "| config | chip | dtype | D | version | registers | spilled B | shared KiB | blocks/SM | cores |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"Triton {version}. G: query heads to a key/value head. `all` has softcap and window (and query_index in",
+        "tree_attention), `plain` has none of them, `+replace` takes replacement vectors too.",
     ]
-    for key, use in table.items():
-        case = by_id[key]
-        cores = "wgmma" if use["wgmma"] else "mma.sync" if use["mma_sync"] else "none"
-        lines.append(
-            f"| {case.config} | sm_{case.sm} | {case.dtype} | {case.head_dim} | {case.version} "
-            f"| {use['registers']} | {use['local_bytes']} | {use['shared_bytes'] / 1024:.1f} "
-            f"| {blocks_per_sm(case, use)} | {cores} |"
-        )
+    for kernel in KERNELS:
+        lines += [
+            "",
+            f"### {kernel}",
+            "",
+            "| config | chip | dtype | D | G | version | registers | spilled B | shared KiB | blocks/SM | cores |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for case in cases():
+            if case.kernel != kernel:
+                continue
+            use = table[case.id]
+            cores = "wgmma" if use["wgmma"] else "mma.sync" if use["mma_sync"] else "none"
+            lines.append(
+                f"| {case.config} | sm_{case.sm} | {case.dtype} | {case.head_dim} | {case.groups} "
+                f"| {case.version} | {use['registers']} | {use['local_bytes']} "
+                f"| {use['shared_bytes'] / 1024:.1f} | {blocks_per_sm(case, use)} | {cores} |"
+            )
     lines.append(end)
     if DOCUMENT.exists():
         text = DOCUMENT.read_text()
     else:
-        text = f"# Kernels\n\n## What tree_attention costs on the chip\n\n{begin}\n{end}\n"
+        text = f"# Kernels\n\n## What they cost on the chip\n\n{begin}\n{end}\n"
     head, found, rest = text.partition(begin)
     if not found:
         raise RuntimeError(f"{DOCUMENT} has no line {begin!r}: put it, and {end!r}, where the table belongs")
@@ -249,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"triton": triton.__version__, "table": table}))
     else:
         for key, use in table.items():
-            print(f"{key:44}", " ".join(f"{name}={value}" for name, value in use.items()))
+            print(f"{key:60}", " ".join(f"{name}={value}" for name, value in use.items()))
     return 0
 
 

@@ -20,13 +20,15 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 @dataclass(frozen=True)
 class LaunchConfig:
     """block_m queries and block_n keys to a tile; input_precision is for float32 inputs alone:
-    "ieee" (exact, no tensor cores), "tf32x3" (nearly exact) or "tf32" (10 bits of mantissa)."""
+    "ieee" (exact, no tensor cores), "tf32x3" (nearly exact) or "tf32" (10 bits of mantissa). max_registers a
+    thread: with a limit, the compiler uses what it allows; without one, it may spill a few to fit in more blocks."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     input_precision: str = "ieee"
+    max_registers: int | None = None
 
 
 def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device | str) -> LaunchConfig:

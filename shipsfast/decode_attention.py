@@ -86,7 +86,7 @@ def torch_attention(
     """In torch, on any device and in any dtype: the slots' keys and values are gathered, up to the longest row."""
     if replace is not None:
         require_replacements(replace, q_alt, k_alt, out_alt)
-    longest = int(length.max())
+    longest = int(length.max()) if length.numel() else 1
     slot = slot.long()
     place = torch.arange(longest, device=q.device)
     seen = place < length[:, None]

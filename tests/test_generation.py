@@ -166,6 +166,15 @@ def test_the_limit_and_the_end_token():
             assert text == full[:stop]
 
 
+def test_rows_that_end_at_once_make_room():
+    """What comes in then starts without a step in between, and shares nothing with a row of another prompt."""
+    model, prompts = build("llama-gqa"), [[7], [15], [10]]
+    expected = [slow(model, ids, []) for ids in prompts]
+    assert expected[1] == [] and expected[0][0] == expected[2][0] and expected[0] != expected[2]
+    for rows in (1, 2, 3):
+        assert generate(model, prompts, [[]], batch_rows=rows) == [expected]
+
+
 class Forbid(LogitsProcessor):
     def __init__(self, tokens):
         self.tokens = tokens
