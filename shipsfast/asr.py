@@ -92,10 +92,11 @@ def scan_asr(
         "metric": {
             "name": "asr",
             "judge": judge.describe(),
-            "generation": describe_generation(generation, keep_text),
+            "generation": describe_generation(generation),
         },
         "heads": "all" if len(units) == shape[1] * shape[2] else [list(u) for u in units],
         "shape": shape,
+        "keep_text": keep_text,
     }
     folder = None if out is None else runs.RunFolder(out, identity)
     if folder is not None and folder.previous.get("status") == "complete":

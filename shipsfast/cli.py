@@ -119,7 +119,7 @@ def sahara(
 
 
 @app.command("generate")
-@command()
+@command(without=("out",))
 def generate(
     load: Callable[[], dict],
     shared: dict,
@@ -134,10 +134,6 @@ def generate(
     from .completion_view import show_texts
     from .generation import generate as run
 
-    if shared["out"] is not None:
-        raise InputError(
-            "generate writes no run folder: use evaluate --out, or redirect the output of --json"
-        )
     chosen = parse_groups(groups or "none")
     given = load()
     del given["out"]
@@ -189,7 +185,9 @@ def evaluate(
     if view is not None and view.suffix.lower() not in (".md", ".html"):
         raise InputError(f"--view {view}: expected a name ending in .md or .html")
     check_place(view)
-    if (groups is None) == (run is None):
+    if groups is not None and run is not None:
+        raise InputError("--groups names the heads, and --run takes them from a run: give one of them")
+    if groups is None and run is None:
         raise InputError(
             "evaluate needs --groups, such as '2-26; 2-26,3-1', or --run with a finished run folder"
         )
@@ -205,6 +203,8 @@ def evaluate(
     if view is not None:
         result.view(view)
     _show(result, top, shared)
+    if view is not None and not shared["json"]:
+        print(f"answers side by side: {view}")
 
 
 def _generation(max_new_tokens, do_sample, top_k, temperature, shared: dict) -> dict:
@@ -262,19 +262,6 @@ def info(json: Json = False) -> None:
     print(json_module.dumps(facts, indent=1) if json else render(facts))
 
 
-def _show(result, top: int, json: bool, out: Path | None, plot: Path | None) -> None:
-    from .tables import as_json, show
-
-    if plot is not None:
-        result.plot(plot)
-        for number, other in enumerate(getattr(result, "also", {}).values(), 2):
-            other.plot(plot.with_stem(f"{plot.stem}-{number}"))
-    if json:
-        print(json_module.dumps(as_json(result, top, out), indent=1))
-    else:
-        show(result, top, out)
-
-
 def _show(result, top: int, shared: dict) -> None:
     from .tables import as_json, show
 
@@ -287,6 +274,8 @@ def _show(result, top: int, shared: dict) -> None:
         print(json_module.dumps(as_json(result, top, out), indent=1))
     else:
         show(result, top, out)
+        if shared["loaded"]:
+            print("(it was complete: loaded, nothing was run)")
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ RUN_OPTIONS = {
 SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None)}
 
 
-def command(*more: dict) -> Callable:
+def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
     """A command with the arguments and options of every run, of `more`, and of its own.
 
     The function decorated gets `load`, which loads the model and gives the arguments of a run, `shared`, the options
@@ -120,10 +120,12 @@ def command(*more: dict) -> Callable:
 
     def decorate(function: Callable) -> Callable:
         options = RUN_OPTIONS | {name: option for some in more for name, option in some.items()}
+        options = {name: option for name, option in options.items() if name not in without}
 
         def run(**given) -> None:
             shared = {name: given.pop(name) for name in (*ARGUMENTS, *options)}
-            function(checked(**shared), shared, **given)
+            shared["loaded"] = is_complete(shared.get("out"))
+            function(checked(**{k: x for k, x in shared.items() if k != "loaded"}), shared, **given)
 
         def parameter(name: str, kind, default=inspect.Parameter.empty) -> inspect.Parameter:
             return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
@@ -144,7 +146,7 @@ def command(*more: dict) -> Callable:
 
 def checked(
     model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, dtype, device,
-    max_memory, out, quiet, json, heads=None, plot=None,
+    max_memory, quiet, json, out=None, heads=None, plot=None,
 ) -> Callable[[], dict]:  # fmt: skip
     """Check the options, cheapest first; the function returned loads the model and gives the arguments of a run.
 
@@ -191,6 +193,13 @@ def _number(text: str, option: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"{option} must be a number, got {text!r}") from None
+
+
+def is_complete(out: Path | None) -> bool:
+    """Does a finished run lie there?"""
+    from .runs import MANIFEST, read_manifest
+
+    return out is not None and (out / MANIFEST).is_file() and read_manifest(out).get("status") == "complete"
 
 
 def check_place(path: Path | None) -> None:

@@ -209,7 +209,7 @@ def _gaps(result: EvalResult) -> Iterator[str]:
     if missing:
         yield f"{missing:,} of {label.size:,} answers are not done: shares are of those that are."
     if all(text is None for row in result.completions.text for text in row):
-        yield "The answers were not kept (keep_text=True keeps them in a run folder)."
+        yield "The answers were not kept (keep_text=True, or --keep-text, keeps them in a run folder)."
 
 
 def _extent(result: EvalResult, groups: int, prompts: int) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 from transformers import PreTrainedModel
 
 from . import runs
@@ -19,13 +18,14 @@ from .completions import MISSING, Completions, judged
 from .control import CONTROL_TOKENS, Control, kl_along
 from .errors import InputError, whole_number
 from .generation import NEW_TOKENS, TOP_K, Generation, Longest, Sampling, prepare_generation
-from .refusal import Completion, Judge, as_judge, degenerate
+from .refusal import LABELS, Completion, Judge, as_judge, degenerate
+from .statistics import wilson_interval
 
 CONTROL_ROOM = "control"
 KL_NAMES, KL = ("group", "prompt"), "kl_nats"
 
 
-@dataclass
+@dataclass(repr=False)
 class EvalResult:
     """Labelled completions of G groups x P prompts.
 
@@ -41,11 +41,16 @@ class EvalResult:
     record: dict = field(default_factory=dict)
     identity: dict = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        rates = ", ".join(
+            f"{group_name(g)}: {rate:.0%}" for g, rate in zip(self.groups[:4], self.asr, strict=False)
+        )
+        more = ", ..." if len(self.groups) > 4 else ""
+        return f"EvalResult({len(self.groups)} groups x {len(self.prompts)} prompts, ASR {rates}{more})"
+
     @property
     def labels(self) -> list[list[str | None]]:
         """[G][P], None for rows not done."""
-        from .refusal import LABELS
-
         return [[None if i == MISSING else LABELS[i] for i in row] for row in self.completions.label]
 
     @property
@@ -55,6 +60,8 @@ class EvalResult:
 
     def share(self, label: str) -> np.ndarray:
         """float64 [G]: the share of "complied", "refusal" or "degenerate"."""
+        if label not in LABELS:
+            raise InputError(f"unknown label {label!r}: expected one of {', '.join(LABELS)}")
         return self.completions.share(label)
 
     def interval(self, confidence: float = 0.95) -> np.ndarray:
@@ -66,8 +73,7 @@ class EvalResult:
         for g, row in enumerate(self.completions.label):
             done = int((row != MISSING).sum())
             if done:
-                found = binomtest(int((row == 0).sum()), done).proportion_ci(confidence, method="wilson")
-                out[g] = found.low, found.high
+                out[g] = wilson_interval((row == 0).sum(), done, confidence)
         return out
 
     def to_pandas(self) -> pd.DataFrame:
@@ -104,12 +110,13 @@ class EvalResult:
 
     @classmethod
     def load(cls, folder: str | Path) -> EvalResult:
-        """Read the run folder of `evaluate`; rows that were never reached have no label, and prompts are not kept."""
+        """Read the run folder of `evaluate`; rows that were never reached have no label, and prompts are kept only
+        with the answers, else they are empty."""
         folder = Path(folder)
         manifest = runs.read_manifest(folder, "evaluate")
         identity = manifest.pop("identity")
         groups = [[tuple(head) for head in group] for group in identity["groups"]]
-        keep = identity["generation"]["keep_text"]
+        keep = identity["keep_text"]
         completions = Completions(len(groups), len(identity["prompts"]), keep_text=keep)
         completions.read(folder)
         control = None
@@ -120,7 +127,8 @@ class EvalResult:
             control = Control(
                 runs.read_scores(folder, shape, KL_NAMES, KL), rows, identity["control"]["tokens"]
             )
-        return cls(groups, [""] * len(identity["prompts"]), completions, control, manifest, identity)
+        prompts = manifest.pop("prompt_texts", None) or [""] * len(identity["prompts"])
+        return cls(groups, prompts, completions, control, manifest, identity)
 
 
 def group_name(group: Iterable[Sequence[int]]) -> str:
@@ -190,7 +198,8 @@ def evaluate(
     identity = generation.subject.describe("evaluate") | {
         "groups": [[list(head) for head in group] for group in generation.asked],
         "judge": judge.describe(),
-        "generation": describe_generation(generation, keep_text),
+        "generation": describe_generation(generation),
+        "keep_text": keep_text,
         "control": None,
     }
     if control is not None:
@@ -206,6 +215,8 @@ def evaluate(
         if _whole(finished):
             return replace(finished, prompts=list(prompts))  # else somebody deleted a part
     record = generation.subject.record | {"plan": generation.plan.to_json(), "judge": judge.name}
+    if keep_text:
+        record["prompt_texts"] = list(prompts)
     completions = Completions(len(generation.groups), len(prompts), keep_text=keep_text)
     result = EvalResult(generation.asked, list(prompts), completions, None, record, identity)
     if folder is not None:
@@ -301,14 +312,13 @@ def _only_degenerate(completions: Sequence[Completion]) -> list[str]:
     return ["degenerate" if degenerate(c.text, c.num_tokens, c.limit) else "complied" for c in completions]
 
 
-def describe_generation(generation: Generation, keep_text: bool) -> dict:
+def describe_generation(generation: Generation) -> dict:
     sampling = asdict(generation.sampling)
     if not generation.sampling.do_sample:
         sampling = {"do_sample": False}
     return sampling | {
         "max_new_tokens": generation.max_new_tokens,
         "end_tokens": sorted(generation.end_tokens),
-        "keep_text": keep_text,
     }
 
 

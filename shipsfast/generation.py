@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -139,10 +140,7 @@ class Generation:
         After running out of memory, rows in flight start anew with half as many at a time: their texts are the same.
         """
         waiting = deque(sorted(rows, key=lambda row: (row[1], self._fork(row[0]))))
-        bar = tqdm(
-            total=len(waiting) * self.max_new_tokens, desc="generate", unit=" tokens", unit_scale=True,
-            disable=not progress or not waiting,
-        )  # fmt: skip
+        bar = tqdm(total=len(waiting), desc="generate", unit=" answers", disable=not progress or not waiting)
         try:
             while waiting:
                 burst = _Burst(self, min(self.plan.slots, len(waiting)), bar)
@@ -212,7 +210,6 @@ class _Burst:
     def abandoned(self) -> list[tuple[int, int]]:
         """The rows in flight, whose work is lost."""
         rows = [row for row in self.row if row is not None]
-        self.bar.update(-int(self.count[[row is not None for row in self.row]].sum()))
         return sorted(rows, key=lambda row: (row[1], self.generation._fork(row[0])))
 
     def refill(self, waiting: deque) -> None:
@@ -267,7 +264,6 @@ class _Burst:
         self.text[slots, count] = tokens
         self.count[slots] += 1
         self.ended[slots] = np.isin(tokens, list(generation.end_tokens))
-        self.bar.update(len(slots))
 
     def _collect(self) -> None:
         """Rows that are done leave their slots."""
@@ -277,7 +273,7 @@ class _Burst:
                 ended = bool(self.ended[slot])
                 tokens = self.text[slot, : self.count[slot] - ended].tolist()
                 self.finished.append(Decoded(*row, tokens, ended))
-                self.bar.update(int(limit - self.count[slot]))
+                self.bar.update()
                 self.row[slot] = None
 
 
@@ -413,6 +409,14 @@ def check_groups(groups, subject: Subject) -> tuple[list[list[Head]], list[Group
         raise InputError(f"groups must be a list of lists of (layer, head) pairs, got {groups!r}")
     asked: list[list[Head]] = []
     for number, group in enumerate(groups):
+        if (
+            isinstance(group, Sequence)
+            and len(group) > 1
+            and all(isinstance(x, numbers.Number) for x in group)
+        ):
+            raise InputError(
+                f"group {number} is a single head: groups is a list of lists of heads, such as [[(0, 2)]]"
+            )
         group = list(group) if isinstance(group, Iterable) and not isinstance(group, (str, bytes)) else group
         if group == []:
             asked.append([])
@@ -518,7 +522,9 @@ def with_transformers(
     }  # fmt: skip
     if sampling.do_sample:
         settings |= {"top_k": sampling.top_k, "temperature": sampling.temperature, "top_p": 1.0}
-    config = GenerationConfig(**settings)
+    own = {name: x for name, x in generate_kwargs.items() if hasattr(GenerationConfig(), name)}
+    generate_kwargs = {name: x for name, x in generate_kwargs.items() if name not in own}
+    config = GenerationConfig(**settings | own)
     prompts_of: dict[int, list[int]] = {}
     for group, prompt in rows:
         prompts_of.setdefault(group, []).append(prompt)

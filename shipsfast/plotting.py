@@ -46,12 +46,17 @@ def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
     """The top heads with bootstrap intervals, where they are known, and how much of the total they carry."""
     top = result.top(BARS)
     stability, _ = quick_stability(result, BARS)
+    if result.is_rate:
+        low, high = np.array([result.rate_interval(s.layer, s.head) for s in top]).T
     at = tuple(zip(*((s.layer, s.head) for s in top), strict=True))
     error = None
     if stability is not None:
         scores = np.array([s.score for s in top])
         # BCa intervals of skewed scores may lie beside the score
         error = np.maximum([scores - stability.low[at], stability.high[at] - scores], 0)
+    if result.is_rate:
+        scores = np.array([s.score for s in top])
+        error = np.maximum([scores - low, high - scores], 0)
     names = [f"{s.layer}-{s.head}" for s in top]
     axes.barh(
         names, [s.score for s in top], xerr=error, color="#5c6b8a", ecolor="black", capsize=2, height=0.7
@@ -60,7 +65,9 @@ def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel(label, fontsize=7)
     title = _share(result.concentration())
-    if error is not None:
+    if result.is_rate:
+        title += f"\n95% Wilson intervals, {result.scores.shape[0]} prompts"
+    elif error is not None:
         title += f"\n{stability.confidence:.0%} intervals, {stability.prompts} prompts resampled"
     axes.set_title(title, fontsize=8)
 

@@ -12,7 +12,14 @@ import pandas as pd
 from .errors import InputError, whole_number
 from .grams import QUICK, RESAMPLES, ROOM, Grams
 from .runs import MANIFEST, RunFolder, read_manifest, read_scores, score_frame
-from .statistics import Concentration, RankStability, above_noise, concentration, rank_stability
+from .statistics import (
+    Concentration,
+    RankStability,
+    above_noise,
+    concentration,
+    rank_stability,
+    wilson_interval,
+)
 
 HEAD_COLUMNS = ("layer", "head")
 STEP_COLUMNS = ("step", "beam", *HEAD_COLUMNS)
@@ -72,8 +79,18 @@ class _Ranked:
     def mean(self) -> np.ndarray:
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        layers, heads = self.mean().shape
+        top = ", ".join(f"{s.layer}-{s.head} {s.score:.4g}" for s in self.top(3))
+        return f"{type(self).__name__}({layers} layers x {heads} {self.unit}s, top: {top})"
+
     @property
     def signed(self) -> bool:
+        return False
+
+    @property
+    def is_rate(self) -> bool:
+        """Are the scores 0 or 1, and their means rates that many heads share?"""
         return False
 
     def top(self, k: int = 10) -> list[HeadScore]:
@@ -86,11 +103,14 @@ class _Ranked:
         return above_noise(self.mean(), self.noise_floor)
 
     def concentration(self) -> Concentration:
-        """How much of the total few heads carry: Gini coefficient, shares of the top heads, effective number."""
-        return concentration(self.mean())
+        """How much of the total few heads carry: Gini coefficient, shares of the top heads, effective number.
+
+        Of attack success rates, the total is what exceeds the unablated model's.
+        """
+        return concentration(np.maximum(self.mean() - self.noise_floor, 0) if self.is_rate else self.mean())
 
 
-@dataclass
+@dataclass(repr=False)
 class ShipsResult(_Ranked):
     """Ships of every head and prompt (arXiv 2410.13708, eq. 9), or another metric in its place.
 
@@ -122,6 +142,15 @@ class ShipsResult(_Ranked):
     @property
     def signed(self) -> bool:
         return self.metric["signed"]
+
+    @property
+    def is_rate(self) -> bool:
+        return self.metric["name"] == "asr"
+
+    def rate_interval(self, layer: int, head: int, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson score interval of a head's rate, for metrics of 0 and 1."""
+        scores = self.scores[:, layer, head]
+        return wilson_interval(np.nansum(scores), np.isfinite(scores).sum(), confidence)
 
     def mean(self) -> np.ndarray:
         """Mean over prompts, float64 [L, H]."""
@@ -203,7 +232,7 @@ def label_of(metric: dict) -> str:
     return metric["label"] + (f", {metric['unit']}" if metric["unit"] else "")
 
 
-@dataclass
+@dataclass(repr=False)
 class SubspaceResult(_Ranked):
     """Dataset-level Ships of every head (arXiv 2410.13708, eq. 11).
 
@@ -286,6 +315,8 @@ def _stability(result, angles: np.ndarray, grams: Grams | None, *settings) -> Ra
 def quick_stability(result, k: int, *step: int) -> tuple[RankStability | None, str]:
     """`stability` for tables, plots and run folders; None and the reason where it cannot be, or takes minutes."""
     if isinstance(result, ShipsResult):
+        if result.is_rate:
+            return None, "heads of one rate share a rank; intervals are Wilson's, of the rate"
         if result.scores.shape[0] == 1:
             return None, "one prompt: no intervals"
     elif result.grams is not None:
@@ -307,7 +338,7 @@ def stability_json(result, k: int, *step: int) -> dict:
     return {"not_known": problem} if stability is None else stability.to_json()
 
 
-@dataclass
+@dataclass(repr=False)
 class SaharaResult:
     """The group of heads that Sahara found (arXiv 2410.13708, algorithm 1).
 
@@ -324,6 +355,10 @@ class SaharaResult:
     record: dict = field(default_factory=dict)
     identity: dict = field(default_factory=dict)
     grams: Grams | None = None
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{i}-{j}" for i, j in self.heads)
+        return f"SaharaResult({found}: {self.scores[-1]:.4g} degrees)"
 
     @property
     def scores(self) -> list[float]:

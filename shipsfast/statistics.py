@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtr, ndtri
-from scipy.stats import entropy, quantile, rankdata
+from scipy.stats import binomtest, entropy, quantile, rankdata
 
 from .errors import InputError, whole_number
 
@@ -395,3 +395,11 @@ def check_settings(k: int, resamples: int, confidence: float, seed: int) -> None
 def _or_none(value: float, kind: type = float) -> float | int | None:
     """NaN is not JSON."""
     return None if np.isnan(value) else kind(value)
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a rate; NaN for no trials."""
+    if not trials:
+        return np.nan, np.nan
+    found = binomtest(int(successes), int(trials)).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)

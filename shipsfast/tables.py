@@ -79,6 +79,8 @@ def _weak(result, layer: int, head: int) -> str:
 
 def _ranking(result, top: int, score: str, console: Console) -> None:
     """The top heads, and how firm their order is."""
+    if getattr(result, "is_rate", False):
+        return _rates(result, top, console)
     stability, problem = quick_stability(result, top)
     names = ["rank", f"layer-{result.unit}", score]
     if stability is not None:
@@ -103,6 +105,20 @@ def _ranking(result, top: int, score: str, console: Console) -> None:
             f"{stability.k}",
             soft_wrap=True,
         )
+
+
+def _rates(result: ShipsResult, top: int, console: Console) -> None:
+    """The heads with the highest rates; equal rates share a rank."""
+    table = _grid("rank", f"layer-{result.unit}", "rate", "95% interval")
+    best, above = result.top(top), result.above_noise()
+    for layer, head, rate in best:
+        low, high = result.rate_interval(layer, head)
+        mark = "" if above[layer, head] else " *"
+        rank = 1 + int((result.mean() > rate).sum())
+        table.add_row(str(rank), f"{layer}-{head}", f"{rate:.0%}{mark}", f"{low:.0%} to {high:.0%}")
+    console.print(table)
+    if not all(above[s.layer, s.head] for s in best):
+        console.print(f"* not above {floor_name(result)}", soft_wrap=True)
 
 
 def _concentration(found: Concentration, unit: str, of: str, console: Console) -> None:

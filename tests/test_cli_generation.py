@@ -42,6 +42,8 @@ def test_evaluate_and_its_folder(capsys, tmp_path):
     assert result.asr[0] == 0 and result.asr[1] > 0.5
     status, text, err = run(capsys, *args, "--json")
     assert status == 0 and json.loads(text)["groups"] == result.summary(), err
+    status, text, err = run(capsys, *args)
+    assert status == 0 and "nothing was run" in text and "(not kept)" in text, err
 
 
 def test_a_scan_by_attack_success_rate_and_the_best_of_it(capsys, tmp_path):
@@ -110,7 +112,7 @@ def test_the_sample_of_prompts(capsys, tmp_path):
         (("evaluate", MODEL, TABOO, "--groups", "0-2", "--do-sample", "--top-k", 100000), "top_k is 100000"),
         (("evaluate", MODEL, TABOO, "--groups", "0-2", "--judge", "paper", "--judge-template", "x"), "takes no template"),
         (("evaluate", MODEL, TABOO, "--run", "nowhere"), "is not a shipsfast run"),
-        (("generate", MODEL, TABOO, "--out", "somewhere"), "generate writes no run folder"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2", "--run", "r"), "give one of them"),
         (("generate", MODEL, TABOO, "--limit", 2, "--sample", 2), "exclude each other"),
         (("scan", MODEL, TABOO, "--rank-by", "luck"), "--rank-by luck"),
         (("scan", MODEL, TABOO, "--rank-by", "asr", "--metric", "js"), "give one of them"),

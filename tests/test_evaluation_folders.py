@@ -220,7 +220,7 @@ def test_a_finished_run_is_not_repeated_unless_parts_are_gone(tmp_path, monkeypa
         ({"max_new_tokens": NEW - 1}, "generation"),
         ({"eos_token_id": 2}, "generation"),
         ({"do_sample": True}, "generation"),
-        ({"keep_text": True}, "generation"),
+        ({"keep_text": True}, "keep_text"),
         ({"prompts": [*PROMPTS[:4], "mur5n"]}, "prompts"),
         ({"control": CONTROL[1:]}, "control"),
         ({"control": None}, "control"),
@@ -314,7 +314,7 @@ def test_scan_asr_killed_at_any_moment_continues_to_the_same_result(tmp_path, ki
 def test_another_scan_asr_is_refused_by_what_differs(tmp_path):
     scan_asr(out=tmp_path / "run", heads=[(0, 1)])
     for change, named in (
-        ({"heads": [(0, 2)]}, "heads"), ({"judge": no_keyword}, "metric"), ({"keep_text": True}, "metric"),
+        ({"heads": [(0, 2)]}, "heads"), ({"judge": no_keyword}, "metric"), ({"keep_text": True}, "keep_text"),
         ({"max_new_tokens": 3}, "metric"), ({"unit": "kv_group"}, "unit"),
     ):  # fmt: skip
         with pytest.raises(shipsfast.InputError, match=rf"another run \(different .*{named}"):

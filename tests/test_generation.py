@@ -74,6 +74,12 @@ def test_every_path_gives_that_text(backend, layers, texts):
     assert generate(build("llama-gqa"), backend=backend, **(how or {"layers": "model"})) == texts("llama-gqa")
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+@pytest.mark.parametrize("family", ["mistral-window", "gemma2-softcap-window"])
+def test_every_backend_sees_the_window(backend, family, texts):
+    assert generate(build(family), backend=backend) == texts(family)
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(HOOKED)))
 def test_other_families_against_transformers(family):
     model = build(family)
