@@ -258,20 +258,22 @@ def test_what_is_not_seen_changes_nothing(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("HKV", [1, 2, 4])
+@pytest.mark.parametrize("HKV", [1, 3, 6])
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_heads_that_are_off_or_replaced_do_not_depend_on_what_they_do_not_use(backend, HKV):
-    """NaN in their own queries, keys and replacements, beside heads of their group that go on."""
-    flags = torch.tensor([[0, 4, 7, 3]], dtype=torch.int8)
-    inputs = make_inputs(Case(N=1, H=4, HKV=HKV), torch.ones(1, 4), torch.tensor([[0.0, 1, -2, 1]]), DEVICE)
+    """NaN in their own queries, keys and values, beside heads of their group that go on."""
+    flags = torch.tensor([[0, 4, 7, 3, 0, 1]], dtype=torch.int8)
+    output_scale = torch.tensor([[0.0, 1.0, -2.0, 1.0, 1.0, 0.0]])
+    inputs = make_inputs(Case(N=1, H=6, HKV=HKV), torch.ones(1, 6), output_scale, DEVICE)
     inputs.options |= make_replacements(inputs, flags)
     clean = inputs.run(backend.function)
-    inputs.args[0][:, :3] = float("nan")
-    if HKV == 4:  # every head's own
-        inputs.args[1][:] = float("nan")
-        inputs.args[2][:, :3] = float("nan")
+    q, k, v = inputs.args[:3]
+    q[:, [0, 1, 2, 3, 5]] = float("nan")
+    if HKV == 6:  # every head's own
+        k[:, [0, 1, 2, 3, 5]] = float("nan")
+        v[:, [0, 1, 2, 5]] = float("nan")
     out = inputs.run(backend.function)
-    assert torch.isfinite(out).all() and (out[:, 0] == 0).all()
+    assert torch.isfinite(out).all() and (out[output_scale == 0] == 0).all()
     assert torch.equal(out, clean)
 
 

@@ -245,16 +245,14 @@ def test_replacements_change_no_bits_on_the_gpu(dtype, groups):
 
 @needs_gpu
 def test_offsets_beyond_32_bits_on_the_gpu():
-    """Slots, and the positions of a slot, that lie 2**31 elements apart: 12 GiB of bfloat16."""
+    """The third slot, then the third position, 2**31 elements from the first: 6 GiB of bfloat16."""
     case = dataclasses.replace(SMALL, N=1, H=2, HKV=1, C=3, dtype=torch.bfloat16)
     inputs = make_inputs(case, *torch.ones(2, 1, 2), DEVICE)
-    near = inputs.args[1:3]
-    far = torch.empty(3 * 2**31, dtype=torch.bfloat16, device=DEVICE)
+    far = torch.empty(3 * 2**30, dtype=torch.bfloat16, device=DEVICE)
     inputs.args[3:5] = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (2, 3))
-    near = [torch.randn_like(x) for x in near]
-    inputs.args[1:3] = near
+    inputs.args[1:3] = near = [torch.randn_like(x) for x in inputs.args[1:3]]
     expected = inputs.run(module.decode_attention)
-    for strides in ((2**31, 2**20, 64), (64, 2**20, 2**31)):  # of slot, head, position
+    for strides in ((2**30, 2**20, 64), (64, 2**20, 2**30)):  # of slot, head, position
         for i, x in enumerate(near):
             view = far[i * 4096 :].as_strided(x.shape, (*strides, 1))
             view.copy_(x)
