@@ -33,6 +33,7 @@ from .metrics import extension_status
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 DTYPES = (torch.float32, torch.float64)
+CAPTURING = "transformers.utils.output_capturing"
 CAN_PACK = torch.backends.mkl.is_available()
 
 # attention(q, k, v, mask, trimmed) -> [B, TQ, H, D]; q, k, v [B, T, heads, D]
@@ -58,15 +59,21 @@ def why_not(layers: list[torch.nn.Module], dtype: torch.dtype, device: torch.dev
             return f"activation {type(layer.mlp.act_fn).__name__}"
         for name, module in layer.named_modules():
             # The layer's own hooks run: it is called as ever, only its forward is replaced.
-            if (
-                "forward" in module.__dict__
-                or module is not layer
-                and (module._forward_hooks or module._forward_pre_hooks)
-            ):
+            if "forward" in module.__dict__ or module is not layer and _hooks(module):
                 return f"{name or 'the layer'} carries hooks or a forward of its own"
             if name.endswith("_proj") and type(module) is not torch.nn.Linear:
                 return f"{name} is {type(module).__name__}"
     return None
+
+
+def _hooks(module: torch.nn.Module) -> list[Callable]:
+    """Hooks that want to see or change something.
+
+    transformers leaves some of its own on a model that was ever asked for hidden states or attentions; they do
+    nothing in a call that does not ask.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != CAPTURING]
 
 
 class Product:

@@ -208,28 +208,31 @@ def look_at(
     num_units = check_unit(unit, anatomy)
     device = input_device(model)
     resolved = resolve_backend(backend, device, model.dtype)
-    use_fused = _use_fused(layers, anatomy, model.dtype, device)
+    not_fused = _why_not_fused(layers, anatomy, model.dtype, device)
     record = describe_run(model, anatomy, device) | {
         "ablation": how.describe(),
         "template": template,
         "attention_backend": resolved,
-        "layers": "fused" if use_fused else "model",
+        "layers": "model" if not_fused else "fused",
         "kl_backend": kl_backend(device),
     }
+    if not_fused:
+        record["layers_why"] = not_fused
     return Subject(
-        model, anatomy, token_ids, how, others, unit, num_units, device, resolved, use_fused, record
+        model, anatomy, token_ids, how, others, unit, num_units, device, resolved, not not_fused, record
     )
 
 
-def _use_fused(layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> bool:
+def _why_not_fused(layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the layers go through their own forward, None if they go through fused.py."""
     if layers not in LAYER_PATHS:
         raise InputError(f"unknown layers {layers!r}: expected one of {', '.join(LAYER_PATHS)}")
     if layers == "model":
-        return False
+        return "asked for"
     problem = fused.why_not([layer.module for layer in anatomy.layers], dtype, device)
     if layers == "fused" and problem:
         raise InputError(f"layers 'fused' cannot run: {problem}; use layers='model' or 'auto'")
-    return problem is None
+    return problem
 
 
 def run_blocks(

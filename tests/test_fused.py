@@ -1,5 +1,6 @@
 """The fused way through Llama-like layers against the layers' own forward."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,16 @@ def test_biases_are_added():
     assert abs(scan(model, "fused").kl - scan(model, "model").kl).max() < 1e-12
 
 
+def test_a_model_once_asked_for_hidden_states_keeps_the_fast_way():
+    model = build("llama-gqa").float()
+    before = shipsfast.scan(model, PROMPTS, progress=False)
+    model(torch.tensor([PROMPTS[0]]), output_hidden_states=True, output_attentions=True)  # leaves hooks
+    after = shipsfast.scan(model, PROMPTS, progress=False)
+    assert before.record["layers"] == after.record["layers"] == "fused"
+    assert "layers_why" not in after.record
+    np.testing.assert_array_equal(before.kl, after.kl)
+
+
 @pytest.mark.parametrize("reason", ["family", "hooks", "dtype", "linear"])
 def test_what_it_cannot_do_goes_through_the_model(reason):
     model = build("gpt2" if reason == "family" else "llama-gqa", dtype=torch.float32)
@@ -64,7 +75,8 @@ def test_what_it_cannot_do_goes_through_the_model(reason):
         model = model.to(torch.bfloat16)
     elif reason == "linear":
         model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
-    assert scan(model, "auto").record["layers"] == "model"
+    record = scan(model, "auto").record
+    assert record["layers"] == "model" and record["layers_why"]
     with pytest.raises(shipsfast.InputError, match="layers 'fused' cannot run"):
         scan(model, "fused")
 
