@@ -11,6 +11,7 @@ import pandas as pd
 
 from .errors import InputError, whole_number
 from .grams import QUICK, RESAMPLES, ROOM, Grams
+from .part_file import inside
 from .runs import MANIFEST, RunFolder, read_manifest, read_scores, score_frame
 from .statistics import (
     Concentration,
@@ -194,13 +195,22 @@ class ShipsResult(_Ranked):
     @classmethod
     def load(cls, folder: str | Path) -> ShipsResult:
         """Read a run folder; scores that a killed scan never reached are NaN."""
-        folder = Path(folder)
+        return cls._load(Path(folder), nested=False)
+
+    @classmethod
+    def _load(cls, folder: Path, nested: bool) -> ShipsResult:
         manifest = read_manifest(folder, "ships")
         identity = manifest.pop("identity")
+        if nested and identity.get("further_metrics"):
+            raise InputError(f"{folder} is damaged: a further metric has none of its own; delete the folder")
         scores = cls.read(folder, tuple(identity["shape"]), manifest.get("metric", KL))
         places = [folder / also_place(n + 1) for n in range(len(identity.get("further_metrics", [])))]
         done = manifest.get("status") == "complete"  # else some may not have been begun
-        others = [cls.load(place) for place in places if done or (place / MANIFEST).exists()]
+        others = [
+            cls._load(inside(folder, place) if place.exists() else place, nested=True)
+            for place in places
+            if done or (place / MANIFEST).exists()
+        ]
         also = {other.metric["name"]: other for other in others}
         return cls(scores, manifest.get("noise_floor") or 0.0, manifest, identity, also)
 
