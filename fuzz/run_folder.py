@@ -36,7 +36,8 @@ VALUES = (
     "evaluate", "complete", "kl", "asr", [], [[]], [1, 2, 3], [10**9] * 3, [2, 2, 2], [-1, 2, 2], ["a"], {}, {"a": 1},
     {"name": "kl"}, {"name": "m", "unit": "[b]", "signed": True, "label": "<b>"},
 )  # fmt: skip
-ATTACKS = ("<script>alert", "\x1b[2J", "\x07", "\u202e")
+STEERS = ("\x1b[2J", "\x07", "\u202e", "\ud800")
+MARKUP = ("<script>alert",)
 IDENTITY = {"shape": [2, 2, 3], "prompts": ["aa", "bb"], "model": "0", "unit": "head", "dtype": "float32"}
 _folder: Path
 _starts: list[dict[str, bytes]] = []
@@ -138,13 +139,12 @@ def _use(result) -> None:
         repr(result), result.to_pandas()
     except InputError:
         return
-    texts = [out.getvalue()]
+    assert not any(attack in out.getvalue() for attack in STEERS), f"carried through: {out.getvalue()[:500]!r}"
     if isinstance(result, EvalResult):
         for name in ("view.html", "view.md"):
             result.view(_folder / name)
-            texts.append((_folder / name).read_text("utf-8"))
-    for text in texts:
-        assert not any(attack in text for attack in ATTACKS), f"carried through: {text[:500]!r}"
+            text = (_folder / name).read_text("utf-8")
+            assert not any(attack in text for attack in STEERS + MARKUP), f"carried through: {text[:500]!r}"
 
 
 def _edit(reader: Reader, manifest, files: dict[str, bytes]):

@@ -42,7 +42,8 @@ def read_table(part: Path, columns: Sequence[str]) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(part) as file:
+        texts = [name for name in columns if COLUMNS[name] == TEXT]
+        with pq.ParquetFile(part, read_dictionary=texts) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
             for name in columns:
                 if schema.names.count(name) != 1:
@@ -50,13 +51,15 @@ def read_table(part: Path, columns: Sequence[str]) -> pd.DataFrame:
                 kind = schema.field(name).type
                 if not _is(kind, COLUMNS[name]):
                     raise ValueError(f"column {name!r} holds {kind}, expected {COLUMNS[name]}")
-            held = _declared_bytes(file.metadata, columns)
-            if not 0 <= held <= psutil.virtual_memory().available // 4 or rows < 0:
+            # Metadata of column chunks is not read: pyarrow 26 ends the process over some that are damaged.
+            groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+            held, room = max(sum(groups), 8 * rows * len(columns)), psutil.virtual_memory().available // 4
+            if rows < 0 or min(groups, default=0) < 0 or held > room:
                 raise ValueError(f"it declares {rows:,} rows and {held:,} bytes")
-            frame = file.read(columns=list(columns)).replace_schema_metadata(None).to_pandas()
+            frame = _frame(file.read(columns=list(columns)), room)
     except MemoryError as error:
         raise ValueError(f"it does not fit into memory: {error}") from error
-    except (pa.ArrowException, TypeError, NotImplementedError) as error:
+    except (pa.ArrowException, TypeError, RuntimeError) as error:
         raise ValueError(str(error)) from error
     for name in columns:
         if COLUMNS[name] != TEXT and frame[name].isna().any() and COLUMNS[name] != NUMBER:
@@ -70,16 +73,23 @@ def read_table(part: Path, columns: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def _declared_bytes(metadata, columns: Sequence[str]) -> int:
-    """At least 8 for every value, however well it is packed."""
-    held = 0
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        for j in range(metadata.num_columns):
-            chunk = group.column(j)
-            if chunk.path_in_schema.split(".")[0] in columns:
-                held += max(chunk.total_uncompressed_size, 8 * chunk.num_values)
-    return held
+def _frame(table, room: int) -> pd.DataFrame:
+    """Without pandas' notes; texts as str or None, once it is known how long they all are: in the file each is kept once."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    held, columns = 0, {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if COLUMNS[name] != TEXT:
+            columns[name] = column.to_pandas()
+            continue
+        for chunk in column.chunks:
+            if pa.types.is_dictionary(chunk.type):
+                held += pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+        if held > room:
+            raise ValueError(f"it holds {held:,} bytes of text")
+        columns[name] = pd.Series(column.to_pylist(), dtype=object)
+    return pd.DataFrame(columns)
 
 
 def _is(kind, wanted: str) -> bool:
@@ -92,6 +102,7 @@ def _is(kind, wanted: str) -> bool:
     if wanted == FLAG:
         return types.is_boolean(kind)
     if wanted == TEXT:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
         return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
     return (types.is_list(kind) or types.is_large_list(kind)) and types.is_floating(kind.value_type)
 

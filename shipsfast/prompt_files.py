@@ -139,38 +139,40 @@ def _jsonl_column(path: Path, name: str) -> list:
     return [row.get(name) for row in _objects(path)]
 
 
-def _parquet(path: Path):
+def _parquet_names(path: Path) -> list[str]:
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path)
-
-
-def _parquet_names(path: Path) -> list[str]:
-    return _of_parquet(path, lambda: list(_parquet(path).schema_arrow.names))
+    return _of_parquet(path, lambda: list(pq.ParquetFile(path).schema_arrow.names))
 
 
 def _parquet_column(path: Path, name: str) -> list:
+    """Texts stay in their dictionaries until their lengths are known: a small file can name a large text many times.
+
+    Metadata of column chunks is not read: pyarrow 26 ends the process over some that are damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     def read() -> list:
-        file = _parquet(path)
+        file = pq.ParquetFile(path, read_dictionary=[name])
         found = [field for field in file.schema_arrow if field.name == name]
         if len(found) > 1:
             raise InputError(f"{path} has {len(found)} columns named {name!r}: rename one")
         if not _is_text(found[0].type):
             raise InputError(f"{path}: column {name!r} holds {found[0].type}, expected text")
-        held = sum(
-            chunk.total_uncompressed_size
-            for i in range(file.metadata.num_row_groups)
-            for chunk in [file.metadata.row_group(i).column(j) for j in range(file.metadata.num_columns)]
-            if chunk.path_in_schema == name
-        )
-        if held > MOST_FILE_BYTES or not 0 <= file.metadata.num_rows <= MOST_ROWS:
-            raise InputError(
-                f"{path}: column {name!r} has {file.metadata.num_rows:,} rows and {held:,} bytes, more than prompt files "
-                "are read with: take a part of it"
-            )
-        return [
-            text for batch in file.iter_batches(8192, columns=[name]) for text in batch.column(0).to_pylist()
-        ]
+        if not 0 <= file.metadata.num_rows <= MOST_ROWS:
+            raise InputError(f"{path} declares {file.metadata.num_rows:,} rows: take a part of it")
+        out, held = [], 0
+        for batch in file.iter_batches(8192, columns=[name]):
+            texts = batch.column(0)
+            if pa.types.is_dictionary(texts.type):
+                lengths = pc.binary_length(texts.dictionary)
+                held += pc.sum(lengths.take(texts.indices)).as_py() or 0
+                if held > MOST_FILE_BYTES or (pc.max(lengths).as_py() or 0) > MOST_FIELD_BYTES:
+                    raise InputError(f"{path}: column {name!r} has more text than prompt files are read with")
+            out += texts.to_pylist()
+        return out
 
     return _of_parquet(path, read)
 

@@ -166,6 +166,16 @@ def _beam(x) -> bool:
     return isinstance(x, dict) and _list(_scanned_head)(x.get("heads")) and _number(x.get("angle_deg"))
 
 
+def _marks(x) -> bool:
+    first = x.get("first", {}) if isinstance(x, dict) else None
+    return first == {} or (
+        isinstance(first, dict)
+        and _count(0, 1 << 40)(first.get("prompt"))
+        and _pair([first.get("layer"), first.get("head")])
+        and _text(first.get("why"))
+    )
+
+
 def _noise(x) -> bool:
     return x is None or (_number(x) and 0 <= x < float("inf"))
 
@@ -195,6 +205,7 @@ RECORD: dict[str, tuple[Test, str]] = {
     "chosen": (_list(_scanned_head), "a list of heads"),
     "path": (_list(_count(0, MOST_STEPS)), "a list of places"),
     "beams": (_list(_object), "a list of groups"),
+    "nonfinite": (_marks, "what is known of marked scores"),
     "base_singular_values": (_list(_number), "a list of numbers"),
 }
 METRIC_NEEDED = ("name", "unit", "signed", "label")

@@ -186,20 +186,32 @@ def read_manifest(path: Path, kind: str | None = None) -> dict:
     return manifest
 
 
-def read_scores(path: Path, shape: tuple[int, ...], names: tuple[str, ...], value: str) -> np.ndarray:
-    """The scores a run folder holds, float64 of `shape`, NaN where none has been written yet.
+def read_scores(
+    path: Path,
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    value: str,
+    done: np.ndarray | None = None,
+) -> np.ndarray:
+    """The scores a run folder holds, float64 of `shape`, NaN where none has been written yet, and where one was marked.
 
-    names: the columns that index the dimensions; value: the column of the scores.
+    names: the columns that index the dimensions; value: the column of the scores; done: bool of `shape`, set where
+    there is a row, of a score or of a mark.
     """
     scores = np.full(shape, np.nan)
     for part, frame in read_parts(path, SCORES, [*names, value]):
         with damage(part):
-            scores[cells(frame, names, shape)] = frame[value]
+            at = cells(frame, names, shape)
+            scores[at] = frame[value]
+            if done is not None:
+                done[at] = True
     return scores
 
 
-def score_frame(scores: np.ndarray, names: tuple[str, ...], value: str) -> pd.DataFrame:
-    """Scores as rows with the columns `names` and `value`, without those that are NaN."""
-    index = np.nonzero(~np.isnan(scores))
+def score_frame(
+    scores: np.ndarray, names: tuple[str, ...], value: str, marked: np.ndarray | None = None
+) -> pd.DataFrame:
+    """Scores as rows with the columns `names` and `value`, without those that are NaN; with the marked ones, as NaN."""
+    index = np.nonzero(~np.isnan(scores) if marked is None else ~np.isnan(scores) | marked)
     columns = {name: at.astype(np.int32) for name, at in zip(names, index, strict=True)}
     return pd.DataFrame(columns | {value: scores[index]})

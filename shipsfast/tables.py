@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from rich.text import Text
 from .plain_text import visible
 from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, quick_stability, stability_json
 from .statistics import Concentration
+
+NAMED = 10  # heads that a line lists
 
 
 def _say(console: Console, text: str) -> None:
@@ -64,6 +67,8 @@ def as_json(result, top: int, out: Path | None = None) -> dict:
     }
     if isinstance(result, ShipsResult):
         body |= {"metric": result.metric, "prompts": int(result.scores.shape[0])}
+        if result.marked is not None:
+            body["nonfinite"] = result.marks()
         if result.also:
             body["also"] = {name: as_json(other, top) for name, other in result.also.items()}
     return body
@@ -159,9 +164,29 @@ def _ships(result: ShipsResult, top: int, console: Console) -> None:
         f"{_noise(result, metric['unit'])}",
     )
     _concentration(result.concentration(), result.unit, "", console)
+    for line in marks(result):
+        _say(console, line)
     for other in result.also.values():
         console.print()
         _ships(other, top, console)
+
+
+def marks(result: ShipsResult) -> Iterator[str]:
+    """What the ranking leaves out."""
+    found = result.marks()
+    if not found:
+        return
+    heads = [f"{layer}-{head}" for layer, head in found["heads"]]
+    names = ", ".join(heads[:NAMED]) + (f" and {len(heads) - NAMED} more" if len(heads) > NAMED else "")
+    yield (
+        f"not finite, marked and left out of the ranking: {found['count']:,} scores, of {len(heads):,} "
+        f"{result.unit}{'s' * (len(heads) != 1)}: {names}"
+    )
+    if "first" in found:
+        first = found["first"]
+        yield (
+            f"the first: {result.unit} {first['layer']}-{first['head']} on prompt {first['prompt']}: {first['why']}"
+        )
 
 
 def _subspace(result: SubspaceResult, top: int, console: Console) -> None:

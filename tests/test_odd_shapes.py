@@ -69,9 +69,14 @@ def test_no_rows_and_rows_of_one_base(dtype):
     for base, count in ((logits(0, 9, dtype), 0), (logits(1, 9, dtype), 0), (logits(1, 9, dtype), 1)):
         rows = torch.zeros(count, dtype=torch.int64)
         assert kl_rows(base, logits(count, 9, dtype, 1), rows, backend="cpp").shape == (count,)
-        assert divergence_rows(base, logits(count, 9, dtype), rows, names=DIVERGENCES, backend="cpp").shape[1] == count
+        assert (
+            divergence_rows(base, logits(count, 9, dtype), rows, names=DIVERGENCES, backend="cpp").shape[1]
+            == count
+        )
     one = logits(1, 17, dtype)
-    held(one.expand(4, 17), logits(3, 17, dtype, 1), torch.tensor([3, 0, 2]))  # rows that are one row, stride 0
+    held(
+        one.expand(4, 17), logits(3, 17, dtype, 1), torch.tensor([3, 0, 2])
+    )  # rows that are one row, stride 0
 
 
 @each_type
