@@ -5,6 +5,7 @@
 
 #include <Python.h>
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -70,6 +71,10 @@ void describe(const Tensor& base, const Tensor& ablated, const Tensor& row_map, 
           shape_of(base), " with stride ", base.stride(1), " and ablated ", shape_of(ablated), " with stride ",
           ablated.stride(1), ": call .contiguous() first");
   rows.type = logit_type(base);
+  for (const Tensor* x : {&base, &ablated}) {
+    require(reinterpret_cast<uintptr_t>(x->const_data_ptr()) % x->element_size() == 0,
+            "expected logits at an aligned address: call .clone() first");
+  }
   rows.base = base.const_data_ptr();
   rows.ablated = ablated.const_data_ptr();
   rows.row_map = static_cast<const int64_t*>(row_map.const_data_ptr());

@@ -55,8 +55,12 @@ void require(bool condition, const char* op, const char* expected) {
   if (!condition) throw std::runtime_error(std::string("shipsfast::") + op + ": expected " + expected);
 }
 
+bool aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
+}
+
 bool same_real_type(const Tensor& a, const Tensor& b) {
-  return a.scalar_type() == b.scalar_type() &&
+  return a.scalar_type() == b.scalar_type() && aligned(a) && aligned(b) &&
          (a.scalar_type() == ScalarType::Float || a.scalar_type() == ScalarType::Double);
 }
 
@@ -78,7 +82,7 @@ void over_rows(int64_t rows, int64_t row_size, const F& run) {
 void rms_norm(const Tensor& x, const Tensor& weight, double eps, Tensor out) {
   const int64_t size = weight.numel();
   require(x.is_contiguous() && out.is_contiguous() && weight.is_contiguous(), "rms_norm", "contiguous tensors");
-  require(same_real_type(x, weight) && same_real_type(x, out), "rms_norm", "one dtype, float32 or float64");
+  require(same_real_type(x, weight) && same_real_type(x, out), "rms_norm", "one dtype, float32 or float64, at aligned addresses");
   require(x.dim() > 0 && x.size(x.dim() - 1) == size && out.numel() == x.numel(), "rms_norm",
           "x and out [..., D] and weight [D]");
   if (x.numel() == 0) return;
@@ -96,7 +100,7 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, Tensor out) {
 void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor out) {
   require(cos.is_contiguous() && sin.is_contiguous() && out.is_contiguous(), "rope", "contiguous cos, sin and out");
   require(same_real_type(x, cos) && same_real_type(x, sin) && same_real_type(x, out), "rope",
-          "one dtype, float32 or float64");
+          "one dtype, float32 or float64, at aligned addresses");
   require(x.dim() == 4 && cos.dim() == 2 && sin.dim() == 2 && x.size(1) == cos.size(0) && x.size(3) == cos.size(1) &&
               sin.size(0) == cos.size(0) && sin.size(1) == cos.size(1) && x.size(3) % 2 == 0,
           "rope", "x [B, T, H, D] with D even, cos and sin [T, D]");
@@ -127,7 +131,7 @@ void silu_mul(const Tensor& gate_up, Tensor out) {
   require(gate_up.is_contiguous() && out.is_contiguous(), "silu_mul", "contiguous tensors");
   require(same_real_type(gate_up, out) && gate_up.dim() == 2 && out.dim() == 2 && gate_up.size(0) == out.size(0) &&
               gate_up.size(1) == 2 * out.size(1),
-          "silu_mul", "gate_up [N, 2 M] and out [N, M] of one dtype");
+          "silu_mul", "gate_up [N, 2 M] and out [N, M] of one dtype, at aligned addresses");
   if (out.numel() == 0) return;
   const int64_t size = out.size(1);
   dispatch(out, [&](auto zero) {

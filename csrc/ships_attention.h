@@ -33,8 +33,10 @@ View<T> view(const torch::stable::Tensor& tensor, std::vector<int64_t> dims) {
   return out;
 }
 
+// And at an address that the type allows.
 bool contiguous_last(const torch::stable::Tensor& tensor) {
-  return tensor.size(tensor.dim() - 1) == 1 || tensor.stride(tensor.dim() - 1) == 1;
+  return (tensor.size(tensor.dim() - 1) == 1 || tensor.stride(tensor.dim() - 1) == 1) &&
+         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
 }
 
 void require(const char* op, bool condition, const char* expected) {

@@ -26,7 +26,12 @@ inline float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
+  // The low mantissa bits of k + 1.5 * 2^23 are k. A cast to an integer would be undefined for NaN, which passes the
+  // clamp and makes p NaN.
+  const float shifted = k + 12582912.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127u) << 23;
   float two_to_k;
   std::memcpy(&two_to_k, &bits, sizeof(float));
   return p * two_to_k;

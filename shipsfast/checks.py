@@ -174,7 +174,9 @@ def check_generation(generation, row) -> float:
     chosen = logits.gather(-1, torch.tensor(row.tokens, device=logits.device)[:, None])[:, 0]
     rank = (sampling.top_k or logits.shape[-1]) if sampling.do_sample else 1
     needed = logits.topk(rank, -1).values[:, -1]
-    short = float(((needed - chosen).clamp(min=0) / logits.std(-1)).max())
+    # -inf are tokens that the model rules out.
+    spread = torch.stack([row[row != -torch.inf].std() for row in logits])
+    short = float(((needed - chosen).clamp(min=0) / spread).max())
     if not short <= ALARM_LOGIT.get(subject.model.dtype, ALARM_LOGIT[torch.float32]):
         raise UnsupportedModelError(
             f"a plain forward pass over prompt {row.prompt} and its text gives other tokens (a logit falls short by "

@@ -24,6 +24,7 @@ from .cli_options import (
     KeepText,
     MetricNames,
     NewTokens,
+    NonFinite,
     Quiet,
     Rank,
     Temperature,
@@ -51,6 +52,7 @@ def scan(
     load: Callable[[], dict],
     shared: dict,
     metric: MetricNames = ("kl",),
+    nonfinite: NonFinite = "raise",
     top: Top = 10,
     rank_by: Annotated[
         str,
@@ -73,17 +75,23 @@ def scan(
     """
     from .metrics import parse_metric
 
+    if nonfinite not in ("raise", "mark"):
+        raise InputError(f"--nonfinite {nonfinite}: expected raise or mark")
     chosen = [parse_metric(each) for each in metric]
     if rank_by not in ("score", "asr"):
         raise InputError(f"--rank-by {rank_by}: expected score or asr")
     if rank_by == "score":
         from .ships import scan as run
 
-        result = run(**load(), metric=chosen)
+        result = run(**load(), metric=chosen, nonfinite=nonfinite)
     else:
         if tuple(metric) != ("kl",):
             raise InputError(
                 "--metric measures the next token, and --rank-by asr whole answers: give one of them"
+            )
+        if nonfinite == "mark":
+            raise InputError(
+                "--nonfinite mark is about scores of the next token: leave it out with --rank-by asr"
             )
         from .asr import scan_asr
 

@@ -67,6 +67,12 @@ MetricNames = Annotated[
 ]
 
 
+NonFinite = Annotated[
+    str,
+    typer.Option(
+        help="A score that is NaN or infinite: raise ends the run and says where it begins, mark leaves it out."
+    ),
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Where a text ends at the latest.")]
 DoSample = Annotated[bool, typer.Option("--do-sample", help="Draw tokens instead of taking the likeliest.")]
 TopK = Annotated[int, typer.Option(help="Tokens to draw from; 0: all.")]

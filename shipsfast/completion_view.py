@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from .completions import MISSING
 from .control import Control
 from .errors import InputError
 from .evaluation import EvalResult, group_name
+from .plain_text import visible
 from .refusal import LABELS
 from .runs import write_whole
 
@@ -34,24 +34,6 @@ TERMINAL_CHARS = 400
 NAMED_HEADS = 6  # of a group
 TITLE = "Answers with heads off"
 NOT_KEPT, NOT_DONE, EMPTY = "(not kept)", "(not done)", "(empty)"
-
-
-class _Visible(dict):
-    """For str.translate: by code, what steers, turns or hides text or is no character; joiners belong to scripts."""
-
-    def __missing__(self, code: int) -> str:
-        char = chr(code)
-        steers = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        self[code] = f"[U+{code:04X}]" if steers and char not in "\n\t\u200c\u200d" else char
-        return self[code]
-
-
-_VISIBLE = _Visible()
-
-
-def visible(text: str) -> str:
-    """The text with control characters, bidirectional overrides and the like shown by their codes."""
-    return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
 @dataclass(frozen=True)

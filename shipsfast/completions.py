@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .generation import Decoded, Generation
+from .part_file import cells
 from .refusal import LABELS, Completion
 from .runs import RunFolder, damage, read_parts
 
@@ -76,7 +77,7 @@ class Completions:
         names = [*COLUMNS, "text"] if self.keep_text else list(COLUMNS)
         for part, frame in read_parts(folder, room, names):
             with damage(part):
-                at = (frame["group"].to_numpy(), frame["prompt"].to_numpy())
+                at = cells(frame, ("group", "prompt"), self.label.shape)
                 self.label[at] = [LABELS.index(name) for name in frame["label"]]
                 self.num_tokens[at] = frame["num_tokens"]
                 self.finished[at] = frame["finished"]

@@ -23,6 +23,7 @@ from .checks import check_hidden, longest_prompt, plain_hidden
 from .errors import InputError
 from .grams import ROOM as GRAMS
 from .grams import Grams
+from .nonfinite import explain, refuse_base
 from .packing import PackedPrompts
 from .prepared import OutOfMemory, Prepared, prepare, run_blocks
 from .results import HEAD_COLUMNS, SubspaceResult, stability_json
@@ -182,11 +183,7 @@ class AngleScan:
         hidden = self._hidden(block, parent)  # [1 + units, P, hidden]
         bad = (~torch.isfinite(hidden).flatten(1).all(1)).nonzero().flatten().tolist()
         if bad:
-            name = "the model without them" if bad[0] == 0 else "{}-{}".format(*block[bad[0] - 1])
-            raise InputError(
-                f"the hidden states of {self.prepared.unit} {name} are not numbers: with "
-                f"{self.prepared.how.describe()} the model overflows; use a smaller scale or a wider dtype"
-            )
+            self._refuse(hidden[bad[0]], None if bad[0] == 0 else block[bad[0] - 1], parent)
         if self.basis is None:
             self._set_basis(hidden[0])
             self._check(hidden, block)
@@ -201,6 +198,24 @@ class AngleScan:
             for unit, gram in zip(block, matrices, strict=True):
                 grams[unit] = gram
         keep(part, block)
+
+    def _refuse(self, hidden: torch.Tensor, unit: Head | None, parent: tuple[Head, ...]) -> None:
+        """Raises for hidden states [P, hidden] that are not finite, naming where it begins. They have no angle: one prompt
+        that is none leaves no subspace, so that there is nothing to mark."""
+        prepared = self.prepared
+        prompt = int((~torch.isfinite(hidden)).any(-1).nonzero()[0])
+        if unit is None and not parent:
+            refuse_base(prepared, prompt, "the hidden states")
+        *others, last = (*parent, unit) if unit is not None else parent
+        place, base = explain(prepared, prompt, last, tuple(others))
+        if base:
+            refuse_base(prepared, prompt, "the hidden states")
+        names = " and ".join(f"{layer}-{index}" for layer, index in (*others, last))
+        raise InputError(
+            f"the hidden states of {prepared.unit} {names} on prompt {prompt} are not numbers with "
+            f"{prepared.how.describe()}: {place or 'a plain forward pass does not repeat it'}; use a smaller scale or a "
+            "wider dtype"
+        )
 
     def _hidden(self, block: list[Head], parent: tuple[Head, ...]) -> torch.Tensor:
         """Last-position hidden states after the final norm, [1 + units, P, hidden], of the parent and each unit."""

@@ -203,6 +203,9 @@ def check_rows(base: torch.Tensor, ablated: torch.Tensor, row_map: torch.Tensor)
 
 
 def _rows_contiguous(logits: torch.Tensor) -> torch.Tensor:
+    """For the extension, which wants rows in one piece, at addresses that their type allows."""
+    if logits.is_cpu and logits.data_ptr() % logits.element_size():
+        return logits.clone(memory_format=torch.contiguous_format)
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 

@@ -2,9 +2,17 @@
 
 import operator
 
+from .plain_text import one_line
+
 
 class InputError(ValueError):
-    """Bad input. The command line prints its message as one line and exits with status 2."""
+    """Bad input. The command line prints its message as one line and exits with status 2.
+
+    Messages quote files and names that came from anywhere, so that as text they are one line that steers no terminal.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UnsupportedModelError(InputError):

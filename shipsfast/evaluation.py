@@ -303,6 +303,12 @@ def _control(
                 answers[row.prompt] = row.tokens
         ablated = replace(ordinary, groups=ordinary.groups[:-1])
         kl_nats = kl_along(ablated, control_ids, answers, tokens, max_memory)
+        if not np.isfinite(kl_nats).all():  # NaN would be missing for ever
+            group, prompt = np.argwhere(~np.isfinite(kl_nats))[0]
+            raise InputError(
+                f"the KL of group {group_name(ablated.groups[group])} on control prompt {prompt} is not a number: with "
+                "these heads off the model overflows; use a smaller scale or a wider dtype"
+            )
         if folder is not None:
             folder.write_part(runs.score_frame(kl_nats, KL_NAMES, KL))
     return Control(kl_nats, completions, tokens)

@@ -21,6 +21,7 @@ from .checks import check_generation
 from .decoder import Decoder, Group
 from .errors import InputError, whole_number
 from .kv_cache import slot_bytes
+from .nonfinite import NotFinite, refuse_token
 from .planner import LOGIT_COPIES, Plan, make_plan
 from .prepared import Subject, is_out_of_memory, look_at
 from .sources import mean_outputs
@@ -149,6 +150,8 @@ class Generation:
                         while waiting or burst.running:
                             burst.refill(waiting)
                             yield burst.decode(more=bool(waiting))
+                except NotFinite as found:  # the model is as it was again, so that a plain pass can look
+                    refuse_token(self, *found.args)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -261,6 +264,11 @@ class _Burst:
         generation = self.generation
         count = self.count[slots]
         tokens = generation.sampling.choose(logits, self.uniform[slots, count])
+        # The chosen logit is NaN or infinite if any is: NaN sorts first.
+        chosen = logits.gather(-1, torch.as_tensor(tokens, device=logits.device)[:, None])[:, 0]
+        if not bool(torch.isfinite(chosen).all()):
+            slot = int(slots[int((~torch.isfinite(chosen)).nonzero()[0])])
+            raise NotFinite(*self.row[slot], self.text[slot, : self.count[slot]].tolist())
         self.text[slots, count] = tokens
         self.count[slots] += 1
         self.ended[slots] = np.isin(tokens, list(generation.end_tokens))

@@ -16,6 +16,7 @@ import torch
 
 from . import runs
 from .errors import InputError
+from .part_file import cells
 from .statistics import RankStability, check_settings, resample_counts, stability_of
 from .subspaces import resampled_angle_deg
 
@@ -112,6 +113,7 @@ class Grams:
         rows = np.tril_indices(len(self.base))
         for part, frame in runs.read_parts(path, ROOM, [*names, "gram"]):
             with runs.damage(part):
+                cells(frame[frame[names[0]] != -1], names, self.heads.shape[: len(names)])
                 for *index, values in frame.itertuples(index=False):
                     into = self.base if index[0] == -1 else self.heads[tuple(index)]
                     into[rows] = into.T[rows] = values

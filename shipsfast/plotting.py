@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .plain_text import visible
 from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, label_of, quick_stability
 from .statistics import Concentration
 
@@ -32,13 +33,14 @@ def heatmap(
     image = _map(axes, mean, result.unit, result.signed, weak)
     for layer, head, score in result.top(LABELLED):
         _name(axes, layer, head, f"{layer}-{head}", score, image)
-    figure.colorbar(image, ax=axes).set_label(label, fontsize=8)
+    figure.colorbar(image, ax=axes).set_label(_plain(label), fontsize=8)
     figure.get_layout_engine().set(wspace=0.06)
     if weak.any():
         _note(axes, f"dot: not above {floor_name(result)}")
+    _marks(axes, result)
     _bars(bars, result, label)
     ablation = result.record.get("ablation")
-    figure.suptitle(f"{title}\nablation: {ablation}" if ablation else title, fontsize=10)
+    figure.suptitle(_plain(f"{title}\nablation: {ablation}" if ablation else title), fontsize=10)
     return _saved(figure, path)
 
 
@@ -63,7 +65,7 @@ def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
     )
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel(label, fontsize=7)
+    axes.set_xlabel(_plain(label), fontsize=7)
     title = _share(result.concentration())
     if result.is_rate:
         title += f"\n95% Wilson intervals, {result.scores.shape[0]} prompts"
@@ -84,10 +86,11 @@ def side_by_side(results: dict[str, ShipsResult], path: str | Path | None = None
         image = _map(axes, mean, result.unit, result.signed, weak)
         for layer, head, score in result.top(LABELLED):
             _name(axes, layer, head, f"{layer}-{head}", score, image)
-        figure.colorbar(image, ax=axes).set_label(label_of(result.metric), fontsize=8)
+        figure.colorbar(image, ax=axes).set_label(_plain(label_of(result.metric)), fontsize=8)
         if weak.any():
             _note(axes, f"dot: not above {floor_name(result)}")
-        axes.set_title(title, fontsize=9)
+        _marks(axes, result)
+        axes.set_title(_plain(title), fontsize=9)
     return _saved(figure, path)
 
 
@@ -117,7 +120,8 @@ def steps(
     if weak.any():
         _note(panels[-1], "dot: gain not above the noise floor")
     figure.suptitle(
-        title or f"Sahara, ablation: {result.record.get('ablation', '')} (x: chosen before)", fontsize=10
+        _plain(title or f"Sahara, ablation: {result.record.get('ablation', '')} (x: chosen before)"),
+        fontsize=10,
     )
     return _saved(figure, path)
 
@@ -155,6 +159,15 @@ def _map(
     return image
 
 
+def _marks(axes, result) -> None:
+    """Crosses on heads with scores that are not finite: they have no mean."""
+    heads = getattr(result, "marked_heads", [])
+    if heads:
+        layer, head = zip(*heads, strict=True)
+        axes.scatter(head, layer, s=14, marker="x", color="#b3261e", linewidths=1)
+        _note(axes, f"x: {result.marks()['count']:,} scores not finite", line=1)
+
+
 def _name(axes, layer: int, head: int, text: str, score: float, image) -> None:
     """Text on a cell, dark on light or light on dark."""
     red, green, blue, _ = image.cmap(image.norm(score))
@@ -162,11 +175,16 @@ def _name(axes, layer: int, head: int, text: str, score: float, image) -> None:
     axes.text(head, layer, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
 
 
-def _note(axes, text: str) -> None:
+def _plain(text: str) -> str:
+    """Names of models and metrics are no mathematics, whatever dollars they have."""
+    return visible(text).replace("$", r"\$")
+
+
+def _note(axes, text: str, line: int = 0) -> None:
     axes.annotate(
-        text,
+        _plain(text),
         (1, 0),
-        (0, -34),  # below the name of the axis
+        (0, -34 - 9 * line),  # below the name of the axis
         xycoords="axes fraction",
         textcoords="offset points",
         ha="right",

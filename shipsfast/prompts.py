@@ -11,7 +11,6 @@ contain {prompt}.
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import TemplateError
 
+from . import prompt_files
 from .errors import InputError, whole_number
 
 # The first that is there holds the prompts: in JailbreakBench Goal, not Behavior.
@@ -39,7 +39,13 @@ def load_prompts(path: str | Path, column: str | None = None) -> list[str]:
     column: the column's name; by default the first of COLUMNS that the file has, in any case.
     Raises InputError, naming the file, for one that is missing, empty, unreadable or has an empty prompt.
     """
-    name, path = str(path), Path(path)
+    try:
+        return _load(str(path), Path(path), column)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _load(name: str, path: Path, column: str | None) -> list[str]:
     if path.is_dir():
         return [prompt for part in _data_files(path) for prompt in load_prompts(part, column)]
     suffix = path.suffix.lower()
@@ -47,26 +53,38 @@ def load_prompts(path: str | Path, column: str | None = None) -> list[str]:
     if hub and path.parent.is_dir():
         hub = None  # a file of an existing folder was meant, and a slip of the pen goes to no server
     if not hub and not path.is_file():
+        if path.exists():
+            raise InputError(f"{path} is a device or a pipe: expected a csv, jsonl, parquet or txt file")
         raise InputError(f"no prompt file at {path}")
     if not hub and suffix not in SUFFIXES:
         raise InputError(f"{path} is not a prompt file: expected one of {', '.join(SUFFIXES)}")
-    where = "row"
-    try:
-        if hub:
-            prompts = _from_hub(name, *hub.groups(), column)
-        elif suffix == ".txt":
-            prompts, where = [line for line in _lines(path) if line.strip()], "line"
-        else:
-            columns = _records(path, suffix)
-            prompts = columns[_choose(list(columns), path, column)]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    if hub:
+        prompts, where = _from_hub(name, *hub.groups(), column), "row"
+    elif suffix == ".txt":
+        prompts, where = [line for line in prompt_files.lines(path) if line.strip()], "line"
+    else:
+        chosen = _choose(prompt_files.names(path), path, column)
+        prompts, where = prompt_files.column(path, chosen), "row"
     if not prompts:
         raise InputError(f"{path} holds no prompts")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"{path}: the prompt in {where} {i + 1} is empty: remove it or give it text")
+        problem = _not_text(prompt)
+        if problem:
+            raise InputError(f"{path}: the prompt in {where} {i + 1} {problem}: remove it or the row")
     return prompts
+
+
+def _not_text(prompt: str) -> str | None:
+    """What is in it that no tokenizer can take, or that no text has."""
+    if "\0" in prompt:
+        return "holds a NUL character"
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"holds half of a surrogate pair, U+{ord(prompt[error.start]):04X}"
+    return None
 
 
 def sample_prompts(
@@ -96,6 +114,7 @@ def _data_files(folder: Path) -> list[Path]:
         file
         for file in (*folder.glob("*"), *folder.glob("*/*"))  # the hub keeps them there, or one folder down
         if file.suffix.lower() in (".csv", ".jsonl", ".parquet")
+        and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not files:
@@ -141,40 +160,6 @@ def _from_hub(name: str, repository: str, config: str | None, split: str | None,
         raise InputError(f"{name} has {asked}: name one of {', '.join(splits)} as {form}")
     rows = splits[split]
     return list(rows[_choose(list(rows.column_names), name, column)])
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines end at line breaks only: str.splitlines would also cut at rarer separators inside a prompt."""
-    return path.read_text("utf-8-sig").split("\n")
-
-
-def _records(path: Path, suffix: str) -> dict[str, list]:
-    """Columns by name."""
-    import pandas as pd
-
-    try:
-        if suffix == ".csv":
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        elif suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            rows = [json.loads(line) for line in _lines(path) if line.strip()]
-            if not all(isinstance(row, dict) for row in rows):
-                raise InputError(
-                    f"{path}: every line must be a JSON object with the prompt under one of its keys"
-                )
-            frame = pd.DataFrame.from_records(rows)
-    except UnicodeDecodeError:
-        raise
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{path} is empty") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON lines: {error}") from error
-    except (pd.errors.ParserError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read as {suffix[1:]}: {' '.join(str(error).split())}") from error
-    return {str(name): frame[name].tolist() for name in frame.columns}
 
 
 def _choose(columns: Sequence[str], path: str | Path, column: str | None) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from .errors import InputError, whole_number
 from .grams import QUICK, RESAMPLES, ROOM, Grams
+from .part_file import inside
 from .runs import MANIFEST, RunFolder, read_manifest, read_scores, score_frame
 from .statistics import (
     Concentration,
@@ -23,6 +24,7 @@ from .statistics import (
 
 HEAD_COLUMNS = ("layer", "head")
 STEP_COLUMNS = ("step", "beam", *HEAD_COLUMNS)
+MARKED = "nonfinite"  # what run.json says of marked scores
 
 KL = {"name": "kl", "unit": "nats", "signed": False, "label": "KL(base || head ablated)"}
 
@@ -48,18 +50,22 @@ def _save(
     names: tuple[str, ...],
     value: str,
     grams: Grams | None = None,
+    marked: np.ndarray | None = None,
 ) -> Path:
     """A run folder with these scores; what an unfinished one already holds is kept."""
     run = RunFolder(folder, identity)
     record = {"status": "complete", **record}
     if not run.previous:
         run.write_manifest(record | {"status": "running"})
-    if np.isnan(read_scores(run.path, scores.shape, names, value)[~np.isnan(scores)]).any():
+    known = ~np.isnan(scores) if marked is None else ~np.isnan(scores) | marked
+    done = np.zeros(scores.shape, dtype=bool)
+    read_scores(run.path, scores.shape, names, value, done)
+    if not done[known].all():
         if grams is not None:
             run.write_part(
                 grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(scores))]), ROOM
             )
-        run.write_part(score_frame(scores, names, value))
+        run.write_part(score_frame(scores, names, value, marked))
     run.write_manifest(record)
     return run.path
 
@@ -120,6 +126,8 @@ class ShipsResult(_Ranked):
         chunking and rounding only; scores at or under it cannot be told from zero.
     record: what really ran: model, ablation, precision, backend, versions, device, plan, timings.
     also: the results of further metrics of the same scan, by their names.
+    marked: bool [P, L, H], scores that are NaN because they were not finite (`scan(nonfinite="mark")`), or None where
+        there are none. A head with one of them has no mean, and is in no ranking.
     """
 
     scores: np.ndarray
@@ -127,6 +135,19 @@ class ShipsResult(_Ranked):
     record: dict = field(default_factory=dict)
     identity: dict = field(default_factory=dict)
     also: dict[str, ShipsResult] = field(default_factory=dict)
+    marked: np.ndarray | None = None
+
+    @property
+    def marked_heads(self) -> list[tuple[int, int]]:
+        """Heads with a marked score, which are in no ranking."""
+        return [] if self.marked is None else [tuple(map(int, at)) for at in np.argwhere(self.marked.any(0))]
+
+    def marks(self) -> dict:
+        """count, heads and the first mark with its reason, for JSON; empty where no score is marked."""
+        if self.marked is None:
+            return {}
+        found = {"count": int(self.marked.sum()), "heads": [list(head) for head in self.marked_heads]}
+        return found | self.record.get(MARKED, {})
 
     @property
     def metric(self) -> dict:
@@ -160,13 +181,14 @@ class ShipsResult(_Ranked):
         self, k: int = 10, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
     ) -> RankStability:
         """Bootstrap over prompts: how often each head is in the top k, and intervals of its mean and rank."""
+        scores = self.scores if self.marked is None else np.where(self.marked.any(0), np.nan, self.scores)
         return rank_stability(
-            self.scores, k, resamples=resamples, confidence=confidence, seed=seed, signed=self.signed
+            scores, k, resamples=resamples, confidence=confidence, seed=seed, signed=self.signed
         )
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per prompt and head: prompt, layer, head, and kl_nats or the metric's name."""
-        return score_frame(self.scores, ("prompt", "layer", "head"), column(self.metric))
+        return score_frame(self.scores, ("prompt", "layer", "head"), column(self.metric), self.marked)
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
         """Heatmap of the mean scores, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
@@ -182,27 +204,41 @@ class ShipsResult(_Ranked):
         names = ("prompt", "layer", "head")
         args = (self.scores, names, column(self.metric))
         if self.also:  # complete when all are
-            path = _save(folder, self.identity, record | {"status": "running"}, *args)
+            path = _save(folder, self.identity, record | {"status": "running"}, *args, marked=self.marked)
             for number, other in enumerate(self.also.values(), 1):
                 other.save(path / also_place(number))
-        return _save(folder, self.identity, record, *args)
+        return _save(folder, self.identity, record, *args, marked=self.marked)
 
     @staticmethod
-    def read(folder: Path, shape: tuple[int, ...], metric: dict) -> np.ndarray:
-        return read_scores(folder, shape, ("prompt", "layer", "head"), column(metric))
+    def read(
+        folder: Path, shape: tuple[int, ...], metric: dict, done: np.ndarray | None = None
+    ) -> np.ndarray:
+        return read_scores(folder, shape, ("prompt", "layer", "head"), column(metric), done)
 
     @classmethod
     def load(cls, folder: str | Path) -> ShipsResult:
         """Read a run folder; scores that a killed scan never reached are NaN."""
-        folder = Path(folder)
+        return cls._load(Path(folder), nested=False)
+
+    @classmethod
+    def _load(cls, folder: Path, nested: bool) -> ShipsResult:
         manifest = read_manifest(folder, "ships")
         identity = manifest.pop("identity")
-        scores = cls.read(folder, tuple(identity["shape"]), manifest.get("metric", KL))
+        if nested and identity.get("further_metrics"):
+            raise InputError(f"{folder} is damaged: a further metric has none of its own; delete the folder")
+        done = np.zeros(tuple(identity["shape"]), dtype=bool)
+        scores = cls.read(folder, done.shape, manifest.get("metric", KL), done)
+        marked = done & np.isnan(scores)
         places = [folder / also_place(n + 1) for n in range(len(identity.get("further_metrics", [])))]
         done = manifest.get("status") == "complete"  # else some may not have been begun
-        others = [cls.load(place) for place in places if done or (place / MANIFEST).exists()]
+        others = [
+            cls._load(inside(folder, place) if place.exists() else place, nested=True)
+            for place in places
+            if done or (place / MANIFEST).exists()
+        ]
         also = {other.metric["name"]: other for other in others}
-        return cls(scores, manifest.get("noise_floor") or 0.0, manifest, identity, also)
+        floor = manifest.get("noise_floor") or 0.0
+        return cls(scores, floor, manifest, identity, also, marked if marked.any() else None)
 
 
 def also_place(number: int) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ import pandas as pd
 import torch
 
 from .errors import InputError
+from .part_file import cells, inside, read_table
+from .run_schema import check_manifest
 
 SCHEMA = 2
 MANIFEST = "run.json"
@@ -31,6 +34,8 @@ NOT_THE_MODEL = (
     "use_cache",
 )  # keys of a config
 MEASURES = ("noise_floor", "base_singular_values")
+MOST_MANIFEST_BYTES = 256 << 20
+PART = re.compile(r"part-[0-9]{1,18}\.parquet")
 SAMPLES = 4096  # numbers of each tensor that enter the fingerprint
 
 
@@ -135,14 +140,14 @@ class RunFolder:
 
 
 def _parts(path: Path, room: str) -> list[Path]:
-    return sorted((path / room).glob("part-[0-9]*.parquet"))
+    return sorted(p for p in (path / room).glob("part-*.parquet") if PART.fullmatch(p.name))
 
 
 def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path, pd.DataFrame]]:
     """The parts of one room of a run folder, in the order written. Raises InputError for a damaged one."""
     for part in _parts(path, room):
         with damage(part):
-            frame = pd.read_parquet(part, columns=columns)
+            frame = read_table(inside(path, part), columns)
         yield part, frame
 
 
@@ -151,6 +156,8 @@ def damage(part: Path) -> Iterator[None]:
     """What goes wrong inside is the part's fault."""
     try:
         yield
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(
             f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again"
@@ -162,12 +169,16 @@ def read_manifest(path: Path, kind: str | None = None) -> dict:
     file = path / MANIFEST
     if not file.is_file():
         raise InputError(f"{path} is not a shipsfast run: it has no {MANIFEST}")
+    inside(path, file)
     try:
+        if file.stat().st_size > MOST_MANIFEST_BYTES:
+            raise ValueError(f"it has more than {MOST_MANIFEST_BYTES:,} bytes")
         manifest = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "identity" not in manifest:
         raise InputError(f"{file} is not of schema {SCHEMA}, the one this version of shipsfast reads")
+    check_manifest(file, manifest)
     if kind is not None and manifest["identity"].get("kind") != kind:
         raise InputError(
             f"{path} holds a run of kind {manifest['identity'].get('kind')!r}, expected {kind!r}"
@@ -175,20 +186,32 @@ def read_manifest(path: Path, kind: str | None = None) -> dict:
     return manifest
 
 
-def read_scores(path: Path, shape: tuple[int, ...], names: tuple[str, ...], value: str) -> np.ndarray:
-    """The scores a run folder holds, float64 of `shape`, NaN where none has been written yet.
+def read_scores(
+    path: Path,
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    value: str,
+    done: np.ndarray | None = None,
+) -> np.ndarray:
+    """The scores a run folder holds, float64 of `shape`, NaN where none has been written yet, and where one was marked.
 
-    names: the columns that index the dimensions; value: the column of the scores.
+    names: the columns that index the dimensions; value: the column of the scores; done: bool of `shape`, set where
+    there is a row, of a score or of a mark.
     """
     scores = np.full(shape, np.nan)
     for part, frame in read_parts(path, SCORES, [*names, value]):
         with damage(part):
-            scores[tuple(frame[name] for name in names)] = frame[value]
+            at = cells(frame, names, shape)
+            scores[at] = frame[value]
+            if done is not None:
+                done[at] = True
     return scores
 
 
-def score_frame(scores: np.ndarray, names: tuple[str, ...], value: str) -> pd.DataFrame:
-    """Scores as rows with the columns `names` and `value`, without those that are NaN."""
-    index = np.nonzero(~np.isnan(scores))
+def score_frame(
+    scores: np.ndarray, names: tuple[str, ...], value: str, marked: np.ndarray | None = None
+) -> pd.DataFrame:
+    """Scores as rows with the columns `names` and `value`, without those that are NaN; with the marked ones, as NaN."""
+    index = np.nonzero(~np.isnan(scores) if marked is None else ~np.isnan(scores) | marked)
     columns = {name: at.astype(np.int32) for name, at in zip(names, index, strict=True)}
     return pd.DataFrame(columns | {value: scores[index]})

@@ -17,8 +17,9 @@ from .ablation import DEFAULT_SCALE, Ablation, Head
 from .checks import ablated_logits, alarm, longest_prompt, packing_noise_nats, plain_logits
 from .errors import InputError, UnsupportedModelError
 from .metrics import Metric, as_metric, measure_rows
+from .nonfinite import check_base_logits, check_policy, explain, reason
 from .prepared import OutOfMemory, Prepared, prepare, run_blocks
-from .results import ShipsResult, also_place, column
+from .results import MARKED, ShipsResult, also_place, column
 
 
 def scan(
@@ -30,6 +31,7 @@ def scan(
     ablation: str | Ablation = "undifferentiated",
     scale: float = DEFAULT_SCALE,
     metric="kl",
+    nonfinite: str = "raise",
     heads: Iterable[Sequence[int | None]] | None = None,
     unit: str = "head",
     backend: str = "auto",
@@ -57,6 +59,9 @@ def scan(
             `refusal_logit(tokens)`, or a callable on (base_logits [P, V], ablated_logits [N, V],
             prompt_index int64 [N]) -> [N]. Or a list of them, measured in one pass: the result is the first one's,
             and has the others in .also.
+        nonfinite: what becomes of a score that is NaN or infinite, because the ablated model overflows or the metric is
+            undefined: "raise" ends the run, naming the layer where it begins; "mark" leaves it out, NaN in the scores
+            and true in .marked, and its head out of the ranking. An unablated model that overflows is always refused.
         heads: (layer, head) pairs, from 0, to scan; (layer, None) for a whole layer; None for all.
         unit: "head", or "kv_group" to switch off all query heads of a key/value head together; then `heads` and
             the last axis of the scores count key/value heads.
@@ -68,18 +73,19 @@ def scan(
         max_memory: bytes to use beyond the model, default from what is free.
         chunk_tokens, rows_per_block, prompts_per_group: override the memory plan.
     Returns:
-        ShipsResult with .scores (.kl) float64 [P, L, H], NaN for heads not in `heads`.
+        ShipsResult with .scores (.kl) float64 [P, L, H], NaN for heads not in `heads` and for marked scores.
     Raises:
         InputError: bad prompts, heads, ablation, metric, backend or folder.
         UnsupportedModelError: the model cannot be scanned exactly.
     """
     started = time.perf_counter()
+    check_policy(nonfinite)
     prepared = prepare(
         "ships", model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, heads=heads, unit=unit,
         backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
         rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
     )  # fmt: skip
-    measures = _measures(prepared, metric, tokenizer, out)
+    measures = _measures(prepared, metric, tokenizer, out, nonfinite == "mark")
     main = measures[0]
     if all(m.folder is not None and m.folder.previous.get("status") == "complete" for m in measures):
         return ShipsResult.load(main.folder.path)
@@ -99,7 +105,7 @@ def scan(
     return main.result(also)
 
 
-def _measures(prepared: Prepared, metric, tokenizer, out: str | Path | None) -> list[_Measure]:
+def _measures(prepared: Prepared, metric, tokenizer, out: str | Path | None, mark: bool) -> list[_Measure]:
     """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first."""
     given = list(metric) if isinstance(metric, (list, tuple)) else [metric]
     metrics = [as_metric(each, tokenizer, prepared.anatomy.vocab_size) for each in given]
@@ -120,7 +126,7 @@ def _measures(prepared: Prepared, metric, tokenizer, out: str | Path | None) -> 
     ]
     others = {"further_metrics": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
     return [
-        _Measure(prepared, each, place, others if number == 0 else {})
+        _Measure(prepared, each, place, others if number == 0 else {}, mark)
         for number, (each, place) in enumerate(zip(metrics, places, strict=True))
     ]
 
@@ -128,17 +134,24 @@ def _measures(prepared: Prepared, metric, tokenizer, out: str | Path | None) -> 
 class _Measure:
     """One metric of a scan: its scores so far, float64 [P, L, H], its noise floor and its run folder."""
 
-    def __init__(self, prepared: Prepared, metric: Metric, path: Path | None, others: dict) -> None:
-        """others: what the identity says of further metrics of the same scan."""
+    def __init__(
+        self, prepared: Prepared, metric: Metric, path: Path | None, others: dict, mark: bool
+    ) -> None:
+        """others: what the identity says of further metrics of the same scan; mark: scores that are not finite."""
         self.prepared, self.metric = prepared, metric
         about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
         self.identity = prepared.identity | {"metric": metric.describe()} | others
         self.record = prepared.record | {"metric": about}
         self.scores = np.full(self.identity["shape"], np.nan)
+        self.mark, self.marked = mark, np.zeros(self.scores.shape, dtype=bool)
         self.noise_floor, self.folder = 0.0, None
         if path is not None:
             self.folder = runs.RunFolder(path, self.identity)
-            self.scores = ShipsResult.read(path, tuple(self.scores.shape), about)
+            done = np.zeros(self.scores.shape, dtype=bool)
+            self.scores = ShipsResult.read(path, tuple(self.scores.shape), about, done)
+            if mark:  # else they are computed again, and end the run
+                self.marked = done & np.isnan(self.scores)
+                self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
             self.noise_floor = self.folder.previous_measures().get("noise_floor", 0.0)
             if self.folder.previous.get("status") != "complete":
                 self.folder.write_manifest(
@@ -146,13 +159,22 @@ class _Measure:
                 )
 
     def keep(self, scores: np.ndarray, group: Sequence[int], block: Sequence[Head]) -> None:
-        """Take scores [units, prompts] of a block of units on a group of prompts."""
-        part = np.full_like(self.scores, np.nan)
+        """Take scores [units, prompts] of a block of units on a group of prompts; what is not finite is marked."""
+        part, marked = np.full_like(self.scores, np.nan), np.zeros_like(self.marked)
         for (layer, index), row in zip(block, scores, strict=True):
-            self.scores[list(group), layer, index] = part[list(group), layer, index] = row
+            bad = ~np.isfinite(row)
+            self.scores[list(group), layer, index] = part[list(group), layer, index] = np.where(
+                bad, np.nan, row
+            )
+            self.marked[list(group), layer, index] = marked[list(group), layer, index] = bad
         if self.folder is not None:
             names = ("prompt", "layer", "head")
-            self.folder.write_part(runs.score_frame(part, names, column({"name": self.metric.name})))
+            value = column({"name": self.metric.name})
+            self.folder.write_part(runs.score_frame(part, names, value, marked))
+
+    def missing(self) -> np.ndarray:
+        """bool [P, L, H]: neither a number nor marked."""
+        return np.isnan(self.scores) & ~self.marked
 
     def keep_noise(self, noise: float) -> None:
         self.noise_floor = max(self.noise_floor, noise)
@@ -161,9 +183,12 @@ class _Measure:
 
     def result(self, also: dict[str, ShipsResult] | None = None) -> ShipsResult:
         """The finished result; its run folder says so."""
-        result = ShipsResult(self.scores, self.noise_floor, self.record, self.identity, also or {})
+        marked = self.marked if self.marked.any() else None
+        result = ShipsResult(
+            self.scores, self.noise_floor, self.record, self.identity, also or {}, marked=marked
+        )
         self.record["concentration"] = result.concentration().to_json()
-        if np.isfinite(self.scores[:, *zip(*self.prepared.units, strict=True)]).all():
+        if not np.isnan(result.mean()).all():
             self.record["rank_stability"] = result.stability().to_json()
         if self.folder is not None:
             self.folder.write_manifest(self.record | {"status": "complete", "noise_floor": self.noise_floor})
@@ -190,9 +215,7 @@ class _Work:
         """The units that some metric still wants."""
         rows = list(group)
         return [
-            u
-            for u in self.prepared.units
-            if any(np.isnan(m.scores[rows, u[0], u[1]]).any() for m in self.measures)
+            u for u in self.prepared.units if any(m.missing()[rows, u[0], u[1]].any() for m in self.measures)
         ]
 
     def run(self) -> None:
@@ -230,12 +253,13 @@ class _Work:
                 found.append(self._score(logits, base, group, place.to(logits.device)))
 
             wavefront.run(prepared.mask(block, values), consume)
+        check_base_logits(prepared, group, wavefront.prompt_place, kept[0])
         self._compare(group, kept[0], wavefront.prompt_place)
         scores = [
             torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)
         ]  # [units, prompts]
         for measure, each in zip(self.measures, scores, strict=True):
-            self._check_numbers(measure.metric, each, group, block)
+            self._check_numbers(measure, each, group, block)
         for measure, each in zip(self.measures, scores, strict=True):
             measure.keep(each, group, block)
 
@@ -302,17 +326,27 @@ class _Work:
         return float(metric.rows(bases, other[None].to(base.dtype), index)[0])
 
     def _check_numbers(
-        self, metric: Metric, scores: np.ndarray, group: Sequence[int], block: list[Head]
+        self, measure: _Measure, scores: np.ndarray, group: Sequence[int], block: list[Head]
     ) -> None:
-        """Raises InputError, naming prompt and head, if a score is not a number: it would be missing for ever."""
-        bad = np.argwhere(np.isnan(scores))
-        if len(bad):
-            prompt, (layer, index) = group[bad[0][1]], block[bad[0][0]]
+        """Looks where a score that is not finite begins: the first of the scan where they are marked; else raises
+        InputError, naming prompt, head and layer."""
+        bad = np.argwhere(~np.isfinite(scores))
+        if not len(bad) or MARKED in measure.record:
+            return
+        prepared, name = self.prepared, measure.metric.name
+        prompt, (layer, index) = group[bad[0][1]], block[bad[0][0]]
+        place, _ = explain(prepared, prompt, (layer, index))
+        why = reason(place, name)
+        if not measure.mark:
+            value = "not a number" if np.isnan(scores[tuple(bad[0])]) else "infinite"
             raise InputError(
-                f"the score of {self.prepared.unit} {layer}-{index} on prompt {prompt} is not a number: with "
-                f"{self.prepared.how.describe()} the model overflows, or the metric {metric.name} is undefined; "
-                "use a smaller scale, a wider dtype or another metric"
+                f"the score of {prepared.unit} {layer}-{index} on prompt {prompt} is {value} with "
+                f"{prepared.how.describe()}, metric {name}: {why}; use a smaller scale, a wider dtype or another metric, "
+                "or leave such scores out with nonfinite='mark' (--nonfinite mark)"
             )
+        first = {"prompt": int(prompt), "layer": int(layer), "head": int(index), "why": why}
+        measure.record[MARKED] = {"first": first | ({} if place is None else {"place": place.to_json()})}
+        measure.keep_noise(measure.noise_floor)  # writes the record, before the first mark is
 
 
 def _spot_check(work: _Work) -> None:
@@ -322,8 +356,11 @@ def _spot_check(work: _Work) -> None:
     """
     prepared, main = work.prepared, work.measures[0]
     prompt = longest_prompt(prepared, range(len(prepared.token_ids)))
-    strongest = max(prepared.units, key=lambda u: abs(main.scores[prompt, u[0], u[1]]))
-    chosen = sorted({strongest, prepared.units[len(prepared.units) // 2]})
+    units = [u for u in prepared.units if not any(m.marked[prompt, *u] for m in work.measures)]
+    if not units:
+        return
+    strongest = max(units, key=lambda u: abs(main.scores[prompt, u[0], u[1]]))
+    chosen = sorted({strongest, units[len(units) // 2]})
     *ablated, base = ablated_logits(prepared, prompt, chosen)
     for measure in work.measures:
         metric, scores = measure.metric, measure.scores

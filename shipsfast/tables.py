@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from .plain_text import visible
 from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, quick_stability, stability_json
 from .statistics import Concentration
+
+NAMED = 10  # heads that a line lists
+
+
+def _say(console: Console, text: str) -> None:
+    """A line of its own: names in it are of models, metrics and folders, and neither markup nor control codes."""
+    console.print(Text(visible(text)), soft_wrap=True)
 
 
 def show(result, top: int, out: Path | None = None, console: Console | None = None) -> None:
@@ -23,13 +33,13 @@ def show(result, top: int, out: Path | None = None, console: Console | None = No
     else:
         printer(result, top, console)
     record = result.record
-    console.print(
+    _say(
+        console,
         f"{record.get('attention_backend')} attention, {record.get('layers')} layers, "
         f"{result.identity.get('dtype')}, {record.get('seconds', 0):.2f} s in all",
-        soft_wrap=True,
     )
     if out is not None:
-        console.print(f"run folder: {out}", soft_wrap=True)
+        _say(console, f"run folder: {out}")
 
 
 def as_json(result, top: int, out: Path | None = None) -> dict:
@@ -57,6 +67,8 @@ def as_json(result, top: int, out: Path | None = None) -> dict:
     }
     if isinstance(result, ShipsResult):
         body |= {"metric": result.metric, "prompts": int(result.scores.shape[0])}
+        if result.marked is not None:
+            body["nonfinite"] = result.marks()
         if result.also:
             body["also"] = {name: as_json(other, top) for name, other in result.also.items()}
     return body
@@ -69,12 +81,12 @@ def _score_name(result: ShipsResult) -> str:
 def _grid(*names: str) -> Table:
     table = Table()
     for name in names:
-        table.add_column(name, justify="right", no_wrap=name != "rank interval")
+        table.add_column(Text(name), justify="right", no_wrap=name != "rank interval")
     return table
 
 
 def _weak(result, layer: int, head: int) -> str:
-    return "" if result.above_noise()[layer, head] else f" (not above {floor_name(result)})"
+    return "" if result.above_noise()[layer, head] else f" (not above {visible(floor_name(result))})"
 
 
 def _ranking(result, top: int, score: str, console: Console) -> None:
@@ -95,15 +107,15 @@ def _ranking(result, top: int, score: str, console: Console) -> None:
                 f"{stability.rank_low[at]:.0f} to {stability.rank_high[at]:.0f}",
                 f"{stability.top_k_frequency[at]:.0%}",
             ]
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
     if stability is None:
-        console.print(problem, soft_wrap=True)
+        _say(console, problem)
     else:
-        console.print(
+        _say(
+            console,
             f"resampling the prompts {stability.resamples} times keeps {stability.top_k_overlap:.0%} of the top "
             f"{stability.k}",
-            soft_wrap=True,
         )
 
 
@@ -115,18 +127,19 @@ def _rates(result: ShipsResult, top: int, console: Console) -> None:
         low, high = result.rate_interval(layer, head)
         mark = "" if above[layer, head] else " *"
         rank = 1 + int((result.mean() > rate).sum())
-        table.add_row(str(rank), f"{layer}-{head}", f"{rate:.0%}{mark}", f"{low:.0%} to {high:.0%}")
+        row = [str(rank), f"{layer}-{head}", f"{rate:.0%}{mark}", f"{low:.0%} to {high:.0%}"]
+        table.add_row(*map(Text, row))
     console.print(table)
     if not all(above[s.layer, s.head] for s in best):
-        console.print(f"* not above {floor_name(result)}", soft_wrap=True)
+        _say(console, f"* not above {floor_name(result)}")
 
 
 def _concentration(found: Concentration, unit: str, of: str, console: Console) -> None:
     shares = ", ".join(f"top {k} {share:.0%}" for k, share in found.top_share.items() if not np.isnan(share))
     if shares:
-        console.print(
+        _say(
+            console,
             f"concentration{of}: {shares}; Gini {found.gini:.2f}, {found.effective_heads:.1f} effective {unit}s",
-            soft_wrap=True,
         )
 
 
@@ -142,34 +155,52 @@ def _ships(result: ShipsResult, top: int, console: Console) -> None:
     metric = result.metric
     unit = f", {metric['unit']}" if metric["unit"] else ""
     name = "" if "title" in metric else "Ships: "
-    console.print(f"{name}{metric['label']}, {result.record.get('ablation', '')}", soft_wrap=True)
-    _ranking(result, top, f"mean{unit}", console)
+    _say(console, f"{name}{metric['label']}, {result.record.get('ablation', '')}")
+    _ranking(result, top, visible(f"mean{unit}"), console)
     scanned = int((~np.isnan(result.mean())).sum())
-    console.print(
+    _say(
+        console,
         f"{scanned} {result.unit}s x {result.scores.shape[0]} prompts in {result.record.get('scan_seconds', 0):.2f} s; "
         f"{_noise(result, metric['unit'])}",
-        soft_wrap=True,
     )
     _concentration(result.concentration(), result.unit, "", console)
+    for line in marks(result):
+        _say(console, line)
     for other in result.also.values():
         console.print()
         _ships(other, top, console)
 
 
+def marks(result: ShipsResult) -> Iterator[str]:
+    """What the ranking leaves out."""
+    found = result.marks()
+    if not found:
+        return
+    heads = [f"{layer}-{head}" for layer, head in found["heads"]]
+    names = ", ".join(heads[:NAMED]) + (f" and {len(heads) - NAMED} more" if len(heads) > NAMED else "")
+    yield (
+        f"not finite, marked and left out of the ranking: {found['count']:,} scores, of {len(heads):,} "
+        f"{result.unit}{'s' * (len(heads) != 1)}: {names}"
+    )
+    if "first" in found:
+        first = found["first"]
+        yield (
+            f"the first: {result.unit} {first['layer']}-{first['head']} on prompt {first['prompt']}: {first['why']}"
+        )
+
+
 def _subspace(result: SubspaceResult, top: int, console: Console) -> None:
-    console.print(
+    _say(
+        console,
         f"Dataset-level Ships: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}",
-        soft_wrap=True,
     )
     _ranking(result, top, "degrees", console)
-    console.print(_noise(result, "degrees"), soft_wrap=True)
+    _say(console, _noise(result, "degrees"))
     _concentration(result.concentration(), result.unit, "", console)
 
 
 def _sahara(result: SaharaResult, _top: int, console: Console) -> None:
-    console.print(
-        f"Sahara: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}", soft_wrap=True
-    )
+    _say(console, f"Sahara: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}")
     firm = [quick_stability(result, 1, step) for step in range(len(result.heads))]
     table = _grid("step", f"layer-{result.unit}", "degrees", "next best")
     if firm[0][0] is not None:
@@ -185,18 +216,18 @@ def _sahara(result: SaharaResult, _top: int, console: Console) -> None:
         if stability is not None:
             low, high = stability.low[layer, head], stability.high[layer, head]
             row += [f"{low:.3g} to {high:.3g}", f"{stability.top_k_frequency[layer, head]:.0%}"]
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
     if len(result.beams) > 1:
         for group, angle in result.beams[1:]:
-            console.print(f"also kept: {', '.join(f'{i}-{j}' for i, j in group)} ({angle:.6g} degrees)")
+            _say(console, f"also kept: {', '.join(f'{i}-{j}' for i, j in group)} ({angle:.6g} degrees)")
     if firm[0][0] is None:
-        console.print(firm[0][1], soft_wrap=True)
+        _say(console, firm[0][1])
     else:
-        console.print(
+        _say(
+            console,
             f"interval, chosen again: of {firm[0][0].resamples} resamples of the prompts, the group before each step given",
-            soft_wrap=True,
         )
-    console.print(f"noise floor {result.noise_floor:.2g} degrees", soft_wrap=True)
+    _say(console, f"noise floor {result.noise_floor:.2g} degrees")
     for step in range(len(result.heads)):
         _concentration(result.concentration(step), result.unit, f" of step {step + 1}", console)

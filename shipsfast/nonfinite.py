@@ -1,0 +1,231 @@
+"""Numbers that are none: in which layer NaN or infinity first appears, in which head, and why.
+
+Scans look only at what they read anyway, final logits and scores. When one is not finite, `first_bad` runs one plain
+forward pass of that prompt with the same heads off and looks at every module's output, so that a run without such
+numbers pays nothing. An ablation may overflow what the model itself keeps small; an unablated model that does is
+refused whatever the options say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from .ablation import HeadMask, dense_rows
+from .anatomy import Anatomy
+from .errors import InputError, UnsupportedModelError
+
+POLICIES = ("raise", "mark")
+
+
+def check_policy(nonfinite: str) -> str:
+    if nonfinite not in POLICIES:
+        raise InputError(f"unknown nonfinite {nonfinite!r}: expected one of {', '.join(POLICIES)}")
+    return nonfinite
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a number that is none first appears. layer, head: None where it is in no layer, or in no single head."""
+
+    what: str  # NaN or infinity
+    module: str  # its name in the model, or of its parameter
+    layer: int | None
+    head: int | None
+    in_weights: bool
+    dtype: str
+
+    def __str__(self) -> str:
+        where = "outside the layers" if self.layer is None else f"in layer {self.layer}"
+        head = "" if self.head is None else f", head {self.head}"
+        why = (
+            "in the weights as they were loaded"
+            if self.in_weights
+            else f"where numbers overflow {self.dtype}"
+        )
+        return f"{self.what} first appears {where}{head} ({self.module}), {why}"
+
+    def to_json(self) -> dict:
+        return {
+            "what": self.what, "layer": self.layer, "head": self.head, "module": self.module,
+            "cause": "weights" if self.in_weights else "overflow",
+        }  # fmt: skip
+
+
+def bad_logits(logits: torch.Tensor) -> torch.Tensor:
+    """bool [...]: rows of logits [..., V] that are no distribution: with NaN or +inf, or nothing but -inf. Single -inf are
+    tokens that a model rules out."""
+    return ~torch.isfinite(logits.amax(-1))  # the largest is NaN if one is
+
+
+def first_bad(model, anatomy: Anatomy, ids: Sequence[int], mask: HeadMask) -> Place | None:
+    """The first place, in the order in which the model computes, of the first row of `mask` on one prompt.
+
+    None where a plain forward pass has finite numbers everywhere.
+    """
+    found = _bad_weight(model, anatomy)
+    if found is not None:
+        return found
+    seen: list[Place] = []  # at most one
+    dtype = str(model.dtype).removeprefix("torch.")
+    training = [m for m in model.modules() if m.training]
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.inference_mode())
+        undo.enter_context(dense_rows(model, anatomy, mask))
+        undo.enter_context(_watched(model, anatomy, seen, dtype))
+        for module in training:
+            undo.callback(setattr, module, "training", True)
+            module.training = False
+        tokens = torch.tensor([list(ids)] * len(mask), device=model.get_input_embeddings().weight.device)
+        model(input_ids=tokens, use_cache=False, return_dict=True)
+    return seen[0] if seen else None
+
+
+@contextlib.contextmanager
+def _watched(model, anatomy: Anatomy, seen: list[Place], dtype: str) -> Iterator[None]:
+    """Append the first module whose input or output is not finite in row 0."""
+    layer_of = {name: i for i, layer in enumerate(anatomy.layers) for name in _names(model, layer.module)}
+    heads_in = {id(m) for layer in anatomy.layers for m in layer.attention.modules() if not _children(m)}
+    width = anatomy.num_heads * anatomy.head_dim
+    output = model.get_output_embeddings()
+
+    def place(name: str, tensor: torch.Tensor, head: int | None) -> Place:
+        what = "NaN" if torch.isnan(tensor).any() else "infinity"
+        return Place(what, name, layer_of.get(name), head, False, dtype)
+
+    def before(name: str, module, args) -> None:
+        """What attention hands to its output projection: its functions are no modules."""
+        if seen or id(module) not in heads_in or not args or not _is_real(args[0]):
+            return
+        tensor = args[0][:1]
+        if tensor.shape[-1] == width and not torch.isfinite(tensor).all():
+            bad = (~torch.isfinite(tensor)).flatten(0, -2).any(0).nonzero()[:, 0] // anatomy.head_dim
+            heads = bad.unique().tolist()
+            found = place(name, tensor, heads[0] if len(heads) == 1 else None)
+            seen.append(replace(found, module=name.rpartition(".")[0] or name))  # the attention's
+
+    def after(name: str, module, _args, out) -> None:
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if seen or not _is_real(tensor):
+                continue
+            bad = bad_logits(tensor[:1]) if module is output else ~torch.isfinite(tensor[:1])
+            if bad.any():
+                seen.append(place(name, tensor[:1], None))
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            if not _children(module):
+                handles.append(
+                    module.register_forward_pre_hook(lambda m, args, name=name: before(name, m, args))
+                )
+                handles.append(
+                    module.register_forward_hook(lambda m, args, out, name=name: after(name, m, args, out))
+                )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _children(module: torch.nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _names(model, inside: torch.nn.Module) -> list[str]:
+    members = set(map(id, inside.modules()))
+    return [name for name, module in model.named_modules() if id(module) in members]
+
+
+def _is_real(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 0
+
+
+def _bad_weight(model, anatomy: Anatomy) -> Place | None:
+    """The first parameter, in the model's order, that is not finite."""
+    owners = {id(p): i for i, layer in enumerate(anatomy.layers) for p in layer.module.parameters()}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.device.type == "meta":
+            continue
+        bad = ~torch.isfinite(parameter.detach())
+        if bad.any():
+            what = "NaN" if torch.isnan(parameter).any() else "infinity"
+            head = _head_of(name, bad, anatomy)
+            return Place(what, name, owners.get(id(parameter)), head, True, str(parameter.dtype))
+    return None
+
+
+def _head_of(name: str, bad: torch.Tensor, anatomy: Anatomy) -> int | None:
+    """The query head whose weights they are, where the projection of one head can be told by its name."""
+    width, flat = anatomy.num_heads * anatomy.head_dim, None
+    if ".q_proj." in name and bad.shape[0] == width:
+        flat = bad.reshape(width, -1).any(1)
+    elif ".o_proj.weight" in name and bad.dim() == 2 and bad.shape[1] == width:
+        flat = bad.any(0)
+    if flat is None:
+        return None
+    heads = (flat.nonzero()[:, 0] // anatomy.head_dim).unique().tolist()
+    return heads[0] if len(heads) == 1 else None
+
+
+def explain(prepared, prompt: int, unit=None, parent: Sequence = ()) -> tuple[Place | None, bool]:
+    """Why a score of `unit`, on top of the units `parent`, is not finite on one prompt: the place, and whether the model
+    has it without any head off too. Arguments as in Prepared."""
+    ids = prepared.token_ids[prompt]
+    base = first_bad(prepared.model, prepared.anatomy, ids, HeadMask(((),), prepared.how, None))
+    if base is not None or unit is None:
+        return base, base is not None
+    mask = prepared.mask([unit], prepared.dense_values(prompt), parent)
+    mask = replace(mask, groups=mask.groups[1:])
+    return first_bad(prepared.model, prepared.anatomy, ids, mask), False
+
+
+def refuse_base(prepared, prompt: int, what: str) -> NoReturn:
+    """Raises UnsupportedModelError: without any head off, `what` is not finite on this prompt."""
+    place, _ = explain(prepared, prompt)
+    why = (
+        "a plain forward pass does not have it, so that packing the prompts does it"
+        if place is None
+        else place
+    )
+    raise UnsupportedModelError(
+        f"{type(prepared.model).__name__} is not finite without any head off: {what} of prompt {prompt}: {why}; "
+        "repair the weights, or load the model in a wider dtype"
+    )
+
+
+def check_base_logits(prepared, group: Sequence[int], place: np.ndarray, base: torch.Tensor) -> None:
+    """base [U, V], place [len(group)]: where each prompt's row is. Raises UnsupportedModelError."""
+    bad = bad_logits(base)
+    if bool(bad.any()):
+        rows = bad.cpu().numpy()[place]
+        refuse_base(prepared, group[int(rows.argmax())], "the logits")
+
+
+def reason(place: Place | None, metric: str) -> str:
+    """For the end of a message."""
+    if place is not None:
+        return str(place)
+    return f"the model's numbers are finite, and the metric {metric} is undefined for its logits"
+
+
+class NotFinite(Exception):
+    """Arguments of `refuse_token`, on their way out of a decoder."""
+
+
+def refuse_token(generation, group: int, prompt: int, text: list[int]) -> NoReturn:
+    """Raises for a row of a Generation whose logits after `text` are not finite, naming where it begins."""
+    subject, heads = generation.subject, generation.groups[group]
+    mask = HeadMask((heads,), subject.how, generation.values)
+    place = first_bad(subject.model, subject.anatomy, [*subject.token_ids[prompt], *text], mask)
+    off = "+".join(f"{layer}-{head}" for layer, head in heads)
+    raise (InputError if heads else UnsupportedModelError)(
+        f"the logits of new token {len(text)} of prompt {prompt} are not numbers, "
+        f"{f'with heads {off} off' if heads else 'without any head off'}: "
+        f"{place or 'a plain forward pass does not repeat it'}; repair the weights, or use a wider dtype or a smaller scale"
+    )
