@@ -17,7 +17,13 @@ from benchmarks.gpu.shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, 
 from shipsfast import flops
 from shipsfast.packing import pack
 
-NEEDS_MORE = {"pytest -m gpu", "FlashAttention varlen", "Liger KL", "bfloat16, float32 residual stream"}
+NEEDS_MORE = {
+    "pytest -m gpu",
+    "whole runs",
+    "FlashAttention varlen",
+    "Liger KL",
+    "bfloat16, float32 residual stream",
+}
 
 
 @pytest.fixture
@@ -211,6 +217,13 @@ def test_results_of_the_gpu_tests_are_read():
         checkup.read_tests("FAILED tests/test_x.py::test_y - assert 1 == 2\n1 failed, 3 passed in 2s", 1)
     with pytest.raises(RuntimeError, match="exited with 5"):
         checkup.read_tests("no tests ran in 0.1s", 5)
+
+
+def test_a_program_that_takes_too_long_is_ended_with_its_children():
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); import time; time.sleep(60)'])"
+    code, output = checkup.bounded([sys.executable, "-c", script], dict(os.environ), 4.0)
+    assert code is None and output.strip() in ("1", "")
+    assert checkup.bounded([sys.executable, "-c", "print(3)"], dict(os.environ), 20.0) == (0, "3\n")
 
 
 def test_an_extension_of_other_sources_is_built_again(tmp_path, monkeypatch):

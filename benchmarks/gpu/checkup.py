@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -100,38 +101,39 @@ def cuda_home() -> str | None:
     return None
 
 
-def gpu_tests(timeout_s: float) -> dict:
-    """Run `pytest -m gpu` compiled, at most `timeout_s`. Returns figures of a row; raises RuntimeError if one fails."""
+def gpu_tests(files: list[str], timeout_s: float) -> dict:
+    """Run `pytest -m gpu` compiled, at most `timeout_s`. Returns figures of a row.
+
+    Raises RuntimeError if one fails, TimeoutError if they take longer.
+    """
     if importlib.util.find_spec("pytest") is None:
         raise RuntimeError("pytest is not installed: the GPU tests were not run")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        "--tb=line",
-    ]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command += ["--tb=line", *files]
     if importlib.util.find_spec("xdist") is not None:
         # Most of their time goes into compiling Triton kernels on the host.
         command += ["-n", str(max(1, min(6, (os.cpu_count() or 2) // 2)))]
     environment = os.environ | {"SHIPSFAST_TEST_GPU": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
-        )
-    except subprocess.TimeoutExpired as error:
-        text = (error.stdout or b"").decode(errors="replace")[-200:]
-        raise RuntimeError(f"not finished after {timeout_s:.0f} s: {' '.join(text.split())}") from None
-    return read_tests(done.stdout + done.stderr, done.returncode) | {
-        "median_s": round(time.perf_counter() - start, 1), "runs": 1,
-    }  # fmt: skip
+    code, output = bounded(command, environment, timeout_s)
+    if code is None:
+        raise TimeoutError(f"not finished after {timeout_s:.0f} s: {' '.join(output[-150:].split())}")
+    return read_tests(output, code) | {"median_s": round(time.perf_counter() - start, 1), "runs": 1}
+
+
+def bounded(command: list[str], environment: dict, timeout_s: float) -> tuple[int | None, str]:
+    """(exit code, output) of a program; None if it was ended, with all it had started, after `timeout_s`."""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as child:  # fmt: skip
+        try:
+            output, _ = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # its workers too, which would keep the GPU
+            return None, child.communicate()[0] or ""
+        return child.returncode, output
 
 
 def read_tests(output: str, code: int) -> dict:
