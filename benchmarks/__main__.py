@@ -3,14 +3,21 @@
 cpu         the exhaustive scan against the best other ways, appended to benchmarks/results/cpu.jsonl
 sahara      a Sahara search beside a KL scan, appended to benchmarks/results/sahara.jsonl
 generation  answers with groups of heads off against the best other ways, appended to .../generation.jsonl
+gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
 tables      rewrite the README's tables from the results
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+if sys.argv[1:2] == ["gpu"]:  # before anything is imported that may be missing where it runs
+    from .gpu.run import main
+
+    sys.exit(main(sys.argv[2:]))
 
 import typer
 

@@ -108,7 +108,9 @@ def _mark(row: dict) -> str:
 
 
 def _origin(row: dict) -> str:
-    state = row["commit"] + (" with uncommitted changes" if row["dirty"] else "")
+    state = (row["commit"] or f"unknown, sources {row['sources']}") + (
+        " with uncommitted changes" if row["dirty"] else ""
+    )
     return f"{row['device']}, {row['threads']} threads, torch {row['versions']['torch']}, {row['date']}, commit {state}"
 
 
