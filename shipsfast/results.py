@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import pandas as pd
 
 from .errors import InputError, whole_number
 from .grams import QUICK, RESAMPLES, ROOM, Grams
-from .runs import MANIFEST, RunFolder, read_manifest, read_scores, score_frame
+from .runs import MANIFEST, SCORES, RunFolder, read_manifest, read_scores, score_frame
 from .statistics import (
     Concentration,
     RankStability,
@@ -50,17 +51,17 @@ def _save(
     grams: Grams | None = None,
 ) -> Path:
     """A run folder with these scores; what an unfinished one already holds is kept."""
-    run = RunFolder(folder, identity)
+    run = RunFolder(folder, identity, record)
     record = {"status": "complete", **record}
-    if not run.previous:
-        run.write_manifest(record | {"status": "running"})
-    if np.isnan(read_scores(run.path, scores.shape, names, value)[~np.isnan(scores)]).any():
-        if grams is not None:
-            run.write_part(
-                grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(scores))]), ROOM
-            )
-        run.write_part(score_frame(scores, names, value))
-    run.write_manifest(record)
+    with contextlib.closing(run):
+        if not run.previous:
+            run.write_manifest(record | {"status": "running"})
+        new = np.where(np.isnan(read_scores(run.path, scores.shape, names, value)), scores, np.nan)
+        frames = {SCORES: score_frame(new, names, value)}
+        if grams is not None and len(frames[SCORES]):
+            frames[ROOM] = grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(new))])
+        run.write_parts(frames)
+        run.write_manifest(record)
     return run.path
 
 
