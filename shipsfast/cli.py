@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import json as json_module
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -33,8 +35,9 @@ from .cli_options import (
     check_place,
     command,
     quiet_transformers,
+    running,
 )  # fmt: skip
-from .errors import InputError
+from .errors import InputError, Stopped
 
 app = typer.Typer(
     name="shipsfast",
@@ -127,7 +130,7 @@ def sahara(
 
 
 @app.command("generate")
-@command(without=("out",))
+@command(without=("out", "resume"))
 def generate(
     load: Callable[[], dict],
     shared: dict,
@@ -262,6 +265,23 @@ def demo(
 
 
 @app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    json: Json = False,
+) -> None:
+    """Check every file of a run folder: what is damaged, what is missing, what to do.
+
+    Exit status: 0 sound and complete, 1 damaged or not finished, 2 no run.
+    """
+    from .verify import render, verify
+
+    report = verify(run)
+    print(json_module.dumps(report, indent=1) if json else render(report))
+    if report["verdict"] != "sound":
+        raise typer.Exit(1)
+
+
+@app.command()
 def info(json: Json = False) -> None:
     """Say what is installed, what will run, and what is missing and why."""
     from .info import describe, render
@@ -286,22 +306,53 @@ def _show(result, top: int, shared: dict) -> None:
             print("(it was complete: loaded, nothing was run)")
 
 
+# Errors of a disk, a network share or their permissions, which no input explains.
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG,
+    errno.EMFILE, errno.ENODEV, errno.ENXIO,
+)  # fmt: skip
+
+
 def main() -> None:
-    """Entry point. Exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Entry point. Exit status: 0, 2 for bad input or a disk that fails, 130 after Ctrl-C, 143 after SIGTERM;
+    of verify, 1 for a run that is damaged or not finished."""
+    running["out"] = None
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # typer's own for Ctrl-C, which says nothing
-            _fail("interrupted")
+            _fail(_with_kept("interrupted"))
         raise
+    except Stopped:
+        _fail(_with_kept("terminated (SIGTERM)"))
+        sys.exit(143)
     except InputError as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in DISK:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        kept = "; what was finished is kept, run again to continue" if "--out" in sys.argv else ""
-        sys.exit(_fail(f"cannot read or write{where}: {error.strerror}{kept}"))
+        sys.exit(_fail(_with_kept(f"cannot read or write{where}: {error.strerror}")))
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(_number, _frame) -> None:
+    raise Stopped
+
+
+def _with_kept(message: str) -> str:
+    """The message, and what of the run at hand is safe."""
+    if running["out"] is None:
+        return message
+    from .runs import kept
+
+    safe = kept(running["out"])
+    return f"{message}; {safe}" if safe else message
 
 
 def _fail(message: str) -> int:

@@ -20,6 +20,10 @@ PromptFile = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Only go on with the unfinished run in --out; an error if none is there."),
+]
 Template = Annotated[
     str,
     typer.Option(
@@ -95,9 +99,11 @@ JudgeTemplate = Annotated[
 ]
 KeepText = Annotated[bool, typer.Option("--keep-text", help="Keep the answers in the run folder.")]
 
+running: dict[str, Path | None] = {"out": None}  # where the command at work writes, for its last words
 ARGUMENTS = {"model": ModelName, "prompts": PromptFile}
 RUN_OPTIONS = {
     "out": (Out, None),
+    "resume": (Resume, False),
     "template": (Template, "auto"),
     "column": (Column, None),
     "limit": (Limit, None),
@@ -130,6 +136,7 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
         def run(**given) -> None:
             shared = {name: given.pop(name) for name in (*ARGUMENTS, *options)}
+            running["out"] = shared.get("out")
             shared["loaded"] = is_complete(shared.get("out"))
             function(checked(**{k: x for k, x in shared.items() if k != "loaded"}), shared, **given)
 
@@ -152,7 +159,7 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
 def checked(
     model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, dtype, device,
-    max_memory, quiet, json, out=None, heads=None, plot=None,
+    max_memory, quiet, json, out=None, resume=False, heads=None, plot=None,
 ) -> Callable[[], dict]:  # fmt: skip
     """Check the options, cheapest first; the function returned loads the model and gives the arguments of a run.
 
@@ -166,6 +173,8 @@ def checked(
         raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf")
     for path in (plot, out):
         check_place(path)
+    if resume:
+        check_resume(out)
     others = None if source is None else load_prompts(source, column)
     if others is not None and ablation == "resample":
         others = sample_prompts(others, limit, sample, seed) if len(others) > 1 else others
@@ -202,10 +211,23 @@ def _number(text: str, option: str) -> float:
 
 
 def is_complete(out: Path | None) -> bool:
-    """Does a finished run lie there?"""
-    from .runs import MANIFEST, read_manifest
+    """Does a finished run lie there, with every part sound?"""
+    from .manifest import is_finished
 
-    return out is not None and (out / MANIFEST).is_file() and read_manifest(out).get("status") == "complete"
+    return out is not None and is_finished(out)
+
+
+def check_resume(out: Path | None) -> None:
+    """Raises InputError unless there is a run to go on with."""
+    from .manifest import BACKUP, MANIFEST
+
+    if out is None:
+        raise InputError("--resume goes on with the run in --out: give --out")
+    if not any((out / name).is_file() for name in (MANIFEST, BACKUP)):
+        what = "it does not exist" if not out.exists() else f"it has no {MANIFEST}"
+        raise InputError(
+            f"--resume {out}: there is no run to go on with, {what}; leave --resume away to begin one"
+        )
 
 
 def check_place(path: Path | None) -> None:

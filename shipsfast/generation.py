@@ -25,6 +25,7 @@ from .nonfinite import NotFinite, refuse_token
 from .planner import LOGIT_COPIES, Plan, make_plan
 from .prepared import Subject, is_out_of_memory, look_at
 from .sources import mean_outputs
+from .untouched import untouched
 
 NEW_TOKENS = 128  # arXiv 2410.13708, appendix B.2
 TOP_K = 5
@@ -290,6 +291,7 @@ def _cut(items: Sequence, most: int) -> Iterator[Sequence]:
         yield items[start : start + most]
 
 
+@untouched
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[str] | Sequence[Sequence[int]],

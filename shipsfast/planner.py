@@ -50,6 +50,15 @@ class Plan:
         out["prompt_groups"] = [len(g) for g in self.prompt_groups]
         return out
 
+    @classmethod
+    def from_json(cls, body: dict, prompts: Sequence[Sequence[int]]) -> Plan:
+        """The plan that gave `to_json`, for the same prompts."""
+        order, groups, start = in_order(prompts), [], 0
+        for size in body["prompt_groups"]:
+            groups.append(tuple(order[start : start + size]))
+            start += size
+        return cls(**body | {"prompt_groups": tuple(groups)})
+
     def smaller(self) -> Plan | None:
         """The plan to retry with after running out of memory, None if there is nothing left to halve."""
         if max(self.chunk_tokens, self.rows_per_block) == 1:
@@ -66,6 +75,11 @@ def even_slices(total: int, most: int) -> list[slice]:
     """range(total) cut into the fewest slices of at most `most`, as equal as can be; none for a total of 0."""
     parts = max(1, -(-total // max(1, most)))
     return [slice(a, b) for a, b in pairwise(total * i // parts for i in range(parts + 1)) if b > a]
+
+
+def in_order(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Indices of the prompts in which neighbours share the longest prefixes."""
+    return sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
 
 
 def parse_bytes(text: str) -> int:
@@ -132,9 +146,7 @@ def make_plan(
     head_rows = max(1, min(HEAD_BYTES, limit // 4 // LOGIT_COPIES) // (anatomy.vocab_size * max(size, 4)))
     if chunk_tokens is None:
         chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
-    order = sorted(
-        range(len(prompts)), key=lambda i: tuple(prompts[i])
-    )  # neighbours share the longest prefixes
+    order = in_order(prompts)
 
     def cut(per_group: int) -> list[tuple[int, ...]]:
         return [tuple(order[part]) for part in even_slices(len(order), per_group)]

@@ -77,11 +77,11 @@ def killed(monkeypatch):
 
         real, written = runs.write_whole, []
 
-        def write_whole(path, write):
+        def write_whole(path, write, **how):
             if len(written) == files:
                 raise KeyboardInterrupt
             written.append(path)
-            real(path, write)
+            real(path, write, **how)
 
         with monkeypatch.context() as patch:
             patch.setattr("shipsfast.runs.write_whole", write_whole)
