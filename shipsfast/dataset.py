@@ -26,7 +26,7 @@ from .grams import ROOM as GRAMS
 from .grams import Grams
 from .nonfinite import explain, refuse_base
 from .packing import PackedPrompts
-from .prepared import OutOfMemory, Prepared, prepare, run_blocks
+from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
 from .results import HEAD_COLUMNS, SubspaceResult, stability_json
 from .subspaces import check_rank, gram_matrices, leading_subspace, singular_values, subspace_angle_deg
 from .untouched import untouched
@@ -112,6 +112,7 @@ def scan_dataset(
     ) as bar:
         angular = AngleScan(prepared, rank, bar, folder, None if grams is None else grams.base)
         angular.run(angles, prepared.units, (), keep, None if grams is None else grams.heads)
+        angular.complete()
     record = prepared.record | angular.record() | {"seconds": seconds_since(started)}
     result = SubspaceResult(angles, angular.noise_floor, record, prepared.identity, grams)
     record["concentration"] = result.concentration().to_json()
@@ -212,6 +213,13 @@ class AngleScan:
         keep(part, new)
         for unit in new:
             angles[unit] = part[unit]
+
+    def complete(self) -> None:
+        """Bring back a basis that was damaged in the folder while no angle was missing."""
+        if not self._has_basis():
+            first = self.prepared.blocks(self.prepared.units, self.prepared.units)[0]
+            what = "taking the unablated model's subspace"
+            once_more(what, lambda: self._begin(self._hidden(first, ()), first))
 
     def _has_basis(self) -> bool:
         without = self.base_gram is not None and np.isnan(self.base_gram).any()

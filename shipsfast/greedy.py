@@ -109,6 +109,7 @@ def sahara(
             before = time.perf_counter()
             search.step(step)
             seconds.append(seconds_since(before))
+        angular.complete()
         bar.total = bar.n
     best = search.beams[0]
     record = prepared.record | angular.record() | {

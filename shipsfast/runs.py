@@ -266,15 +266,24 @@ class RunFolder:
             self._record |= record
             self._commit()
         except BaseException as error:
-            self.parts = before
-            for file in written:
-                with contextlib.suppress(OSError):
-                    file.unlink(missing_ok=True)
+            if not self._is_listed(written):
+                self.parts = before
+                for file in written:
+                    with contextlib.suppress(OSError):
+                        file.unlink(missing_ok=True)
             if isinstance(error, OSError) and not isinstance(error, WriteError):
                 raise WriteError(
                     error.errno, os.strerror(error.errno or errno.EIO), str(self.path)
                 ) from error
             raise
+
+    def _is_listed(self, files: list[Path]) -> bool:
+        """Did the manifest get there, before things went wrong?"""
+        try:
+            listed = {self.path / part.file for part in find_parts(read_manifest(self.path))}
+        except InputError:
+            return False
+        return listed.issuperset(files)
 
     def _number(self, room: str) -> int:
         return 1 + max((part.number for part in self.parts if part.room == room), default=-1)

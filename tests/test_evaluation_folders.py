@@ -78,9 +78,10 @@ def killed(monkeypatch):
         real, written = runs.write_whole, []
 
         def write_whole(path, write, **how):
-            if len(written) == files:
-                raise KeyboardInterrupt
-            written.append(path)
+            if path.name != "run.backup.json":  # it comes with every manifest
+                if len(written) == files:
+                    raise KeyboardInterrupt
+                written.append(path)
             real(path, write, **how)
 
         with monkeypatch.context() as patch:
