@@ -57,6 +57,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default c
 MaxMemory = Annotated[
     str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
 ]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL, with all your rights.")
+]
 Plot = Annotated[Path | None, typer.Option(help="Write the heatmap here (png, svg or pdf).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many heads to list.")]
@@ -117,6 +120,7 @@ RUN_OPTIONS = {
     "dtype": (Dtype, "auto"),
     "device": (Device, None),
     "max_memory": (MaxMemory, None),
+    "trust_remote_code": (RemoteCode, False),
     "json": (Json, False),
     "quiet": (Quiet, False),
 }
@@ -159,7 +163,7 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
 def checked(
     model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, dtype, device,
-    max_memory, quiet, json, out=None, resume=False, heads=None, plot=None,
+    max_memory, trust_remote_code, quiet, json, out=None, resume=False, heads=None, plot=None,
 ) -> Callable[[], dict]:  # fmt: skip
     """Check the options, cheapest first; the function returned loads the model and gives the arguments of a run.
 
@@ -190,12 +194,13 @@ def checked(
     limit_bytes = None if max_memory is None else parse_bytes(max_memory)
 
     def load() -> dict:
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         wrapped = template
         if template == "auto":
             wrapped = "chat" if getattr(tokenizer, "chat_template", None) else "none"
         return {
-            "model": load_model(model, dtype=dtype, device=device), "prompts": texts, "tokenizer": tokenizer,
+            "model": load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+            "prompts": texts, "tokenizer": tokenizer,
             "template": wrapped, "ablation": how, "unit": unit.replace("-", "_"), "backend": backend,
             "out": out, "progress": not quiet, "max_memory": limit_bytes,
         } | ({} if heads is None else {"heads": chosen})  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models for the command line: from a folder or a hub id, safetensors only, no remote code."""
+"""Models for the command line: from a folder or a hub id, safetensors only, and no code of theirs unless asked for."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safe
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
     name: a folder with config.json and safetensors, or a hub id; dtype: "auto" is the checkpoint's;
-    device: default "cuda" where there is one, else "cpu".
+    device: default "cuda" where there is one, else "cpu"; trust_remote_code: run Python code that comes with the model,
+    with all rights of this process.
     Raises InputError, in one line, for anything that cannot be loaded.
     """
     if dtype not in DTYPES:
@@ -37,7 +40,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str | None = None) -> 
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=kind, use_safetensors=True, output_loading_info=True
+            name, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code
         )
         missing = sorted(loading["missing_keys"])
         if missing:
@@ -53,11 +56,11 @@ def load_model(name: str, *, dtype: str = "auto", device: str | None = None) -> 
         raise InputError(f"cannot load a causal language model from {name}: {_first_line(error)}") from error
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str, *, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub id. Raises InputError if there is none."""
     _check_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exceptions for malformed files
         raise InputError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from error
 

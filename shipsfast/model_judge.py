@@ -208,7 +208,7 @@ def _load_classifier(path: str, dtype: str, device: str | None) -> PreTrainedMod
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, found = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
-            output_loading_info=True,
+            output_loading_info=True, trust_remote_code=False,
         )  # fmt: skip
         missing = sorted(found["missing_keys"])
         if missing:
