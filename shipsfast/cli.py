@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_bench import bench
 from .cli_options import (
     SCAN_OPTIONS,
     DoSample,
@@ -288,6 +289,9 @@ def info(json: Json = False) -> None:
 
     facts = describe()
     print(json_module.dumps(facts, indent=1) if json else render(facts))
+
+
+app.command("bench")(bench)
 
 
 def _show(result, top: int, shared: dict) -> None:

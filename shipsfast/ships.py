@@ -263,12 +263,12 @@ class _Work:
         with prepared.wavefront(packed, self.bar.update) as wavefront:
             found: list[list[torch.Tensor]] = []  # of every chunk, of every metric
             kept: list[torch.Tensor] = []
-            place = torch.as_tensor(wavefront.prompt_place)
+            place = torch.as_tensor(wavefront.prompt_place, device=prepared.device)
 
             def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
                 if not kept:
                     kept.append(base)
-                found.append(self._score(logits, base, group, place.to(logits.device)))
+                found.append(self._score(logits, base, group, place))
 
             wavefront.run(prepared.mask(block, values), consume)
         check_base_logits(prepared, group, wavefront.prompt_place, kept[0])

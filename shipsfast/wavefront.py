@@ -75,6 +75,7 @@ class Wavefront:
         self.own_head = own_head
         self._backend = backend
         self._trees: dict[torch.device, TreeContext] = {}
+        self._nodes: dict[torch.device, torch.Tensor] = {}  # last_nodes, int64
         self._mask: HeadMask | None = None
         self._tuples = False  # does the decoder layer return a tuple
         self._forks: list[int] = []
@@ -173,7 +174,7 @@ class Wavefront:
         """One layer by fused.py: first the rows that fork here, from the base row, then the others in place."""
         layer, window = self._fused[index], self.anatomy.layers[index].window
         last = index == self.anatomy.num_layers - 1
-        nodes = torch.as_tensor(self.last_nodes) if last else None
+        nodes = self._last_nodes(hidden.device) if last else None
         before = self._alive
         parent = {head for at, head in self._mask.groups[0] if at == index}
         heads = [
@@ -264,19 +265,46 @@ class Wavefront:
     def _last_layer(self, index: int, call: LayerCall, x: torch.Tensor, rows: slice) -> None:
         """Keys and values of every token; everything else only at the prompts' last tokens."""
         try:
-            self._attend(index, call, x, rows, capture=True)
+            with no_queries(self.anatomy.layers[index].attention):
+                self._attend(index, call, x, rows, capture=True)
         except Captured as captured:
             kv = captured.kv
         if self.keep is not None:
             self.keep(index, rows, *kv)
-        nodes = torch.as_tensor(self.last_nodes, device=x.device)
+        nodes = self._last_nodes(x.device)
         trimmed = call.at(nodes, self.packed.num_tokens)
         self._final[rows] = self._attend(index, trimmed, x.index_select(1, nodes), rows, nodes, kv=kv)
+
+    def _last_nodes(self, device: torch.device) -> torch.Tensor:
+        if device not in self._nodes:
+            self._nodes[device] = torch.as_tensor(self.last_nodes, device=device)
+        return self._nodes[device]
 
     def _tree(self, device: torch.device) -> TreeContext:
         if device not in self._trees:
             self._trees[device] = TreeContext(self.packed, self._backend, device, self.last_nodes)
         return self._trees[device]
+
+
+@contextlib.contextmanager
+def no_queries(attention: torch.nn.Module) -> Iterator[None]:
+    """An attention module that gives zeros for queries, where a plain linear layer of its own makes them: for calls
+    that want its keys and values alone."""
+    layer = getattr(attention, "q_proj", None)
+    if (
+        type(layer) is not torch.nn.Linear
+        or "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+    ):
+        yield
+        return
+
+    def make(_forward):
+        return lambda hidden: hidden.new_zeros(*hidden.shape[:-1], layer.out_features)
+
+    with forward_replaced(layer, make):
+        yield
 
 
 def head_precision(model: PreTrainedModel) -> str:
