@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .attention import TREE, Probe, ProbeCall, installed, probe
 from .errors import InputError, UnsupportedModelError
+from .weights import check_weights, execution_device
 
 PROBE_TOKENS = 3
 
@@ -23,6 +24,7 @@ class Layer:
     module: torch.nn.Module  # the decoder layer
     attention: torch.nn.Module  # the module in it that calls attention
     window: int | None  # sliding window in tokens, None if it hides nothing in the prompts at hand
+    device: torch.device  # where it computes
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Anatomy:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    return execution_device(model, model.get_input_embeddings())
 
 
 def last_logits_only(model: PreTrainedModel) -> dict:
@@ -62,15 +64,7 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
         )
-    devices = {p.device for p in model.parameters()}
-    if (
-        len(devices) > 1
-        or any(d.type == "meta" for d in devices)
-        or any("_hf_hook" in m.__dict__ for m in model.modules())
-    ):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is spread over several devices or offloaded: load it onto one device to scan it"
-        )
+    check_weights(model)
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
             f"{type(model).__name__} shares keys and values between layers: it cannot be scanned"
@@ -173,7 +167,8 @@ def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[Layer, ...
                 f"{family} calls attention {len(inside)} times in {name}: only layers with exactly one softmax "
                 "attention can be scanned"
             )
-        layers.append(Layer(name, module, inside[0].module, inside[0].window))
+        device = execution_device(model, module)
+        layers.append(Layer(name, module, inside[0].module, inside[0].window, device))
     if len(layers) != len(calls) or len({id(x.module) for x in layers}) != len(layers):
         raise UnsupportedModelError(
             f"{family} calls attention outside {outermost}, or runs a layer more than once"

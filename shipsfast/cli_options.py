@@ -50,6 +50,13 @@ Rank = Annotated[int, typer.Option(min=1, help="Singular vectors that span the s
 Backend = Annotated[str, typer.Option(help="Attention: auto, triton, cpp, torch or reference.")]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read decoder layers from the checkpoint as they run: for models larger than the memory.",
+    ),
+]
 MaxMemory = Annotated[
     str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
 ]
@@ -108,7 +115,7 @@ RUN_OPTIONS = {
     "json": (Json, False),
     "quiet": (Quiet, False),
 }
-SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None)}
+SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None), "stream": (Stream, False)}
 
 
 def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
@@ -146,7 +153,7 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
 def checked(
     model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, dtype, device,
-    max_memory, quiet, json, out=None, heads=None, plot=None,
+    max_memory, quiet, json, out=None, heads=None, plot=None, stream=False,
 ) -> Callable[[], dict]:  # fmt: skip
     """Check the options, cheapest first; the function returned loads the model and gives the arguments of a run.
 
@@ -180,7 +187,7 @@ def checked(
         if template == "auto":
             wrapped = "chat" if getattr(tokenizer, "chat_template", None) else "none"
         return {
-            "model": load_model(model, dtype=dtype, device=device), "prompts": texts, "tokenizer": tokenizer,
+            "model": load_model(model, dtype=dtype, device=device, stream=stream), "prompts": texts, "tokenizer": tokenizer,
             "template": wrapped, "ablation": how, "unit": unit.replace("-", "_"), "backend": backend,
             "out": out, "progress": not quiet, "max_memory": limit_bytes,
         } | ({} if heads is None else {"heads": chosen})  # fmt: skip

@@ -14,16 +14,20 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safe
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str, *, dtype: str = "auto", device: str | None = None, stream: bool = False
+) -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
     name: a folder with config.json and safetensors, or a hub id; dtype: "auto" is the checkpoint's;
-    device: default "cuda" where there is one, else "cpu".
+    device: default "cuda" where there is one, else "cpu"; stream: read decoder layers from the checkpoint when they
+    run, at most two at a time, for models larger than the memory (streaming.py).
     Raises InputError, in one line, for anything that cannot be loaded.
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     _check_folder(name)
+    _check_weights(name)
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -36,19 +40,26 @@ def load_model(name: str, *, dtype: str = "auto", device: str | None = None) -> 
         )
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=kind, use_safetensors=True, output_loading_info=True
-        )
+        if stream:
+            from .streaming import load_streamed
+
+            model, loading = load_streamed(name, kind, where)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                name, dtype=kind, use_safetensors=True, output_loading_info=True
+            )
         missing = sorted(loading["missing_keys"])
         if missing:
             raise InputError(
                 f"{name} lacks weights of a causal language model, such as {missing[0]}: they would be random"
             )
-        return model.to(where).eval()
+        return (model if stream else model.to(where)).eval()
     except InputError:
         raise
     except torch.OutOfMemoryError as error:
-        raise InputError(f"{name} does not fit on {where}: use another device or --dtype bfloat16") from error
+        raise InputError(
+            f"{name} does not fit on {where}: use --stream, another device or --dtype bfloat16"
+        ) from error
     except LOADING_ERRORS as error:
         raise InputError(f"cannot load a causal language model from {name}: {_first_line(error)}") from error
 
@@ -70,6 +81,20 @@ def _check_folder(name: str) -> None:
         raise InputError(f"no model folder at {name}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name} is not a model folder: it has no config.json")
+
+
+def _check_weights(name: str) -> None:
+    """Pickled weights can run code when they are opened: they are not, and the remedy is named."""
+    path = Path(name)
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+        return
+    pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in path.glob(kind))
+    if pickled:
+        raise InputError(
+            f"{name} holds its weights as pickle only ({pickled[0]}), which is not opened: convert it to safetensors, "
+            f"e.g. AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(another folder), or take a "
+            "revision that has them"
+        )
 
 
 def _first_line(error: BaseException) -> str:

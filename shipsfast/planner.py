@@ -111,10 +111,12 @@ def make_plan(
     extra_rows: int = 0,
     kept_per_row_bytes: int = 0,
     kept_bytes: int = 0,
+    coming_bytes: int = 0,
 ) -> Plan:
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
     max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
+    coming_bytes: weights of the model that are brought into memory while it runs.
     extra_rows: residual streams held beside those of the block; kept_per_row_bytes, kept_bytes: what the caller
         keeps of every row, and in all.
     Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
@@ -124,7 +126,7 @@ def make_plan(
     ):  # fmt: skip
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    limit = free_bytes(device) if max_memory is None else max_memory
+    limit = max(0, free_bytes(device) - coming_bytes) if max_memory is None else max_memory
     size = torch.empty((), dtype=dtype).element_size()
     on_cpu = device.type == "cpu"
     chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)

@@ -22,6 +22,7 @@ from .planner import Plan, even_slices, make_plan
 from .prompts import to_token_ids
 from .sources import mean_outputs, pair_ids, resample_outputs, source_ids, unpair
 from .wavefront import Wavefront, head_precision
+from .weights import coming_bytes, where_weights_are
 
 LAYER_PATHS = ("auto", "model", "fused")
 
@@ -161,6 +162,7 @@ def prepare(
         extra_rows=anatomy.num_layers * resample,
         kept_per_row_bytes=len(token_ids) * hidden * keep_hidden,
         kept_bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+        coming_bytes=coming_bytes(model, [layer.module for layer in anatomy.layers]),
     )  # fmt: skip
     shape = [len(token_ids), anatomy.num_layers, subject.num_units]
     identity = subject.describe(kind) | {
@@ -214,6 +216,7 @@ def look_at(
         "template": template,
         "attention_backend": resolved,
         "layers": "model" if not_fused else "fused",
+        "weights": where_weights_are(model),
         "kl_backend": kl_backend(device),
     }
     if not_fused:
