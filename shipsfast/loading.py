@@ -26,7 +26,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    _check_folder(name)
+    check_folder(name)
     _check_weights(name)
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -61,19 +61,19 @@ def load_model(
             f"{name} does not fit on {where}: use --stream, another device or --dtype bfloat16"
         ) from error
     except LOADING_ERRORS as error:
-        raise InputError(f"cannot load a causal language model from {name}: {_first_line(error)}") from error
+        raise InputError(f"cannot load a causal language model from {name}: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str):
     """The tokenizer of a folder or hub id. Raises InputError if there is none."""
-    _check_folder(name)
+    check_folder(name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the tokenizers library raises bare Exceptions for malformed files
-        raise InputError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from error
+        raise InputError(f"cannot load a tokenizer from {name}: {first_line(error)}") from error
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
     """A path that is no model folder would otherwise be looked up on the hub."""
     path = Path(name)
     looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists()
@@ -97,6 +97,6 @@ def _check_weights(name: str) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

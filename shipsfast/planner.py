@@ -86,15 +86,25 @@ def free_bytes(device: torch.device) -> int:
     return int(0.9 * psutil.virtual_memory().available)
 
 
-def block_bytes(
+def block_parts(
     anatomy: Anatomy, rows: int, tokens: int, ends: int, chunk_tokens: int, head_rows: int, size: int
-) -> int:
-    """Predicted peak of a block of `rows` rows beyond the model itself, in bytes; `size` bytes per number."""
-    residual = rows * (tokens + ends) * anatomy.hidden_size * size
-    chunk = max(chunk_tokens, tokens) * anatomy.work_width * size
+) -> dict[str, int]:
+    """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number.
+
+    rows: their residual streams; chunk: what a layer holds while it runs; head: logits, which come after the layers.
+    """
     head = max(head_rows, ends) * anatomy.vocab_size * max(size, 4) * LOGIT_COPIES
-    base = 2 * ends * anatomy.vocab_size * 8
-    return residual + max(chunk, head + base)
+    return {
+        "rows": rows * (tokens + ends) * anatomy.hidden_size * size,
+        "chunk": max(chunk_tokens, tokens) * anatomy.work_width * size,
+        "head": head + 2 * ends * anatomy.vocab_size * 8,
+    }
+
+
+def block_bytes(*args) -> int:
+    """Predicted peak of a block beyond the model itself, in bytes. Arguments as in `block_parts`."""
+    parts = block_parts(*args)
+    return parts["rows"] + max(parts["chunk"], parts["head"])
 
 
 def make_plan(
