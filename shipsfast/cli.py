@@ -18,6 +18,7 @@ import typer
 
 from .cli_bench import bench
 from .cli_options import (
+    PLAN_OPTIONS,
     SCAN_OPTIONS,
     DoSample,
     Groups,
@@ -51,7 +52,7 @@ app = typer.Typer(
 
 
 @app.command("scan")
-@command(SCAN_OPTIONS)
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
 def scan(
     load: Callable[[], dict],
     shared: dict,
@@ -84,6 +85,10 @@ def scan(
     chosen = [parse_metric(each) for each in metric]
     if rank_by not in ("score", "asr"):
         raise InputError(f"--rank-by {rank_by}: expected score or asr")
+    if shared["plan"]:
+        if rank_by == "asr":
+            raise InputError("--plan is for scans of the next token: leave --rank-by asr away")
+        return _plan("scan", load, shared)
     if rank_by == "score":
         from .ships import scan as run
 
@@ -107,16 +112,18 @@ def scan(
 
 
 @app.command("scan-dataset")
-@command(SCAN_OPTIONS)
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
 def scan_dataset(load: Callable[[], dict], shared: dict, rank: Rank = 1, top: Top = 10):
     """Score every head by how far it turns the subspace PROMPTS span (dataset-level Ships, in degrees)."""
+    if shared["plan"]:
+        return _plan("scan-dataset", load, shared)
     from .dataset import scan_dataset as run
 
     _show(run(**load(), rank=rank), top, shared)
 
 
 @app.command("sahara")
-@command(SCAN_OPTIONS)
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
 def sahara(
     load: Callable[[], dict],
     shared: dict,
@@ -125,6 +132,8 @@ def sahara(
     beam: Annotated[int, typer.Option(min=1, help="Groups kept after every step; 1 is the paper's.")] = 1,
 ):
     """Find the group of heads that carries the answers to PROMPTS, greedily (Sahara)."""
+    if shared["plan"]:
+        return _plan("sahara", load, shared, steps=group_size, beam=beam)
     from .greedy import sahara as run
 
     _show(run(**load(), group_size=group_size, rank=rank, beam=beam), group_size, shared)
@@ -292,6 +301,14 @@ def info(json: Json = False) -> None:
 
 
 app.command("bench")(bench)
+
+
+def _plan(kind: str, load: Callable[[], dict], shared: dict, **steps: int) -> None:
+    """Print what a scan would take."""
+    from .forecast import forecast
+
+    found = forecast(kind, **load(), **steps)
+    print(json_module.dumps(found.to_json(), indent=1) if shared["json"] else found.render())
 
 
 def _show(result, top: int, shared: dict) -> None:

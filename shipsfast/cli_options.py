@@ -54,11 +54,26 @@ Rank = Annotated[int, typer.Option(min=1, help="Singular vectors that span the s
 Backend = Annotated[str, typer.Option(help="Attention: auto, triton, cpp, torch or reference.")]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")]
+PlanOnly = Annotated[
+    bool, typer.Option("--plan", help="Run nothing: print plan, memory and time. config.json is enough.")
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(help="With --plan: what the device has in all, such as 80GiB; default what is free."),
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read decoder layers from the checkpoint as they run: for models larger than the memory.",
+    ),
+]
 MaxMemory = Annotated[
     str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
 ]
 RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL, with all your rights.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL, with all your rights."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Write the heatmap here (png, svg or pdf).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -124,7 +139,8 @@ RUN_OPTIONS = {
     "json": (Json, False),
     "quiet": (Quiet, False),
 }
-SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None)}
+SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None), "stream": (Stream, False)}
+PLAN_OPTIONS = {"plan": (PlanOnly, False), "device_memory": (DeviceMemory, None)}
 
 
 def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
@@ -163,7 +179,8 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
 def checked(
     model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, dtype, device,
-    max_memory, trust_remote_code, quiet, json, out=None, resume=False, heads=None, plot=None,
+    max_memory, trust_remote_code, quiet, json, out=None, resume=False, heads=None, plot=None, stream=False,
+    plan=False, device_memory=None,
 ) -> Callable[[], dict]:  # fmt: skip
     """Check the options, cheapest first; the function returned loads the model and gives the arguments of a run.
 
@@ -192,14 +209,27 @@ def checked(
     how = Ablation(ablation, eps, None if others is None else tuple(others))
     chosen = None if heads is None else parse_heads(heads)
     limit_bytes = None if max_memory is None else parse_bytes(max_memory)
+    if device_memory is not None and not plan:
+        raise InputError("--device-memory is for --plan: a scan is told what it may use with --max-memory")
+    whole_bytes = None if device_memory is None else parse_bytes(device_memory)
 
     def load() -> dict:
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         wrapped = template
         if template == "auto":
             wrapped = "chat" if getattr(tokenizer, "chat_template", None) else "none"
+        if plan:
+            from .hollow import hollow_model
+
+            return {
+                "model": hollow_model(model, dtype), "prompts": texts, "tokenizer": tokenizer, "template": wrapped,
+                "ablation": how, "unit": unit.replace("-", "_"), "device": device, "max_memory": limit_bytes,
+                "device_memory": whole_bytes, "stream": stream, "heads": chosen,
+            }  # fmt: skip
         return {
-            "model": load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+            "model": load_model(
+                model, dtype=dtype, device=device, stream=stream, trust_remote_code=trust_remote_code
+            ),
             "prompts": texts, "tokenizer": tokenizer,
             "template": wrapped, "ablation": how, "unit": unit.replace("-", "_"), "backend": backend,
             "out": out, "progress": not quiet, "max_memory": limit_bytes,

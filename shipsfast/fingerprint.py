@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .weights import value_of
+
 NOT_THE_MODEL = (
     "_name_or_path",
     "transformers_version",
@@ -20,15 +22,20 @@ SAMPLES = 4096  # numbers of each tensor that enter the fingerprint
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the model: its config, and names, shapes, types and evenly spaced samples of every tensor."""
+    """A hash of the model: its config, and names, shapes, types and evenly spaced samples of every tensor.
+
+    The same wherever the weights are, so that a run continues on a machine with more or less memory.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type == "meta" or tensor.numel() == 0:
+        if tensor.numel() == 0:
             continue
+        if tensor.is_meta:  # streamed or offloaded
+            tensor = value_of(model, name)
         flat = tensor.detach().reshape(-1)
         index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
         sample = flat[index.to(flat.device)].contiguous().cpu()

@@ -100,15 +100,25 @@ def free_bytes(device: torch.device) -> int:
     return int(0.9 * psutil.virtual_memory().available)
 
 
-def block_bytes(
+def block_parts(
     anatomy: Anatomy, rows: int, tokens: int, ends: int, chunk_tokens: int, head_rows: int, size: int
-) -> int:
-    """Predicted peak of a block of `rows` rows beyond the model itself, in bytes; `size` bytes per number."""
-    residual = rows * (tokens + ends) * anatomy.hidden_size * size
-    chunk = max(chunk_tokens, tokens) * anatomy.work_width * size
+) -> dict[str, int]:
+    """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number.
+
+    rows: their residual streams; chunk: what a layer holds while it runs; head: logits, which come after the layers.
+    """
     head = max(head_rows, ends) * anatomy.vocab_size * max(size, 4) * LOGIT_COPIES
-    base = 2 * ends * anatomy.vocab_size * 8
-    return residual + max(chunk, head + base)
+    return {
+        "rows": rows * (tokens + ends) * anatomy.hidden_size * size,
+        "chunk": max(chunk_tokens, tokens) * anatomy.work_width * size,
+        "head": head + 2 * ends * anatomy.vocab_size * 8,
+    }
+
+
+def block_bytes(*args) -> int:
+    """Predicted peak of a block beyond the model itself, in bytes. Arguments as in `block_parts`."""
+    parts = block_parts(*args)
+    return parts["rows"] + max(parts["chunk"], parts["head"])
 
 
 def make_plan(
@@ -125,10 +135,12 @@ def make_plan(
     extra_rows: int = 0,
     kept_per_row_bytes: int = 0,
     kept_bytes: int = 0,
+    coming_bytes: int = 0,
 ) -> Plan:
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
     max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
+    coming_bytes: weights of the model that are brought into memory while it runs.
     extra_rows: residual streams held beside those of the block; kept_per_row_bytes, kept_bytes: what the caller
         keeps of every row, and in all.
     Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
@@ -138,7 +150,7 @@ def make_plan(
     ):  # fmt: skip
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    limit = free_bytes(device) if max_memory is None else max_memory
+    limit = max(0, free_bytes(device) - coming_bytes) if max_memory is None else max_memory
     size = torch.empty((), dtype=dtype).element_size()
     on_cpu = device.type == "cpu"
     chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)

@@ -23,6 +23,7 @@ from .planner import Plan, even_slices, make_plan
 from .prompts import to_token_ids
 from .sources import mean_outputs, pair_ids, resample_outputs, source_ids, unpair
 from .wavefront import Wavefront, head_precision
+from .weights import coming_bytes, where_weights_are
 
 LAYER_PATHS = ("auto", "model", "fused")
 T = TypeVar("T")
@@ -175,21 +176,14 @@ def prepare(
         layers=layers,
     )  # fmt: skip
     anatomy, token_ids = subject.anatomy, subject.token_ids
-    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
-    units = check_heads(grid, anatomy.num_layers, subject.num_units, unit)
+    units = scanned_units(heads, anatomy, subject.num_units, unit)
     resample = subject.how.kind == "resample"
     tree_ids, pairs = pair_ids(token_ids, subject.other_ids) if resample else (token_ids, None)
-    hidden = anatomy.hidden_size * model.dtype.itemsize
-    # A half-precision output head on a CPU is copied to float32 while a scan runs.
-    wide_head = (
-        head_precision(model) == "float32" and model.dtype.itemsize < 4 and subject.device.type == "cpu"
-    )
     plan = make_plan(
         anatomy, tree_ids, len(units), device=subject.device, dtype=model.dtype, max_memory=max_memory,
         chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
-        extra_rows=anatomy.num_layers * resample,
-        kept_per_row_bytes=len(token_ids) * hidden * keep_hidden,
-        kept_bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+        coming_bytes=coming_bytes(model, [layer.module for layer in anatomy.layers]),
+        **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden),
     )  # fmt: skip
     asked = {
         "chunk_tokens": chunk_tokens,
@@ -212,6 +206,30 @@ def prepare(
         tree_ids=tree_ids,
         _pairs=pairs,
     )
+
+
+def scanned_units(heads, anatomy: Anatomy, num_units: int, unit: str) -> list[Head]:
+    """The units that `heads` of a scan names, in ascending order."""
+    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
+    return check_heads(grid, anatomy.num_layers, num_units, unit)
+
+
+def kept(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    num_prompts: int,
+    device: torch.device,
+    resample: bool,
+    keep_hidden: bool,
+) -> dict[str, int]:
+    """What a scan holds beside its blocks, as `make_plan` takes it."""
+    # A half-precision output head on a CPU is copied to float32 while a scan runs.
+    wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
+    return {
+        "extra_rows": anatomy.num_layers * resample,
+        "kept_per_row_bytes": num_prompts * anatomy.hidden_size * model.dtype.itemsize * keep_hidden,
+        "kept_bytes": 4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+    }
 
 
 def look_at(
@@ -257,6 +275,7 @@ def look_at(
         "template": template,
         "attention_backend": resolved,
         "layers": "model" if not_fused else "fused",
+        "weights": where_weights_are(model),
         "kl_backend": kl_backend(device),
     }
     if not_fused:

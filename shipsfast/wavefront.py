@@ -27,6 +27,7 @@ from .layer_call import LayerCall, forward_replaced
 from .layer_mask import LayerMask
 from .packing import PackedPrompts
 from .planner import even_slices
+from .weights import brought_in, on_demand
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
 Keep = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
@@ -93,6 +94,8 @@ class Wavefront:
         with contextlib.ExitStack() as undo:
             undo.enter_context(torch.inference_mode())
             undo.enter_context(installed(self.model, TREE))
+            modules = [layer.module for layer in self.anatomy.layers]
+            self._weights = undo.enter_context(on_demand(self.model, modules))
             for index, layer in enumerate(self.anatomy.layers):
                 undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
                 undo.enter_context(forward_replaced(layer.module, lambda fwd, i=index: self._layer(i, fwd)))
@@ -129,7 +132,8 @@ class Wavefront:
         self._buffer = None
         start = torch.zeros(1, len(self.last_nodes), dtype=torch.long, device=device)
         base = None
-        with head_input(self.model) if hidden_states else contextlib.nullcontext([]) as seen:
+        seen_by = head_input(self.model) if hidden_states else contextlib.nullcontext([])
+        with self._weights.idle(), seen_by as seen:
             for rows in even_slices(len(mask), self.rows_per_head_chunk):
                 self._head_chunk = self._final[rows]
                 logits = self._forward(start, start)
@@ -149,10 +153,12 @@ class Wavefront:
 
         def step(*args, **kwargs):
             call = LayerCall.of(forward, args, kwargs)
-            hidden = call.hidden
             if self._head_chunk is not None:
-                out = self._head_chunk if last else hidden
+                out = self._head_chunk if last else call.hidden
                 return (out,) if self._tuples else out
+            if call.hidden.device != self.anatomy.layers[index].device:
+                call = call.to(self.anatomy.layers[index].device)
+            hidden = call.hidden
             if self._fused:
                 self._fused_layer(index, hidden, *call.kwargs["position_embeddings"])
                 return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
@@ -344,10 +350,17 @@ def float32_head(model: PreTrainedModel) -> Iterator[None]:
     if head_precision(model) != "float32" or head.weight.dtype == torch.float32:
         yield
         return
+    with brought_in([head]), _float32_forward(head):
+        yield
+
+
+@contextlib.contextmanager
+def _float32_forward(head: torch.nn.Linear) -> Iterator[None]:
     wide = None if head.weight.is_cuda else head.weight.float()
 
     def make(_forward):
         def forward(hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden.to(head.weight.device)
             if wide is not None:
                 out = torch.nn.functional.linear(hidden.float(), wide)
             else:
