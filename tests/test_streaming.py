@@ -277,7 +277,7 @@ def test_a_killed_stream_leaves_whole_scores_and_nothing_else(tmp_path):
         assert run(kill_at, out).returncode == -signal.SIGKILL
         left = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) if out.exists() else []
         own = (".lock", "run.json", "run.backup.json")
-            assert all(name in own or name.startswith("scores/part-") for name in left), left
+        assert all(name in own or name.startswith("scores/part-") for name in left), left
         if kill_at > 1:
             assert any(name.startswith("scores/") for name in left)
             scores = shipsfast.ShipsResult.load(out).kl
