@@ -228,7 +228,8 @@ class ShipsResult(_Ranked):
             raise InputError(f"{folder} is damaged: a further metric has none of its own; delete the folder")
         done = np.zeros(tuple(identity["shape"]), dtype=bool)
         scores = cls.read(folder, done.shape, manifest.get("metric", KL), done)
-        marked = done & np.isnan(scores)
+        marked = done & ~np.isfinite(scores)  # infinite ones are of earlier versions
+        scores[marked] = np.nan
         places = [folder / also_place(n + 1) for n in range(len(identity.get("further_metrics", [])))]
         done = manifest.get("status") == "complete"  # else some may not have been begun
         others = [

@@ -133,6 +133,8 @@ def test_tokens_as_text():
     base, ablated, row_map = draw(65)
     with pytest.raises(InputError, match="tokens as text.*as_metric"):
         logit_diff("Sure", "Sorry").rows(base, ablated, row_map)
+    with pytest.raises(InputError, match="tokens as text.*as_metric"):  # one of them is enough
+        logit_diff("Sure", 0).rows(base, ablated, row_map)
 
 
 def test_tokens_that_are_refused():

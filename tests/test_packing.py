@@ -28,6 +28,11 @@ def test_common_prefixes_are_stored_once(prompts):
     assert pack(prompts).num_tokens == len(prefixes)
 
 
+def test_a_prompt_that_goes_on_where_another_ends_cuts_no_segment():
+    assert len(pack([[1, 2], [1, 2, 3, 4]]).segments) == 1
+    assert len(pack([[1, 2, 5], [1, 2, 3, 4]]).segments) == 3  # these two branch
+
+
 @given(PROMPTS)
 def test_segments_are_the_tree(prompts):
     packed = pack(prompts)

@@ -110,7 +110,7 @@ def test_not_a_number_names_the_metric():
     def undefined(base_logits, ablated_logits, prompt_index):
         return ablated_logits[:, 0] * (0 if len(ablated_logits) == 1 else float("nan"))
 
-    with pytest.raises(InputError, match="or the metric .*undefined is undefined"):
+    with pytest.raises(InputError, match="and the metric .*undefined is undefined"):
         shipsfast.scan(build(), PROMPTS, metric=["kl", undefined], heads=HEADS, progress=False)
 
 
