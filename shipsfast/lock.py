@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import threading
 from pathlib import Path
 
@@ -40,7 +39,7 @@ class FolderLock:
         self.folder, self._fd = folder, None
         place = folder.stat()
         self._key = (place.st_dev, place.st_ino)
-        self.owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+        self.owner = {"pid": os.getpid(), "host": os.uname().nodename, "since": now()}
         with _table:
             if self._key in _held:
                 raise InputError(self._taken(_held[self._key].owner))
