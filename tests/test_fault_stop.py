@@ -78,9 +78,8 @@ def test_a_signal_ends_the_command_in_one_line(tmp_path, number, status):
     """A real process, signalled when its first part is there; the same command then ends the run."""
     out = tmp_path / "run"
     code = (
-        "import sys, shipsfast.ships, shipsfast.planner\n"
+        "import shipsfast.ships\n"
         "from shipsfast.cli import main\n"
-        "shipsfast.planner.Plan.__init__.__defaults__\n"
         "real = shipsfast.ships.prepare\n"
         "shipsfast.ships.prepare = lambda *a, **k: real(*a, **k | dict(rows_per_block=2, prompts_per_group=2))\n"
         "main()\n"
@@ -107,13 +106,9 @@ def test_a_signal_ends_the_command_in_one_line(tmp_path, number, status):
     process.send_signal(number)
     printed, said = process.communicate(timeout=60)
     assert process.returncode == status, said
-    said = [line for line in said.splitlines() if line.strip()]
-    assert printed.strip() == "" and len(said) == 1
-    assert (
-        said[0].startswith("shipsfast: ")
-        and f"is kept in {out}" in said[0]
-        and "run again to continue" in said[0]
-    )
+    assert printed.strip() == "" and "Traceback" not in said
+    said = [line for line in said.splitlines() if "shipsfast: " in line]  # other packages have their warnings
+    assert len(said) == 1 and f"is kept in {out}" in said[0] and "run again to continue" in said[0]
     report = verify(out)
     assert report["verdict"] == "unfinished" and not report["leftovers"]
     found("SIGINT and SIGTERM to the command", 1)
@@ -262,7 +257,7 @@ def test_a_second_writer_is_refused(tmp_path, model, one_thread):  # noqa: F811
     (out / "scores" / "part-000001.parquet").unlink()
     ready = tmp_path / "ready"
 
-    def hold(*_args):
+    def hold(*_args, **_how):
         ready.touch()
         time.sleep(60)
 
