@@ -19,9 +19,9 @@ from shipsfast.demo.run import MODEL
 from shipsfast.demo.run import PROMPTS as DEMO
 from shipsfast.lock import FolderLock
 from shipsfast.verify import verify
-from tests.faults import PROMPTS, ended, forked, found, numbers, scan
+from tests.faults import PROMPTS, ended, forked, found, numbers, one_thread, scan  # noqa: F401
 from tests.models import build
-from tests.test_fault_kill import PACKAGE, lines, one_thread, trace  # noqa: F401
+from tests.test_fault_kill import PACKAGE, lines, trace
 from tests.test_model_untouched import assert_same, state
 
 
@@ -233,7 +233,7 @@ def test_a_clock_that_is_set_back(tmp_path, monkeypatch, model):
     found("clock set back", 2)
 
 
-def test_a_second_writer_is_refused(tmp_path, model, one_thread):  # noqa: F811
+def test_a_second_writer_is_refused(tmp_path, model):
     out = tmp_path / "run"
     out.mkdir()
     lock = FolderLock(out)
@@ -278,7 +278,7 @@ def test_a_second_writer_is_refused(tmp_path, model, one_thread):  # noqa: F811
     found("two writers", 3)
 
 
-def test_a_forked_child_does_not_keep_the_lock(tmp_path, one_thread):  # noqa: F811
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     lock = FolderLock(tmp_path)
     child = forked(lambda: time.sleep(30))
     lock.release()
