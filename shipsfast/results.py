@@ -52,7 +52,7 @@ def _save(
 ) -> Path:
     """A run folder with these scores; what an unfinished one already holds is kept."""
     run = RunFolder(folder, identity, record)
-    record = {"status": "complete", **record}
+    record = {"status": "complete", **record, "saved": True}
     with contextlib.closing(run):
         if not run.previous:
             run.write_manifest(record | {"status": "running"})

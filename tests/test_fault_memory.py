@@ -42,7 +42,7 @@ def searched(out, model):
 
 
 RUNS = {
-    "scan": (scan, lambda r: r.scores, 45),
+    "scan": (scan, lambda r: r.scores, 30),
     "callable metric": (
         lambda out, model: scan(out, model, metric=["kl", all_prompts]), lambda r: r.also[METRIC].scores, 12,
     ),
