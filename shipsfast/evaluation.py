@@ -297,7 +297,10 @@ def _control(
             for row in rows:
                 answers[row.prompt] = row.tokens
         ablated = replace(ordinary, groups=ordinary.groups[:-1])
-        kl_nats = kl_along(ablated, control_ids, answers, tokens, max_memory)
+        kl_nats = once_more(
+            "taking the KL along the control's answers",
+            lambda: kl_along(ablated, control_ids, answers, tokens, max_memory),
+        )
         if folder is not None:
             kept = runs.read_scores(folder.path, kl_nats.shape, KL_NAMES, KL)
             new = np.where(np.isnan(kept), kl_nats, np.nan)

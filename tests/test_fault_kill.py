@@ -123,9 +123,9 @@ def _others():
     return {
         "scan_dataset": (lambda out: shipsfast.scan_dataset(model, PROMPTS, out=out, **how), angles, 6),
         "sahara": (
-            lambda out: shipsfast.sahara(model, PROMPTS, out=out, group_size=2, beam=2, **how), searched, 8,
+            lambda out: shipsfast.sahara(model, PROMPTS, out=out, group_size=2, beam=2, **how), searched, 6,
         ),
-        "evaluate": (lambda out: evaluate(TEXTS[:3], out=out, groups=GROUPS[:3], **ordinary), answers, 4),
+        "evaluate": (lambda out: evaluate(TEXTS[:3], out=out, groups=GROUPS[:3], **ordinary), answers, 3),
         "scan_asr": (
             lambda out: scan_asr(out=out, heads=[(0, 1), (2, 2)], model=talker), lambda r: [r.scores.tobytes()], 3,
         ),

@@ -42,12 +42,12 @@ def searched(out, model):
 
 
 RUNS = {
-    "scan": (scan, lambda r: r.scores, 30),
+    "scan": (scan, lambda r: r.scores, 24),
     "callable metric": (
-        lambda out, model: scan(out, model, metric=["kl", all_prompts]), lambda r: r.also[METRIC].scores, 12,
+        lambda out, model: scan(out, model, metric=["kl", all_prompts]), lambda r: r.also[METRIC].scores, 8,
     ),
-    "fused off": (lambda out, model: scan(out, model, layers="model", ablation="mean"), lambda r: r.scores, 12),
-    "sahara": (searched, lambda r: r.angle_deg, 12),
+    "fused off": (lambda out, model: scan(out, model, layers="model", ablation="mean"), lambda r: r.scores, 8),
+    "sahara": (searched, lambda r: r.angle_deg, 8),
 }  # fmt: skip
 METRIC = "tests.test_fault_memory.all_prompts"
 

@@ -297,3 +297,15 @@ def test_no_flock_is_told(tmp_path, monkeypatch, capfd, model):
     monkeypatch.setattr("shipsfast.lock.fcntl.flock", none)
     scan(tmp_path / "run", model)
     assert "cannot be locked (No locks available): make sure that no other process" in capfd.readouterr().err
+
+
+def test_a_signal_while_an_error_is_put_right_is_not_swallowed():
+    def fails():
+        with untouched._OneSignal() as signals:
+            signals.closed = True
+            signal.raise_signal(signal.SIGINT)
+            raise Broken
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
