@@ -117,7 +117,7 @@ class EvalResult:
         with the answers, else they are empty."""
         folder = Path(folder)
         manifest = runs.read_manifest(folder, "evaluate")
-        identity = manifest.pop("identity")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
         groups = [[tuple(head) for head in group] for group in identity["groups"]]
         keep = identity["keep_text"]
         completions = Completions(len(groups), len(identity["prompts"]), keep_text=keep)

@@ -197,7 +197,7 @@ class ShipsResult(_Ranked):
         """Read a run folder; scores that a killed scan never reached are NaN."""
         folder = Path(folder)
         manifest = read_manifest(folder, "ships")
-        identity = manifest.pop("identity")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
         scores = cls.read(folder, tuple(identity["shape"]), manifest.get("metric", KL))
         places = [folder / also_place(n + 1) for n in range(len(identity.get("further_metrics", [])))]
         done = manifest.get("status") == "complete"  # else some may not have been begun
@@ -292,7 +292,7 @@ class SubspaceResult(_Ranked):
         """Read a run folder; angles that a killed scan never reached are NaN."""
         folder = Path(folder)
         manifest = read_manifest(folder, "subspace")
-        identity = manifest.pop("identity")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
         prompts, *shape = identity["shape"]
         angles = read_scores(folder, tuple(shape), HEAD_COLUMNS, "angle_deg")
         grams = Grams.empty(prompts, tuple(shape))
@@ -446,7 +446,7 @@ class SaharaResult:
         manifest = read_manifest(folder, "sahara")
         if manifest.get("status") != "complete":
             raise InputError(f"{folder} holds a search that is not finished: run it again to continue")
-        identity = manifest.pop("identity")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
         heads = [tuple(h) for h in manifest.pop("chosen")]
         beams = [([tuple(h) for h in b["heads"]], b["angle_deg"]) for b in manifest.pop("beams")]
         shape = (len(heads), identity["beam"], *identity["shape"][1:])
