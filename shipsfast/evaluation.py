@@ -117,7 +117,7 @@ class EvalResult:
         with the answers, else they are empty."""
         folder = Path(folder)
         manifest = runs.read_manifest(folder, "evaluate")
-        identity = manifest.pop("identity")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
         groups = [[tuple(head) for head in group] for group in identity["groups"]]
         keep = identity["keep_text"]
         completions = Completions(len(groups), len(identity["prompts"]), keep_text=keep)
@@ -297,7 +297,10 @@ def _control(
             for row in rows:
                 answers[row.prompt] = row.tokens
         ablated = replace(ordinary, groups=ordinary.groups[:-1])
-        kl_nats = kl_along(ablated, control_ids, answers, tokens, max_memory)
+        kl_nats = once_more(
+            "taking the KL along the control's answers",
+            lambda: kl_along(ablated, control_ids, answers, tokens, max_memory),
+        )
         if not np.isfinite(kl_nats).all():  # NaN would be missing for ever
             group, prompt = np.argwhere(~np.isfinite(kl_nats))[0]
             raise InputError(

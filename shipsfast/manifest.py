@@ -78,7 +78,8 @@ class Part:
 
 def as_text(body: dict) -> str:
     """The text of a manifest, with its own checksum."""
-    body = json.loads(json.dumps(body))  # as it will be read: tuples are lists, keys are strings
+    # As it will be read: tuples are lists, keys are strings.
+    body = {k: v for k, v in json.loads(json.dumps(body)).items() if k != "checksum"}
     return json.dumps(body | {"checksum": _checksum(body)}, indent=1, sort_keys=True) + "\n"
 
 

@@ -55,7 +55,7 @@ def _save(
 ) -> Path:
     """A run folder with these scores; what an unfinished one already holds is kept."""
     run = RunFolder(folder, identity, record)
-    record = {"status": "complete", **record}
+    record = {"status": "complete", **record, "saved": True}
     with contextlib.closing(run):
         if not run.previous:
             run.write_manifest(record | {"status": "running"})
@@ -223,7 +223,7 @@ class ShipsResult(_Ranked):
     @classmethod
     def _load(cls, folder: Path, nested: bool) -> ShipsResult:
         manifest = read_manifest(folder, "ships")
-        identity = manifest.pop("identity")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
         if nested and identity.get("further_metrics"):
             raise InputError(f"{folder} is damaged: a further metric has none of its own; delete the folder")
         done = np.zeros(tuple(identity["shape"]), dtype=bool)
@@ -328,7 +328,7 @@ class SubspaceResult(_Ranked):
         """Read a run folder; angles that a killed scan never reached are NaN."""
         folder = Path(folder)
         manifest = read_manifest(folder, "subspace")
-        identity = manifest.pop("identity")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
         prompts, *shape = identity["shape"]
         angles = read_scores(folder, tuple(shape), HEAD_COLUMNS, "angle_deg")
         grams = Grams.empty(prompts, tuple(shape))
@@ -482,7 +482,7 @@ class SaharaResult:
         manifest = read_manifest(folder, "sahara")
         if manifest.get("status") != "complete":
             raise InputError(f"{folder} holds a search that is not finished: run it again to continue")
-        identity = manifest.pop("identity")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
         heads = [tuple(h) for h in manifest.pop("chosen")]
         beams = [([tuple(h) for h in b["heads"]], b["angle_deg"]) for b in manifest.pop("beams")]
         shape = (len(heads), identity["beam"], *identity["shape"][1:])

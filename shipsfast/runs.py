@@ -233,7 +233,7 @@ class RunFolder:
 
     def _commit(self) -> None:
         body = {"schema": SCHEMA, "identity": self.identity, "parts": [p.entry() for p in self.parts]}
-        text = as_text(body | self._record)
+        text = as_text(self._record | body)
         write_whole(self.path / MANIFEST, lambda p: p.write_text(text, "utf-8"))
         # A copy, for the day that a bit of the first one turns. Its checksum makes up for the missing fsync.
         write_whole(self.path / BACKUP, lambda p: p.write_text(text, "utf-8"), sync=False)

@@ -378,8 +378,9 @@ def _spot_check(work: _Work) -> None:
         return
     strongest = max(units, key=lambda u: abs(main.scores[prompt, u[0], u[1]]))
     chosen = sorted({strongest, units[len(units) // 2]})
+    what = "checking two scores by plain forward passes"
     *ablated, base = once_more(
-        "checking two scores by plain forward passes",
+        what,
         lambda: ablated_logits(prepared, prompt, chosen),
         lambda: _one_by_one(prepared, prompt, chosen),
     )
@@ -390,7 +391,8 @@ def _spot_check(work: _Work) -> None:
             absolute *= max(1.0, float(np.nanmax(np.abs(scores[prompt]))))
         worst = 0.0
         for (layer, index), logits in zip(chosen, ablated, strict=True):
-            got, expected = scores[prompt, layer, index], work.one(metric, prompt, base, logits)
+            got = scores[prompt, layer, index]
+            expected = once_more(what, functools.partial(work.one, metric, prompt, base, logits))
             error = 0.0 if got == expected else abs(expected - got)
             if not error <= absolute + relative * abs(expected):
                 raise UnsupportedModelError(

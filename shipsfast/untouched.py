@@ -48,7 +48,7 @@ class _OneSignal:
     """Lets the first signal interrupt what runs inside. A second one waits until everything is put back."""
 
     def __init__(self) -> None:
-        self.closed, self._waiting, self._before = False, [], {}
+        self.closed, self._passed, self._waiting, self._before = False, False, [], {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -63,14 +63,14 @@ class _OneSignal:
         if self.closed:
             self._waiting.append((number, frame))
             return
-        self.closed = True
+        self.closed = self._passed = True
         self._before[number](number, frame)
 
     def __exit__(self, *exc) -> None:
         self.closed = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if exc[0] is None and self._waiting:
+        if self._waiting and not self._passed:
             number, frame = self._waiting[0]
             self._before[number](number, frame)
 

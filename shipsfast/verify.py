@@ -165,7 +165,7 @@ def _tables(identity: dict, manifest: dict) -> dict[str, _Table]:
         return tables
     rank = int(identity["rank"])
     most = 90.0 * rank + RANGE_DEG
-    basis = _Table({"prompt": prompts, "vector": rank}, "value", -1.0 - 1e-9, 1.0 + 1e-9, prompts * rank)
+    basis = _Table({"prompt": prompts, "vector": rank}, "value", -1.0 - 1e-9, 1.0 + 1e-9)
     if kind == "subspace":
         at, expected = grid, units
     else:
@@ -174,6 +174,8 @@ def _tables(identity: dict, manifest: dict) -> dict[str, _Table]:
         # Every group of the beam leaves out its own heads; there is one group in the first step.
         filled = [1] + [min(beam, _sets(units, step)) for step in range(1, size)]
         expected = sum(groups * (units - step) for step, groups in enumerate(filled))
+        if manifest.get("saved") and beam > 1:  # a result has the best group's steps only
+            expected = None
     tables = {"scores": _Table(at, "angle_deg", -RANGE_DEG, most, expected), "basis": basis}
     tables["grams"] = _Table(at, lowest=-1, columns={"gram": "list"})
     return tables

@@ -16,7 +16,7 @@ import torch
 
 import shipsfast
 from shipsfast.verify import verify
-from tests.faults import found, numbers, scan
+from tests.faults import found, numbers, one_thread, scan  # noqa: F401
 from tests.models import build
 from tests.test_model_untouched import assert_same, state
 
