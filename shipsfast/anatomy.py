@@ -15,6 +15,9 @@ from .attention import TREE, Probe, ProbeCall, installed, probe
 from .errors import InputError, UnsupportedModelError
 
 PROBE_TOKENS = 3
+LOGIT_COPIES = (
+    3  # where a model does something to its logits: its own, a scaled or softcapped version, one in flight
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Anatomy:
     hidden_size: int
     vocab_size: int
     work_width: int  # numbers per token that a layer holds at a time, roughly: for the memory plan
+    logit_copies: int = (
+        LOGIT_COPIES  # arrays of the logits' size that are alive at once: 1 where the head's are final
+    )
 
     @property
     def num_layers(self) -> int:
@@ -122,6 +128,10 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
                     handles.append(
                         child.register_forward_pre_hook(lambda m, _a, name=name: ran.append((name, m)))
                     )
+        given: list[int] = []  # where the head's output lies
+        head = model.get_output_embeddings()
+        if head is not None:
+            handles.append(head.register_forward_hook(lambda _m, _a, out: given.append(out.data_ptr())))
         with installed(model, TREE):
             position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
             logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
@@ -149,6 +159,7 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
         hidden_size=hidden,
         vocab_size=logits.shape[-1],
         work_width=_work_width(layers[0].module, hidden),
+        logit_copies=1 if given == [logits.data_ptr()] else LOGIT_COPIES,
     )
 
 

@@ -160,7 +160,8 @@ def prepare(
         chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
         extra_rows=anatomy.num_layers * resample,
         kept_per_row_bytes=len(token_ids) * hidden * keep_hidden,
-        kept_bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+        kept_bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head
+        + (fused.loaded_bytes(anatomy.layers[0].module) if subject.fused else 0),
     )  # fmt: skip
     shape = [len(token_ids), anatomy.num_layers, subject.num_units]
     identity = subject.describe(kind) | {
