@@ -102,17 +102,21 @@ def shapes(kernel: str, sizes: list[int], own_chip: bool) -> list[tuple[int, int
     return found
 
 
-def compile_case(case: Case) -> dict[str, int]:
+def compile_case(case: Case, config=None) -> dict[str, int]:
     """Registers and local memory (spills) per thread, shared bytes per block, and what the code is made of:
-    tensor-core instructions, asynchronous copies, float32 arithmetic."""
+    tensor-core instructions, asynchronous copies, float32 arithmetic.
+
+    config: a LaunchConfig instead of the one of the case's file.
+    """
     import triton
     from shipsfast.kernels.launch_config import load_configs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module = importlib.import_module(f"shipsfast.kernels.{case.kernel}")
-    sizes = load_configs(case.config)[case.kernel][case.dtype]
-    config = next(entry for largest, entry in sizes.items() if case.head_dim <= largest)
+    if config is None:
+        sizes = load_configs(case.config)[case.kernel][case.dtype]
+        config = next(entry for largest, entry in sizes.items() if case.head_dim <= largest)
     kernel = getattr(module, f"_{case.kernel}_kernel")
     dtype = TRITON_DTYPE[case.dtype]
     constants = {

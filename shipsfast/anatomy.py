@@ -17,6 +17,9 @@ from .errors import InputError, UnsupportedModelError
 from .weights import STREAM, check_weights, execution_device
 
 PROBE_TOKENS = 3
+LOGIT_COPIES = (
+    3  # where a model does something to its logits: its own, a scaled or softcapped version, one in flight
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Anatomy:
     hidden_size: int
     vocab_size: int
     work_width: int  # numbers per token that a layer holds at a time, roughly: for the memory plan
+    logit_copies: int = (
+        LOGIT_COPIES  # arrays of the logits' size that are alive at once: 1 where the head's are final
+    )
 
     @property
     def num_layers(self) -> int:
@@ -143,6 +149,10 @@ def _inspect(model: PreTrainedModel, token_ids: Sequence[int], longest: int) -> 
                     handles.append(
                         child.register_forward_pre_hook(lambda m, _a, name=name: ran.append((name, m)))
                     )
+        given: list[torch.Tensor] = []  # the head's output
+        head = model.get_output_embeddings()
+        if head is not None:
+            handles.append(head.register_forward_hook(lambda _m, _a, out: given.append(out)))
         with installed(model, TREE), _no_values_asked() if without else contextlib.nullcontext():
             position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
             logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
@@ -170,6 +180,7 @@ def _inspect(model: PreTrainedModel, token_ids: Sequence[int], longest: int) -> 
         hidden_size=hidden,
         vocab_size=logits.shape[-1],
         work_width=_work_width(layers[0].module, hidden),
+        logit_copies=1 if len(given) == 1 and given[0] is logits else LOGIT_COPIES,
     )
 
 

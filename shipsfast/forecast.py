@@ -2,7 +2,7 @@
 
 time    FLOPs of all passes (flops.py) / the rate of matrix products, measured in about a second; of a streamed pass
         the larger of that and reading the layers; what lies between the products is not counted
-memory  the model's weights + rows + the larger of a layer at work and the head + what is kept
+memory  the model's weights + prompts' ends + the larger of rows with a layer at work and the head + what is kept
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from . import fused
 from .ablation import Ablation, as_ablation, check_unit
 from .anatomy import Anatomy, check_model, inspect_model
 from .errors import InputError
 from .flops import gemm_flops_per_s, model_flops, scan_flops
 from .packing import pack
-from .planner import Plan, block_parts, even_slices, free_bytes, make_plan
+from .planner import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
 from .prepared import kept, scanned_units
 from .prompts import to_token_ids
 from .sources import pair_ids, source_ids
@@ -39,7 +40,7 @@ CHECK_PASSES = 2
 class Forecast:
     """A scan that has not been run.
 
-    memory: bytes by part ("model", "rows", "chunk", "head", "kept"), of which chunk and head take turns; passes: over the
+    memory: bytes by part ("model", "ends", "rows", "chunk", "head", "kept"), of which rows with chunk and head take turns; passes: over the
     layers, checks included; compute_s, load_s: seconds of computing and of reading layers, None where they cannot be
     told here; limits: why it is not one block.
     """
@@ -63,8 +64,7 @@ class Forecast:
 
     @property
     def total_bytes(self) -> int:
-        parts = self.memory
-        return parts["model"] + parts["rows"] + max(parts["chunk"], parts["head"]) + parts["kept"]
+        return self.memory["model"] + peak_bytes(self.memory) + self.memory["kept"]
 
     @property
     def why_no_time(self) -> str:
@@ -100,8 +100,9 @@ class Forecast:
             ),
             f"passes  {self.passes:,} over the layers, {CHECK_PASSES} of them checks",
             (
-                f"memory  {_gib(self.total_bytes)} = model {_gib(parts['model'])} + rows {_gib(parts['rows'])} + the larger of a "
-                f"layer at work {_gib(parts['chunk'])} and the head {_gib(parts['head'])} + kept {_gib(parts['kept'])}; "
+                f"memory  {_gib(self.total_bytes)} = model {_gib(parts['model'])} + prompts' ends {_gib(parts['ends'])} + the "
+                f"larger of rows {_gib(parts['rows'])} with a layer at work {_gib(parts['chunk'])} and the head "
+                f"{_gib(parts['head'])} + kept {_gib(parts['kept'])}; "
                 f"{_gib(plan.memory_limit_bytes)} may be used beyond the model"
             ),
             f"time    {seconds}{rate}",
@@ -146,7 +147,8 @@ def forecast(
     tree_ids = pair_ids(token_ids, others)[0] if resample else token_ids
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(max_memory, device_memory, held, where, here)
-    extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan")
+    in_fused = fused.why_not([layer.module for layer in anatomy.layers], model.dtype, where) is None
+    extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", in_fused)
     plan = make_plan(
         anatomy, tree_ids, len(units), device=where, dtype=model.dtype, max_memory=limit, **extra
     )

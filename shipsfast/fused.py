@@ -66,6 +66,13 @@ def why_not(layers: list[torch.nn.Module], dtype: torch.dtype, device: torch.dev
     return None
 
 
+def loaded_bytes(layer: torch.nn.Module) -> int:
+    """What `FusedLayer.loaded` holds at most: weights side by side and, in float32, packed."""
+    own = sum(p.numel() * p.element_size() for p in layer.parameters())
+    packs = CAN_PACK and next(layer.parameters()).dtype == torch.float32
+    return own * (1 + packs)
+
+
 def _hooks(module: torch.nn.Module) -> list[Callable]:
     """Hooks that want to see or change something.
 

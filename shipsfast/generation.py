@@ -17,12 +17,13 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from .ablation import DEFAULT_SCALE, Ablation, Head, HeadMask, check_heads, dense_rows, unit_heads
+from .anatomy import LOGIT_COPIES
 from .checks import check_generation
 from .decoder import Decoder, Group
 from .errors import InputError, whole_number
 from .kv_cache import slot_bytes
 from .nonfinite import NotFinite, refuse_token
-from .planner import LOGIT_COPIES, Plan, make_plan
+from .planner import Plan, make_plan
 from .prepared import Subject, is_out_of_memory, look_at
 from .sources import mean_outputs
 from .untouched import untouched

@@ -3,15 +3,18 @@
 A group of prompts is one packed sequence. A block is a run of ablations that go through the model
 together as one growing batch. A chunk is the rows that pass a layer at a time. Memory of a block:
 
-    rows x T x hidden              the residual stream of every row (resample: L rows' worth of outputs more)
-    + rows x U x hidden            the trimmed last layer, U distinct prompt ends
-    + chunk tokens x work width    what a layer holds while it runs
-    + head rows x V x (logits and their copies)
-    + rows x what is kept of a row + what is kept in all
+    rows x U x hidden              the trimmed last layer, U distinct prompt ends
+    + the larger of
+        rows x T x hidden          the residual stream of every row, until the last layer is done,
+        + chunk tokens x work width    and what a layer holds while it runs
+      and
+        head rows x (V x (logits and their copies) + hidden), and the base logits
+    + rows x what is kept of a row + what is kept in all (resample: L rows' worth of outputs)
 """
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +34,7 @@ CUDA_CHUNK_TOKENS = 16384
 # Longer packs are split by prompts where one row alone would outgrow the chunk by this factor.
 CPU_GROUP_FACTOR = 4
 HEAD_BYTES = 256 << 20  # logits of one head chunk
-LOGIT_COPIES = 3  # the model's own, its scaled or softcapped version, and one in flight
+HEAD_WIDTH = 4  # of hidden states that enter the output head: the slice, its norm and what that takes
 
 
 @dataclass(frozen=True)
@@ -105,20 +108,29 @@ def block_parts(
 ) -> dict[str, int]:
     """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number.
 
-    rows: their residual streams; chunk: what a layer holds while it runs; head: logits, which come after the layers.
+    ends: the trimmed last layer; rows: the residual streams; chunk: what a layer holds while it runs; head: logits, which
+    come after the layers, when the residual streams are gone.
     """
-    head = max(head_rows, ends) * anatomy.vocab_size * max(size, 4) * LOGIT_COPIES
+    pairs = min(max(head_rows, ends), rows * ends)
+    head = pairs * (
+        anatomy.vocab_size * anatomy.logit_copies * max(size, 4) + HEAD_WIDTH * anatomy.hidden_size * 4
+    )
     return {
-        "rows": rows * (tokens + ends) * anatomy.hidden_size * size,
-        "chunk": max(chunk_tokens, tokens) * anatomy.work_width * size,
+        "ends": rows * ends * anatomy.hidden_size * size,
+        "rows": rows * tokens * anatomy.hidden_size * size,
+        "chunk": min(max(chunk_tokens, tokens), rows * tokens) * anatomy.work_width * size,
         "head": head + 2 * ends * anatomy.vocab_size * 8,
     }
 
 
+def peak_bytes(parts: dict[str, int]) -> int:
+    """Of what `block_parts` gives, at the worst moment."""
+    return parts["ends"] + max(parts["rows"] + parts["chunk"], parts["head"])
+
+
 def block_bytes(*args) -> int:
     """Predicted peak of a block beyond the model itself, in bytes. Arguments as in `block_parts`."""
-    parts = block_parts(*args)
-    return parts["rows"] + max(parts["chunk"], parts["head"])
+    return peak_bytes(block_parts(*args))
 
 
 def make_plan(
@@ -155,7 +167,9 @@ def make_plan(
     on_cpu = device.type == "cpu"
     chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
     # Neither the head nor a layer at work gets more than a quarter of the memory: the rest is for rows.
-    head_rows = max(1, min(HEAD_BYTES, limit // 4 // LOGIT_COPIES) // (anatomy.vocab_size * max(size, 4)))
+    head_rows = max(
+        1, min(HEAD_BYTES, limit // 4 // anatomy.logit_copies) // (anatomy.vocab_size * max(size, 4))
+    )
     if chunk_tokens is None:
         chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
     order = in_order(prompts)
@@ -170,8 +184,9 @@ def make_plan(
         tokens, ends = max(p.num_tokens for p in packs), max(_ends(p) for p in packs)
 
         def need(rows: int, tokens=tokens, ends=ends) -> int:
-            held = block_bytes(anatomy, rows + 1 + extra_rows, tokens, ends, chunk, head_rows, size)
-            return held + (rows + 1) * kept_per_row_bytes + kept_bytes
+            held = block_bytes(anatomy, rows + 1, tokens, ends, chunk, head_rows, size)
+            more = extra_rows * (tokens + ends) * anatomy.hidden_size * size
+            return held + more + (rows + 1) * kept_per_row_bytes + kept_bytes
 
         too_long = on_cpu and prompts_per_group is None and tokens > CPU_GROUP_FACTOR * chunk
         if (need(1) <= limit and not too_long) or per_group == 1:
@@ -184,9 +199,9 @@ def make_plan(
             f"a scan of a single ablation needs {_mib(need(1))} beyond the model, and {_mib(limit)} may be used: "
             "raise --max-memory or shorten the longest prompt"
         )
-    rows = rows_per_block or num_ablations
-    per_row = need(2) - need(1)
-    rows = max(1, min(rows, num_ablations, 1 + (limit - need(1)) // per_row))
+    most = min(rows_per_block or num_ablations, num_ablations)
+    # What more rows need grows with them, though not evenly: a chunk fills up first.
+    rows = max(1, bisect.bisect_right(range(1, most + 1), limit, key=need))
     return Plan(tuple(groups), int(rows), chunk, head_rows, limit, need(rows))
 
 

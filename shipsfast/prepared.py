@@ -183,7 +183,7 @@ def prepare(
         anatomy, tree_ids, len(units), device=subject.device, dtype=model.dtype, max_memory=max_memory,
         chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
         coming_bytes=coming_bytes(model, [layer.module for layer in anatomy.layers]),
-        **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden),
+        **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden, subject.fused),
     )  # fmt: skip
     asked = {
         "chunk_tokens": chunk_tokens,
@@ -221,14 +221,16 @@ def kept(
     device: torch.device,
     resample: bool,
     keep_hidden: bool,
+    in_fused: bool,
 ) -> dict[str, int]:
-    """What a scan holds beside its blocks, as `make_plan` takes it."""
+    """What a scan holds beside its blocks, as `make_plan` takes it. in_fused: layers go through fused.py."""
     # A half-precision output head on a CPU is copied to float32 while a scan runs.
     wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
     return {
         "extra_rows": anatomy.num_layers * resample,
         "kept_per_row_bytes": num_prompts * anatomy.hidden_size * model.dtype.itemsize * keep_hidden,
-        "kept_bytes": 4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+        "kept_bytes": 4 * anatomy.vocab_size * anatomy.hidden_size * wide_head
+        + (fused.loaded_bytes(anatomy.layers[0].module) if in_fused else 0),
     }
 
 

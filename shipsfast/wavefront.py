@@ -140,6 +140,7 @@ class Wavefront:
                 out = seen.pop() if hidden_states else logits
                 base = out[0].clone() if base is None else base
                 consume(rows, out, base)
+                del out, logits  # before the next ones are made
         self._head_chunk = self._final = None
 
     def _forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
