@@ -32,7 +32,9 @@ def state(model) -> dict:
     return {
         "tensors": len(live),
         "bytes of tensors": sum(x.numel() * x.element_size() for x in live),
-        "objects of shipsfast": sum(type(x).__module__.startswith("shipsfast") for x in gc.get_objects()),
+        "objects of shipsfast": sum(
+            str(type(x).__module__).startswith("shipsfast") for x in gc.get_objects()
+        ),
         "open files": process.num_fds(),
         "threads": threading.active_count(),
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
