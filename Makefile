@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: make demo, make test. Python 3.11 or 3.12 and a C++ compiler are all they need.
-.PHONY: demo test test-gpu test-sanitizers env bench lint clean
+.PHONY: demo test test-gpu test-sanitizers env bench bench-gpu lint clean
 
 demo: env ## scan the embedded model, write demo-run/
 	@.venv/bin/shipsfast demo
@@ -22,6 +22,10 @@ env:
 bench: ## the CPU benchmark against other ways of doing the same scan
 	@tools/make_env.sh
 	@.venv/bin/python -m benchmarks cpu
+
+bench-gpu: ## everything that is measured on a CUDA GPU, rows in benchmarks/results (BENCH_ARGS="--quick")
+	@tools/make_env.sh test
+	@.venv/bin/python -m benchmarks gpu $(BENCH_ARGS)
 
 lint:
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .

@@ -1,38 +1,23 @@
-"""The least work a scan can be, and the rate at which this machine could do it.
-
-    FLOPs_min = sum over layers of rows alive x unique tokens x FLOPs of the layer per token
-                (the last layer: keys and values everywhere, the rest at the prompts' ends) + the head
-
-Attention itself is counted with the keys each token really sees.
-"""
+"""The least work a scan can be, and the rate at which this machine could do it: shipsfast/flops.py for a case."""
 
 from __future__ import annotations
 
-import statistics
-import time
-
-import torch
-
+from shipsfast import flops
 from shipsfast.packing import pack
 
 from .cases import Case
 
 
+def costs(case: Case) -> flops.ModelFlops:
+    return flops.gated_model_flops(
+        layers=case.layers, hidden=case.hidden, heads=case.heads, kv_heads=case.heads,
+        head_dim=case.hidden // case.heads, intermediate=case.intermediate, vocabulary=case.vocabulary,
+    )  # fmt: skip
+
+
 def floor_flops(case: Case) -> float:
-    packed = pack(case.token_ids())
-    d, m = case.hidden, case.intermediate
-    tokens, ends = packed.num_tokens, len(set(packed.last_index.tolist()))
-    seen = int((packed.position + 1).sum())
-    seen_last = int((packed.position[packed.last_index] + 1).sum())
-    linear = 2 * (4 * d * d + 3 * d * m)
-    total = 0.0
-    for layer in range(case.layers):
-        rows = 1 + case.heads * (layer + 1)
-        if layer < case.layers - 1:
-            total += rows * (tokens * linear + 4 * d * seen)
-        else:
-            total += rows * (tokens * 4 * d * d + ends * (linear - 4 * d * d) + 4 * d * seen_last)
-    return total + rows * ends * 2 * d * case.vocabulary
+    units = [(layer, head) for layer in range(case.layers) for head in range(case.heads)]
+    return float(flops.scan_flops(costs(case), [pack(case.token_ids())], units))
 
 
 def brute_force_flops(case: Case) -> float:
@@ -44,26 +29,8 @@ def brute_force_flops(case: Case) -> float:
     return passes * (length * per_token + attention + 2 * case.hidden * case.vocabulary)
 
 
-@torch.inference_mode()
 def gemm_flops_per_s(case: Case, chunk_tokens: int, device: str = "cpu", repeats: int = 4) -> float:
     """FLOP/s of one layer's seven matrix products, alone, at the chunk's shape: the median of `repeats`."""
-    d, m = case.hidden, case.intermediate
-    x = torch.randn(chunk_tokens, d, dtype=case.dtype, device=device)
-    y = torch.randn(chunk_tokens, m, dtype=case.dtype, device=device)
-    square = [torch.randn(d, d, dtype=case.dtype, device=device) for _ in range(4)]
-    wide = [torch.randn(m, d, dtype=case.dtype, device=device) for _ in range(2)]
-    down = torch.randn(d, m, dtype=case.dtype, device=device)
-    linear = torch.nn.functional.linear
-
-    def layer() -> None:
-        for w in square + wide:
-            linear(x, w)
-        linear(y, down)
-
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        for _ in range(5):
-            layer()
-        times.append((time.perf_counter() - start) / 5)
-    return 2 * chunk_tokens * (4 * d * d + 3 * d * m) / statistics.median(times[2:])
+    return flops.gemm_flops_per_s(
+        costs(case).products, chunk_tokens, dtype=case.dtype, device=device, repeats=repeats
+    )

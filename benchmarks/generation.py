@@ -57,6 +57,10 @@ class Job:
         out.case = replace(self.case, new_tokens=new_tokens)
         return out
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     def q_proj(self, layer: int) -> torch.nn.Module:
         return self.model.model.layers[layer].self_attn.q_proj
 
@@ -74,7 +78,7 @@ def ours(job: Job) -> Texts:
 
 def by_group(job: Job) -> Texts:
     """transformers' `generate` with its cache, all prompts of a group in one left-padded batch."""
-    ids, seen = _left_padded(job.prompts)
+    ids, seen = _left_padded(job)
     out = []
     for group in job.heads:
         with contextlib.ExitStack() as hooks:
@@ -86,13 +90,13 @@ def by_group(job: Job) -> Texts:
 
 def all_rows(job: Job) -> Texts:
     """The same with all groups in one batch, each row with its own heads scaled."""
-    ids, seen = _left_padded(job.prompts)
+    ids, seen = _left_padded(job)
     config = job.model.config
     scale = torch.ones(len(job.heads), len(ids), config.num_hidden_layers, config.num_attention_heads)
     for g, group in enumerate(job.heads):
         for layer, head in group:
             scale[g, :, layer, head] = EPS
-    scale = scale.flatten(0, 1).to(job.model.dtype)
+    scale = scale.flatten(0, 1).to(job.device, job.model.dtype)
     with contextlib.ExitStack() as hooks:
         for layer in sorted({layer for group in job.heads for layer, _ in group}):
             hooks.enter_context(hooked(job.q_proj(layer), _scale_rows(scale[:, layer], job.head_size)))
@@ -133,7 +137,9 @@ def published_loop(job: Job, texts: Texts) -> list[Said]:
                     hooks.enter_context(hooked(job.q_proj(layer), scale_head(head, job.head_size)))
                 for at in lengths:
                     text = job.tokenizer.decode([*prompt, *texts[g][p][:at]])
-                    ids = job.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+                    ids = job.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(
+                        job.device
+                    )
                     out.append(Said(g, p, at, int(job.model(ids, use_cache=False).logits[0, -1].argmax())))
     finally:
         job.model.set_attn_implementation(before)
@@ -242,12 +248,11 @@ def _generate(job: Job, ids: torch.Tensor, seen: torch.Tensor) -> list[list[int]
     return out[:, ids.shape[1] :].tolist()
 
 
-def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, prompts))
-    return (
-        torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts]),
-        torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]),
-    )
+def _left_padded(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, job.prompts))
+    ids = [[0] * (width - len(x)) + x for x in job.prompts]
+    seen = [[0] * (width - len(x)) + [1] * len(x) for x in job.prompts]
+    return torch.tensor(ids, device=job.device), torch.tensor(seen, device=job.device)
 
 
 def _scale_in_place(head: int, size: int) -> Callable:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -15,6 +18,16 @@ import shipsfast
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# For a copy of the tree without its history: what `git rev-parse --short=12 HEAD` says where it came from.
+COMMIT_VARIABLE = "SHIPSFAST_COMMIT"
+SOURCES = (
+    "shipsfast/**/*.py",
+    "kernels/**/*.py",
+    "kernels/configs/*.json",
+    "csrc/*",
+    "benchmarks/**/*.py",
+    "setup.py",
+)
 
 
 def provenance(device: str) -> dict:
@@ -22,22 +35,42 @@ def provenance(device: str) -> dict:
     if device == "cpu":
         name, extra = _processor(), {"threads": torch.get_num_threads()}
     else:
-        name, extra = torch.cuda.get_device_name(device), {"cuda": torch.version.cuda}
+        name = torch.cuda.get_device_name(device)
+        extra = {
+            "cuda": torch.version.cuda,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
+            "memory_mib": torch.cuda.get_device_properties(device).total_memory >> 20,
+        }
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    changes = _output(
+        "git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+    )
+    versions = {
+        "shipsfast": shipsfast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    if device != "cpu":
+        versions["triton"] = _version("triton")
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-        ),
+        "commit": commit or os.environ.get(COMMIT_VARIABLE) or None,
+        "dirty": None if changes is None else bool(changes),
+        "sources": sources_hash(),
         "device": name,
         **extra,
-        "versions": {
-            "shipsfast": shipsfast.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions,
     }
+
+
+def sources_hash() -> str:
+    """Of everything that is measured, so that a row can be matched with a commit where there is no history."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()}):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def append(device: str, rows: list[dict]) -> None:
@@ -64,9 +97,20 @@ def latest(device: str, case: str) -> list[dict]:
     return rows[start:]
 
 
-def _git(*args: str) -> str | None:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+def _output(*command: str) -> str | None:
+    """What a program prints, None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

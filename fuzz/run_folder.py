@@ -139,7 +139,9 @@ def _use(result) -> None:
         repr(result), result.to_pandas()
     except InputError:
         return
-    assert not any(attack in out.getvalue() for attack in STEERS), f"carried through: {out.getvalue()[:500]!r}"
+    assert not any(attack in out.getvalue() for attack in STEERS), (
+        f"carried through: {out.getvalue()[:500]!r}"
+    )
     if isinstance(result, EvalResult):
         for name in ("view.html", "view.md"):
             result.view(_folder / name)

@@ -285,8 +285,7 @@ def dense_rows(model: PreTrainedModel, anatomy: Anatomy, mask: HeadMask) -> Iter
     with contextlib.ExitStack() as undo:
         undo.enter_context(installed(model, DENSE))
         for index, layer in enumerate(anatomy.layers):
-            device = next(layer.attention.parameters()).device
-            here = mask.layer(index, anatomy.num_heads, device=device, dtype=model.dtype)
+            here = mask.layer(index, anatomy.num_heads, device=layer.device, dtype=model.dtype)
             outer = layer.attention.__dict__.get(ATTRIBUTE)
             if outer is not None:
                 here = here.over(outer.mask)

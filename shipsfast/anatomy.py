@@ -4,15 +4,17 @@ module of each calls attention, with how many heads, and what each layer's mask 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from .attention import TREE, Probe, ProbeCall, installed, probe
 from .errors import InputError, UnsupportedModelError
+from .weights import STREAM, check_weights, execution_device
 
 PROBE_TOKENS = 3
 
@@ -23,6 +25,7 @@ class Layer:
     module: torch.nn.Module  # the decoder layer
     attention: torch.nn.Module  # the module in it that calls attention
     window: int | None  # sliding window in tokens, None if it hides nothing in the prompts at hand
+    device: torch.device  # where it computes
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Anatomy:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    return execution_device(model, model.get_input_embeddings())
 
 
 def last_logits_only(model: PreTrainedModel) -> dict:
@@ -51,8 +54,8 @@ def last_logits_only(model: PreTrainedModel) -> dict:
     return {"logits_to_keep": 1} if takes else {}
 
 
-def check_model(model, token_ids: list[list[int]], new_tokens: int = 0) -> None:
-    """Raises InputError for an object that is no model, and for prompts that do not fit it with what follows them."""
+def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights: bool = True) -> None:
+    """weights: it must have them. Raises InputError for an object that is no model, and for prompts that do not fit it with what follows them."""
     if not isinstance(model, PreTrainedModel):
         raise InputError(
             f"expected a transformers causal language model, got {type(model).__name__}: "
@@ -62,15 +65,8 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
         )
-    devices = {p.device for p in model.parameters()}
-    if (
-        len(devices) > 1
-        or any(d.type == "meta" for d in devices)
-        or any("_hf_hook" in m.__dict__ for m in model.modules())
-    ):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is spread over several devices or offloaded: load it onto one device to scan it"
-        )
+    if weights:
+        check_weights(model)
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
             f"{type(model).__name__} shares keys and values between layers: it cannot be scanned"
@@ -91,13 +87,37 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0) -> None:
             raise InputError(f"prompt {i} has token ids outside the model's vocabulary of {vocabulary}")
 
 
-@torch.inference_mode()
 def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int) -> Anatomy:
     """Run the model once on the first few of `token_ids` and record what calls attention.
 
-    longest: the longest prompt in tokens; masks are checked up to there.
+    longest: the longest prompt in tokens; masks are checked up to there. A streamed model's layers are found without
+    their weights, where its family allows that: reading them takes as long as a pass of a scan.
     Raises UnsupportedModelError, naming what stands in the way, if the model cannot be scanned exactly.
     """
+    if STREAM in getattr(model, "__dict__", {}):
+        with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
+            return _inspect_without_weights(model, token_ids, longest)
+    return _inspect(model, token_ids, longest)
+
+
+def _inspect_without_weights(model: PreTrainedModel, token_ids: Sequence[int], longest: int) -> Anatomy:
+    """The same from a copy of the model on the meta device."""
+    from .hollow import hollow
+
+    copied = hollow(model.config, model.dtype)
+    if type(copied) is not type(model):
+        raise TypeError(f"{type(model).__name__} is not what its config says")
+    names = {module: name for name, module in copied.named_modules()}
+    anatomy = _inspect(copied, token_ids, longest)
+    layers = []
+    for layer in anatomy.layers:
+        module, attention = (model.get_submodule(names[m]) for m in (layer.module, layer.attention))
+        layers.append(Layer(layer.name, module, attention, layer.window, execution_device(model, module)))
+    return replace(anatomy, layers=tuple(layers))
+
+
+@torch.inference_mode()
+def _inspect(model: PreTrainedModel, token_ids: Sequence[int], longest: int) -> Anatomy:
     family = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -112,6 +132,7 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
     ran: list[tuple[str, torch.nn.Module]] = []
     handles = []
     recorder = Probe(longest)
+    without = input_device(model).type == "meta"
     ids = torch.tensor([list(token_ids[:PROBE_TOKENS])], device=input_device(model))
     token = probe.set(recorder)
     try:
@@ -122,7 +143,7 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
                     handles.append(
                         child.register_forward_pre_hook(lambda m, _a, name=name: ran.append((name, m)))
                     )
-        with installed(model, TREE):
+        with installed(model, TREE), _no_values_asked() if without else contextlib.nullcontext():
             position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
             logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
     finally:
@@ -152,6 +173,18 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
     )
 
 
+@contextlib.contextmanager
+def _no_values_asked() -> Iterator[None]:
+    """For a model without weights: transformers looks at positions to see whether sequences are packed, which it is
+    not told of here, and a tensor on the meta device has no values."""
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda _positions: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
 def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[Layer, ...]:
     names = {module: name for name, module in model.named_modules()}
     lists = {
@@ -173,7 +206,8 @@ def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[Layer, ...
                 f"{family} calls attention {len(inside)} times in {name}: only layers with exactly one softmax "
                 "attention can be scanned"
             )
-        layers.append(Layer(name, module, inside[0].module, inside[0].window))
+        device = execution_device(model, module)
+        layers.append(Layer(name, module, inside[0].module, inside[0].window, device))
     if len(layers) != len(calls) or len({id(x.module) for x in layers}) != len(layers):
         raise UnsupportedModelError(
             f"{family} calls attention outside {outermost}, or runs a layer more than once"

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 
 from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head, check_heads
+from .clock import seconds_since
 from .completions import MISSING, Completions
 from .evaluation import check_texts, describe_generation, fill
 from .generation import NEW_TOKENS, TOP_K, Sampling, prepare_generation
 from .prepared import Subject
 from .refusal import LABELS, Judge, as_judge
 from .results import ShipsResult, column
+from .untouched import untouched
 
 METRIC = {
     "name": "asr",
@@ -33,6 +35,7 @@ METRIC = {
 NAMES = ("prompt", "layer", "head")
 
 
+@untouched
 def scan_asr(
     model: PreTrainedModel,
     prompts: Sequence[str],
@@ -98,11 +101,9 @@ def scan_asr(
         "shape": shape,
         "keep_text": keep_text,
     }
-    folder = None if out is None else runs.RunFolder(out, identity)
-    if folder is not None and folder.previous.get("status") == "complete":
-        finished = ShipsResult.load(folder.path)
-        if not np.isnan(finished.scores[:, *zip(*units, strict=True)]).any():
-            return finished  # else somebody deleted a part
+    folder = None if out is None else runs.RunFolder(out, identity, subject.record)
+    if folder is not None and folder.complete:
+        return ShipsResult.load(folder.path)
     record = subject.record | {"metric": METRIC, "plan": generation.plan.to_json(), "judge": judge.name}
     completions = Completions(1 + len(units), len(prompts), keep_text=keep_text)
     if folder is not None:
@@ -114,7 +115,7 @@ def scan_asr(
     )
     record |= {
         "plan": generation.plan.to_json(),
-        "scan_seconds": round(time.perf_counter() - scan_started, 3),
+        "scan_seconds": seconds_since(scan_started),
         "unablated": {label: float(completions.share(label)[0]) for label in LABELS},
         "degenerate": _by_head(completions, units, shape),
     }
@@ -122,9 +123,11 @@ def scan_asr(
         _scores(completions, units, shape), float(completions.share("complied")[0]), record, identity
     )
     record["concentration"] = result.concentration().to_json()
-    record["seconds"] = round(time.perf_counter() - started, 3)
+    record["seconds"] = seconds_since(started)
     if folder is not None:
-        folder.write_part(runs.score_frame(result.scores, NAMES, column(METRIC)))
+        kept = ShipsResult.read(folder.path, tuple(shape), METRIC)
+        new = np.where(np.isnan(kept), result.scores, np.nan)  # none twice
+        folder.write_part(runs.score_frame(new, NAMES, column(METRIC)))
         folder.write_manifest(record | {"status": "complete", "noise_floor": result.noise_floor})
     return result
 

@@ -337,7 +337,13 @@ def _tree_mask(mask_function, **kwargs):
     recorder = probe.get()
     if recorder is None:
         return Visible(None)  # the window is known per layer by then
-    return Visible(_window_of(mask_function, recorder.longest, kwargs.get("device", "cpu")))
+    return Visible(_window_of(mask_function, recorder.longest, _real(kwargs.get("device", "cpu"))))
+
+
+def _real(device) -> torch.device:
+    """A device that computes: a model without weights is looked at on `meta`, its masks are asked on a CPU."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _window_of(mask_function, longest: int, device) -> int | None:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import errno
 import json as json_module
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .cli_bench import bench
 from .cli_options import (
+    PLAN_OPTIONS,
     SCAN_OPTIONS,
     DoSample,
     Groups,
@@ -33,8 +37,9 @@ from .cli_options import (
     check_place,
     command,
     quiet_transformers,
+    running,
 )  # fmt: skip
-from .errors import InputError
+from .errors import InputError, Stopped
 
 app = typer.Typer(
     name="shipsfast",
@@ -47,7 +52,7 @@ app = typer.Typer(
 
 
 @app.command("scan")
-@command(SCAN_OPTIONS)
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
 def scan(
     load: Callable[[], dict],
     shared: dict,
@@ -80,6 +85,10 @@ def scan(
     chosen = [parse_metric(each) for each in metric]
     if rank_by not in ("score", "asr"):
         raise InputError(f"--rank-by {rank_by}: expected score or asr")
+    if shared["plan"]:
+        if rank_by == "asr":
+            raise InputError("--plan is for scans of the next token: leave --rank-by asr away")
+        return _plan("scan", load, shared)
     if rank_by == "score":
         from .ships import scan as run
 
@@ -103,16 +112,18 @@ def scan(
 
 
 @app.command("scan-dataset")
-@command(SCAN_OPTIONS)
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
 def scan_dataset(load: Callable[[], dict], shared: dict, rank: Rank = 1, top: Top = 10):
     """Score every head by how far it turns the subspace PROMPTS span (dataset-level Ships, in degrees)."""
+    if shared["plan"]:
+        return _plan("scan-dataset", load, shared)
     from .dataset import scan_dataset as run
 
     _show(run(**load(), rank=rank), top, shared)
 
 
 @app.command("sahara")
-@command(SCAN_OPTIONS)
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
 def sahara(
     load: Callable[[], dict],
     shared: dict,
@@ -121,13 +132,15 @@ def sahara(
     beam: Annotated[int, typer.Option(min=1, help="Groups kept after every step; 1 is the paper's.")] = 1,
 ):
     """Find the group of heads that carries the answers to PROMPTS, greedily (Sahara)."""
+    if shared["plan"]:
+        return _plan("sahara", load, shared, steps=group_size, beam=beam)
     from .greedy import sahara as run
 
     _show(run(**load(), group_size=group_size, rank=rank, beam=beam), group_size, shared)
 
 
 @app.command("generate")
-@command(without=("out",))
+@command(without=("out", "resume"))
 def generate(
     load: Callable[[], dict],
     shared: dict,
@@ -262,12 +275,40 @@ def demo(
 
 
 @app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    json: Json = False,
+) -> None:
+    """Check every file of a run folder: what is damaged, what is missing, what to do.
+
+    Exit status: 0 sound and complete, 1 damaged or not finished, 2 no run.
+    """
+    from .verify import render, verify
+
+    report = verify(run)
+    print(json_module.dumps(report, indent=1) if json else render(report))
+    if report["verdict"] != "sound":
+        raise typer.Exit(1)
+
+
+@app.command()
 def info(json: Json = False) -> None:
     """Say what is installed, what will run, and what is missing and why."""
     from .info import describe, render
 
     facts = describe()
     print(json_module.dumps(facts, indent=1) if json else render(facts))
+
+
+app.command("bench")(bench)
+
+
+def _plan(kind: str, load: Callable[[], dict], shared: dict, **steps: int) -> None:
+    """Print what a scan would take."""
+    from .forecast import forecast
+
+    found = forecast(kind, **load(), **steps)
+    print(json_module.dumps(found.to_json(), indent=1) if shared["json"] else found.render())
 
 
 def _show(result, top: int, shared: dict) -> None:
@@ -286,22 +327,53 @@ def _show(result, top: int, shared: dict) -> None:
             print("(it was complete: loaded, nothing was run)")
 
 
+# Errors of a disk, a network share or their permissions, which no input explains.
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG,
+    errno.EMFILE, errno.ENODEV, errno.ENXIO,
+)  # fmt: skip
+
+
 def main() -> None:
-    """Entry point. Exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Entry point. Exit status: 0, 2 for bad input or a disk that fails, 130 after Ctrl-C, 143 after SIGTERM;
+    of verify, 1 for a run that is damaged or not finished."""
+    running["out"] = None
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # typer's own for Ctrl-C, which says nothing
-            _fail("interrupted")
+            _fail(_with_kept("interrupted"))
         raise
+    except Stopped:
+        _fail(_with_kept("terminated (SIGTERM)"))
+        sys.exit(143)
     except InputError as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in DISK:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        kept = "; what was finished is kept, run again to continue" if "--out" in sys.argv else ""
-        sys.exit(_fail(f"cannot read or write{where}: {error.strerror}{kept}"))
+        sys.exit(_fail(_with_kept(f"cannot read or write{where}: {error.strerror}")))
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(_number, _frame) -> None:
+    raise Stopped
+
+
+def _with_kept(message: str) -> str:
+    """The message, and what of the run at hand is safe."""
+    if running["out"] is None:
+        return message
+    from .runs import kept
+
+    safe = kept(running["out"])
+    return f"{message}; {safe}" if safe else message
 
 
 def _fail(message: str) -> int:

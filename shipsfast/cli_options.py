@@ -20,6 +20,10 @@ PromptFile = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder to write; an unfinished one is continued.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Only go on with the unfinished run in --out; an error if none is there."),
+]
 Template = Annotated[
     str,
     typer.Option(
@@ -50,11 +54,26 @@ Rank = Annotated[int, typer.Option(min=1, help="Singular vectors that span the s
 Backend = Annotated[str, typer.Option(help="Attention: auto, triton, cpp, torch or reference.")]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")]
+PlanOnly = Annotated[
+    bool, typer.Option("--plan", help="Run nothing: print plan, memory and time. config.json is enough.")
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(help="With --plan: what the device has in all, such as 80GiB; default what is free."),
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read decoder layers from the checkpoint as they run: for models larger than the memory.",
+    ),
+]
 MaxMemory = Annotated[
     str | None, typer.Option(help="Memory to use beyond the model, such as 8GiB; default what is free.")
 ]
 RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL, with all your rights.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL, with all your rights."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Write the heatmap here (png, svg or pdf).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -98,9 +117,11 @@ JudgeTemplate = Annotated[
 ]
 KeepText = Annotated[bool, typer.Option("--keep-text", help="Keep the answers in the run folder.")]
 
+running: dict[str, Path | None] = {"out": None}  # where the command at work writes, for its last words
 ARGUMENTS = {"model": ModelName, "prompts": PromptFile}
 RUN_OPTIONS = {
     "out": (Out, None),
+    "resume": (Resume, False),
     "template": (Template, "auto"),
     "column": (Column, None),
     "limit": (Limit, None),
@@ -118,7 +139,8 @@ RUN_OPTIONS = {
     "json": (Json, False),
     "quiet": (Quiet, False),
 }
-SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None)}
+SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None), "stream": (Stream, False)}
+PLAN_OPTIONS = {"plan": (PlanOnly, False), "device_memory": (DeviceMemory, None)}
 
 
 def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
@@ -134,6 +156,7 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
         def run(**given) -> None:
             shared = {name: given.pop(name) for name in (*ARGUMENTS, *options)}
+            running["out"] = shared.get("out")
             shared["loaded"] = is_complete(shared.get("out"))
             function(checked(**{k: x for k, x in shared.items() if k != "loaded"}), shared, **given)
 
@@ -156,7 +179,8 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
 def checked(
     model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, dtype, device,
-    max_memory, trust_remote_code, quiet, json, out=None, heads=None, plot=None,
+    max_memory, trust_remote_code, quiet, json, out=None, resume=False, heads=None, plot=None, stream=False,
+    plan=False, device_memory=None,
 ) -> Callable[[], dict]:  # fmt: skip
     """Check the options, cheapest first; the function returned loads the model and gives the arguments of a run.
 
@@ -170,6 +194,8 @@ def checked(
         raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf")
     for path in (plot, out):
         check_place(path)
+    if resume:
+        check_resume(out)
     others = None if source is None else load_prompts(source, column)
     if others is not None and ablation == "resample":
         others = sample_prompts(others, limit, sample, seed) if len(others) > 1 else others
@@ -183,14 +209,27 @@ def checked(
     how = Ablation(ablation, eps, None if others is None else tuple(others))
     chosen = None if heads is None else parse_heads(heads)
     limit_bytes = None if max_memory is None else parse_bytes(max_memory)
+    if device_memory is not None and not plan:
+        raise InputError("--device-memory is for --plan: a scan is told what it may use with --max-memory")
+    whole_bytes = None if device_memory is None else parse_bytes(device_memory)
 
     def load() -> dict:
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         wrapped = template
         if template == "auto":
             wrapped = "chat" if getattr(tokenizer, "chat_template", None) else "none"
+        if plan:
+            from .hollow import hollow_model
+
+            return {
+                "model": hollow_model(model, dtype), "prompts": texts, "tokenizer": tokenizer, "template": wrapped,
+                "ablation": how, "unit": unit.replace("-", "_"), "device": device, "max_memory": limit_bytes,
+                "device_memory": whole_bytes, "stream": stream, "heads": chosen,
+            }  # fmt: skip
         return {
-            "model": load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+            "model": load_model(
+                model, dtype=dtype, device=device, stream=stream, trust_remote_code=trust_remote_code
+            ),
             "prompts": texts, "tokenizer": tokenizer,
             "template": wrapped, "ablation": how, "unit": unit.replace("-", "_"), "backend": backend,
             "out": out, "progress": not quiet, "max_memory": limit_bytes,
@@ -207,10 +246,23 @@ def _number(text: str, option: str) -> float:
 
 
 def is_complete(out: Path | None) -> bool:
-    """Does a finished run lie there?"""
-    from .runs import MANIFEST, read_manifest
+    """Does a finished run lie there, with every part sound?"""
+    from .manifest import is_finished
 
-    return out is not None and (out / MANIFEST).is_file() and read_manifest(out).get("status") == "complete"
+    return out is not None and is_finished(out)
+
+
+def check_resume(out: Path | None) -> None:
+    """Raises InputError unless there is a run to go on with."""
+    from .manifest import BACKUP, MANIFEST
+
+    if out is None:
+        raise InputError("--resume goes on with the run in --out: give --out")
+    if not any((out / name).is_file() for name in (MANIFEST, BACKUP)):
+        what = "it does not exist" if not out.exists() else f"it has no {MANIFEST}"
+        raise InputError(
+            f"--resume {out}: there is no run to go on with, {what}; leave --resume away to begin one"
+        )
 
 
 def check_place(path: Path | None) -> None:

@@ -124,7 +124,7 @@ def judged(
             for row, text, label in zip(rows, texts, labels, strict=True):
                 completions.keep(row, text, label)
                 unwritten.append((row.group, row.prompt))
-            if time.monotonic() - written > WRITE_EVERY_S:
+            if not 0 <= time.monotonic() - written <= WRITE_EVERY_S:  # also if the clock was set back
                 write()
     finally:  # also when a judge raises: what it has judged before is kept
         write()

@@ -20,16 +20,19 @@ from transformers import PreTrainedModel
 from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head
 from .checks import check_hidden, longest_prompt, plain_hidden
+from .clock import seconds_since
 from .errors import InputError
 from .grams import ROOM as GRAMS
 from .grams import Grams
 from .nonfinite import explain, refuse_base
 from .packing import PackedPrompts
-from .prepared import OutOfMemory, Prepared, prepare, run_blocks
+from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
 from .results import HEAD_COLUMNS, SubspaceResult, stability_json
 from .subspaces import check_rank, gram_matrices, leading_subspace, singular_values, subspace_angle_deg
+from .untouched import untouched
 
 
+@untouched
 def scan_dataset(
     model: PreTrainedModel,
     prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -80,24 +83,26 @@ def scan_dataset(
     shape = tuple(prepared.identity["shape"][1:])
     angles, folder = np.full(shape, np.nan), None
     if out is not None:
-        folder = runs.RunFolder(out, prepared.identity)
-        if folder.previous.get("status") == "complete":
+        folder = runs.RunFolder(out, prepared.identity, prepared.record)
+        if folder.complete:
             return SubspaceResult.load(folder.path)
         angles = runs.read_scores(folder.path, shape, HEAD_COLUMNS, "angle_deg")
+        prepared.continue_plan(folder)
+        prepared.record["plan"] = prepared.plan.to_json()
         folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
     grams = Grams.empty(len(prepared.token_ids), shape)
     if grams is not None and folder is not None:
         grams = grams.read(folder.path, HEAD_COLUMNS)
-        grams = grams if grams.covers(angles) else None  # a folder begun by an earlier version
 
     def keep(part: np.ndarray, units: list[Head]) -> None:
         if folder is not None:
-            if grams is not None:  # first, so that no score is without
-                folder.write_part(grams.part(HEAD_COLUMNS, units), GRAMS)
-            folder.write_part(runs.score_frame(part, HEAD_COLUMNS, "angle_deg"))
+            frames = {runs.SCORES: runs.score_frame(part, HEAD_COLUMNS, "angle_deg")}
+            if grams is not None:
+                frames[GRAMS] = grams.part(HEAD_COLUMNS, units)
+            folder.write_parts(frames, plan=prepared.plan.to_json())
 
     missing = [u for u in prepared.units if np.isnan(angles[u])]
-    steps = prepared.layer_passes(missing, len(prepared.plan.prompt_groups))
+    steps = prepared.layer_passes(prepared.units, missing, len(prepared.plan.prompt_groups))
     with tqdm(
         total=steps,
         desc="scan-dataset",
@@ -107,13 +112,18 @@ def scan_dataset(
     ) as bar:
         angular = AngleScan(prepared, rank, bar, folder, None if grams is None else grams.base)
         angular.run(angles, prepared.units, (), keep, None if grams is None else grams.heads)
-    record = prepared.record | angular.record() | {"seconds": round(time.perf_counter() - started, 3)}
+        angular.complete()
+    record = prepared.record | angular.record() | {"seconds": seconds_since(started)}
     result = SubspaceResult(angles, angular.noise_floor, record, prepared.identity, grams)
     record["concentration"] = result.concentration().to_json()
     if folder is not None:
         record["rank_stability"] = stability_json(result, 10)
         folder.write_manifest(record | {"status": "complete", "noise_floor": angular.noise_floor})
     return result
+
+
+# The unablated model's subspace in a run folder: a run that goes on measures against the very same numbers.
+BASIS, BASIS_COLUMNS = "basis", ("prompt", "vector")
 
 
 class AngleScan:
@@ -135,8 +145,10 @@ class AngleScan:
             folder,
             base_gram,
         )
-        self.basis: torch.Tensor | None = None  # [P, r], of the unablated model
+        self.basis = None if folder is None else self._read_basis()  # [P, r], of the unablated model
         before = folder.previous_measures() if folder else {}
+        # Whether the packed model has been held against its own forward pass.
+        self.checked = "noise_floor" in before and folder.same_environment
         self.singular_values: list[float] = before.get("base_singular_values", [])
         self.noise_floor: float = before.get("noise_floor", 0.0)
         self.parent_angle = 0.0  # of the group that was off in the last block
@@ -152,12 +164,13 @@ class AngleScan:
     ) -> None:
         """Fill in angles [L, H], and grams [L, H, P, P] if given, of `units` with `parent` off as well.
 
-        keep(part, units) is called with each block's angles.
+        keep(part, units) is called with what was missing of each block.
         """
         while True:
             try:
                 run_blocks(
                     self.prepared,
+                    units,
                     lambda: [u for u in units if np.isnan(angles[u])],
                     lambda block: self._block(block, parent, angles, keep, grams),
                     self.bar,
@@ -178,26 +191,55 @@ class AngleScan:
     def _block(
         self, block: list[Head], parent: tuple[Head, ...], angles: np.ndarray, keep: Callable, grams
     ) -> None:
-        if self.basis is None and parent:
-            self._set_basis(self._hidden([], ())[0])
+        # The basis is that of the first block of all, so that a run that was interrupted gets the same.
+        first = self.prepared.blocks(self.prepared.units, self.prepared.units)[0]
+        own = not parent and list(block) == list(first)
+        if not own and not self._has_basis():
+            self._begin(self._hidden(first, ()), first)
         hidden = self._hidden(block, parent)  # [1 + units, P, hidden]
-        bad = (~torch.isfinite(hidden).flatten(1).all(1)).nonzero().flatten().tolist()
-        if bad:
-            self._refuse(hidden[bad[0]], None if bad[0] == 0 else block[bad[0] - 1], parent)
-        if self.basis is None:
-            self._set_basis(hidden[0])
-            self._check(hidden, block)
+        if own and not self._has_basis():
+            self._begin(hidden, block)
+        self._check_finite(hidden, block, parent)
         found = subspace_angle_deg(self.basis, hidden).cpu().numpy()
         self.parent_angle = float(found[0])
         # Before any angle is taken: what runs out of memory here is done again.
         matrices = None if grams is None else gram_matrices(hidden[1:]).cpu().numpy()
-        part = np.full_like(angles, np.nan)
-        for unit, angle in zip(block, found[1:], strict=True):
-            angles[unit] = part[unit] = angle
-        if matrices is not None:
-            for unit, gram in zip(block, matrices, strict=True):
-                grams[unit] = gram
-        keep(part, block)
+        part, new = np.full_like(angles, np.nan), [unit for unit in block if np.isnan(angles[unit])]
+        for at, unit in enumerate(block):
+            if np.isnan(angles[unit]):
+                part[unit] = found[1 + at]
+                if matrices is not None:
+                    grams[unit] = matrices[at]
+        keep(part, new)
+        for unit in new:
+            angles[unit] = part[unit]
+
+    def complete(self) -> None:
+        """Bring back a basis that was damaged in the folder while no angle was missing."""
+        if not self._has_basis():
+            first = self.prepared.blocks(self.prepared.units, self.prepared.units)[0]
+            what = "taking the unablated model's subspace"
+            once_more(what, lambda: self._begin(self._hidden(first, ()), first))
+
+    def _has_basis(self) -> bool:
+        without = self.base_gram is not None and np.isnan(self.base_gram).any()
+        return self.basis is not None and self.checked and not without
+
+    def _begin(self, hidden: torch.Tensor, block: list[Head]) -> None:
+        """Take the basis from the first block's hidden states, if the folder has none, and make the checks."""
+        self._check_finite(hidden, block, ())
+        if self.basis is None:
+            self._set_basis(hidden[0])
+        if self.base_gram is not None:
+            self.base_gram[:] = gram_matrices(hidden[:1])[0].cpu().numpy()
+        if not self.checked:
+            self._check(hidden, block)
+            self.checked = True
+
+    def _check_finite(self, hidden: torch.Tensor, block: list[Head], parent: tuple[Head, ...]) -> None:
+        bad = (~torch.isfinite(hidden).flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            self._refuse(hidden[bad[0]], None if bad[0] == 0 else block[bad[0] - 1], parent)
 
     def _refuse(self, hidden: torch.Tensor, unit: Head | None, parent: tuple[Head, ...]) -> None:
         """Raises for hidden states [P, hidden] that are not finite, naming where it begins. They have no angle: one prompt
@@ -245,10 +287,17 @@ class AngleScan:
                 f"rank {self.rank} is more than the prompts have: their hidden states span {span} "
                 f"direction{'s' * (span != 1)} (duplicates add none); lower the rank or add prompts"
             )
+        basis = leading_subspace(base[None], self.rank)[0]
         self.singular_values = values[: self.rank + 1].tolist()
-        self.basis = leading_subspace(base[None], self.rank)[0]
-        if self.base_gram is not None:
-            self.base_gram[:] = gram_matrices(base[None])[0].cpu().numpy()
+        if self.folder is not None:
+            frame = runs.score_frame(basis.cpu().numpy(), BASIS_COLUMNS, "value")
+            self.folder.write_part(frame, BASIS, base_singular_values=self.singular_values)
+        self.basis = basis
+
+    def _read_basis(self) -> torch.Tensor | None:
+        shape = (len(self.prepared.token_ids), self.rank)
+        basis = runs.read_scores(self.folder.path, shape, BASIS_COLUMNS, "value", room=BASIS)
+        return None if np.isnan(basis).any() else torch.from_numpy(basis).to(self.prepared.device)
 
     def _check(self, hidden: torch.Tensor, block: list[Head]) -> None:
         """The unablated model and one unit against plain forward passes; and the noise floor of the angles."""
@@ -259,5 +308,4 @@ class AngleScan:
         plain = plain_hidden(prepared, range(len(prepared.token_ids))).to(hidden.device)
         self.noise_floor = max(self.noise_floor, float(subspace_angle_deg(self.basis, plain[None])[0]))
         if self.folder is not None:  # before the first scores are
-            measured = {"noise_floor": self.noise_floor, "base_singular_values": self.singular_values}
-            self.folder.write_manifest(prepared.record | measured | {"status": "running"})
+            self.folder.update(noise_floor=self.noise_floor, base_singular_values=self.singular_values)

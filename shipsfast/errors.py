@@ -1,6 +1,7 @@
 """What goes wrong because of the input, told in one line: the thing, what was expected, what to do."""
 
 import operator
+import sys
 
 from .plain_text import one_line
 
@@ -28,3 +29,12 @@ def whole_number(name: str, value, least: int = 1) -> int:
     if number is None or number < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+class Stopped(BaseException):
+    """The process was asked to end (SIGTERM). Everything is put back on the way out, as after Ctrl-C."""
+
+
+def note(message: str) -> None:
+    """Tell the user something that does not end the run, in one line of stderr."""
+    print(f"shipsfast: {' '.join(message.split())}", file=sys.stderr, flush=True)

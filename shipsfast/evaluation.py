@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 from . import runs
 from .ablation import DEFAULT_SCALE, Ablation
 from .checks import check_generation
+from .clock import seconds_since
 from .completions import MISSING, Completions, judged
 from .control import CONTROL_TOKENS, Control, kl_along
 from .errors import InputError, whole_number
 from .generation import NEW_TOKENS, TOP_K, Generation, Longest, Sampling, prepare_generation
+from .prepared import once_more
 from .refusal import LABELS, Completion, Judge, as_judge, degenerate
 from .statistics import wilson_interval
+from .untouched import untouched
 
 CONTROL_ROOM = "control"
 KL_NAMES, KL = ("group", "prompt"), "kl_nats"
@@ -136,6 +139,7 @@ def group_name(group: Iterable[Sequence[int]]) -> str:
     return "+".join(f"{layer}-{head}" for layer, head in group) or "none"
 
 
+@untouched
 def evaluate(
     model: PreTrainedModel,
     prompts: Sequence[str],
@@ -209,11 +213,9 @@ def evaluate(
             "prompts": runs.prompt_hashes(ordinary.subject.token_ids),
             "tokens": tokens,
         }
-    folder = None if out is None else runs.RunFolder(out, identity)
-    if folder is not None and folder.previous.get("status") == "complete":
-        finished = EvalResult.load(folder.path)
-        if _whole(finished):
-            return replace(finished, prompts=list(prompts))  # else somebody deleted a part
+    folder = None if out is None else runs.RunFolder(out, identity, generation.subject.record)
+    if folder is not None and folder.complete:
+        return replace(EvalResult.load(folder.path), prompts=list(prompts))
     record = generation.subject.record | {"plan": generation.plan.to_json(), "judge": judge.name}
     if keep_text:
         record["prompt_texts"] = list(prompts)
@@ -230,7 +232,7 @@ def evaluate(
             ordinary, list(control), tokenizer, tokens, keep_text, folder, progress, max_memory
         )
     record["plan"] = generation.plan.to_json()
-    record["seconds"] = round(time.perf_counter() - started, 3)
+    record["seconds"] = seconds_since(started)
     record["asr"] = [round(float(x), 6) for x in result.asr]
     if folder is not None:
         folder.write_manifest(record | {"status": "complete"})
@@ -261,15 +263,8 @@ def fill(
         longest = np.unravel_index(completions.num_tokens.argmax(), completions.num_tokens.shape)
         for _ in sample.watch(generation.run([tuple(map(int, longest))])):
             pass
-    return check_generation(generation, sample.row)
-
-
-def _whole(result: EvalResult) -> bool:
-    """Is every number there?"""
-    control = result.control
-    return not result.completions.missing() and (
-        control is None or not (control.completions.missing() or np.isnan(control.kl_nats).any())
-    )
+    what = "holding a text against a plain forward pass"
+    return once_more(what, lambda: check_generation(generation, sample.row))
 
 
 def _ordinary(model, control, tokenizer, settings: dict, generation: Generation) -> Generation:
@@ -310,7 +305,9 @@ def _control(
                 "these heads off the model overflows; use a smaller scale or a wider dtype"
             )
         if folder is not None:
-            folder.write_part(runs.score_frame(kl_nats, KL_NAMES, KL))
+            kept = runs.read_scores(folder.path, kl_nats.shape, KL_NAMES, KL)
+            new = np.where(np.isnan(kept), kl_nats, np.nan)
+            folder.write_part(runs.score_frame(new, KL_NAMES, KL))
     return Control(kl_nats, completions, tokens)
 
 

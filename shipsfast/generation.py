@@ -25,6 +25,8 @@ from .nonfinite import NotFinite, refuse_token
 from .planner import LOGIT_COPIES, Plan, make_plan
 from .prepared import Subject, is_out_of_memory, look_at
 from .sources import mean_outputs
+from .untouched import untouched
+from .weights import check_in_memory
 
 NEW_TOKENS = 128  # arXiv 2410.13708, appendix B.2
 TOP_K = 5
@@ -290,6 +292,7 @@ def _cut(items: Sequence, most: int) -> Iterator[Sequence]:
         yield items[start : start + most]
 
 
+@untouched
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -388,6 +391,7 @@ def prepare_generation(
     whole_number("max_new_tokens", max_new_tokens)
     if batch_rows is not None:
         whole_number("batch_rows", batch_rows)
+    check_in_memory(model)
     subject = look_at(
         model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,
         layers=layers, new_tokens=max_new_tokens,

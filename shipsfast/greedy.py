@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head
+from .clock import seconds_since
 from .dataset import AngleScan
 from .errors import InputError, whole_number
 from .grams import ROOM as GRAMS
@@ -25,10 +26,12 @@ from .grams import Grams
 from .prepared import prepare
 from .results import STEP_COLUMNS, SaharaResult, stability_json
 from .subspaces import check_rank
+from .untouched import untouched
 
 TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
 
 
+@untouched
 def sahara(
     model: PreTrainedModel,
     prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -83,17 +86,19 @@ def sahara(
     grid = tuple(prepared.identity["shape"][1:])
     scores, folder = np.full((group_size, beam, *grid), np.nan), None
     if out is not None:
-        folder = runs.RunFolder(out, prepared.identity)
-        if folder.previous.get("status") == "complete":
+        folder = runs.RunFolder(out, prepared.identity, prepared.record)
+        if folder.complete:
             return SaharaResult.load(folder.path)
         scores = runs.read_scores(folder.path, scores.shape, STEP_COLUMNS, "angle_deg")
+        prepared.continue_plan(folder)
+        prepared.record["plan"] = prepared.plan.to_json()
         folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
     grams = Grams.empty(len(prepared.token_ids), scores.shape)
     if grams is not None and folder is not None:
         grams = grams.read(folder.path, STEP_COLUMNS)
-        grams = grams if grams.covers(scores) else None  # a folder begun by an earlier version
 
-    per_step = prepared.layer_passes(prepared.units, len(prepared.plan.prompt_groups))
+    groups = len(prepared.plan.prompt_groups)
+    per_step = prepared.layer_passes(prepared.units, prepared.units, groups)
     total = per_step * (1 + (group_size - 1) * beam)
     with tqdm(total=total, unit=" layer passes", unit_scale=True, disable=not progress) as bar:
         angular = AngleScan(prepared, rank, bar, folder, None if grams is None else grams.base)
@@ -103,14 +108,15 @@ def sahara(
             bar.set_description(f"sahara, head {step + 1} of {group_size}")
             before = time.perf_counter()
             search.step(step)
-            seconds.append(round(time.perf_counter() - before, 3))
+            seconds.append(seconds_since(before))
+        angular.complete()
         bar.total = bar.n
     best = search.beams[0]
     record = prepared.record | angular.record() | {
         "path": best.path,
         "step_seconds": seconds,
         "repeated_angle_max_abs_deg": search.repeated,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": seconds_since(started),
     }  # fmt: skip
     angles = np.stack([scores[step, at] for step, at in enumerate(best.path)])
     kept = [(list(each.heads), each.angle) for each in search.beams]
@@ -149,9 +155,9 @@ class _Search:
             prepared, angular, scores, grams, folder,
         )  # fmt: skip
         self.beams = [_Group()]
-        self.repeated = (
-            0.0  # the group's own score, when it is row 0 of the next step, against the first time
-        )
+        before = folder.previous_measures() if folder else {}
+        # The group's own score, when it is row 0 of the next step, against the first time.
+        self.repeated = before.get("repeated_angle_max_abs_deg", 0.0)
 
     def step(self, step: int) -> None:
         """Score every group of the beam with every head more, and keep the best."""
@@ -176,11 +182,9 @@ class _Search:
                     angles,
                     fresh,
                     group.heads,
-                    lambda part, units, at=at: self._keep(step, at, part, units),
+                    lambda part, units, at=at, group=group: self._keep(step, at, part, units, group),
                     None if self.grams is None else self.grams.heads[step, at],
                 )
-                if group.heads:
-                    self.repeated = max(self.repeated, abs(self.angular.parent_angle - group.angle))
             known |= {sets[u]: (at, u) for u in fresh}
             pool += [(float(angles[u]), at, u) for u in fresh]
         self.beams = [
@@ -188,12 +192,18 @@ class _Search:
             for angle, at, unit in _best(pool, self.scores.shape[1])
         ]
 
-    def _keep(self, step: int, at: int, part: np.ndarray, units: list[Head]) -> None:
+    def _keep(
+        self, step: int, at: int, part: np.ndarray, units: list[Head], group: _Group | None = None
+    ) -> None:
+        """group: the one that was row 0, if the model has run for it."""
+        if group is not None and group.heads:
+            self.repeated = max(self.repeated, abs(self.angular.parent_angle - group.angle))
         if self.folder is None:
             return
-        if self.grams is not None:  # first, so that no score is without
-            index = [(step, at, *unit) for unit in units]
-            self.folder.write_part(self.grams.part(STEP_COLUMNS, index), GRAMS)
         whole = np.full(self.scores.shape, np.nan)
         whole[step, at] = part
-        self.folder.write_part(runs.score_frame(whole, STEP_COLUMNS, "angle_deg"))
+        frames = {runs.SCORES: runs.score_frame(whole, STEP_COLUMNS, "angle_deg")}
+        if self.grams is not None:
+            frames[GRAMS] = self.grams.part(STEP_COLUMNS, [(step, at, *unit) for unit in units])
+        plan = self.prepared.plan.to_json()
+        self.folder.write_parts(frames, plan=plan, repeated_angle_max_abs_deg=self.repeated)

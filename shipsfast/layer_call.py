@@ -53,6 +53,12 @@ class LayerCall:
 
         return self._cut(cut)
 
+    def to(self, device: torch.device) -> LayerCall:
+        """The same call on another device."""
+        moved = self._cut(lambda x: x.to(device))
+        moved.hidden = self.hidden.to(device)
+        return moved
+
     def first(self, rows: int, of: int) -> LayerCall:
         """The same call for the first of the batch's rows only."""
         return self._cut(lambda x: x[:rows] if x.dim() >= 1 and x.shape[0] == of else x)

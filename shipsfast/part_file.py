@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,8 @@ from .errors import InputError
 
 INDEX, NUMBER, TEXT, FLAG, VECTOR = "whole numbers", "numbers", "texts", "true or false", "lists of numbers"
 COLUMNS = {
-    **dict.fromkeys(("prompt", "layer", "head", "step", "beam", "group", "num_tokens"), INDEX),
-    **dict.fromkeys(("kl_nats", "score", "angle_deg"), NUMBER),
+    **dict.fromkeys(("prompt", "layer", "head", "step", "beam", "vector", "group", "num_tokens"), INDEX),
+    **dict.fromkeys(("kl_nats", "score", "angle_deg", "value"), NUMBER),
     **dict.fromkeys(("label", "text_sha256", "text"), TEXT),
     "finished": FLAG,
     "gram": VECTOR,
@@ -36,7 +37,7 @@ def inside(folder: Path, path: Path) -> Path:
     return path
 
 
-def read_table(part: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_table(part: Path | BinaryIO, columns: Sequence[str]) -> pd.DataFrame:
     """These columns of a Parquet file. Raises ValueError or OSError for what is not such a table."""
     import pyarrow as pa
     import pyarrow.parquet as pq

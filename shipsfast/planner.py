@@ -50,6 +50,15 @@ class Plan:
         out["prompt_groups"] = [len(g) for g in self.prompt_groups]
         return out
 
+    @classmethod
+    def from_json(cls, body: dict, prompts: Sequence[Sequence[int]]) -> Plan:
+        """The plan that gave `to_json`, for the same prompts."""
+        order, groups, start = in_order(prompts), [], 0
+        for size in body["prompt_groups"]:
+            groups.append(tuple(order[start : start + size]))
+            start += size
+        return cls(**body | {"prompt_groups": tuple(groups)})
+
     def smaller(self) -> Plan | None:
         """The plan to retry with after running out of memory, None if there is nothing left to halve."""
         if max(self.chunk_tokens, self.rows_per_block) == 1:
@@ -66,6 +75,11 @@ def even_slices(total: int, most: int) -> list[slice]:
     """range(total) cut into the fewest slices of at most `most`, as equal as can be; none for a total of 0."""
     parts = max(1, -(-total // max(1, most)))
     return [slice(a, b) for a, b in pairwise(total * i // parts for i in range(parts + 1)) if b > a]
+
+
+def in_order(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Indices of the prompts in which neighbours share the longest prefixes."""
+    return sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
 
 
 def parse_bytes(text: str) -> int:
@@ -86,15 +100,25 @@ def free_bytes(device: torch.device) -> int:
     return int(0.9 * psutil.virtual_memory().available)
 
 
-def block_bytes(
+def block_parts(
     anatomy: Anatomy, rows: int, tokens: int, ends: int, chunk_tokens: int, head_rows: int, size: int
-) -> int:
-    """Predicted peak of a block of `rows` rows beyond the model itself, in bytes; `size` bytes per number."""
-    residual = rows * (tokens + ends) * anatomy.hidden_size * size
-    chunk = max(chunk_tokens, tokens) * anatomy.work_width * size
+) -> dict[str, int]:
+    """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number.
+
+    rows: their residual streams; chunk: what a layer holds while it runs; head: logits, which come after the layers.
+    """
     head = max(head_rows, ends) * anatomy.vocab_size * max(size, 4) * LOGIT_COPIES
-    base = 2 * ends * anatomy.vocab_size * 8
-    return residual + max(chunk, head + base)
+    return {
+        "rows": rows * (tokens + ends) * anatomy.hidden_size * size,
+        "chunk": max(chunk_tokens, tokens) * anatomy.work_width * size,
+        "head": head + 2 * ends * anatomy.vocab_size * 8,
+    }
+
+
+def block_bytes(*args) -> int:
+    """Predicted peak of a block beyond the model itself, in bytes. Arguments as in `block_parts`."""
+    parts = block_parts(*args)
+    return parts["rows"] + max(parts["chunk"], parts["head"])
 
 
 def make_plan(
@@ -111,10 +135,12 @@ def make_plan(
     extra_rows: int = 0,
     kept_per_row_bytes: int = 0,
     kept_bytes: int = 0,
+    coming_bytes: int = 0,
 ) -> Plan:
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
     max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
+    coming_bytes: weights of the model that are brought into memory while it runs.
     extra_rows: residual streams held beside those of the block; kept_per_row_bytes, kept_bytes: what the caller
         keeps of every row, and in all.
     Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
@@ -124,7 +150,7 @@ def make_plan(
     ):  # fmt: skip
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    limit = free_bytes(device) if max_memory is None else max_memory
+    limit = max(0, free_bytes(device) - coming_bytes) if max_memory is None else max_memory
     size = torch.empty((), dtype=dtype).element_size()
     on_cpu = device.type == "cpu"
     chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
@@ -132,9 +158,7 @@ def make_plan(
     head_rows = max(1, min(HEAD_BYTES, limit // 4 // LOGIT_COPIES) // (anatomy.vocab_size * max(size, 4)))
     if chunk_tokens is None:
         chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
-    order = sorted(
-        range(len(prompts)), key=lambda i: tuple(prompts[i])
-    )  # neighbours share the longest prefixes
+    order = in_order(prompts)
 
     def cut(per_group: int) -> list[tuple[int, ...]]:
         return [tuple(order[part]) for part in even_slices(len(order), per_group)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 import transformers
@@ -15,15 +16,17 @@ from ._version import __version__
 from .ablation import Ablation, Head, HeadMask, as_ablation, check_heads, check_unit, unit_heads
 from .anatomy import Anatomy, check_model, input_device, inspect_model
 from .attention import ATTRIBUTE, resolve_backend
-from .errors import InputError
+from .errors import InputError, note
 from .metrics import kl_backend
 from .packing import PackedPrompts, pack
 from .planner import Plan, even_slices, make_plan
 from .prompts import to_token_ids
 from .sources import mean_outputs, pair_ids, resample_outputs, source_ids, unpair
 from .wavefront import Wavefront, head_precision
+from .weights import coming_bytes, where_weights_are
 
 LAYER_PATHS = ("auto", "model", "fused")
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Subject:
             ablation["prompts"] = runs.prompt_hashes(self.other_ids)
         return {
             "kind": kind,
-            "fingerprint": runs.fingerprint(self.model),
+            "fingerprint": once_more("looking at the weights", lambda: runs.fingerprint(self.model)),
             "prompts": runs.prompt_hashes(self.token_ids),
             "ablation": ablation,
             "unit": self.unit,
@@ -66,12 +69,14 @@ class Prepared(Subject):
     """A scan that is ready to run.
 
     units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
-    identity: what makes two scans the same, for run folders.
+    plan: may become smaller, or another run's: see `continue_plan`; identity: what makes two scans the same, for run
+    folders.
     """
 
     units: list[Head]
     plan: Plan
     identity: dict
+    asked: dict  # parts of the plan that the caller has set
     tree_ids: list[list[int]] = field(default_factory=list)  # the prompts as they are packed
     _pairs: object = None
     _mean: list[torch.Tensor] | None = None
@@ -110,12 +115,37 @@ class Prepared(Subject):
             head_rows=self.plan.head_rows, tick=tick, fused=self.fused,
         )  # fmt: skip
 
-    def layer_passes(self, units: Sequence[Head], groups: int = 1) -> int:
-        """How many (row, layer) steps a scan of `units` takes in blocks as planned: the unit of progress."""
-        layers, total = self.anatomy.num_layers, 0
-        for part in even_slices(len(units), self.plan.rows_per_block):
-            total += layers + sum(layers - layer for layer, _ in units[part])
-        return total * groups
+    def continue_plan(self, folder: runs.RunFolder) -> None:
+        """Cut what is left of an unfinished run as the run was cut: its scores then end bit for bit as they would have.
+
+        Unless the caller asks for another cut now, or less memory is free than the plan needs.
+        """
+        before = folder.previous.get("plan")
+        if not before or folder.previous.get("plan_asked") != self.asked:
+            return
+        plan = Plan.from_json(before, self.tree_ids)
+        if plan.predicted_bytes <= self.plan.memory_limit_bytes:
+            self.plan = plan
+        elif replace(plan, memory_limit_bytes=0, predicted_bytes=0) != replace(
+            self.plan, memory_limit_bytes=0, predicted_bytes=0
+        ):
+            note(
+                f"{folder.path} was begun with more memory than is free now: it goes on in smaller blocks, and scores "
+                "may differ in rounding from those of a run that was never interrupted"
+            )
+
+    def blocks(self, units: Sequence[Head], missing: Iterable[Head]) -> list[Sequence[Head]]:
+        """`units` cut into blocks as planned, without those that have nothing missing. A block is always the same
+        rows, however much of it is known: matrix products of other sizes would round otherwise."""
+        missing = set(missing)
+        cut = (units[part] for part in even_slices(len(units), self.plan.rows_per_block))
+        return [block for block in cut if not missing.isdisjoint(block)]
+
+    def layer_passes(self, units: Sequence[Head], missing: Iterable[Head], groups: int = 1) -> int:
+        """How many (row, layer) steps it takes to scan what is missing of `units`: the unit of progress."""
+        layers = self.anatomy.num_layers
+        blocks = self.blocks(units, missing)
+        return groups * sum(layers + sum(layers - layer for layer, _ in block) for block in blocks)
 
 
 def prepare(
@@ -146,22 +176,21 @@ def prepare(
         layers=layers,
     )  # fmt: skip
     anatomy, token_ids = subject.anatomy, subject.token_ids
-    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
-    units = check_heads(grid, anatomy.num_layers, subject.num_units, unit)
+    units = scanned_units(heads, anatomy, subject.num_units, unit)
     resample = subject.how.kind == "resample"
     tree_ids, pairs = pair_ids(token_ids, subject.other_ids) if resample else (token_ids, None)
-    hidden = anatomy.hidden_size * model.dtype.itemsize
-    # A half-precision output head on a CPU is copied to float32 while a scan runs.
-    wide_head = (
-        head_precision(model) == "float32" and model.dtype.itemsize < 4 and subject.device.type == "cpu"
-    )
     plan = make_plan(
         anatomy, tree_ids, len(units), device=subject.device, dtype=model.dtype, max_memory=max_memory,
         chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
-        extra_rows=anatomy.num_layers * resample,
-        kept_per_row_bytes=len(token_ids) * hidden * keep_hidden,
-        kept_bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+        coming_bytes=coming_bytes(model, [layer.module for layer in anatomy.layers]),
+        **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden),
     )  # fmt: skip
+    asked = {
+        "chunk_tokens": chunk_tokens,
+        "rows_per_block": rows_per_block,
+        "prompts_per_group": prompts_per_group,
+    }
+    subject.record["plan_asked"] = asked
     shape = [len(token_ids), anatomy.num_layers, subject.num_units]
     identity = subject.describe(kind) | {
         "heads": "all" if len(units) == shape[1] * shape[2] else [list(h) for h in units],
@@ -169,8 +198,38 @@ def prepare(
     }
     subject.record["head_precision"] = head_precision(model)
     return Prepared(
-        **vars(subject), units=units, plan=plan, identity=identity, tree_ids=tree_ids, _pairs=pairs
+        **vars(subject),
+        units=units,
+        plan=plan,
+        identity=identity,
+        asked=asked,
+        tree_ids=tree_ids,
+        _pairs=pairs,
     )
+
+
+def scanned_units(heads, anatomy: Anatomy, num_units: int, unit: str) -> list[Head]:
+    """The units that `heads` of a scan names, in ascending order."""
+    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
+    return check_heads(grid, anatomy.num_layers, num_units, unit)
+
+
+def kept(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    num_prompts: int,
+    device: torch.device,
+    resample: bool,
+    keep_hidden: bool,
+) -> dict[str, int]:
+    """What a scan holds beside its blocks, as `make_plan` takes it."""
+    # A half-precision output head on a CPU is copied to float32 while a scan runs.
+    wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
+    return {
+        "extra_rows": anatomy.num_layers * resample,
+        "kept_per_row_bytes": num_prompts * anatomy.hidden_size * model.dtype.itemsize * keep_hidden,
+        "kept_bytes": 4 * anatomy.vocab_size * anatomy.hidden_size * wide_head,
+    }
 
 
 def look_at(
@@ -202,7 +261,9 @@ def look_at(
     longest = max(map(len, token_ids)) + new_tokens
     if others is not None:
         longest = max(longest, *map(len, others))
-    anatomy = inspect_model(model, max(token_ids, key=len), longest)
+    anatomy = once_more(
+        "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
+    )
     if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
     num_units = check_unit(unit, anatomy)
@@ -214,6 +275,7 @@ def look_at(
         "template": template,
         "attention_backend": resolved,
         "layers": "model" if not_fused else "fused",
+        "weights": where_weights_are(model),
         "kl_backend": kl_backend(device),
     }
     if not_fused:
@@ -236,25 +298,28 @@ def _why_not_fused(layers: str, anatomy: Anatomy, dtype: torch.dtype, device: to
 
 
 def run_blocks(
-    prepared: Prepared, missing: Callable[[], list[Head]], run: Callable[[list[Head]], None], bar
+    prepared: Prepared,
+    units: Sequence[Head],
+    missing: Callable[[], list[Head]],
+    run: Callable[[Sequence[Head]], None],
+    bar,
 ) -> None:
-    """Run what is missing, block by block; after running out of memory, what is still missing with a smaller plan.
+    """Run what is missing of `units`, block by block; after running out of memory, with a smaller plan.
 
-    missing: the units still to be done; run: does a block of them; bar: the progress bar, which goes back.
-    Raises OutOfMemory when there is no smaller plan.
+    missing: the units still to be done; run: does a block, and keeps what was missing of it; bar: the progress bar,
+    which goes back. Raises OutOfMemory when there is no smaller plan.
     """
-    while units := missing():
+    while blocks := prepared.blocks(units, missing()):
         done = bar.n
         try:
-            for part in even_slices(len(units), prepared.plan.rows_per_block):
+            for block in blocks:
                 done = bar.n
-                run(units[part])
+                run(block)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             bar.update(done - bar.n)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
             smaller = prepared.plan.smaller()
             if smaller is None:
                 raise OutOfMemory(
@@ -265,6 +330,31 @@ def run_blocks(
 
 class OutOfMemory(InputError):
     """There is no smaller plan for this group of prompts."""
+
+
+def free_memory() -> None:
+    """What is cached and unused, back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def once_more(what: str, run: Callable[[], T], smaller: Callable[[], T] | None = None) -> T:
+    """run(), and if that runs out of memory, `smaller` or the same again with the caches emptied.
+
+    For what is no block of a scan. Raises OutOfMemory, naming `what`, if that runs out too.
+    """
+    try:
+        return run()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()  # after the first error is gone, and the tensors of its frames
+    try:
+        return (smaller or run)()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory while {what}: free some, or shorten the longest prompt") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

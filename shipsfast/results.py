@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import pandas as pd
 from .errors import InputError, whole_number
 from .grams import QUICK, RESAMPLES, ROOM, Grams
 from .part_file import inside
-from .runs import MANIFEST, RunFolder, read_manifest, read_scores, score_frame
+from .runs import MANIFEST, SCORES, RunFolder, read_manifest, read_scores, score_frame
 from .statistics import (
     Concentration,
     RankStability,
@@ -53,20 +54,19 @@ def _save(
     marked: np.ndarray | None = None,
 ) -> Path:
     """A run folder with these scores; what an unfinished one already holds is kept."""
-    run = RunFolder(folder, identity)
+    run = RunFolder(folder, identity, record)
     record = {"status": "complete", **record}
-    if not run.previous:
-        run.write_manifest(record | {"status": "running"})
-    known = ~np.isnan(scores) if marked is None else ~np.isnan(scores) | marked
-    done = np.zeros(scores.shape, dtype=bool)
-    read_scores(run.path, scores.shape, names, value, done)
-    if not done[known].all():
-        if grams is not None:
-            run.write_part(
-                grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(scores))]), ROOM
-            )
-        run.write_part(score_frame(scores, names, value, marked))
-    run.write_manifest(record)
+    with contextlib.closing(run):
+        if not run.previous:
+            run.write_manifest(record | {"status": "running"})
+        done = np.zeros(scores.shape, dtype=bool)
+        before = read_scores(run.path, scores.shape, names, value, done)
+        new = np.where(np.isnan(before), scores, np.nan)
+        frames = {SCORES: score_frame(new, names, value, None if marked is None else marked & ~done)}
+        if grams is not None and len(frames[SCORES]):
+            frames[ROOM] = grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(new))])
+        run.write_parts(frames)
+        run.write_manifest(record)
     return run.path
 
 

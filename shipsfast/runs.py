@@ -1,68 +1,84 @@
-"""Run folders: run.json says what was run, scores/part-*.parquet hold the scores, grams/ what resampling needs.
+"""Run folders: run.json says what was run and lists the parts, which hold the scores. docs/run-folders.md describes them.
 
-Every file appears at once (written beside, fsynced, renamed), so a killed scan leaves whole parts only,
-and the same scan continues from them. A folder that belongs to another scan is refused.
+Every file appears at once (written beside, fsynced, renamed). A part counts from the moment the manifest lists it with
+its checksum: what is not listed, or is not what was listed, is never read. So a scan that is killed at any moment
+leaves whole parts, and the same scan continues from them. A folder that belongs to another scan is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import contextvars
+import errno
+import io
 import json
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from .errors import InputError
-from .part_file import cells, inside, read_table
-from .run_schema import check_manifest
+from .differences import in_words
+from .errors import InputError, note
+from .fingerprint import fingerprint, prompt_hashes
+from .lock import NAME as LOCK
+from .lock import FolderLock
+from .manifest import BACKUP, MANIFEST, ROOMS, SCHEMA, DamagedError, Part, as_text, find_parts, read_manifest
+from .part_file import cells, read_table
 
-SCHEMA = 2
-MANIFEST = "run.json"
+__all__ = [
+    "MANIFEST", "SCHEMA", "RunFolder", "damage", "fingerprint", "prompt_hashes", "read_manifest", "read_parts",
+    "read_scores", "score_frame", "write_whole",
+]  # fmt: skip
+
 SCORES = "scores"
-NOT_THE_MODEL = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-)  # keys of a config
-MEASURES = ("noise_floor", "base_singular_values")
-MOST_MANIFEST_BYTES = 256 << 20
-PART = re.compile(r"part-[0-9]{1,18}\.parquet")
-SAMPLES = 4096  # numbers of each tensor that enter the fingerprint
+MEASURES = ("noise_floor", "base_singular_values", "repeated_angle_max_abs_deg")
+ENVIRONMENT = ("device", "versions", "attention_backend", "layers", "kl_backend", "head_precision")
+
+# Folders that are closed, and their locks let go of, when the call that opened them ends: see `closing`.
+_opened: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.ContextVar("opened", default=None)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file that appears at `path` complete or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    temporary.chmod(0o666 & ~_umask())
+class WriteError(OSError):
+    """A file of a run folder could not be written. What the manifest lists is whole."""
+
+
+def write_whole(path: Path, write: Callable[[Path], None], *, sync: bool = True) -> None:
+    """Let `write` make a file that appears at `path` complete or not at all. Raises WriteError, an OSError.
+
+    sync: wait until it is on the disk, name and all.
+    """
+    temporary = None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        os.close(handle)
+        temporary.chmod(0o666 & ~_umask())
         write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+        if sync:
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        if sync:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WriteError(error.errno, os.strerror(error.errno or errno.EIO), str(path)) from error
         raise
 
 
 def _unfinished(path: Path) -> bool:
-    """Is it what a run leaves that was killed while it wrote its first manifest?"""
-    return path.name.startswith(f".{MANIFEST}.")
+    """Is it what a run leaves that was killed before or while it wrote its first manifest?"""
+    return path.name.startswith(f".{MANIFEST}.") or path.name == LOCK
 
 
 def _umask() -> int:
@@ -72,83 +88,243 @@ def _umask() -> int:
     return mask
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of the model: its config, and names, shapes, types and evenly spaced samples of every tensor."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type == "meta" or tensor.numel() == 0:
-            continue
-        flat = tensor.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-        sample = flat[index.to(flat.device)].contiguous().cpu()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def prompt_hashes(prompts: Sequence[Sequence[int]]) -> list[str]:
-    """One hash per prompt, of its token ids."""
-    return [hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16] for ids in prompts]
+@contextlib.contextmanager
+def closing() -> Iterator[None]:
+    """Every run folder that is opened inside is closed at the end, however that comes."""
+    with contextlib.ExitStack() as stack:
+        token = _opened.set(stack)
+        try:
+            yield
+        finally:
+            _opened.reset(token)
 
 
 class RunFolder:
     """A folder that a scan writes to and may find parts of itself in.
 
     identity: what makes two scans the same; anything in it that differs from the folder's is named in the
-    InputError that refuses the folder.
+    InputError that refuses the folder. record: what runs now, for that message and to compare machines.
+    complete: the run is finished and all its parts are sound. Otherwise the folder is locked, until `close`, and what
+    is damaged or was left by a kill is told on stderr and cleared away.
     """
 
-    def __init__(self, path: str | Path, identity: dict) -> None:
+    def __init__(self, path: str | Path, identity: dict, record: dict | None = None) -> None:
         self.path = Path(path)
         self.identity = identity
+        self.now = record or {}
         self.previous: dict = {}  # the manifest found in the folder
-        if (self.path / MANIFEST).exists():
-            self.previous = read_manifest(self.path)
-            self._check(self.previous)
-        elif self.path.exists() and (
-            not self.path.is_dir() or not all(map(_unfinished, self.path.iterdir()))
-        ):
+        self.parts: list[Part] = []
+        self._record: dict = {}
+        self._lock: FolderLock | None = None
+        self._from_backup = ""  # what is wrong with run.json, where its copy was taken
+        self._look()
+        done = self.previous.get("status") == "complete" and not self._from_backup
+        self.complete = done and not self._problems()
+        if not self.complete:
+            self.begin()
+
+    def _look(self) -> None:
+        """Raises InputError if something else lies there."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
             raise InputError(f"{self.path} exists and is not a shipsfast run: choose another output folder")
-        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / MANIFEST).exists() or (self.path / BACKUP).exists():
+            try:
+                self.previous = read_manifest(self.path)
+            except DamagedError as error:
+                try:
+                    self.previous = read_manifest(self.path, name=BACKUP)
+                except InputError:
+                    raise error from None
+                self._from_backup = error.problem
+        elif not all(map(_unfinished, self.path.iterdir())):
+            raise InputError(f"{self.path} exists and is not a shipsfast run: choose another output folder")
+        if self.previous:
+            self._check(self.previous)
+        self.parts = find_parts(self.previous)
+        self._record = {
+            k: v for k, v in self.previous.items() if k not in ("schema", "identity", "parts", "checksum")
+        }
 
     def _check(self, manifest: dict) -> None:
         before = manifest["identity"]
         now = json.loads(json.dumps(self.identity))
         differs = [k for k in {**now, **before} if now.get(k) != before.get(k)]
         if differs:
+            words = in_words(differs, before, now, manifest, self.now)
             raise InputError(
-                f"{self.path} holds another run (different {', '.join(differs)}): choose another output folder"
+                f"{self.path} holds another run (different {', '.join(differs)}): {words}; choose another output folder"
             )
+
+    def _problems(self) -> dict[Part, str]:
+        return {part: problem for part in self.parts if (problem := part.problem(self.path))}
+
+    def begin(self) -> None:
+        """Lock the folder, and make it consist of sound parts only."""
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.path)
+        except OSError as error:
+            raise WriteError(error.errno, os.strerror(error.errno or errno.EIO), str(self.path)) from error
+        stack = _opened.get()
+        if stack is not None:
+            stack.callback(self.close)
+        self._look()  # again: it may have changed before it was locked
+        self._sweep()
+
+    def close(self) -> None:
+        """Let others write; may be called again."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _sweep(self) -> None:
+        problems = self._problems()
+        for part, problem in problems.items():
+            place = self.path / part.file
+            note(f"{place} {problem}: its scores are computed again")
+            if place.exists() or place.is_symlink():
+                os.replace(place, place.with_name(place.name + ".damaged"))
+        # What was written together is computed together.
+        lost = {part.commit for part in problems}
+        self.parts = [part for part in self.parts if part.commit not in lost]
+        if self._from_backup:
+            note(f"{self._from_backup}: its copy {BACKUP} is sound, and takes its place")
+        if lost or self._from_backup:
+            self._from_backup = ""
+            self._record["status"] = "running"
+            self._commit()
+        listed = {part.file for part in self.parts}
+        for room in (self.path, *(self.path / name for name in ROOMS)):
+            if room.is_symlink() or not room.is_dir():
+                continue
+            for file in sorted(room.iterdir()):
+                if file.name.startswith(".") and file.name.endswith(".tmp"):
+                    file.unlink()
+                elif (
+                    room != self.path
+                    and file.match("part-*.parquet")
+                    and f"{room.name}/{file.name}" not in listed
+                ):
+                    note(
+                        f"{file} was never finished, or belongs to a damaged part: its scores are computed again"
+                    )
+                    file.unlink()
 
     def previous_measures(self) -> dict:
         """What an unfinished run has measured beside its scores."""
         return {k: self.previous[k] for k in MEASURES if k in self.previous}
 
-    def write_manifest(self, record: dict) -> None:
-        text = json.dumps({"schema": SCHEMA, "identity": self.identity, **record}, indent=1, sort_keys=True)
-        write_whole(self.path / MANIFEST, lambda p: p.write_text(text + "\n", "utf-8"))
-
-    def write_part(self, frame: pd.DataFrame, room: str = SCORES) -> None:
-        number = 1 + max((int(p.stem.split("-")[1]) for p in _parts(self.path, room)), default=-1)
-        (self.path / room).mkdir(exist_ok=True)
-        write_whole(
-            self.path / room / f"part-{number:06d}.parquet", lambda p: frame.to_parquet(p, index=False)
+    @property
+    def same_environment(self) -> bool:
+        """Does the run go on where it was begun: device, versions, backends? A new one does."""
+        return not self.previous or all(
+            self.previous.get(k) == json.loads(json.dumps(self.now.get(k))) for k in ENVIRONMENT
         )
 
+    def write_manifest(self, record: dict) -> None:
+        """run.json with this record, what makes the run this run, and the parts written so far."""
+        self.begin()
+        self._record = dict(record)
+        self._commit()
 
-def _parts(path: Path, room: str) -> list[Path]:
-    return sorted(p for p in (path / room).glob("part-*.parquet") if PART.fullmatch(p.name))
+    def _commit(self) -> None:
+        body = {"schema": SCHEMA, "identity": self.identity, "parts": [p.entry() for p in self.parts]}
+        text = as_text(body | self._record)
+        write_whole(self.path / MANIFEST, lambda p: p.write_text(text, "utf-8"))
+        # A copy, for the day that a bit of the first one turns. Its checksum makes up for the missing fsync.
+        write_whole(self.path / BACKUP, lambda p: p.write_text(text, "utf-8"), sync=False)
+
+    def update(self, **record) -> None:
+        """Add to what the manifest says."""
+        self.write_manifest(self._record | record)
+
+    def write_part(self, frame: pd.DataFrame, room: str = SCORES, **record) -> None:
+        self.write_parts({room: frame}, **record)
+
+    def write_parts(self, frames: dict[str, pd.DataFrame], **record) -> None:
+        """Parts that belong together, by room, and then the manifest that lists them, with `record` added to it."""
+        self.begin()
+        before, written = self.parts, []
+        commit = 1 + max((part.commit for part in self.parts), default=-1)
+        try:
+            for room, frame in frames.items():
+                if not len(frame):
+                    continue
+                data = io.BytesIO()
+                frame.to_parquet(data, index=False)
+                (self.path / room).mkdir(exist_ok=True)
+                part = Part.of(
+                    f"{room}/part-{self._number(room):06d}.parquet", data.getbuffer(), len(frame), commit
+                )
+                written.append(self.path / part.file)
+                write_whole(written[-1], lambda p, data=data: p.write_bytes(data.getbuffer()))
+                self.parts = [*self.parts, part]
+            self._record |= record
+            self._commit()
+        except BaseException as error:
+            if not self._is_listed(written):
+                self.parts = before
+                for file in written:
+                    with contextlib.suppress(OSError):
+                        file.unlink(missing_ok=True)
+            if isinstance(error, OSError) and not isinstance(error, WriteError):
+                raise WriteError(
+                    error.errno, os.strerror(error.errno or errno.EIO), str(self.path)
+                ) from error
+            raise
+
+    def _is_listed(self, files: list[Path]) -> bool:
+        """Did the manifest get there, before things went wrong?"""
+        try:
+            listed = {self.path / part.file for part in find_parts(read_manifest(self.path))}
+        except InputError:
+            return False
+        return listed.issuperset(files)
+
+    def _number(self, room: str) -> int:
+        return 1 + max((part.number for part in self.parts if part.room == room), default=-1)
+
+
+def kept(path: Path | None) -> str:
+    """What of a run is safe on the disk, in words; empty where nothing is."""
+    if path is None:
+        return ""
+    try:
+        parts = find_parts(read_manifest(path))
+    except InputError:
+        return ""
+    rows = sum(part.rows for part in parts if part.room in (SCORES, "completions"))
+    if not rows:
+        return ""
+    return f"what was finished is kept in {path} ({rows} rows in {len(parts)} parts), run again to continue"
 
 
 def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path, pd.DataFrame]]:
     """The parts of one room of a run folder, in the order written. Raises InputError for a damaged one."""
-    for part in _parts(path, room):
-        with damage(part):
-            frame = read_table(inside(path, part), columns)
-        yield part, frame
+    if not (path / MANIFEST).exists():
+        return
+    manifest = read_manifest(path)
+    parts = [part for part in find_parts(manifest) if part.room == room]
+    if manifest.get("status") == "complete":  # else it may be on its way into the list
+        listed = {part.file for part in parts}
+        extra = [p for p in sorted((path / room).glob("part-*.parquet")) if f"{room}/{p.name}" not in listed]
+        if extra:
+            raise InputError(
+                f"{extra[0]} is not one of the parts that {path / MANIFEST} lists: take it away, or run again"
+            )
+    for part in parts:
+        data, problem = part.read(path)
+        if problem:
+            raise InputError(
+                f"{path / part.file} {problem}: run the same command again, which computes its scores anew"
+            )
+        with damage(path / part.file):
+            frame = read_table(io.BytesIO(data), columns)
+        yield path / part.file, frame
 
 
 @contextlib.contextmanager
@@ -164,34 +340,13 @@ def damage(part: Path) -> Iterator[None]:
         ) from error
 
 
-def read_manifest(path: Path, kind: str | None = None) -> dict:
-    """run.json of a run folder. Raises InputError if it is missing, damaged, of another version or kind."""
-    file = path / MANIFEST
-    if not file.is_file():
-        raise InputError(f"{path} is not a shipsfast run: it has no {MANIFEST}")
-    inside(path, file)
-    try:
-        if file.stat().st_size > MOST_MANIFEST_BYTES:
-            raise ValueError(f"it has more than {MOST_MANIFEST_BYTES:,} bytes")
-        manifest = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "identity" not in manifest:
-        raise InputError(f"{file} is not of schema {SCHEMA}, the one this version of shipsfast reads")
-    check_manifest(file, manifest)
-    if kind is not None and manifest["identity"].get("kind") != kind:
-        raise InputError(
-            f"{path} holds a run of kind {manifest['identity'].get('kind')!r}, expected {kind!r}"
-        )
-    return manifest
-
-
 def read_scores(
     path: Path,
     shape: tuple[int, ...],
     names: tuple[str, ...],
     value: str,
     done: np.ndarray | None = None,
+    room: str = SCORES,
 ) -> np.ndarray:
     """The scores a run folder holds, float64 of `shape`, NaN where none has been written yet, and where one was marked.
 
@@ -199,7 +354,7 @@ def read_scores(
     there is a row, of a score or of a mark.
     """
     scores = np.full(shape, np.nan)
-    for part, frame in read_parts(path, SCORES, [*names, value]):
+    for part, frame in read_parts(path, room, [*names, value]):
         with damage(part):
             at = cells(frame, names, shape)
             scores[at] = frame[value]

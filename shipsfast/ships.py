@@ -15,13 +15,16 @@ from transformers import PreTrainedModel
 from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head
 from .checks import ablated_logits, alarm, longest_prompt, packing_noise_nats, plain_logits
+from .clock import seconds_since
 from .errors import InputError, UnsupportedModelError
 from .metrics import Metric, as_metric, measure_rows
 from .nonfinite import check_base_logits, check_policy, explain, reason
-from .prepared import OutOfMemory, Prepared, prepare, run_blocks
+from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
 from .results import MARKED, ShipsResult, also_place, column
+from .untouched import untouched
 
 
+@untouched
 def scan(
     model: PreTrainedModel,
     prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -87,19 +90,23 @@ def scan(
     )  # fmt: skip
     measures = _measures(prepared, metric, tokenizer, out, nonfinite == "mark")
     main = measures[0]
-    if all(m.folder is not None and m.folder.previous.get("status") == "complete" for m in measures):
+    if all(m.folder is not None and m.folder.complete for m in measures):
         return ShipsResult.load(main.folder.path)
+    if main.folder is not None:
+        prepared.continue_plan(main.folder)
+        for measure in measures:
+            measure.begin()
     work = _Work(prepared, measures, progress)
     scan_started = time.perf_counter()
     try:
         work.run()
     finally:
         work.bar.close()
-    scan_seconds = round(time.perf_counter() - scan_started, 3)
+    scan_seconds = seconds_since(scan_started)
     _spot_check(work)
     for measure in measures:
         measure.record |= {"scan_seconds": scan_seconds, "plan": prepared.plan.to_json()}
-        measure.record["seconds"] = round(time.perf_counter() - started, 3)
+        measure.record["seconds"] = seconds_since(started)
     # The first one's run folder is finished last: complete, it says that all are.
     also = {measure.metric.name: measure.result() for measure in measures[1:]}
     return main.result(also)
@@ -144,40 +151,47 @@ class _Measure:
         self.record = prepared.record | {"metric": about}
         self.scores = np.full(self.identity["shape"], np.nan)
         self.mark, self.marked = mark, np.zeros(self.scores.shape, dtype=bool)
-        self.noise_floor, self.folder = 0.0, None
+        self.noise_floor, self.compared, self.folder = 0.0, False, None
         if path is not None:
-            self.folder = runs.RunFolder(path, self.identity)
-            done = np.zeros(self.scores.shape, dtype=bool)
-            self.scores = ShipsResult.read(path, tuple(self.scores.shape), about, done)
-            if mark:  # else they are computed again, and end the run
-                self.marked = done & np.isnan(self.scores)
-                self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
-            self.noise_floor = self.folder.previous_measures().get("noise_floor", 0.0)
-            if self.folder.previous.get("status") != "complete":
-                self.folder.write_manifest(
-                    self.folder.previous_measures() | self.record | {"status": "running"}
-                )
+            self.folder = runs.RunFolder(path, self.identity, self.record)
+
+    def begin(self) -> None:
+        """Take what the folder holds, and say in it that the run goes on."""
+        before, shape = self.folder.previous_measures(), self.scores.shape
+        done = np.zeros(shape, dtype=bool)
+        self.scores = ShipsResult.read(self.folder.path, tuple(shape), self.record["metric"], done)
+        if self.mark:  # else they are computed again, and end the run
+            self.marked = done & np.isnan(self.scores)
+            self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
+        self.noise_floor = before.get("noise_floor", 0.0)
+        self.compared = "noise_floor" in before and self.folder.same_environment
+        self.record["plan"] = self.prepared.plan.to_json()
+        self.folder.write_manifest(before | self.record | {"status": "running"})
 
     def keep(self, scores: np.ndarray, group: Sequence[int], block: Sequence[Head]) -> None:
-        """Take scores [units, prompts] of a block of units on a group of prompts; what is not finite is marked."""
+        """Take what is missing of scores [units, prompts] of a block of units on a group of prompts; what is not finite
+        is marked."""
         part, marked = np.full_like(self.scores, np.nan), np.zeros_like(self.marked)
         for (layer, index), row in zip(block, scores, strict=True):
             bad = ~np.isfinite(row)
-            self.scores[list(group), layer, index] = part[list(group), layer, index] = np.where(
-                bad, np.nan, row
-            )
-            self.marked[list(group), layer, index] = marked[list(group), layer, index] = bad
-        if self.folder is not None:
-            names = ("prompt", "layer", "head")
+            part[list(group), layer, index] = np.where(bad, np.nan, row)
+            marked[list(group), layer, index] = bad
+        known = ~self.missing()
+        part[known], marked[known] = np.nan, False
+        if self.folder is not None:  # first: what runs out of memory or disk here is still missing
             value = column({"name": self.metric.name})
-            self.folder.write_part(runs.score_frame(part, names, value, marked))
+            frame = runs.score_frame(part, ("prompt", "layer", "head"), value, marked)
+            self.folder.write_part(frame, plan=self.prepared.plan.to_json())
+        new = ~np.isnan(part)
+        self.scores[new] = part[new]
+        self.marked |= marked
 
     def missing(self) -> np.ndarray:
         """bool [P, L, H]: neither a number nor marked."""
         return np.isnan(self.scores) & ~self.marked
 
     def keep_noise(self, noise: float) -> None:
-        self.noise_floor = max(self.noise_floor, noise)
+        self.noise_floor, self.compared = max(self.noise_floor, noise), True
         if self.folder is not None:  # before the first scores are
             self.folder.write_manifest(self.record | {"status": "running", "noise_floor": self.noise_floor})
 
@@ -200,8 +214,10 @@ class _Work:
 
     def __init__(self, prepared: Prepared, measures: list[_Measure], progress: bool) -> None:
         self.prepared, self.measures = prepared, measures
-        self.compared = False
-        steps = sum(prepared.layer_passes(self.missing(group)) for group in prepared.plan.prompt_groups)
+        steps = sum(
+            prepared.layer_passes(prepared.units, self.missing(group))
+            for group in prepared.plan.prompt_groups
+        )
         self.bar = tqdm(
             total=steps, desc="scan", unit=" layer passes", unit_scale=True, disable=not progress or not steps
         )
@@ -220,13 +236,15 @@ class _Work:
 
     def run(self) -> None:
         if self.sees_all_prompts and any(map(self.missing, self.prepared.plan.prompt_groups)):
-            _ = self.all_base  # not in the midst of another pass
+            # Not in the midst of another pass.
+            once_more("taking the unablated model's logits", lambda: self.all_base)
         groups = list(self.prepared.plan.prompt_groups)
         while groups:
             group, plan = groups.pop(0), self.prepared.plan
             try:
                 run_blocks(
                     self.prepared,
+                    self.prepared.units,
                     lambda group=group: self.missing(group),
                     lambda block, group=group: self._block(block, group),
                     self.bar,
@@ -245,12 +263,12 @@ class _Work:
         with prepared.wavefront(packed, self.bar.update) as wavefront:
             found: list[list[torch.Tensor]] = []  # of every chunk, of every metric
             kept: list[torch.Tensor] = []
-            place = torch.as_tensor(wavefront.prompt_place)
+            place = torch.as_tensor(wavefront.prompt_place, device=prepared.device)
 
             def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
                 if not kept:
                     kept.append(base)
-                found.append(self._score(logits, base, group, place.to(logits.device)))
+                found.append(self._score(logits, base, group, place))
 
             wavefront.run(prepared.mask(block, values), consume)
         check_base_logits(prepared, group, wavefront.prompt_place, kept[0])
@@ -298,9 +316,8 @@ class _Work:
 
     def _compare(self, group: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
         """Noise floors, once a scan: the packed against the plain unablated model on the longest prompt."""
-        if self.compared:
+        if all(measure.compared for measure in self.measures):
             return
-        self.compared = True
         prompt = longest_prompt(self.prepared, group)
         packed = base[place[list(group).index(prompt)]]
         plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
@@ -361,7 +378,11 @@ def _spot_check(work: _Work) -> None:
         return
     strongest = max(units, key=lambda u: abs(main.scores[prompt, u[0], u[1]]))
     chosen = sorted({strongest, units[len(units) // 2]})
-    *ablated, base = ablated_logits(prepared, prompt, chosen)
+    *ablated, base = once_more(
+        "checking two scores by plain forward passes",
+        lambda: ablated_logits(prepared, prompt, chosen),
+        lambda: _one_by_one(prepared, prompt, chosen),
+    )
     for measure in work.measures:
         metric, scores = measure.metric, measure.scores
         absolute, relative = alarm(prepared.model.dtype)
@@ -378,3 +399,9 @@ def _spot_check(work: _Work) -> None:
                 )
             worst = max(worst, error)
         measure.record["spot_check_max_abs"] = worst
+
+
+def _one_by_one(prepared: Prepared, prompt: int, chosen: Sequence[Head]) -> list[torch.Tensor]:
+    """What `ablated_logits` gives, in half the memory or less."""
+    found = [ablated_logits(prepared, prompt, [unit]) for unit in chosen]
+    return [*(logits[0] for logits in found), found[-1][-1]]

@@ -151,7 +151,7 @@ def tree_outputs(
     with contextlib.ExitStack() as undo:
         undo.enter_context(installed(model, TREE))
         for index, layer in enumerate(anatomy.layers):
-            device = next(layer.attention.parameters()).device
+            device = layer.device
             tree = trees.setdefault(device, TreeContext(packed, backend, device))
             mask = LayerMask.untouched(
                 1, anatomy.num_heads, torch.float64 if model.dtype == torch.float64 else torch.float32, device

@@ -27,6 +27,7 @@ from .layer_call import LayerCall, forward_replaced
 from .layer_mask import LayerMask
 from .packing import PackedPrompts
 from .planner import even_slices
+from .weights import brought_in, on_demand
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
 Keep = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
@@ -75,6 +76,7 @@ class Wavefront:
         self.own_head = own_head
         self._backend = backend
         self._trees: dict[torch.device, TreeContext] = {}
+        self._nodes: dict[torch.device, torch.Tensor] = {}  # last_nodes, int64
         self._mask: HeadMask | None = None
         self._tuples = False  # does the decoder layer return a tuple
         self._forks: list[int] = []
@@ -92,6 +94,8 @@ class Wavefront:
         with contextlib.ExitStack() as undo:
             undo.enter_context(torch.inference_mode())
             undo.enter_context(installed(self.model, TREE))
+            modules = [layer.module for layer in self.anatomy.layers]
+            self._weights = undo.enter_context(on_demand(self.model, modules))
             for index, layer in enumerate(self.anatomy.layers):
                 undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
                 undo.enter_context(forward_replaced(layer.module, lambda fwd, i=index: self._layer(i, fwd)))
@@ -128,7 +132,8 @@ class Wavefront:
         self._buffer = None
         start = torch.zeros(1, len(self.last_nodes), dtype=torch.long, device=device)
         base = None
-        with head_input(self.model) if hidden_states else contextlib.nullcontext([]) as seen:
+        seen_by = head_input(self.model) if hidden_states else contextlib.nullcontext([])
+        with self._weights.idle(), seen_by as seen:
             for rows in even_slices(len(mask), self.rows_per_head_chunk):
                 self._head_chunk = self._final[rows]
                 logits = self._forward(start, start)
@@ -148,10 +153,12 @@ class Wavefront:
 
         def step(*args, **kwargs):
             call = LayerCall.of(forward, args, kwargs)
-            hidden = call.hidden
             if self._head_chunk is not None:
-                out = self._head_chunk if last else hidden
+                out = self._head_chunk if last else call.hidden
                 return (out,) if self._tuples else out
+            if call.hidden.device != self.anatomy.layers[index].device:
+                call = call.to(self.anatomy.layers[index].device)
+            hidden = call.hidden
             if self._fused:
                 self._fused_layer(index, hidden, *call.kwargs["position_embeddings"])
                 return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
@@ -173,7 +180,7 @@ class Wavefront:
         """One layer by fused.py: first the rows that fork here, from the base row, then the others in place."""
         layer, window = self._fused[index], self.anatomy.layers[index].window
         last = index == self.anatomy.num_layers - 1
-        nodes = torch.as_tensor(self.last_nodes) if last else None
+        nodes = self._last_nodes(hidden.device) if last else None
         before = self._alive
         parent = {head for at, head in self._mask.groups[0] if at == index}
         heads = [
@@ -264,19 +271,46 @@ class Wavefront:
     def _last_layer(self, index: int, call: LayerCall, x: torch.Tensor, rows: slice) -> None:
         """Keys and values of every token; everything else only at the prompts' last tokens."""
         try:
-            self._attend(index, call, x, rows, capture=True)
+            with no_queries(self.anatomy.layers[index].attention):
+                self._attend(index, call, x, rows, capture=True)
         except Captured as captured:
             kv = captured.kv
         if self.keep is not None:
             self.keep(index, rows, *kv)
-        nodes = torch.as_tensor(self.last_nodes, device=x.device)
+        nodes = self._last_nodes(x.device)
         trimmed = call.at(nodes, self.packed.num_tokens)
         self._final[rows] = self._attend(index, trimmed, x.index_select(1, nodes), rows, nodes, kv=kv)
+
+    def _last_nodes(self, device: torch.device) -> torch.Tensor:
+        if device not in self._nodes:
+            self._nodes[device] = torch.as_tensor(self.last_nodes, device=device)
+        return self._nodes[device]
 
     def _tree(self, device: torch.device) -> TreeContext:
         if device not in self._trees:
             self._trees[device] = TreeContext(self.packed, self._backend, device, self.last_nodes)
         return self._trees[device]
+
+
+@contextlib.contextmanager
+def no_queries(attention: torch.nn.Module) -> Iterator[None]:
+    """An attention module that gives zeros for queries, where a plain linear layer of its own makes them: for calls
+    that want its keys and values alone."""
+    layer = getattr(attention, "q_proj", None)
+    if (
+        type(layer) is not torch.nn.Linear
+        or "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+    ):
+        yield
+        return
+
+    def make(_forward):
+        return lambda hidden: hidden.new_zeros(*hidden.shape[:-1], layer.out_features)
+
+    with forward_replaced(layer, make):
+        yield
 
 
 def head_precision(model: PreTrainedModel) -> str:
@@ -316,10 +350,17 @@ def float32_head(model: PreTrainedModel) -> Iterator[None]:
     if head_precision(model) != "float32" or head.weight.dtype == torch.float32:
         yield
         return
+    with brought_in([head]), _float32_forward(head):
+        yield
+
+
+@contextlib.contextmanager
+def _float32_forward(head: torch.nn.Linear) -> Iterator[None]:
     wide = None if head.weight.is_cuda else head.weight.float()
 
     def make(_forward):
         def forward(hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden.to(head.weight.device)
             if wide is not None:
                 out = torch.nn.functional.linear(hidden.float(), wide)
             else:

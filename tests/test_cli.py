@@ -206,7 +206,7 @@ def test_help_is_quick_and_needs_no_torch():
         (("M", "P", "--out", "other-run"), "holds another run (different"),
         (("M", "P", "--out", "."), "is not a shipsfast run"),
         (("no-config", "P"), "it has no config.json"),
-        (("bin-only", "P"), "cannot load a causal language model from"),
+        (("bin-only", "P"), "weights as pickle only"),
         (("mamba", "P"), "Mamba"),
         (("headless", "P"), "lacks weights of a causal language model, such as lm_head.weight"),
         (("truncated", "P"), "cannot load a causal language model from truncated"),

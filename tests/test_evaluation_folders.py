@@ -77,11 +77,12 @@ def killed(monkeypatch):
 
         real, written = runs.write_whole, []
 
-        def write_whole(path, write):
-            if len(written) == files:
-                raise KeyboardInterrupt
-            written.append(path)
-            real(path, write)
+        def write_whole(path, write, **how):
+            if path.name != "run.backup.json":  # it comes with every manifest
+                if len(written) == files:
+                    raise KeyboardInterrupt
+                written.append(path)
+            real(path, write, **how)
 
         with monkeypatch.context() as patch:
             patch.setattr("shipsfast.runs.write_whole", write_whole)

@@ -1,0 +1,71 @@
+"""What the device can do at best: matrix products at the scan's own shapes, and copies in its memory."""
+
+from __future__ import annotations
+
+import torch
+
+from .clock import timed
+from .session import Session
+from .shapes import LLAMA2_7B
+
+CASE = "ceilings"
+PRECISIONS = {
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+    "tf32": (torch.float32, "high"),
+    "fp32": (torch.float32, "highest"),
+}
+COPY_BYTES = 4 << 30
+
+
+def ceilings(session: Session) -> None:
+    shape = session.shape(LLAMA2_7B)
+    for name, (dtype, precision) in PRECISIONS.items():
+        with session.guarded(CASE, f"gemm {name}"):
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(precision)
+            try:
+                rate = session.gemm_flops_per_s(shape, dtype)
+            finally:
+                torch.set_float32_matmul_precision(before)
+            session.ceilings[name] = rate
+            session.write(
+                CASE,
+                f"gemm {name}",
+                {
+                    "tflops_per_s": round(rate / 1e12, 4), "tokens": session.chunk_tokens,
+                    "products": [list(p) for p in shape.costs().products],
+                },
+            )  # fmt: skip
+    with session.guarded(CASE, "copy"):
+        count = 1 << 20
+        if session.on_gpu:
+            free, _ = torch.cuda.mem_get_info(session.device)
+            count = min(COPY_BYTES, free // 4)
+        source = torch.empty(count, dtype=torch.int8, device=session.device).random_()
+        target = torch.empty_like(source)
+        timing = timed(lambda: target.copy_(source), session.device, budget_s=session.share_s(1))
+        session.ceilings["copy"] = 2 * count / timing.median
+        session.write(
+            CASE,
+            "copy",
+            timing.figures() | {"gb_per_s": round(session.ceilings["copy"] / 1e9, 1), "bytes": 2 * count},
+        )
+    session.clear()
+
+
+def gemm_ceiling(session: Session, name: str = "bf16") -> float:
+    """Of this run; measured now if it has not been."""
+    if name not in session.ceilings:
+        session.ceilings[name] = session.gemm_flops_per_s(session.shape(LLAMA2_7B), PRECISIONS[name][0])
+    return session.ceilings[name]
+
+
+def copy_ceiling(session: Session) -> float:
+    """Bytes per second, read and written; measured now if it has not been."""
+    if "copy" not in session.ceilings:
+        source = torch.empty(1 << (30 if session.on_gpu else 20), dtype=torch.int8, device=session.device)
+        target = torch.empty_like(source)
+        timing = timed(lambda: target.copy_(source), session.device, budget_s=0.2)
+        session.ceilings["copy"] = 2 * source.numel() / timing.median
+    return session.ceilings["copy"]

@@ -1,0 +1,198 @@
+"""`python -m benchmarks gpu`: every case in order of importance, within a budget of time, a row for each.
+
+Without a GPU, `--smoke` runs all of it at small shapes on the CPU, to try the command itself; its rows go where
+--results says, or nowhere that counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import functools
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import checkup
+
+QUICK_BUDGET_S = 460.0
+TEST_SHARE = 0.15  # of the budget, for each run of GPU tests
+TESTS = {"whole runs": ["tests/test_on_gpu.py", "tests/test_kl.py"], "pytest -m gpu": []}
+HANG_S = 60.0  # beyond the budget, after which the process tells where it stands and ends
+# Seconds that a case needs with --quick at the least, on an H100: below that it is not begun.
+NEEDS_S = {
+    "build": 5, "tests": 20, "ceilings": 3, "llama2-7b-short": 45, "llama2-7b-template": 45, "kernels-attention": 30,
+    "kernels-kl": 15, "llama2-7b-generation": 50, "llama31-8b": 20, "precision": 40, "llama2-7b-sahara": 90,
+    "qwen3-8b": 20, "gemma2-9b": 25, "mistral-7b": 20, "profile": 25,
+}  # fmt: skip
+NAMES = tuple(NEEDS_S)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="one run of ours, small samples of the peers, 460 s in all"
+    )
+    parser.add_argument(
+        "--case", action="append", default=[], choices=NAMES, metavar="NAME", help=", ".join(NAMES)
+    )
+    parser.add_argument(
+        "--budget-s", type=float, help="seconds in all; cases that do not fit are `not measured`"
+    )
+    parser.add_argument("--results", type=Path, help="folder of the rows (default benchmarks/results)")
+    parser.add_argument("--profile", action="store_true", help="also write the profiler's table")
+    parser.add_argument("--device", default="cuda", help="default cuda")
+    parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU, to try the command")
+    args = parser.parse_args(argv)
+    if args.budget_s is None:
+        args.budget_s = QUICK_BUDGET_S if args.quick else float("inf")
+    args.device = "cpu" if args.smoke else args.device
+    return args
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    wanted = args.case or [name for name in NAMES if name != "profile"]
+    if args.profile and "profile" not in wanted:
+        wanted = [*wanted, "profile"]
+    return [
+        name for name in NAMES if name in wanted or name == "build"
+    ]  # that one costs nothing where it is done
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    started = time.perf_counter()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    problem = checkup.missing_modules(on_gpu=not args.smoke)
+    if problem:
+        print(f"python -m benchmarks gpu: {problem}", file=sys.stderr)
+        return 2
+    import torch
+
+    if not args.smoke and not torch.cuda.is_available():
+        print(
+            f"python -m benchmarks gpu: torch {torch.__version__} sees no CUDA GPU; --smoke tries the command on a CPU",
+            file=sys.stderr,
+        )
+        return 2
+    from .session import Session
+
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if args.results is None:
+        from ..provenance import RESULTS
+
+        args.results = Path(tempfile.mkdtemp(prefix="shipsfast-smoke-")) if args.smoke else RESULTS
+    session = Session(device, args.results, args.budget_s, args.quick, args.smoke, started)
+    if args.budget_s != float("inf"):
+        faulthandler.dump_traceback_later(args.budget_s + HANG_S, exit=True)
+    try:
+        return run(session, chosen(args), args)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def run(session, names: list[str], args: argparse.Namespace) -> int:
+    """The cases; 1 if anything failed. A device that no longer answers gets a process of its own for the rest."""
+    todo = stages(session)
+    gc.collect()
+    gc.freeze()  # what was imported stays: collecting between paths need not look at it
+    for place, name in enumerate(names):
+        needed = 0 if session.smoke else NEEDS_S[name]
+        if session.left_s < needed:
+            session.write(
+                name, "shipsfast", {"not_measured": f"{max(0, session.left_s):.0f} s of the budget were left"}
+            )
+            continue
+        todo[name](session)
+        if session.broken is not None:
+            print(
+                f"the device no longer answers ({session.broken}): the rest runs in a new process", flush=True
+            )
+            return max(1, elsewhere(session, names[place + 1 :], args))
+    session.drop_model()
+    failed = [row for row in session.rows if "failed" in row]
+    missing = sum("not_measured" in row for row in session.rows)
+    print(
+        f"{len(session.rows)} rows in {session.results / session.file}.jsonl, {len(failed)} failed, {missing} not "
+        f"measured; {time.perf_counter() - session.started:.0f} s",
+        flush=True,
+    )
+    return 1 if failed else 0
+
+
+def elsewhere(session, names: list[str], args: argparse.Namespace) -> int:
+    if not names:
+        return 0
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "gpu",
+        "--results",
+        str(session.results),
+        "--device",
+        args.device,
+    ]
+    command += [part for name in names for part in ("--case", name)] + ["--quick"] * args.quick
+    if session.budget_s != float("inf"):
+        command += ["--budget-s", str(max(0.0, session.left_s))]
+    return subprocess.run(command, cwd=checkup.ROOT, check=False).returncode
+
+
+def stages(session) -> dict[str, Callable]:
+    from . import ceilings, generation, kernel_attention, kernel_kl, precision, profile, scans
+
+    table: dict[str, Callable] = {
+        "build": build,
+        "tests": tests,
+        "ceilings": ceilings.ceilings,
+        "kernels-attention": kernel_attention.attention_kernels,
+        "kernels-kl": kernel_kl.kl_kernels,
+        "llama2-7b-generation": generation.run_generation,
+        "precision": precision.precision,
+        "llama2-7b-sahara": scans.run_sahara,
+        "profile": profile.run_profile,
+    }
+    return table | {name: functools.partial(scans.run_scan, case=case) for name, case in scans.SCANS.items()}
+
+
+def build(session) -> None:
+    import torch
+
+    from shipsfast.metrics import extension_status, kl_backend
+
+    with session.guarded("build", "extension"):
+        if session.smoke:
+            figures = {"built": False}
+        else:
+            arch = "{}.{}".format(*torch.cuda.get_device_capability(session.device))
+            figures = checkup.build_extension(arch)
+        loaded, where = extension_status()
+        if not loaded:
+            raise RuntimeError(where)
+        if session.on_gpu and kl_backend(session.device) != "cpp":
+            raise RuntimeError(f"{where} has no CUDA kernels: delete it, and see why nvcc was not used")
+        session.write("build", "extension", figures)
+
+
+def tests(session) -> None:
+    from .session import NotMeasured
+
+    left = session.left_s if session.budget_s != float("inf") else 2400.0
+    for name, files in TESTS.items():
+        with session.guarded("tests", name):
+            if session.smoke:
+                raise NotMeasured("needs a CUDA GPU")
+            try:
+                figures = checkup.gpu_tests(files, max(20.0, TEST_SHARE * left))
+            except TimeoutError as error:
+                raise NotMeasured(str(error)) from None
+            session.write("tests", name, figures)

@@ -1,0 +1,259 @@
+"""Exhaustive KL scans of true shapes: correctness first, then ours, then the peers, on the same model and prompts."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import shipsfast
+from shipsfast import flops
+from shipsfast.packing import pack
+
+from . import peers
+from .clock import peak_mib, reset_peak, seconds
+from .session import OURS, NotMeasured, Session
+from .shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, QWEN3_8B, Prompts, Shape, twin
+
+SAMPLED_HEADS, SAMPLED_PROMPTS = 8, 16
+# Scores may be off by twice what plain passes in the same dtype are, and this: the rule of all kernels here.
+FACTOR, FLOOR_NATS = 2.0, 1e-5
+
+
+@dataclass(frozen=True)
+class ScanCase:
+    """peers: whether the other ways are measured too; runs of ours without --quick."""
+
+    name: str
+    shape: Shape
+    prompts: Prompts
+    peers: bool = False
+    runs: int = 3
+
+    @property
+    def title(self) -> str:
+        return f"{self.shape.title}, bf16, {self.prompts.title}"
+
+
+SCANS = {
+    case.name: case
+    for case in (
+        ScanCase("llama2-7b-short", LLAMA2_7B, Prompts(100, 5), peers=True),
+        ScanCase("llama2-7b-template", LLAMA2_7B, Prompts(100, 140), peers=True),
+        ScanCase("llama31-8b", LLAMA31_8B, Prompts(20, 5)),
+        ScanCase("qwen3-8b", QWEN3_8B, Prompts(20, 5)),
+        ScanCase("gemma2-9b", GEMMA2_9B, Prompts(20, 5)),
+        ScanCase("mistral-7b", MISTRAL_7B, Prompts(20, 5)),
+    )
+}
+PEERS = {
+    "HF hooks, prompts padded": (peers.padded, peers.hooks_batched),
+    "HF hooks, sorted by length": (peers.length_sorted, peers.hooks_batched),
+    "heads x prompts as row masks": (peers.padded, peers.row_masks),
+    "layers >= l only, by hand": (peers.padded, peers.skip_lower_layers),
+}
+LOOP = "one at a time, float32 (the paper's code)"
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """KL of a sample of heads and prompts in float32, and how far plain passes in the scan's dtype are from it."""
+
+    heads: list[peers.Head]
+    prompts: list[int]
+    kl: np.ndarray  # float64 [heads, prompts]
+    plain_rms: float
+
+    def figures(self, scores: np.ndarray) -> dict:
+        """scores: float64 [P, L, H]. Raises ValueError if they are off by more than the rule allows."""
+        own = np.stack([scores[self.prompts, layer, head] for layer, head in self.heads])
+        if not np.isfinite(own).all():
+            raise ValueError("a score is not a finite number")
+        rms = _rms(own - self.kl)
+        allowed = FACTOR * self.plain_rms + FLOOR_NATS
+        if rms > allowed:
+            raise ValueError(
+                f"scores differ from float32 by {rms:.3g} nats (root mean square), allowed are {allowed:.3g}"
+            )
+        return {
+            "rms_error_nats": float(f"{rms:.4g}"), "plain_rms_error_nats": float(f"{self.plain_rms:.4g}"),
+            "rms_score_nats": float(f"{_rms(self.kl):.4g}"), "checked_against": f"float32, {own.size} scores",
+        }  # fmt: skip
+
+
+def make_oracle(session: Session, shape: Shape, token_ids: list[list[int]]) -> Oracle:
+    model = session.model(shape)
+    every = peers.every_head(model)
+    heads = [every[int(i)] for i in np.linspace(1, len(every) - 1, min(SAMPLED_HEADS, len(every) - 1))]
+    chosen = [int(i) for i in np.unique(np.linspace(0, len(token_ids) - 1, SAMPLED_PROMPTS).round())]
+    batches = peers.equal_length([token_ids[i] for i in chosen], session.device)
+    plain = peers.plain_kl(model, batches, heads).numpy()
+    exact = twin(model, torch.float32)
+    kl = peers.plain_kl(exact, batches, heads).numpy()
+    del exact
+    session.clear()
+    return Oracle(heads, chosen, kl, _rms(plain - kl))
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def run_scan(session: Session, case: ScanCase) -> None:
+    shape, prompts = session.shape(case.shape), session.prompts(case.prompts)
+    token_ids = prompts.token_ids(shape.vocabulary)
+    packed = pack(token_ids)
+    units = [(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
+    work = flops.scan_flops(shape.costs(), [packed], units)
+    common = {
+        "dtype": "bfloat16", "prompts": len(token_ids), "shared_tokens": prompts.shared,
+        "tokens": sum(map(len, token_ids)), "packed_tokens": packed.num_tokens, "scores": len(units) * len(token_ids),
+        "flops": work,
+    }  # fmt: skip
+    ours_s, scores, floor = None, None, {}
+    with session.guarded(case.name, OURS, common):
+        model = session.model(shape)
+        oracle = make_oracle(session, shape, token_ids)
+        # Kernels are compiled and libraries loaded before anything is timed.
+        shipsfast.scan(model, token_ids, heads=[units[0], units[-1]], progress=False)
+        runs = 1 if session.quick or session.smoke else case.runs
+        times, inner, rates, before = [], [], [session.gemm_flops_per_s(shape)], reset_peak(session.device)
+        for _ in range(runs):
+            taken, result = seconds(lambda: shipsfast.scan(model, token_ids, progress=False), session.device)
+            times.append(taken)
+            inner.append(result.record["scan_seconds"])
+            if session.left_s < 3 * taken:
+                break
+        peak = peak_mib(session.device, before)
+        rates.append(session.gemm_flops_per_s(shape))
+        ours_s, scores = statistics.median(times), result.kl
+        rate = statistics.mean(rates)
+        floor = {
+            "gemm_tflops_per_s": round(rate / 1e12, 4),
+            "floor_s": float(f"{work / rate:.4g}"),
+        }
+        plan = result.record["plan"]
+        row = common | floor | oracle.figures(scores) | {
+            "median_s": round(ours_s, 4), "p20_s": round(float(np.quantile(times, 0.2)), 4),
+            "p80_s": round(float(np.quantile(times, 0.8)), 4), "runs": len(times),
+            "scan_median_s": round(statistics.median(inner), 4),
+            "share_of_floor": round(work / rate / ours_s, 4), "times_slower_than_shipsfast": 1.0,
+            "scores_per_s": round(common["scores"] / ours_s, 1), "noise_floor_nats": float(f"{result.noise_floor:.4g}"),
+            "peak_mib": peak, "predicted_mib": round(plan["predicted_bytes"] / 2**20, 1), "plan": plan,
+            "resolved_backend": result.record["attention_backend"], "kl_backend": result.record["kl_backend"],
+            "layers": result.record["layers"],
+        }  # fmt: skip
+        session.write(case.name, OURS, row)
+    session.clear()
+    if case.peers:
+        _run_peers(session, case, shape, token_ids, common | floor, work, ours_s, scores)
+
+
+def _run_peers(session, case: ScanCase, shape, token_ids, common, work: int, ours_s, scores) -> None:
+    """ours_s and scores are None where our own scan failed."""
+
+    def write(name: str, found: peers.Measured, more: dict) -> None:
+        rms = None
+        if scores is not None:
+            differences = [
+                value - scores[p, layer, head] for ((layer, head), p), value in found.scores.items()
+            ]
+            rms = float(f"{_rms(np.array(differences)):.4g}")
+        session.write(
+            case.name,
+            name,
+            common
+            | {
+                "median_s": round(found.seconds, 4), "runs": 1,
+                "share_of_floor": round(common["floor_s"] / found.seconds, 4) if "floor_s" in common else None,
+                "times_slower_than_shipsfast": round(found.seconds / ours_s, 3) if ours_s else None,
+                "scores_per_s": round(common["scores"] / found.seconds, 1), "rms_difference_nats": rms,
+                "extrapolated_from": None if found.done == found.units else f"{found.done} of {found.units} passes",
+            }
+            | more,
+        )  # fmt: skip
+
+    for name, (batches, path) in PEERS.items():
+        with session.guarded(case.name, name, common):
+            before = reset_peak(session.device)
+            found = path(
+                session, session.model(shape), batches(token_ids, session.device), session.share_s(5)
+            )
+            write(name, found, {"peak_mib": peak_mib(session.device, before)})
+        session.clear()
+    with session.guarded(case.name, LOOP, common):
+        exact = twin(session.model(shape), torch.float32)
+        write(LOOP, peers.one_at_a_time(session, exact, token_ids, session.share_s(4)), {"dtype": "float32"})
+        del exact
+    session.clear()
+
+
+SAHARA = "llama2-7b-sahara"
+STEPS = 3
+
+
+def run_sahara(session: Session) -> None:
+    """A dataset-level scan and a search of three heads beside a KL scan of the same prompts, which is run here too."""
+    case = SCANS["llama2-7b-short"]
+    shape, prompts = session.shape(case.shape), session.prompts(case.prompts)
+    token_ids = prompts.token_ids(shape.vocabulary)
+    common = {"dtype": "bfloat16", "prompts": len(token_ids), "shared_tokens": prompts.shared}
+    model = session.model(shape)
+    quiet = dict(progress=False)
+    paths = {
+        "KL scan": lambda: shipsfast.scan(model, token_ids, **quiet),
+        "dataset-level scan": lambda: shipsfast.scan_dataset(model, token_ids, **quiet),
+        f"{STEPS} Sahara steps": lambda: shipsfast.sahara(model, token_ids, group_size=STEPS, **quiet),
+    }
+    taken: dict[str, float] = {}
+    for name, path in paths.items():
+        with session.guarded(SAHARA, name, common):
+            if session.left_s < 1.5 * STEPS * taken.get("KL scan", 0.0) and name == list(paths)[-1]:
+                raise NotMeasured(f"{session.left_s:.0f} s of the budget are left")
+            few = [(0, 0), (shape.layers - 1, 0)]
+            warm = shipsfast.scan if name == "KL scan" else shipsfast.scan_dataset
+            warm(model, token_ids, heads=few, **quiet)
+            before = reset_peak(session.device)
+            taken[name], result = seconds(path, session.device)
+            more = {} if name == "KL scan" else _angles_checked(model, token_ids, result)
+            ratio = taken[name] / taken["KL scan"] if "KL scan" in taken else None
+            session.write(
+                SAHARA,
+                name,
+                common
+                | {
+                    "median_s": round(taken[name], 4), "runs": 1, "peak_mib": peak_mib(session.device, before),
+                    "scans": None if ratio is None else round(ratio, 3),
+                    "resolved_backend": result.record["attention_backend"],
+                    "step_seconds": result.record.get("step_seconds"),
+                }
+                | more,
+            )  # fmt: skip
+        session.clear()
+
+
+def _angles_checked(model, token_ids, result) -> dict:
+    """Angles of a few heads against a float32 twin of the model, by torch attention; ranks, for angles have no scale
+    that tells good from bad."""
+    heads = [
+        tuple(h)
+        for h in np.argwhere(np.isfinite(_first(result)))[:: max(1, _first(result).size // 8)].tolist()
+    ]
+    exact = twin(model, torch.float32)
+    expected = shipsfast.scan_dataset(
+        exact, token_ids, heads=heads, backend="torch", progress=False
+    ).angle_deg
+    plain = shipsfast.scan_dataset(model, token_ids, heads=heads, backend="torch", progress=False).angle_deg
+    at = tuple(np.array(heads).T)
+    error, allowed = _rms(_first(result)[at] - expected[at]), FACTOR * _rms(plain[at] - expected[at]) + 1e-3
+    if not error <= allowed:
+        raise ValueError(
+            f"angles differ from float32 by {error:.3g} degrees (rms), allowed are {allowed:.3g}"
+        )
+    return {"rms_error_deg": float(f"{error:.4g}"), "checked_against": f"float32, {len(heads)} heads"}
+
+
+def _first(result) -> np.ndarray:
+    return result.angle_deg if result.angle_deg.ndim == 2 else result.angle_deg[0]

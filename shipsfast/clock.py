@@ -1,0 +1,16 @@
+"""Durations and dates for the record. A clock that is set back makes no duration negative."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+
+def seconds_since(started: float) -> float:
+    """Seconds since a reading of `time.perf_counter`, at least 0, to the millisecond."""
+    return round(max(0.0, time.perf_counter() - started), 3)
+
+
+def now() -> str:
+    """The local time with its offset, to the second."""
+    return datetime.now().astimezone().isoformat(" ", "seconds")

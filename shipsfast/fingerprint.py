@@ -1,0 +1,48 @@
+"""What tells models and prompts apart in run folders, without keeping them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .weights import value_of
+
+NOT_THE_MODEL = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)  # keys of a config
+SAMPLES = 4096  # numbers of each tensor that enter the fingerprint
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of the model: its config, and names, shapes, types and evenly spaced samples of every tensor.
+
+    The same wherever the weights are, so that a run continues on a machine with more or less memory.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.numel() == 0:
+            continue
+        if tensor.is_meta:  # streamed or offloaded
+            tensor = value_of(model, name)
+        flat = tensor.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+        sample = flat[index.to(flat.device)].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def prompt_hashes(prompts: Sequence[Sequence[int]]) -> list[str]:
+    """One hash per prompt, of its token ids."""
+    return [hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16] for ids in prompts]

@@ -1,0 +1,108 @@
+"""The model and the run folders of a call are left in order, whatever ends it and wherever.
+
+Every part of a scan puts back what it changes. That is enough for errors, not for Ctrl-C: the exception can rise between
+any two lines, those that put things back among them. So the outermost call notes the model's state first, lets one
+signal through at most, and after an exception holds the model against its notes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Callable
+from typing import Self
+
+import torch
+
+from .anatomy import probe
+from .attention import ATTRIBUTE, _configs
+from .runs import closing
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
+_GONE = object()
+
+
+def untouched(function: Callable) -> Callable:
+    """Decorates a function whose first argument, `model`, is the model."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        model = args[0] if args else kwargs.get("model")
+        with _OneSignal() as signals:
+            before = _state(model) if isinstance(model, torch.nn.Module) else None
+            try:
+                with closing():
+                    return function(*args, **kwargs)
+            except BaseException:
+                signals.closed = True
+                if before is not None:
+                    _put_back(before)
+                raise
+
+    return call
+
+
+class _OneSignal:
+    """Lets the first signal interrupt what runs inside. A second one waits until everything is put back."""
+
+    def __init__(self) -> None:
+        self.closed, self._waiting, self._before = False, [], {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._before[number] = handler
+                    signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame) -> None:
+        if self.closed:
+            self._waiting.append((number, frame))
+            return
+        self.closed = True
+        self._before[number](number, frame)
+
+    def __exit__(self, *exc) -> None:
+        self.closed = True
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if exc[0] is None and self._waiting:
+            number, frame = self._waiting[0]
+            self._before[number](number, frame)
+
+
+def _state(model: torch.nn.Module) -> tuple:
+    """What a scan changes while it runs, as it is now."""
+    modules = [
+        (
+            module,
+            module.training,
+            module.__dict__.get("forward", _GONE),
+            module.__dict__.get(ATTRIBUTE, _GONE),
+            set(module._forward_pre_hooks),
+        )
+        for module in model.modules()
+    ]
+    configs = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    return modules, configs, probe.get()
+
+
+def _put_back(before: tuple) -> None:
+    modules, configs, probed = before
+    for config, how in configs:
+        config._attn_implementation_internal = how
+    for module, training, forward, attribute, hooks in modules:
+        module.training = training
+        for name, value in (("forward", forward), (ATTRIBUTE, attribute)):
+            if value is not _GONE:
+                module.__dict__[name] = value
+            else:
+                module.__dict__.pop(name, None)
+        for key in set(module._forward_pre_hooks) - hooks:
+            with contextlib.suppress(KeyError):
+                del module._forward_pre_hooks[key]
+    probe.set(probed)
