@@ -4,50 +4,48 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import shipsfast
+from shipsfast.divergences import extension_status
 from tests.models import build
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [5, 6, 9], [11, 12, 13, 14], [5, 6, 7, 30]]
-CODE = """
-import hashlib, sys, torch
-sys.path.insert(0, {root!r})
-torch.set_num_threads({threads})
-import shipsfast
-from tests.models import build
-model = build("llama-gqa", torch.float32)
-options = dict(progress=False, backend={backend!r}, layers={layers!r}, chunk_tokens=40)
-prompts = {prompts}
-scores = shipsfast.scan(model, prompts, **options).kl
-angles = shipsfast.scan_dataset(model, prompts, **options).angle_deg
-texts = shipsfast.generate(model, prompts, groups=[[], [(0, 1)]], max_new_tokens=5, do_sample=True, progress=False)
-print(hashlib.sha256(scores.tobytes()).hexdigest(), hashlib.sha256(angles.tobytes()).hexdigest(), texts)
-"""
 
 
-def scores_of(threads: int, backend: str = "auto", layers: str = "auto") -> str:
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    code = CODE.format(root=root, threads=threads, backend=backend, layers=layers, prompts=PROMPTS)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+def digest() -> str:
+    """Of a scan, a dataset-level scan and drawn texts in float32. The memory that is free does not come in: the chunks
+    are given."""
+    model, options = build("llama-gqa", torch.float32), dict(progress=False, chunk_tokens=40)
+    scores = shipsfast.scan(model, PROMPTS, **options).kl
+    angles = shipsfast.scan_dataset(model, PROMPTS, **options).angle_deg
+    texts = shipsfast.generate(
+        model, PROMPTS, groups=[[], [(0, 1)]], max_new_tokens=5, do_sample=True, progress=False
+    )
+    return f"{[hashlib.sha256(x.tobytes()).hexdigest() for x in (scores, angles)]} {texts}"
 
 
 def test_two_processes_give_the_same_bits():
-    """Scan, dataset-level scan and drawn texts in float32; the memory that is free does not come in, as the chunks are
-    given."""
-    assert scores_of(2) == scores_of(2)
+    root = Path(__file__).parent.parent
+    threads = torch.get_num_threads()
+    code = f"import torch; torch.set_num_threads({threads}); from tests.test_determinism import digest; print(digest())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == digest() == digest()
 
 
 @pytest.mark.parametrize("layers", ["fused", "model"])
 def test_repeated_scans_and_resumed_ones_give_the_same_bits(tmp_path, layers):
     model = build(dtype=torch.float32)
     options = dict(progress=False, layers=layers, rows_per_block=4)
-    if layers == "fused" and not shipsfast.divergences.extension_status()[0]:
+    if layers == "fused" and not extension_status()[0]:
         pytest.skip("needs the extension")
     digests = {
         hashlib.sha256(shipsfast.scan(model, PROMPTS, **options).kl.tobytes()).hexdigest() for _ in range(3)
@@ -59,7 +57,7 @@ def test_repeated_scans_and_resumed_ones_give_the_same_bits(tmp_path, layers):
     assert len(digests) == 1 and len(parts) == 3
 
 
-def test_one_thread_and_two_agree_in_their_own_kernels(monkeypatch):
+def test_one_thread_and_two_agree_in_their_own_kernels():
     """A row of the C++ ops is one thread's work. Matrix products are the library's, which may split sums otherwise: at
     these sizes they do not, and the bound in docs/determinism.md holds elsewhere."""
     model, before = build(dtype=torch.float32), torch.get_num_threads()

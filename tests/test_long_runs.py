@@ -15,8 +15,8 @@ import torch
 import shipsfast
 from tests.models import build
 
-RUNS = int(os.environ.get("SHIPSFAST_LONG_RUNS", "60"))
-WARM = max(10, RUNS // 10)
+RUNS = int(os.environ.get("SHIPSFAST_LONG_RUNS", "50"))
+WARM = 10
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [11, 12]]
 # Per scan. A leaked logits matrix, cache or mask of this model is 6 to 20 KB, a hook or a closure some hundred bytes,
 # which the counts see. The allocator's own noise over 50 scans is below this.
@@ -32,7 +32,9 @@ def state(model) -> dict:
     return {
         "tensors": len(live),
         "bytes of tensors": sum(x.numel() * x.element_size() for x in live),
-        "objects of shipsfast": sum(type(x).__module__.startswith("shipsfast") for x in gc.get_objects()),
+        "objects of shipsfast": sum(
+            str(type(x).__module__).startswith("shipsfast") for x in gc.get_objects()
+        ),
         "open files": process.num_fds(),
         "threads": threading.active_count(),
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),

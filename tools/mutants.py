@@ -29,17 +29,13 @@ TESTS = {
     "metrics.py": ["tests/test_metrics.py", "tests/test_scan_metrics.py", "tests/test_several_metrics.py"],
     "divergences.py": ["tests/test_divergences.py", "tests/test_kl_calls.py", "tests/test_kl.py"],
     "packing.py": ["tests/test_packing.py", "tests/test_segments.py", "tests/test_block_table.py"],
-    "wavefront.py": [
-        "tests/test_fused.py", "tests/test_exactness.py", "tests/test_model_untouched.py", "tests/test_ablations.py",
-        "tests/test_invariants.py", "tests/test_generation.py",
-    ],
-    "reference.py": ["tests/test_segments.py", "tests/test_decode_attention.py", "tests/test_ablations.py"],
+    "wavefront.py": ["tests/test_fused.py", "tests/test_exactness.py", "tests/test_model_untouched.py"],
+    "reference.py": ["tests/test_segments.py", "tests/test_decode_attention.py"],
     "attention.py": [
-        "tests/test_ablations.py", "tests/test_exactness.py", "tests/test_model_untouched.py",
-        "tests/test_refusals.py", "tests/test_planner.py", "tests/test_segments.py",
+        "tests/test_model_untouched.py", "tests/test_refusals.py", "tests/test_exactness.py", "tests/test_ablations.py",
     ],
 }  # fmt: skip
-TIMEOUT_S = 400
+TIMEOUT_S = 900
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
