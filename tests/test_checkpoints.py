@@ -45,7 +45,9 @@ def test_each_form_scans_from_the_command_line(capsys, tmp_path, checkpoint):
     found = []
     for number, more in enumerate(([], ["--stream"])):
         out = tmp_path / f"run-{number}"
-        status, text, err = run(capsys, "scan", folder, prompts, "--template", "none", "--out", out, "-q", *more)
+        status, text, err = run(
+            capsys, "scan", folder, prompts, "--template", "none", "--out", out, "-q", *more
+        )
         assert status == 0 and "layer-head" in text, err
         found.append(shipsfast.ShipsResult.load(out))
     assert np.array_equal(found[0].kl, found[1].kl)
@@ -62,7 +64,9 @@ def shipsfast_tokenizer(folder):
 
 
 @pytest.mark.parametrize("more", [[], ["--stream"]], ids=["in-memory", "streamed"])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "consolidated.00.pth"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "consolidated.00.pth"]
+)
 def test_a_pickled_checkpoint_is_refused_with_the_remedy(capsys, tmp_path, name, more):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**(_GQA | dict(vocab_size=768))))
