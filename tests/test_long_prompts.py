@@ -63,7 +63,7 @@ def test_a_scan_makes_nothing_of_size_t_by_t(backend):
             result = shipsfast.scan(build(), [prompt(tokens)], backend=backend, progress=False)
         assert np.isfinite(result.kl).all() and result.record["attention_backend"] == backend
         most.append(largest.bytes)
-    assert most[2] - most[1] <= 2.1 * (most[1] - most[0]) + 4096, most
+    assert most[1] <= 2.1 * most[0] and most[2] <= 2.1 * most[1], most
     assert most[2] < SIZES[2] ** 2, most
 
 

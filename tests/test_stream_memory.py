@@ -19,8 +19,8 @@ import shipsfast
 from shipsfast.loading import load_model
 from tests.checkpoints import save
 
-ALLOWED = 130 << 20
-LAYERS, HEADS = 60, 4
+ALLOWED = 126 << 20
+LAYERS, HEADS = 48, 4
 PROMPTS = [[5, 6, 7, 8, 9, 10], [5, 6, 9, 11]]
 PLAN = {"max_memory": 16 << 20, "progress": False, "heads": [[layer, 0] for layer in range(0, LAYERS, 4)]}
 
@@ -65,7 +65,7 @@ def test_a_model_larger_than_the_memory_allowed(tmp_path):
         LlamaForCausalLM(config(hidden_size=32, intermediate_size=64, num_hidden_layers=2)), tmp_path / "tiny"
     )
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    assert size > 3.5 * ALLOWED and len(list(folder.glob("*.safetensors"))) >= LAYERS
+    assert size > 3 * ALLOWED and len(list(folder.glob("*.safetensors"))) >= LAYERS
     expected = shipsfast.scan(load_model(str(folder), device="cpu"), PROMPTS, **PLAN).kl
 
     def child(how: str):
@@ -88,4 +88,4 @@ def test_a_model_larger_than_the_memory_allowed(tmp_path):
     assert not (tmp_path / "memory.npy").exists()
     streamed = child("stream")
     assert streamed.returncode == 0, streamed.stderr[-2000:]
-    assert np.array_equal(np.load(tmp_path / "stream.npy"), expected)
+    assert np.array_equal(np.load(tmp_path / "stream.npy"), expected, equal_nan=True)
