@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .ablation import Head
@@ -69,9 +70,12 @@ def block_flops(
     tokens, last = packed.num_tokens, sorted(set(packed.last_index.tolist()))
     width = 4 * anatomy.num_heads * anatomy.head_dim  # q k^T and the weighted sum of v, per key that is seen
     keys_values = 4 * anatomy.hidden_size * anatomy.num_kv_heads * anatomy.head_dim
+    alive = 1 + np.cumsum(
+        np.bincount(np.array([at for at, _ in units], dtype=int), minlength=anatomy.num_layers)
+    )
     total, rows = 0.0, 1
     for index, layer in enumerate(anatomy.layers):
-        rows = 1 + sum(1 for at, _ in units if at <= index)
+        rows = int(alive[index])
         seen = packed.position.astype("int64") + 1
         if layer.window is not None:
             seen = seen.clip(max=layer.window)
