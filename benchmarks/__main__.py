@@ -3,6 +3,7 @@
 cpu         the exhaustive scan against the best other ways, appended to benchmarks/results/cpu.jsonl
 sahara      a Sahara search beside a KL scan, appended to benchmarks/results/sahara.jsonl
 generation  answers with groups of heads off against the best other ways, appended to .../generation.jsonl
+stream      a model streamed from its checkpoint beside the same one in memory, appended to .../stream.jsonl
 gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
 tables      rewrite the tables of README.md and docs/performance.md from the results
 """
@@ -51,6 +52,22 @@ def sahara(
 
     from .cases import CPU_CASES, SMOKE_CASES
     from .sahara import run_case
+
+    chosen = [c for c in CPU_CASES if case in c.name] or [c for c in SMOKE_CASES if case in c.name]
+    for each in chosen:
+        run_case(each, repeats, Console(width=160))
+
+
+@app.command()
+def stream(
+    case: str = typer.Option("", help="Only cases whose name contains this."),
+    repeats: int = typer.Option(5, min=1, help="Interleaved pairs."),
+) -> None:
+    """What streaming a model from its checkpoint costs beside having it in memory."""
+    from rich.console import Console
+
+    from .cases import CPU_CASES, SMOKE_CASES
+    from .stream import run_case
 
     chosen = [c for c in CPU_CASES if case in c.name] or [c for c in SMOKE_CASES if case in c.name]
     for each in chosen:

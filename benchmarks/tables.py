@@ -41,7 +41,7 @@ def render() -> str:
             f"{first['gemm_gflops_per_s']:.0f} GFLOP/s measured in the same run."
         )
         lines += ["", origin]
-    return "\n".join([*lines, *_sahara(), *_generation(), *gpu.readme()]) + "\n"
+    return "\n".join([*lines, *_sahara(), *_stream(), *_generation(), *gpu.readme()]) + "\n"
 
 
 def _sahara() -> list[str]:
@@ -72,6 +72,26 @@ def _sahara() -> list[str]:
             ]
         ),
     ]
+
+
+def _stream() -> list[str]:
+    """What streaming costs; no table where no case was run."""
+    rows = [(case, row) for case in CPU_CASES if (row := newest("stream", case.name)) is not None]
+    if not rows:
+        return []
+    lines = ["", "**Streamed from the checkpoint beside all in memory**", ""]
+    lines += [
+        "| prompts | in memory, seconds | streamed | reading all layers once, seconds |",
+        "|---|---:|---:|---:|",
+    ]
+    for case, row in rows:
+        lines.append(
+            f"| {case.prompts} of {case.shared} shared + {case.own} own tokens | {row['memory_median_s']:.2f} | "
+            f"{row['stream_to_memory']:.2f} times | {row['one_reading_s']:.2f} |"
+        )
+    origins = " ".join(f"{origin}." for origin in dict.fromkeys(_origin(row) for _, row in rows))
+    about = "The model of the tables above, the same scores bit for bit; every streamed scan between two in memory."
+    return [*lines, "", f"{about} {origins}"]
 
 
 def _generation() -> list[str]:

@@ -30,6 +30,7 @@ from .segments import plan_segments, segment_attention
 
 TREE, DENSE = "shipsfast_tree", "shipsfast_dense"
 BACKENDS = ("auto", "triton", "cpp", "torch", "reference")
+LONG = 2048  # tokens from which on `ablate` makes no mask where only causality hides anything
 ATTRIBUTE = "_shipsfast_call"  # on the attention module: what to do in the next call
 
 # Passed by some models, and without influence on what is computed here: visibility comes from the tree
@@ -290,10 +291,12 @@ def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap
         key = torch.where(mask.mean_k[:, :, None, None], alt["k_alt"][:, None], key)
     if softcap is None:
         out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=scaling
+            query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling
         )
     else:
         logits = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scaling / softcap)
+        if visible is None:
+            visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
         if visible is not None:
             logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
         out = torch.matmul(torch.softmax(logits, -1), value)
@@ -376,6 +379,11 @@ def _window_of(mask_function, longest: int, device) -> int | None:
 
 
 def _dense_mask(*args, **kwargs):
+    padding, length = kwargs.get("attention_mask"), kwargs["q_length"]
+    plain = kwargs.get("allow_is_causal_skip", True) and kwargs.get("local_size") is None
+    whole = length == kwargs["kv_length"] and not kwargs.get("q_offset") and not kwargs.get("kv_offset")
+    if plain and whole and length >= LONG and (padding is None or bool(padding.all())):
+        return None  # causal, and a mask of T x T would be all there is in memory
     kwargs["allow_is_causal_skip"] = False  # the mask must always say what is visible
     return sdpa_mask(*args, **kwargs)
 

@@ -9,6 +9,7 @@ import torch
 
 from .ablation import Head, HeadMask, dense_rows
 from .anatomy import input_device, last_logits_only
+from .attention import LONG
 from .errors import UnsupportedModelError
 from .metrics import kl_rows
 from .prepared import Prepared
@@ -61,9 +62,18 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
 
 def ablated_logits(prepared: Prepared, prompt: int, units: Sequence[Head]) -> torch.Tensor:
     """Next-token logits [len(units) + 1, V] by a plain forward pass with each unit off; the last with none."""
-    mask = _plain_mask(prepared, prompt, units)
-    with dense_rows(prepared.model, prepared.anatomy, mask):
-        return plain_logits(prepared, prompt, len(mask))
+    out = []
+    for mask in _at_a_time(prepared, prompt, _plain_mask(prepared, prompt, units)):
+        with dense_rows(prepared.model, prepared.anatomy, mask):
+            out.append(plain_logits(prepared, prompt, len(mask)))
+    return torch.cat(out)
+
+
+def _at_a_time(prepared: Prepared, prompt: int, mask: HeadMask) -> list[HeadMask]:
+    """All rows together; of a long prompt one by one, as each takes what a chunk takes in a scan."""
+    if len(prepared.token_ids[prompt]) < LONG:
+        return [mask]
+    return [replace(mask, groups=(group,)) for group in mask.groups]
 
 
 def _plain_mask(prepared: Prepared, prompt: int, units: Sequence[Head]) -> HeadMask:
@@ -81,12 +91,13 @@ def check_hidden(
     prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor
 ) -> None:
     """Raises UnsupportedModelError unless plain forward passes give these hidden states [hidden]."""
-    mask = _plain_mask(prepared, prompt, [unit])
-    with dense_rows(prepared.model, prepared.anatomy, mask), head_input(prepared.model) as seen:
-        _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
+    with head_input(prepared.model) as seen:
+        for mask in _at_a_time(prepared, prompt, _plain_mask(prepared, prompt, [unit])):
+            with dense_rows(prepared.model, prepared.anatomy, mask):
+                _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
     for name, got, expected in (
         (f"with {prepared.unit} {unit[0]}-{unit[1]} off", ablated, seen[0][0, -1]),
-        ("unablated", base, seen[0][-1, -1]),
+        ("unablated", base, seen[-1][-1, -1]),
     ):
         error = float((got.double() - expected.double()).norm() / expected.double().norm())
         if not error <= ALARM_HIDDEN.get(prepared.model.dtype, ALARM_HIDDEN[torch.float32]):

@@ -20,7 +20,7 @@ class Blocks:
 
     blocks [G, 4]: where a block's queries begin and end, and its keys;
     queries [NQ, 3]: index of a query, and which of the block's keys it sees: first, one past the last;
-    keys [NK]: packed indices of the keys of a block, by depth.
+    keys [NK]: packed indices by depth, the path of each segment; a block's keys are a slice of one.
     """
 
     blocks: torch.Tensor
@@ -31,16 +31,17 @@ class Blocks:
 def plan_blocks(packed: PackedPrompts, *, window: int | None, query_index: np.ndarray | None) -> Blocks:
     """Cut the tree into blocks. query_index: the packed index of each query, None for all T."""
     blocks, queries, keys = [], [], []
-    num_queries = num_keys = 0
-    for place, nodes, path in tree_blocks(packed, BLOCK, window, query_index):
-        depth, depths = packed.position[nodes], packed.position[path]
-        first = (
-            np.zeros_like(depth) if window is None else np.searchsorted(depths, depth - window + 1, "left")
-        )
-        queries.append(np.stack([place, first, np.searchsorted(depths, depth, "right")], 1))
-        keys.append(path)
-        blocks.append([num_queries, num_queries + len(nodes), num_keys, num_keys + len(path)])
-        num_queries, num_keys = num_queries + len(nodes), num_keys + len(path)
+    num_queries = num_keys = begin = 0
+    for place, nodes, path, seen in tree_blocks(packed, BLOCK, window, query_index):
+        if not keys or keys[-1] is not path:  # the blocks of a segment share its path
+            keys.append(path)
+            begin, num_keys = num_keys, num_keys + len(path)
+        # Depth along a path is the place on it.
+        depth = packed.position[nodes].astype(np.int64)
+        first = np.zeros_like(depth) if window is None else np.maximum(depth - window + 1, 0)
+        queries.append(np.stack([place, first - seen.start, depth + 1 - seen.start], 1))
+        blocks.append([num_queries, num_queries + len(nodes), begin + seen.start, begin + seen.stop])
+        num_queries += len(nodes)
 
     def table(rows) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from . import fused
 from .ablation import Ablation, as_ablation, check_unit
 from .anatomy import Anatomy, check_model, inspect_model
+from .attention import LONG
 from .errors import InputError
 from .flops import gemm_flops_per_s, model_flops, scan_flops
 from .packing import pack
@@ -33,7 +34,6 @@ READ_BYTES = 256 << 20  # of a checkpoint are read to see how fast it can be
 CHECK_ROWS = (
     4  # of the longest prompt pass the model as it is: one for the noise floor, three for the spot check
 )
-CHECK_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Forecast:
     plan: Plan
     memory: dict[str, int]
     passes: int
+    checks: int  # of the passes
     flops: float
     flops_per_s: float | None
     read_bytes_per_s: float | None
@@ -98,7 +99,7 @@ class Forecast:
                 f"plan    {_count(groups, 'group')} of prompts x {_count(blocks, 'block')} of at most "
                 f"{plan.rows_per_block:,} {of['unit']}s; {plan.chunk_tokens:,} tokens pass a layer at a time"
             ),
-            f"passes  {self.passes:,} over the layers, {CHECK_PASSES} of them checks",
+            f"passes  {self.passes:,} over the layers, {self.checks} of them checks",
             (
                 f"memory  {_gib(self.total_bytes)} = model {_gib(parts['model'])} + prompts' ends {_gib(parts['ends'])} + the "
                 f"larger of rows {_gib(parts['rows'])} with a layer at work {_gib(parts['chunk'])} and the head "
@@ -170,7 +171,8 @@ def forecast(
     flops = rounds * scan_flops(costs, packs, units, rows_per_block=plan.rows_per_block)
     flops += CHECK_ROWS * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
     blocks = len(packs) * len(even_slices(len(units), plan.rows_per_block))
-    passes = rounds * blocks + CHECK_PASSES
+    checks = _check_passes(longest)
+    passes = rounds * blocks + checks
     rate = _rate(costs.products, max(plan.chunk_tokens, tokens), model.dtype, where) if here else None
     reading = _read_rate(model.config._name_or_path) if stream else None
     return Forecast(
@@ -180,9 +182,9 @@ def forecast(
             "layers": anatomy.num_layers, "heads": anatomy.num_heads,
         },
         device=str(where), dtype=str(model.dtype).removeprefix("torch."), stream=stream, prompts=len(token_ids),
-        tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, flops=flops, flops_per_s=rate,
+        tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops, flops_per_s=rate,
         read_bytes_per_s=reading,
-        seconds=_seconds(flops, rate, _layer_bytes(anatomy), reading, passes, stream),
+        seconds=_seconds(flops, rate, _layer_bytes(anatomy), reading, passes, checks, stream),
         limits=_limits(plan, len(units), len(token_ids), blocks, where),
     )  # fmt: skip
 
@@ -240,14 +242,21 @@ def _read_rate(folder: str) -> float | None:
     return done / (time.perf_counter() - began) if done else None
 
 
-def _seconds(flops, rate, layer_bytes: list[int], reading, passes: int, stream: bool) -> float | None:
+def _check_passes(longest: int) -> int:
+    """The unablated model, and three rows of the longest prompt: together, or one by one."""
+    return 2 if longest < LONG else 4
+
+
+def _seconds(
+    flops, rate, layer_bytes: list[int], reading, passes: int, checks: int, stream: bool
+) -> float | None:
     if rate is None or stream and reading is None:
         return None
     computing = flops / rate
     if not stream:
         return computing
     load, first = sum(layer_bytes) / reading, max(layer_bytes) / reading
-    return max(computing, (passes - CHECK_PASSES) * load) + passes * first + CHECK_PASSES * load
+    return max(computing, (passes - checks) * load) + passes * first + checks * load
 
 
 def _limits(plan: Plan, units: int, prompts: int, blocks: int, where: torch.device) -> list[str]:

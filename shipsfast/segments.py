@@ -60,20 +60,22 @@ def plan_segments(
     device: torch.device,
 ) -> list[BlockGroup]:
     """Cut the tree into groups of blocks. query_index: the packed index of each query, None for all T."""
-    pending: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-    for place, queries, keys in tree_blocks(packed, BLOCK, window, query_index):
+    pending: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] = {}
+    depths = np.arange(packed.num_tokens, dtype=np.int32)  # depth along a path is the place on it
+    for place, queries, path, seen in tree_blocks(packed, BLOCK, window, query_index):
+        keys = path[seen]
         shape = (_padded(len(queries)), _padded(len(keys) - len(queries)))
-        pending.setdefault(shape, []).append((place, queries, keys))
+        pending.setdefault(shape, []).append((place, queries, keys, depths[seen]))
     return [_group(blocks, packed, window, device) for _, blocks in sorted(pending.items())]
 
 
 def tree_blocks(
     packed: PackedPrompts, size: int, window: int | None, query_index: np.ndarray | None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Runs of at most `size` queries without a branch: (places among the queries, packed indices, keys they see).
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, slice]]:
+    """Runs of at most `size` queries without a branch: (places among the queries, packed indices, path, keys they see).
 
-    The keys are packed indices too, from the root down: each query sees those that are at most as deep as itself,
-    and within the window.
+    The path goes from the root down to the end of the run's segment, in packed indices, one array for all runs of the
+    segment; the keys are a slice of it: each query sees those that are at most as deep as itself, and within the window.
     """
     inverse = np.arange(packed.num_tokens)
     if query_index is not None:
@@ -83,17 +85,16 @@ def tree_blocks(
         above = [
             np.arange(packed.segments[s].start, packed.segments[s].stop) for s in packed.path(number)[:-1]
         ]
-        above = np.concatenate(above) if above else np.zeros(0, np.int64)
+        path = np.concatenate([*above, np.arange(segment.start, segment.stop)])
+        before = len(path) - segment.stop
         for start in range(segment.start, segment.stop, size):
             stop = min(start + size, segment.stop)
-            keys = np.concatenate([above, np.arange(segment.start, stop)])
             queries = np.arange(start, stop)
             queries = queries[inverse[queries] >= 0]
-            if window is not None and len(queries):
-                first = packed.position[queries[0]] - window + 1
-                keys = keys[packed.position[keys] >= first]
             if len(queries):
-                yield inverse[queries], queries, keys
+                # Depth along a path is the place on it.
+                first = 0 if window is None else max(0, int(packed.position[queries[0]]) - window + 1)
+                yield inverse[queries], queries, path, slice(first, before + stop)
 
 
 def _padded(length: int) -> int:
@@ -107,14 +108,17 @@ def _extend(values: np.ndarray, length: int, step: int) -> np.ndarray:
 
 
 def _group(blocks, packed: PackedPrompts, window, device) -> BlockGroup:
-    num_q = max(len(q) for _, q, _ in blocks)
-    num_k = max(len(k) for _, _, k in blocks)
-    queries = np.stack([_extend(p, num_q, 0) for p, _, _ in blocks])  # [G, S]
-    keys = np.stack([_extend(k, num_k, 0) for _, _, k in blocks])  # [G, K]
+    num_q = max(len(q) for _, q, _, _ in blocks)
+    num_k = max(len(k) for _, _, k, _ in blocks)
+    queries = np.stack([_extend(p, num_q, 0) for p, _, _, _ in blocks])  # [G, S]
     # Within a path, "ancestor or itself" is "at most as deep". Padding repeats the last token but counts on
     # in depth: no real query sees it, and blocks of different length keep one and the same mask.
-    depth_q = np.stack([_extend(packed.position[q], num_q, 1) for _, q, _ in blocks])
-    depth_k = np.stack([_extend(packed.position[k], num_k, 1) for _, _, k in blocks])
+    depth_q = np.stack([_extend(packed.position[q], num_q, 1) for _, q, _, _ in blocks])
+    if len(blocks) == 1:  # as slices of the path, which all blocks of a long prompt share
+        keys, depth_k = blocks[0][2][None], blocks[0][3][None]
+    else:
+        keys = np.stack([_extend(k, num_k, 0) for _, _, k, _ in blocks])  # [G, K]
+        depth_k = np.stack([_extend(d, num_k, 1) for *_, d in blocks])
     if (depth_q == depth_q[:1]).all() and (depth_k == depth_k[:1]).all():
         depth_q, depth_k = depth_q[:1], depth_k[:1]
     causal = (
@@ -123,7 +127,7 @@ def _group(blocks, packed: PackedPrompts, window, device) -> BlockGroup:
         and (window is None or num_q <= window)
         and (depth_q == depth_k).all()
     )
-    real = np.stack([np.arange(num_q) < len(q) for _, q, _ in blocks])
+    real = np.stack([np.arange(num_q) < len(q) for _, q, _, _ in blocks])
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(array), device=device)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 import shipsfast
-from benchmarks import cpu, floor, generation, peers, provenance, sahara, tables
+from benchmarks import cpu, floor, generation, peers, provenance, sahara, stream, tables
 from benchmarks.cases import CPU_CASES, GENERATION_CASES, GENERATION_SMOKE, SMOKE_CASES
 
 CASE = SMOKE_CASES[0]
@@ -47,6 +47,16 @@ def test_sahara_row(tmp_path, monkeypatch):
     row = sahara.run_case(CASE, repeats=1, console=Console(quiet=True))
     assert provenance.newest("sahara", CASE.name) == row
     assert row["search_to_scan"] > 0 and row["steps"] == 3 and row["commit"]
+
+
+def test_stream_row_and_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    assert "Streamed" not in tables.render()
+    row = stream.run_case(CASE, repeats=1, console=Console(quiet=True))
+    assert provenance.newest("stream", CASE.name) == row
+    assert row["equal_bits"] and row["stream_to_memory"] > 0 and row["one_reading_s"] > 0 and row["commit"]
+    monkeypatch.setattr(tables, "CPU_CASES", (CASE,))
+    assert "Streamed from the checkpoint" in tables.render()
 
 
 def test_generation_rows_and_their_table(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def child(*arguments: str) -> dict:
 def anatomy(shape) -> Anatomy:
     """Of a model that nobody has to hold in memory."""
     width = sum(outputs for _, outputs in shape.costs().products) + 8 * shape.hidden
-    layer = Layer("layer", torch.nn.Identity(), torch.nn.Identity(), None)
+    layer = Layer("layer", torch.nn.Identity(), torch.nn.Identity(), None, torch.device("cuda"))
     return Anatomy(
         layers=(layer,) * shape.layers, num_heads=shape.heads, num_kv_heads=shape.kv_heads, uniform_kv_heads=True,
         head_dim=shape.head_dim, hidden_size=shape.hidden, vocab_size=shape.vocabulary, work_width=width,
