@@ -110,7 +110,8 @@ def test_a_signal_ends_the_command_in_one_line(tmp_path, number, status):
     said = [line for line in said.splitlines() if "shipsfast: " in line]  # other packages have their warnings
     assert len(said) == 1 and f"is kept in {out}" in said[0] and "run again to continue" in said[0]
     report = verify(out)
-    assert report["verdict"] == "unfinished" and not report["leftovers"]
+    # At most the temporary file that was just being made.
+    assert report["verdict"] == "unfinished" and len(report["leftovers"]) <= 1, report
     found("SIGINT and SIGTERM to the command", 1)
 
 
