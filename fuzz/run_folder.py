@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import tempfile
@@ -25,6 +26,7 @@ from shipsfast.completions import Completions
 from shipsfast.errors import InputError
 from shipsfast.evaluation import EvalResult
 from shipsfast.grams import Grams
+from shipsfast.manifest import as_text
 from shipsfast.results import SaharaResult, ShipsResult, SubspaceResult
 from shipsfast.tables import as_json, show
 
@@ -105,10 +107,7 @@ def one(data: bytes) -> None:
     while reader:
         manifest = _edit(reader, manifest, files)
     if manifest is not None:
-        try:
-            files["run.json"] = json.dumps(manifest).encode()
-        except RecursionError:
-            return
+        files["run.json"] = _sealed(manifest, files)
     _write(files)
     try:
         result = shipsfast.load(_folder)
@@ -129,6 +128,17 @@ def _write(files: dict[str, bytes]) -> None:
         path = _folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+
+
+def _sealed(manifest, files: dict[str, bytes]) -> bytes:
+    """With checksums as somebody would make them who wants the folder to be read."""
+    if not isinstance(manifest, dict):
+        return json.dumps(manifest).encode()
+    for entry in manifest["parts"] if isinstance(manifest.get("parts"), list) else []:
+        content = files.get(entry.get("file")) if isinstance(entry, dict) else None
+        if content is not None:
+            entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    return as_text(manifest).encode()
 
 
 def _use(result) -> None:

@@ -84,7 +84,10 @@ def as_text(body: dict) -> str:
 
 
 def _checksum(body: dict) -> str:
-    text = json.dumps({k: v for k, v in body.items() if k != "checksum"}, sort_keys=True)
+    try:
+        text = json.dumps({k: v for k, v in body.items() if k != "checksum"}, sort_keys=True)
+    except RecursionError:  # nested as deep as can just be read
+        return ""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

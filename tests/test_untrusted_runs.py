@@ -1,5 +1,6 @@
 """Run folders that somebody else made or changed: read as data from inside the folder only, or refused in one line."""
 
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import fuzz.prompts
 import fuzz.run_folder
 import shipsfast
 from fuzz.engine import smoke
+from shipsfast.manifest import as_text
 from shipsfast.results import SaharaResult, ShipsResult, SubspaceResult
 from shipsfast.tables import show
 from tests.models import build
@@ -35,10 +37,14 @@ def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def edit(run, change) -> None:
+def edit(run, change=lambda manifest: None) -> None:
+    """Change run.json, and make the checksums right again: they keep accidents out, not people."""
     manifest = json.loads((run / "run.json").read_text())
     change(manifest)
-    (run / "run.json").write_text(json.dumps(manifest))
+    for entry in manifest["parts"]:
+        content = (run / entry["file"]).read_bytes()
+        entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (run / "run.json").write_text(as_text(manifest))
 
 
 def refused(run, message: str) -> None:
@@ -52,14 +58,14 @@ def test_links_do_not_lead_out_of_the_folder(run, tmp_path, name):
     outside = tmp_path / "outside"
     shutil.move(run / name, outside)
     (run / name).symlink_to(outside)
-    refused(run, f"{name.split('/')[0]}.*is a link: a run folder holds its own files")
+    refused(run, f"{name.split('/')[0]}.*is a link")
 
 
 def test_pipes_do_not_block(run):
     part = run / "scores" / "part-000000.parquet"
     part.unlink()
     os.mkfifo(part)
-    refused(run, "part-000000.parquet is not a plain file")
+    refused(run, "part-000000.parquet is damaged: it has 0 bytes")
 
 
 def test_names_in_run_json_are_no_paths(run, tmp_path):
@@ -104,6 +110,7 @@ def test_rows_outside_the_shape_are_damage(run):
         frame = good.astype({name: np.int64})
         frame.loc[0, name] = value
         frame.to_parquet(path, index=False)
+        edit(run)
         refused(run, f"part-000000.parquet is damaged .column '{name}'")
 
 
@@ -118,40 +125,49 @@ def test_tables_of_other_types_are_damage(run):
         (as_text.cast(pa.binary()), "holds binary"),
     ):
         pq.write_table(table.set_column(index, "kl_nats", column), path)
+        edit(run)
         refused(run, message)
     pq.write_table(table.remove_column(index), path)
+    edit(run)
     refused(run, "0 columns 'kl_nats'")
     # What pandas would make of a file's own notes is not asked.
     notes = {b"pandas": b'{"index_columns": ["layer"], "column_indexes": [], "columns": []}'}
     pq.write_table(table.replace_schema_metadata(notes), path)
+    edit(run)
     assert np.isfinite(shipsfast.load(run).kl).all()
     unknown = pa.field(
         "kl_nats", pa.float64(), metadata={b"ARROW:extension:name": b"arrow.py_extension_type"}
     )
     schema = table.schema.set(index, unknown)
     pq.write_table(table.cast(schema), path)
+    edit(run)
     assert np.isfinite(shipsfast.load(run).kl).all()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "cannot be read"),
-        ("[" * 200_000, "cannot be read"),
-        ('{"schema": 2, "identity": 3}', "schema|identity is not"),
-        ("\ud800".encode("utf-8", "surrogatepass"), "cannot be read"),
-        ('{"a": ' + "9" * 5000 + "}", "cannot be read"),
+        ("", "is damaged"),
+        ("[" * 200_000, "is damaged"),
+        ('{"schema": 3, "a": ' + "[" * 960 + "]" * 960 + "}", "is damaged"),
+        (as_text({"schema": 3, "identity": 3, "parts": []}), "is no manifest that"),
+        (
+            as_text({"schema": 3, "identity": {}, "parts": [{"file": "../../x", "sha256": "", "bytes": 0}]}),
+            "is no manifest that",
+        ),
+        ("\ud800".encode("utf-8", "surrogatepass"), "is damaged"),
+        ('{"a": ' + "9" * 5000 + "}", "is damaged"),
     ],
-    ids=["empty", "deep", "no identity", "surrogate", "digits"],
+    ids=["empty", "deep", "just as deep", "no identity", "paths", "surrogate", "digits"],
 )
 def test_manifests_that_are_none(run, text, message):
     (run / "run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(run, message)
 
 
-def test_part_names_that_are_none_are_not_parts(run):
+def test_parts_that_nobody_lists_are_not_read(run):
     (run / "scores" / "part-1x.parquet").write_bytes(b"rubbish")
-    assert np.isfinite(shipsfast.load(run).kl).all()
+    refused(run, "part-1x.parquet is not one of the parts")
 
 
 def printed(result, **options) -> str:
