@@ -61,6 +61,7 @@ class Case:
     groups: int
     features: bool
     replace: bool
+    sink: bool = False
 
     @property
     def id(self) -> str:
@@ -124,6 +125,7 @@ def compile_case(case: Case) -> dict[str, int]:
         "HAS_SOFTCAP": case.features,
         "HAS_WINDOW": case.features,
         "HAS_REPLACE": case.replace,
+        "HAS_SINK": case.sink,
         "DOT_DTYPE": getattr(module.tl, case.dtype),
         "INPUT_PRECISION": config.input_precision,
         "stride_lh": 1,  # the launcher turns strides of 1 into constants too

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .attention import TREE, Probe, ProbeCall, installed, probe
-from .errors import InputError, UnsupportedModelError
+from .attention import TREE, installed
+from .errors import InputError, UnsupportedModelError, is_out_of_memory
+from .probing import Probe, ProbeCall, looks_beyond, probe, probe_rows
 
 PROBE_TOKENS = 3
+# What a model's own code raises where it is not given what it wants.
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,24 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A decoder layer of any kind. layer: its place among those that have attention heads, None if it has none."""
+
+    module: torch.nn.Module
+    layer: int | None
+
+
+@dataclass(frozen=True)
 class Anatomy:
+    """What a scan needs to know of a model.
+
+    layers: the decoder layers that have attention heads, which is what scores count; blocks: all decoder layers;
+    looks_beyond: something besides attention carries information from token to token (state space layers,
+        convolutions, linear attention) or looks at places in the sequence, and knows of no tree;
+    index_limit: the model looks at a token's place in the sequence instead of its position id, and that shows from
+        so many tokens on; None if it never does.
+    """
+
     layers: tuple[Layer, ...]
     num_heads: int
     num_kv_heads: int  # the fewest of any layer
@@ -35,6 +55,21 @@ class Anatomy:
     hidden_size: int
     vocab_size: int
     work_width: int  # numbers per token that a layer holds at a time, roughly: for the memory plan
+    value_dim: int
+    blocks: tuple[Block, ...]
+    looks_beyond: bool
+    index_limit: int | None
+    longest: int  # tokens of the longest sequence that was announced
+
+    @property
+    def plain_sequences(self) -> bool:
+        """Whether only whole single sequences give the right answer, with every token in every layer."""
+        return self.looks_beyond or (self.index_limit is not None and self.longest >= self.index_limit)
+
+    @property
+    def trims(self) -> bool:
+        """Whether the last layer may run at the prompts' last tokens alone."""
+        return not self.plain_sequences and self.blocks[-1].layer is not None
 
     @property
     def num_layers(self) -> int:
@@ -43,6 +78,24 @@ class Anatomy:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
+
+
+def base_model(model):
+    """The transformers model inside a PEFT wrapper, whose adapter acts in its modules; any other model as it is.
+
+    Raises UnsupportedModelError for an adapter that acts outside them: prompt learning.
+    """
+    if not hasattr(model, "get_base_model") or not hasattr(model, "peft_config"):
+        return model
+    learned = [
+        name for name, config in model.peft_config.items() if getattr(config, "is_prompt_learning", False)
+    ]
+    if learned:
+        raise UnsupportedModelError(
+            f"adapter {learned[0]!r} puts learned tokens before the prompt, which is not a part of the model's layers: "
+            "only adapters inside the layers, such as LoRA, can be scanned"
+        )
+    return model.get_base_model()
 
 
 def last_logits_only(model: PreTrainedModel) -> dict:
@@ -58,7 +111,11 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0) -> None:
             f"expected a transformers causal language model, got {type(model).__name__}: "
             "load one with AutoModelForCausalLM.from_pretrained"
         )
-    if model.get_output_embeddings() is None:
+    try:
+        head, _ = model.get_output_embeddings(), model.get_input_embeddings().weight
+    except (NotImplementedError, AttributeError):
+        head = None
+    if head is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
         )
@@ -76,6 +133,7 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0) -> None:
             f"{type(model).__name__} shares keys and values between layers: it cannot be scanned"
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context if context and context > 0 else None
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for i, ids in enumerate(token_ids):
         if context is not None and len(ids) > context:
@@ -111,20 +169,34 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
 
     ran: list[tuple[str, torch.nn.Module]] = []
     handles = []
+    shapes_in: dict[str, torch.Size] = {}  # of what enters each module
     recorder = Probe(longest)
-    ids = torch.tensor([list(token_ids[:PROBE_TOKENS])], device=input_device(model))
+    ids, position_ids = (
+        torch.tensor(x, device=input_device(model))
+        for x in probe_rows(
+            (list(token_ids) * PROBE_TOKENS)[:PROBE_TOKENS], model.get_input_embeddings().weight.shape[0]
+        )
+    )
     token = probe.set(recorder)
     try:
         for list_name, container in model.named_modules():
             if isinstance(container, torch.nn.ModuleList):
                 for index, child in enumerate(container):
                     name = f"{list_name}.{index}"
-                    handles.append(
-                        child.register_forward_pre_hook(lambda m, _a, name=name: ran.append((name, m)))
-                    )
+
+                    def note(m, args, kwargs, name=name):
+                        ran.append((name, m))
+                        shapes_in[name] = getattr(
+                            kwargs.get("hidden_states", args[0] if args else None), "shape", None
+                        )
+
+                    handles.append(child.register_forward_pre_hook(note, with_kwargs=True))
         with installed(model, TREE):
-            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
             logits = model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+    except MODEL_ERRORS as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(_why_it_failed(model, ids, error)) from error
     finally:
         probe.reset(token)
         for handle in handles:
@@ -134,7 +206,8 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
             f"{family} has no attention heads that shipsfast can reach: its attention does not go through "
             "transformers' AttentionInterface"
         )
-    layers = _layers(model, family, ran, recorder.calls)
+    _check_rows(family, shapes_in, recorder.calls, {module: name for name, module in model.named_modules()})
+    layers, blocks = _layers(model, family, ran, recorder.calls)
     shapes = {(c.num_heads, c.num_kv_heads, c.head_dim) for c in recorder.calls}
     if len({s[0] for s in shapes}) > 1:
         raise UnsupportedModelError(f"{family} has layers with different numbers of heads: {sorted(shapes)}")
@@ -149,10 +222,55 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
         hidden_size=hidden,
         vocab_size=logits.shape[-1],
         work_width=_work_width(layers[0].module, hidden),
+        value_dim=max(c.value_dim for c in recorder.calls),
+        blocks=blocks,
+        looks_beyond=looks_beyond(logits),
+        index_limit=_index_limit(model),
+        longest=longest,
     )
 
 
-def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[Layer, ...]:
+def _check_rows(family: str, shapes_in, calls: list[ProbeCall], names) -> None:
+    """Between layers a row must be its tokens' hidden states and nothing else."""
+    for name, shape in shapes_in.items():
+        holds_attention = any(names[c.module].startswith(name + ".") for c in calls)
+        if holds_attention and shape is not None and (len(shape) != 3 or shape[:2] != (3, PROBE_TOKENS)):
+            raise UnsupportedModelError(
+                f"{family} keeps several residual streams (hidden states of shape {list(shape)} enter {name}): it "
+                "cannot be scanned"
+            )
+
+
+def _why_it_failed(model: PreTrainedModel, ids: torch.Tensor, error: Exception) -> str:
+    """Whose fault it is that the model did not run with shipsfast's attention in place."""
+    family, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+    try:
+        model(input_ids=ids, use_cache=False)
+    except MODEL_ERRORS as own:
+        return f"{family} does not run on text alone in {dtype} here: {_one_line(own)}"
+    return (
+        f"{family} uses its attention mask outside transformers' AttentionInterface, or computes attention itself, "
+        f"so its heads cannot be reached ({_one_line(error)})"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _index_limit(model: PreTrainedModel) -> int | None:
+    """Llama 4 sharpens attention without rotary embedding by a token's index: log(1 + floor((i + 1) / scale))."""
+    limits = [
+        int(m.floor_scale)
+        for m in model.modules()
+        if getattr(m, "attn_temperature_tuning", False)
+        and hasattr(m, "floor_scale")
+        and not getattr(m, "use_rope", True)
+    ]
+    return min(limits, default=None)
+
+
+def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[tuple[Layer, ...], tuple[Block, ...]]:
     names = {module: name for name, module in model.named_modules()}
     lists = {
         name.rsplit(".", 1)[0]
@@ -163,22 +281,26 @@ def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[Layer, ...
     outermost = min(lists, key=len, default=None)
     if outermost is None:
         raise UnsupportedModelError(f"{family} does not keep its decoder layers in a ModuleList")
-    layers = []
+    layers, blocks = [], []
     for name, module in ran:
         if name.rsplit(".", 1)[0] != outermost:
             continue
         inside = [c for c in calls if names[c.module].startswith(name + ".") or c.module is module]
+        if not inside:
+            blocks.append(Block(module, None))
+            continue
         if len(inside) != 1:
             raise UnsupportedModelError(
                 f"{family} calls attention {len(inside)} times in {name}: only layers with exactly one softmax "
                 "attention can be scanned"
             )
+        blocks.append(Block(module, len(layers)))
         layers.append(Layer(name, module, inside[0].module, inside[0].window))
-    if len(layers) != len(calls) or len({id(x.module) for x in layers}) != len(layers):
+    if len(layers) != len(calls) or len({id(x.module) for x in blocks}) != len(blocks):
         raise UnsupportedModelError(
             f"{family} calls attention outside {outermost}, or runs a layer more than once"
         )
-    return tuple(layers)
+    return tuple(layers), tuple(blocks)
 
 
 def _check_rope(model: PreTrainedModel, longest: int) -> None:

@@ -20,3 +20,10 @@ def whole_number(name: str, value, least: int = 1) -> int:
     if number is None or number < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A CPU that cannot allocate says so in a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

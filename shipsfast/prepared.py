@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from . import fused, runs
 from ._version import __version__
 from .ablation import Ablation, Head, HeadMask, as_ablation, check_heads, check_unit, unit_heads
-from .anatomy import Anatomy, check_model, input_device, inspect_model
+from .anatomy import Anatomy, base_model, check_model, input_device, inspect_model
 from .attention import ATTRIBUTE, resolve_backend
-from .errors import InputError
+from .errors import InputError, is_out_of_memory
 from .metrics import kl_backend
 from .packing import PackedPrompts, pack
 from .planner import Plan, even_slices, make_plan
@@ -145,7 +145,7 @@ def prepare(
         model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,
         layers=layers,
     )  # fmt: skip
-    anatomy, token_ids = subject.anatomy, subject.token_ids
+    model, anatomy, token_ids = subject.model, subject.anatomy, subject.token_ids
     grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
     units = check_heads(grid, anatomy.num_layers, subject.num_units, unit)
     resample = subject.how.kind == "resample"
@@ -191,6 +191,7 @@ def look_at(
     Raises InputError or UnsupportedModelError, as `scan` does.
     """
     how = as_ablation(ablation, scale)
+    model = base_model(model)
     token_ids = to_token_ids(prompts, tokenizer, template)
     check_model(model, token_ids, new_tokens)
     others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
@@ -207,7 +208,9 @@ def look_at(
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
     num_units = check_unit(unit, anatomy)
     device = input_device(model)
-    resolved = resolve_backend(backend, device, model.dtype)
+    resolved = resolve_backend(
+        backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
+    )
     not_fused = _why_not_fused(layers, anatomy, model.dtype, device)
     record = describe_run(model, anatomy, device) | {
         "ablation": how.describe(),
@@ -216,6 +219,8 @@ def look_at(
         "layers": "model" if not_fused else "fused",
         "kl_backend": kl_backend(device),
     }
+    if anatomy.plain_sequences:
+        record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
     return Subject(
@@ -267,11 +272,6 @@ class OutOfMemory(InputError):
     """There is no smaller plan for this group of prompts."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """A CPU that cannot allocate says so in a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
 def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:
     """What a reader of run.json needs to know to repeat the run."""
     if device.type == "cuda":
@@ -283,6 +283,12 @@ def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device)
             "class": type(model).__name__,
             "name": model.config._name_or_path,
             "layers": anatomy.num_layers,
+            # Where some layers have no attention heads, the layers of scores are these.
+            **(
+                {"layer_names": [x.name for x in anatomy.layers]}
+                if len(anatomy.blocks) > anatomy.num_layers
+                else {}
+            ),
             "heads": anatomy.num_heads,
             "kv_heads": anatomy.num_kv_heads,
             "hidden": anatomy.hidden_size,

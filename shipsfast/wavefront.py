@@ -76,7 +76,7 @@ class Wavefront:
         self._backend = backend
         self._trees: dict[torch.device, TreeContext] = {}
         self._mask: HeadMask | None = None
-        self._tuples = False  # does the decoder layer return a tuple
+        self._tuples = 0  # of how many the decoder layer returns a tuple
         self._forks: list[int] = []
         self._alive = 0
         self._buffer: torch.Tensor | None = None  # [rows, T, hidden]
@@ -92,9 +92,15 @@ class Wavefront:
         with contextlib.ExitStack() as undo:
             undo.enter_context(torch.inference_mode())
             undo.enter_context(installed(self.model, TREE))
-            for index, layer in enumerate(self.anatomy.layers):
+            for layer in self.anatomy.layers:
                 undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
-                undo.enter_context(forward_replaced(layer.module, lambda fwd, i=index: self._layer(i, fwd)))
+            for block in self.anatomy.blocks:
+                final = block is self.anatomy.blocks[-1]
+                undo.enter_context(
+                    forward_replaced(
+                        block.module, lambda fwd, at=block.layer, final=final: self._layer(at, fwd, final)
+                    )
+                )
             if not self.own_head:
                 undo.enter_context(float32_head(self.model))
             self._undo = undo.pop_all()
@@ -126,11 +132,12 @@ class Wavefront:
         # The pass through the layers ends in the model's head, whose result there is not wanted.
         self._forward(token_ids, position_ids, **last_logits_only(self.model))
         self._buffer = None
-        start = torch.zeros(1, len(self.last_nodes), dtype=torch.long, device=device)
         base = None
         with head_input(self.model) if hidden_states else contextlib.nullcontext([]) as seen:
             for rows in even_slices(len(mask), self.rows_per_head_chunk):
                 self._head_chunk = self._final[rows]
+                # As many rows as come out of the layers: some models shape their states by their input.
+                start = token_ids.new_zeros(rows.stop - rows.start, len(self.last_nodes))
                 logits = self._forward(start, start)
                 out = seen.pop() if hidden_states else logits
                 base = out[0].clone() if base is None else base
@@ -143,29 +150,36 @@ class Wavefront:
         )
         return out.logits
 
-    def _layer(self, index: int, forward: Callable) -> Callable:
-        last = index == self.anatomy.num_layers - 1
+    def _layer(self, index: int | None, forward: Callable, last: bool) -> Callable:
+        """index: None for a decoder layer without attention heads; last: the model's last one."""
+        trimmed = last and self.anatomy.trims
 
         def step(*args, **kwargs):
             call = LayerCall.of(forward, args, kwargs)
             hidden = call.hidden
             if self._head_chunk is not None:
                 out = self._head_chunk if last else hidden
-                return (out,) if self._tuples else out
+                call.tuples = self._tuples
+                return call.result(out)
             if self._fused:
                 self._fused_layer(index, hidden, *call.kwargs["position_embeddings"])
                 return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
             n = self._fork(index, hidden)
             for rows in even_slices(n, self.rows_per_chunk):
                 x = self._buffer[rows]
-                if last:
+                if trimmed:
                     self._last_layer(index, call, x, rows)
                 else:
-                    self._buffer[rows] = self._attend(index, call, x, rows)
-                self.tick(rows.stop - rows.start)
+                    out = call(x) if index is None else self._attend(index, call, x, rows)
+                    self._buffer[rows] = out
+                    if last:
+                        self._final[rows] = out.index_select(
+                            1, torch.as_tensor(self.last_nodes, device=out.device)
+                        )
+                self.tick(0 if index is None else rows.stop - rows.start)
             self._tuples = call.tuples
             out = hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[:n]
-            return (out,) if call.tuples else out
+            return call.result(out)
 
         return step
 
@@ -229,18 +243,18 @@ class Wavefront:
                 into[:1] = base_row
                 self.tick(1)
 
-    def _fork(self, index: int, hidden: torch.Tensor, copy: bool = True) -> int:
+    def _fork(self, index: int | None, hidden: torch.Tensor, copy: bool = True) -> int:
         """Bring the incoming rows into the buffer and add the copies that fork here. Returns the rows alive."""
         if self._buffer is None or self._buffer.device != hidden.device:
             rows = len(self._mask)
             moved = torch.empty(rows, *hidden.shape[1:], dtype=hidden.dtype, device=hidden.device)
             self._final = torch.empty(
-                rows, len(self.last_nodes), hidden.shape[2], dtype=hidden.dtype, device=hidden.device
+                rows, len(self.last_nodes), *hidden.shape[2:], dtype=hidden.dtype, device=hidden.device
             )
             self._buffer = moved
         if hidden.data_ptr() != self._buffer.data_ptr():
             self._buffer[: self._alive] = hidden
-        n = self._alive + self._forks[index]
+        n = self._alive + (0 if index is None else self._forks[index])
         if copy:
             self._buffer[self._alive : n] = self._buffer[:1]
         self._alive = n
