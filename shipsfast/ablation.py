@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .anatomy import Anatomy, base_model, inspect_model
+from .anatomy import Anatomy, base_model, inspect_model, module_device
 from .attention import ATTRIBUTE, DENSE, DenseCall, installed
 from .errors import InputError
 from .layer_mask import LayerMask
@@ -286,7 +286,7 @@ def dense_rows(model: PreTrainedModel, anatomy: Anatomy, mask: HeadMask) -> Iter
     with contextlib.ExitStack() as undo:
         undo.enter_context(installed(model, DENSE))
         for index, layer in enumerate(anatomy.layers):
-            device = next(layer.attention.parameters()).device
+            device = module_device(layer.attention)
             here = mask.layer(index, anatomy.num_heads, device=device, dtype=model.dtype)
             outer = layer.attention.__dict__.get(ATTRIBUTE)
             if outer is not None:

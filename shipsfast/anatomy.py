@@ -80,6 +80,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
+def module_device(module: torch.nn.Module) -> torch.device:
+    """Where a module's weights are; those of GPTQ and AWQ layers are buffers."""
+    return next(x.device for tensors in (module.parameters(), module.buffers()) for x in tensors)
+
+
 def base_model(model):
     """The transformers model inside a PEFT wrapper, whose adapter acts in its modules; any other model as it is.
 
@@ -166,6 +171,11 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
             f"{family} does not take position_ids, so prompts cannot be packed into one sequence"
         )
     _check_rope(model, longest)
+    if any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
+        raise UnsupportedModelError(
+            f"{family} counts positions on from its padding token, so position ids that start at 0 mean something else "
+            "to it: it cannot be scanned"
+        )
 
     ran: list[tuple[str, torch.nn.Module]] = []
     handles = []
@@ -322,7 +332,8 @@ def _check_rope(model: PreTrainedModel, longest: int) -> None:
 
 
 def _work_width(layer: torch.nn.Module, hidden: int) -> int:
-    wide = sum(m.out_features for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    # Quantised linear layers need not be nn.Linear, but say how wide they are.
+    wide = sum(x for m in layer.modules() if isinstance(x := getattr(m, "out_features", None), int))
     if not wide:  # Conv1D and other layouts: what a weight matrix has beyond the hidden size is its output
         wide = sum(max(p.shape) for p in layer.parameters() if p.dim() == 2)
     return wide + 8 * hidden

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .ablation import Ablation
-from .anatomy import Anatomy, check_model, input_device, inspect_model, last_logits_only
+from .anatomy import Anatomy, check_model, input_device, inspect_model, last_logits_only, module_device
 from .attention import ATTRIBUTE, TREE, TreeCall, TreeContext, installed, resolve_backend
 from .errors import InputError
 from .layer_mask import LayerMask
@@ -154,7 +154,7 @@ def tree_outputs(
     with contextlib.ExitStack() as undo:
         undo.enter_context(installed(model, TREE))
         for index, layer in enumerate(anatomy.layers):
-            device = next(layer.attention.parameters()).device
+            device = module_device(layer.attention)
             tree = trees.setdefault(device, TreeContext(packed, backend, device))
             mask = LayerMask.untouched(
                 1, anatomy.num_heads, torch.float64 if model.dtype == torch.float64 else torch.float32, device

@@ -296,7 +296,8 @@ class Wavefront:
 def head_precision(model: PreTrainedModel) -> str:
     """What the output head computes its logits in: "float32" for half-precision linear heads, else the model's."""
     head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16):
+    plain = type(head) is torch.nn.Linear and type(head.weight.data) is torch.Tensor  # not a quantised one
+    if plain and head.weight.dtype in (torch.bfloat16, torch.float16):
         return "float32"
     return str(model.dtype).removeprefix("torch.")
 

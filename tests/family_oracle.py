@@ -28,7 +28,7 @@ SILENT = {
 
 @dataclass
 class _State:
-    target: tuple[int, int] | None = None  # (call, head) whose logits are scaled
+    targets: Sequence[tuple[int, int]] = ()  # (call, head) pairs whose logits are scaled
     calls: int = 0
     heads: list[int] = field(default_factory=list)  # of each call
 
@@ -43,8 +43,9 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = scaling * torch.einsum("bhqd,bhkd->bhqk", query, key)
-    if _state.target is not None and _state.target[0] == _state.calls:
-        logits[:, _state.target[1]] *= EPS
+    for call, head in _state.targets:
+        if call == _state.calls:
+            logits[:, head] *= EPS
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     tokens = logits.shape[-2]
@@ -83,12 +84,12 @@ def oracle_attention(model) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
-        _state.target = None
+        _state.targets = ()
 
 
 @torch.no_grad()
-def _next_log_probs(model, ids: Sequence[int], target=None) -> torch.Tensor:
-    _state.target, _state.calls, _state.heads = target, 0, []
+def _next_log_probs(model, ids: Sequence[int], targets: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
+    _state.targets, _state.calls, _state.heads = targets, 0, []
     logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits
     return torch.log_softmax(logits[0, -1].double(), -1)
 
@@ -102,6 +103,21 @@ def ships(model, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         for p, ids in enumerate(prompts):
             for call, count in enumerate(heads):
                 for head in range(count):
-                    other = _next_log_probs(model, ids, (call, head))
+                    other = _next_log_probs(model, ids, [(call, head)])
                     out[p, call, head] = (base[p].exp() * (base[p] - other)).sum()
     return out
+
+
+def next_log_probs(model, ids: Sequence[int], heads: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
+    """Log probabilities [V] of the token after `ids` with these heads off."""
+    with oracle_attention(model):
+        return _next_log_probs(model, ids, heads)
+
+
+def greedy(model, ids: Sequence[int], heads: Sequence[tuple[int, int]], new_tokens: int) -> list[int]:
+    """Greedy text with these heads off, every token by a forward pass over all before it."""
+    text: list[int] = []
+    with oracle_attention(model):
+        for _ in range(new_tokens):
+            text.append(int(_next_log_probs(model, [*ids, *text], heads).argmax()))
+    return text

@@ -48,8 +48,9 @@ def _by_definition(
     for b in range(rows):
         for h in range(HEADS):
             for i in range(tokens):
-                near = lambda j: window is None or packed.position[i] - packed.position[j] < window
-                seen = [j for j in range(i + 1) if i < packed.subtree_end[j] and near(j)]
+                depth = packed.position[i]
+                lowest = -1 if window is None else depth - window
+                seen = [j for j in range(i + 1) if i < packed.subtree_end[j] and packed.position[j] > lowest]
                 logits = np.array(
                     [float(q[b, h, i] @ k[b, h // 2, j]) * 0.5 * float(logit_scale[b, h]) for j in seen]
                 )
