@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import shipsfast
+from shipsfast import runs
 from tests import family_oracle
 from tests.models import build
 from tests.numerics import assert_close_abs
@@ -90,6 +91,50 @@ def test_torchao_int8_against_brute_force_on_the_same_model(dtype):
         assert (expected - full).abs().max() > 1e-4, "quantisation does not show"
     one = shipsfast.generate(model, PROMPTS[:1], max_new_tokens=2, eos_token_id=[], progress=False)
     assert len(one[0][0]) == 2
+
+
+class PackedLinear(torch.nn.Module):
+    """As GPTQ and AWQ layers are built: no nn.Linear, no parameter, packed integers and scales in buffers."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scales", scale)
+        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.qweight.to(x.dtype) * self.scales).t()
+
+
+@pytest.mark.parametrize("kind", ["undifferentiated", "mean"])
+def test_layers_whose_weights_are_packed_in_buffers(kind):
+    model = build()
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, module in list(part.named_children()):
+                if isinstance(module, torch.nn.Linear):
+                    setattr(part, name, PackedLinear(module))
+    result = shipsfast.scan(model, PROMPTS, ablation=kind, progress=False)
+    assert result.record["spot_check_max_abs"] < 1e-12
+    if kind == "undifferentiated":
+        assert_close_abs(result.kl, family_oracle.ships(model, PROMPTS), 1e-12)
+    texts = shipsfast.generate(
+        model, PROMPTS, groups=[[(0, 1)]], max_new_tokens=NEW, eos_token_id=[], progress=False
+    )
+    assert texts == [[family_oracle.greedy(model, ids, [(0, 1)], NEW) for ids in PROMPTS]]
+
+
+def test_the_fingerprint_sees_into_quantised_weights():
+    quantization = pytest.importorskip("torchao.quantization")
+    prints = []
+    for seed in (0, 0, 1):
+        model = build(dtype=torch.float32)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[0, 0] += seed
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        prints.append(runs.fingerprint(model))
+    assert prints[0] == prints[1] != prints[2]
 
 
 @pytest.mark.parametrize(
