@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: make demo, make test. Python 3.11 or 3.12 and a C++ compiler are all they need.
-.PHONY: demo test test-gpu env bench lint clean
+.PHONY: demo test test-gpu test-matrix env bench lint clean
 
 demo: env ## scan the embedded model, write demo-run/
 	@.venv/bin/shipsfast demo
@@ -11,6 +11,9 @@ test: ## the whole test suite
 test-gpu: ## the tests that need a CUDA GPU, compiled instead of interpreted
 	@tools/make_env.sh test
 	@SHIPSFAST_TEST_GPU=1 .venv/bin/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-matrix: ## a core of the tests with the oldest and the newest supported transformers
+	@tools/test_matrix.sh
 
 env:
 	@tools/make_env.sh
