@@ -51,7 +51,8 @@ REPLACEMENT = (
 @dataclass(frozen=True)
 class Case:
     """One compiled version. `groups`: query heads to a key/value head; `features`: softcap and window (and
-    query_index in tree_attention), none of them or all; `replace`: with replacement vectors."""
+    query_index in tree_attention), none of them or all; `replace`: with replacement vectors; `sink`: with attention
+    sinks, which no case of the table has."""
 
     kernel: str
     config: str
@@ -137,6 +138,8 @@ def compile_case(case: Case) -> dict[str, int]:
         constants["HAS_QUERY_INDEX"] = case.features
         if not case.features:
             constants["query_index_ptr"] = None
+    if not case.sink:
+        constants["sink_ptr"] = None
     if case.replace:
         constants["stride_rh"] = 1
     else:
@@ -151,7 +154,7 @@ def compile_case(case: Case) -> dict[str, int]:
         elif name == "replace_ptr":
             signature[name] = "*i8"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if "scale" in name else "*i32"
+            signature[name] = "*fp32" if "scale" in name or name == "sink_ptr" else "*i32"
         else:
             signature[name] = "fp32" if name.endswith("_scale") else "i32"
         # As at a launch with torch's allocations: pointers and strides are multiples of 16.
