@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: make demo, make test. Python 3.11 or 3.12 and a C++ compiler are all they need.
-.PHONY: demo test test-gpu test-sanitizers env bench bench-gpu lint clean
+.PHONY: demo test test-gpu test-matrix test-sanitizers env bench bench-gpu lint clean
 
 demo: env ## scan the embedded model, write demo-run/
 	@.venv/bin/shipsfast demo
@@ -15,6 +15,9 @@ test-gpu: ## the tests that need a CUDA GPU, compiled instead of interpreted
 test-sanitizers: ## the C++ sources under AddressSanitizer and UndefinedBehaviorSanitizer
 	@tools/make_env.sh test
 	@.venv/bin/python tools/sanitizers.py
+
+test-matrix: ## a core of the tests with the oldest and the newest supported transformers
+	@tools/test_matrix.sh
 
 env:
 	@tools/make_env.sh

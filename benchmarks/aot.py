@@ -51,7 +51,8 @@ REPLACEMENT = (
 @dataclass(frozen=True)
 class Case:
     """One compiled version. `groups`: query heads to a key/value head; `features`: softcap and window (and
-    query_index in tree_attention), none of them or all; `replace`: with replacement vectors."""
+    query_index in tree_attention), none of them or all; `replace`: with replacement vectors; `sink`: with attention
+    sinks, which no case of the table has."""
 
     kernel: str
     config: str
@@ -61,6 +62,7 @@ class Case:
     groups: int
     features: bool
     replace: bool
+    sink: bool = False
 
     @property
     def id(self) -> str:
@@ -128,6 +130,7 @@ def compile_case(case: Case, config=None) -> dict[str, int]:
         "HAS_SOFTCAP": case.features,
         "HAS_WINDOW": case.features,
         "HAS_REPLACE": case.replace,
+        "HAS_SINK": case.sink,
         "DOT_DTYPE": getattr(module.tl, case.dtype),
         "INPUT_PRECISION": config.input_precision,
         "stride_lh": 1,  # the launcher turns strides of 1 into constants too
@@ -139,6 +142,8 @@ def compile_case(case: Case, config=None) -> dict[str, int]:
         constants["HAS_QUERY_INDEX"] = case.features
         if not case.features:
             constants["query_index_ptr"] = None
+    if not case.sink:
+        constants["sink_ptr"] = None
     if case.replace:
         constants["stride_rh"] = 1
     else:
@@ -153,7 +158,7 @@ def compile_case(case: Case, config=None) -> dict[str, int]:
         elif name == "replace_ptr":
             signature[name] = "*i8"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if "scale" in name else "*i32"
+            signature[name] = "*fp32" if "scale" in name or name == "sink_ptr" else "*i32"
         else:
             signature[name] = "fp32" if name.endswith("_scale") else "i32"
         # As at a launch with torch's allocations: pointers and strides are multiples of 16.

@@ -4,7 +4,7 @@
 //       cache[slot[m], :, position[m]] = new[source[m]]
 //
 //   decode_attention(q, k_cache, v_cache, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt,
-//                    scaling, softcap, window, out)
+//                    sink, scaling, softcap, window, out)
 //
 // The arithmetic is that of shipsfast/reference.py. One task is one entry and key/value head: the scores of all
 // positions it sees lie in one short buffer, softmax is taken of it in place, and values are summed by its weights.
@@ -44,6 +44,7 @@ struct Call {
   const double* logit_scale;    // [N, H]
   const double* output_scale;   // [N, H]
   const int8_t* replace;        // [N, H] or null
+  const double* sink;           // [H], one more logit per head in the denominator, or null
   double scaling, softcap;      // softcap 0: none
   T* out;                       // [N, H, D of v]
 };
@@ -60,16 +61,16 @@ SHIPS_ALWAYS_INLINE void score(const T* q, const T* keys, int64_t stride, int64_
   }
 }
 
-// Scores become softmax weights that are not yet divided by their sum, which is returned.
+// Scores become softmax weights that are not yet divided by their sum, which is returned. sink: -inf for none.
 template <typename T>
-SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t count, T softcap) {
+SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t count, T softcap, T sink) {
   if (softcap != 0) {
     for (int64_t j = 0; j < count; ++j) scores[j] = softcap * std::tanh(scores[j] / softcap);
   }
-  T top = -std::numeric_limits<T>::infinity();
+  T top = sink;
 #pragma omp simd reduction(max : top)
   for (int64_t j = 0; j < count; ++j) top = scores[j] > top ? scores[j] : top;
-  T total = 0;
+  T total = sink == -std::numeric_limits<T>::infinity() ? T(0) : exp_of(sink - top);
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < count; ++j) {
     scores[j] = exp_of(scores[j] - top);
@@ -135,7 +136,8 @@ SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t e
       const bool other = flags & kReplaceK;
       const T* keys = other ? call.k_alt.at(slot, start, 0) : call.k.at(slot, kv_head, start);
       score(query.data(), keys, other ? call.k_alt.strides[1] : call.k.strides[2], count, call.size, scores.data());
-      const T total = weigh(scores.data(), count, T(call.softcap));
+      const T sink = call.sink ? T(call.sink[h]) : -std::numeric_limits<T>::infinity();
+      const T total = weigh(scores.data(), count, T(call.softcap), sink);
       add_values(scores.data(), call.v.at(slot, kv_head, start), call.v.strides[2], count, call.out_size,
                  factor / total, out);
     }
@@ -170,7 +172,8 @@ auto variant() -> void (*)(const Call<T>&, int64_t, int64_t) {
 template <typename T>
 void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,
          const Tensor& logit_scale, const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt,
-         const Tensor& k_alt, const Tensor& out_alt, double scaling, double softcap, int64_t window, Tensor& out) {
+         const Tensor& k_alt, const Tensor& out_alt, const Tensor& sink, double scaling, double softcap, int64_t window,
+         Tensor& out) {
   Call<T> call;
   call.entries = out.size(0);
   call.heads = out.size(1);
@@ -190,6 +193,7 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, 
   call.logit_scale = static_cast<const double*>(logit_scale.const_data_ptr());
   call.output_scale = static_cast<const double*>(output_scale.const_data_ptr());
   call.replace = replace.numel() ? static_cast<const int8_t*>(replace.const_data_ptr()) : nullptr;
+  call.sink = sink.numel() ? static_cast<const double*>(sink.const_data_ptr()) : nullptr;
   call.scaling = scaling;
   call.softcap = softcap;
   call.out = static_cast<T*>(out.mutable_data_ptr());
@@ -203,8 +207,8 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, 
 
 void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,
                       const Tensor& logit_scale, const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt,
-                      const Tensor& k_alt, const Tensor& out_alt, double scaling, double softcap, int64_t window,
-                      Tensor out) {
+                      const Tensor& k_alt, const Tensor& out_alt, const Tensor& sink, double scaling, double softcap,
+                      int64_t window, Tensor out) {
   const auto check = [](bool condition, const char* expected) { require("decode_attention", condition, expected); };
   check(q.dim() == 3 && k.dim() == 4 && v.dim() == 4 && out.dim() == 3 && out.is_contiguous(),
         "q [N, H, D], caches [S, HKV, C, D], and a contiguous out [N, H, D of v]");
@@ -236,9 +240,11 @@ void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
         "k_alt [S, C, D]");
   check(out_alt.numel() == 0 || (out_alt.dim() == 2 && (out_alt.size(0) == heads || out_alt.size(0) == 1) && out_alt.size(1) == v.size(3)),
         "out_alt [H or 1, D of v]");
+  check(sink.numel() == 0 || (sink.scalar_type() == ScalarType::Double && sink.is_contiguous() && sink.numel() == heads),
+        "float64 sinks [H]");
   if (out.numel() == 0) return;
   const auto go = type == ScalarType::Float ? &run<float> : &run<double>;
-  go(q, k, v, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, scaling, softcap, window, out);
+  go(q, k, v, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, sink, scaling, softcap, window, out);
 }
 
 void cache_write(const Tensor& fresh, const Tensor& source, const Tensor& slot, const Tensor& position, Tensor cache) {
@@ -279,7 +285,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shipsfast, m) {
   m.def("cache_write(Tensor fresh, Tensor source, Tensor slot, Tensor position, Tensor(a!) cache) -> ()");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot, Tensor length, Tensor logit_scale, "
-      "Tensor output_scale, Tensor replace, Tensor q_alt, Tensor k_alt, Tensor out_alt, float scaling, float softcap, "
+      "Tensor output_scale, Tensor replace, Tensor q_alt, Tensor k_alt, Tensor out_alt, Tensor sink, float scaling, float softcap, "
       "int window, Tensor(a!) out) -> ()");
 }
 

@@ -1,7 +1,7 @@
 // Attention over a packed prefix tree with per-head mask vectors, on the CPU.
 //
 //   tree_attention(q, k, v, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, blocks, queries, keys,
-//                  scaling, softcap, out)
+//                  sink, scaling, softcap, out)
 //
 // The arithmetic is that of shipsfast/reference.py. The tree comes as blocks: some queries, and the keys of the path
 // they lie on in ascending depth, of which each query sees a contiguous range (shipsfast/cpp_attention.py cuts it).
@@ -53,6 +53,7 @@ struct Call {
   const int32_t* query_table;   // [NQ, 3]: index into q, and which of the block's keys it sees: first, one past the last
   const int32_t* keys;          // [NK]: index into k and v
   int64_t num_blocks;
+  const double* sink;           // [H], one more logit per head in the denominator, or null
   double scaling, softcap;      // softcap 0: none
   T* out;                       // [B, TQ, H, D of v]
 };
@@ -244,8 +245,11 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   if (any) {
     const int64_t padded_queries = groups * kQueries;
     std::fill(work.out.begin(), work.out.begin() + shared * padded_queries * width, T(0));
-    std::fill(work.sum.begin(), work.sum.begin() + shared * padded_queries, T(0));
-    std::fill(work.largest.begin(), work.largest.begin() + shared * padded_queries, -std::numeric_limits<T>::infinity());
+    for (int64_t h = 0; h < shared; ++h) {  // a sink is seen by every query before the first key
+      const T sink = call.sink ? T(call.sink[first_head + h]) : -std::numeric_limits<T>::infinity();
+      std::fill_n(work.sum.begin() + h * padded_queries, padded_queries, sink == -std::numeric_limits<T>::infinity() ? T(0) : T(1));
+      std::fill_n(work.largest.begin() + h * padded_queries, padded_queries, sink);
+    }
   }
   for (int64_t start = 0; any && start < num_keys; start += kTile) {
     const int64_t count = std::min<int64_t>(kTile, num_keys - start);
@@ -349,7 +353,7 @@ auto variant() -> void (*)(const Call<T>&, int64_t, int64_t, Scratch<T>&) {
 template <typename T>
 void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale, const Tensor& output_scale,
          const Tensor& replace, const Tensor& q_alt, const Tensor& k_alt, const Tensor& out_alt, const Tensor& blocks,
-         const Tensor& queries, const Tensor& keys, double scaling, double softcap, Tensor& out) {
+         const Tensor& queries, const Tensor& keys, const Tensor& sink, double scaling, double softcap, Tensor& out) {
   Call<T> call;
   call.shape = {out.size(0), out.size(2), k.size(1), out.size(1), q.size(3), out.size(3)};
   call.q = view<T>(q, {0, 2, 1});
@@ -365,6 +369,7 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_
   call.query_table = static_cast<const int32_t*>(queries.const_data_ptr());
   call.keys = static_cast<const int32_t*>(keys.const_data_ptr());
   call.num_blocks = blocks.size(0);
+  call.sink = sink.numel() ? static_cast<const double*>(sink.const_data_ptr()) : nullptr;
   call.scaling = scaling;
   call.softcap = softcap;
   call.out = static_cast<T*>(out.mutable_data_ptr());
@@ -386,7 +391,7 @@ bool table(const Tensor& tensor, int64_t dims, int64_t columns) {
 void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale,
                     const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt, const Tensor& k_alt,
                     const Tensor& out_alt, const Tensor& blocks, const Tensor& queries, const Tensor& keys,
-                    double scaling, double softcap, Tensor out) {
+                    const Tensor& sink, double scaling, double softcap, Tensor out) {
   const auto require = [](bool condition, const char* expected) {
     shipsfast::require("tree_attention", condition, expected);
   };
@@ -421,9 +426,11 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
               (fits(out_alt, heads, out.size(1), v.size(3)) || fits(out_alt, heads, 1, v.size(3))),
           "q_alt [B or 1, TQ, D], k_alt [B or 1, T, D] and out_alt [H or 1, TQ or 1, D of v]");
   require(table(blocks, 2, 4) && table(queries, 2, 3) && table(keys, 1, 0), "the tables of cpp_attention.plan_blocks");
+  require(sink.numel() == 0 || (sink.scalar_type() == ScalarType::Double && sink.is_contiguous() && sink.numel() == heads),
+          "float64 sinks [H]");
   if (out.numel() == 0) return;
   const auto go = type == ScalarType::Float ? &run<float> : &run<double>;
-  go(q, k, v, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, blocks, queries, keys, scaling, softcap, out);
+  go(q, k, v, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, blocks, queries, keys, sink, scaling, softcap, out);
 }
 
 }  // namespace
@@ -431,7 +438,7 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(shipsfast, m) {
   m.def(
       "tree_attention(Tensor q, Tensor k, Tensor v, Tensor logit_scale, Tensor output_scale, Tensor replace, "
-      "Tensor q_alt, Tensor k_alt, Tensor out_alt, Tensor blocks, Tensor queries, Tensor keys, float scaling, "
+      "Tensor q_alt, Tensor k_alt, Tensor out_alt, Tensor blocks, Tensor queries, Tensor keys, Tensor sink, float scaling, "
       "float softcap, Tensor(a!) out) -> ()");
 }
 

@@ -100,6 +100,18 @@ def check_decode_replacements(replace, q_alt, k_alt, out_alt, q, k_cache, logit_
     _check_flags_and_vectors(replace, shapes, q, logit_scale)
 
 
+def check_sink(sink: torch.Tensor | None, q: torch.Tensor, logit_scale: torch.Tensor) -> None:
+    """The sinks of a call, after its other arguments."""
+    if sink is None:
+        return
+    if sink.dtype != torch.float32:
+        raise TypeError(f"sink must be float32, got {sink.dtype}: call .float() on it")
+    if sink.shape != logit_scale.shape[1:] or not sink.is_contiguous():
+        raise ValueError(f"sink must be contiguous {list(logit_scale.shape[1:])}, got {tuple(sink.shape)}")
+    if sink.device != q.device:
+        raise ValueError(f"sink must be on {q.device}, where q is, got {sink.device}")
+
+
 def _check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
     dtypes = [x.dtype for x in tensors.values()]
     if dtypes[0] not in DTYPES:

@@ -28,7 +28,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from shipsfast.kernels.attention_checks import check_decode_arguments, check_decode_replacements
+from shipsfast.kernels.attention_checks import (
+    check_decode_arguments,
+    check_decode_replacements,
+    check_sink,
+)
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config
 from shipsfast.kernels.tree_attention import (
     INTERPRETED,
@@ -57,6 +61,7 @@ def _decode_attention_kernel(
     q_alt_ptr,  # [1 or N, D]
     k_alt_ptr,  # [S, C, D]
     out_alt_ptr,  # [1 or H, D]
+    sink_ptr,  # [H], None without HAS_SINK
     stride_qn,
     stride_qh,
     stride_ks,
@@ -90,6 +95,7 @@ def _decode_attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_REPLACE: tl.constexpr,
+    HAS_SINK: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -145,8 +151,12 @@ def _decode_attention_kernel(
     some_read = tl.max(reads_keys.to(tl.int32), 0) != 0
     stop = tl.where(valid & some_read, length, first)
 
-    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINK:  # a logit that is seen before the first key, and whose weight goes nowhere
+        row_max = tl.maximum(tl.load(sink_ptr + h, mask=mask_m, other=0.0) * LOG2E, LOWEST)
+        row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for start in range(first, stop, BLOCK_N):
@@ -205,6 +215,7 @@ def decode_attention(
     scaling: float,
     softcap: float | None = None,
     window: int | None = None,
+    sink: torch.Tensor | None = None,
     replace: torch.Tensor | None = None,
     q_alt: torch.Tensor | None = None,
     k_alt: torch.Tensor | None = None,
@@ -223,6 +234,7 @@ def decode_attention(
             gives exactly 0.
         scaling: factor on q . k, usually D ** -0.5.
         softcap: soft limit of the scaled logits; window: sliding window in tokens, counting the new one.
+        sink: float32 [H], one more logit of a head in the denominator; None for none.
         replace: int8 [N, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/reference.py) for each
             entry and head, 0 for a head that keeps its own; None for no replacement, and the next three are not
             looked at. Which flags are set is not checked on a GPU either: there a head whose vectors are
@@ -238,6 +250,7 @@ def decode_attention(
         RuntimeError: the tensors are not on a GPU.
     """
     check_decode_arguments(q, k_cache, v_cache, slot, length, logit_scale, output_scale, softcap, window)
+    check_sink(sink, q, logit_scale)
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(
             f"the Triton kernel needs a CUDA device and q is on {q.device}: use backend='reference', "
@@ -278,6 +291,7 @@ def decode_attention(
             slot,
             length,
             *pointers,
+            sink,
             *q.stride()[:2],
             *k_cache.stride()[:3],
             *v_cache.stride()[:3],
@@ -299,6 +313,7 @@ def decode_attention(
             HAS_SOFTCAP=softcap is not None,
             HAS_WINDOW=window is not None,
             HAS_REPLACE=replace is not None,
+            HAS_SINK=sink is not None,
             DOT_DTYPE=getattr(tl, str(dot_dtype).removeprefix("torch.")),
             INPUT_PRECISION=config.input_precision,
             num_warps=config.num_warps,

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from shipsfast.kernels.attention_checks import check_arguments, check_replacements
+from shipsfast.kernels.attention_checks import check_arguments, check_replacements, check_sink
 from shipsfast.kernels.block_table import BlockTable
 from shipsfast.kernels.block_table import block_table as build_block_table
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config
@@ -63,6 +63,7 @@ def _tree_attention_kernel(
     q_alt_ptr,  # [1 or B, TQ, D]
     k_alt_ptr,  # [1 or B, T, D]
     out_alt_ptr,  # [1 or H, 1 or TQ, D]
+    sink_ptr,  # [H], None without HAS_SINK
     stride_qb,
     stride_qh,
     stride_qt,
@@ -101,6 +102,7 @@ def _tree_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_QUERY_INDEX: tl.constexpr,
     HAS_REPLACE: tl.constexpr,
+    HAS_SINK: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -150,8 +152,13 @@ def _tree_attention_kernel(
         other=0.0,
     ).to(DOT_DTYPE)  # [BLOCK_M, BLOCK_D]
 
-    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINK:  # a logit that every query sees before the first key, and whose weight goes nowhere
+        sink = tl.maximum(tl.load(sink_ptr + h) * LOG2E, LOWEST)
+        row_max = tl.zeros([BLOCK_M], tl.float32) + sink
+        row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     row_start = tl.load(row_ptr_ptr + block_m)
@@ -240,6 +247,7 @@ def tree_attention(
     scaling: float,
     softcap: float | None = None,
     window: int | None = None,
+    sink: torch.Tensor | None = None,
     query_index: torch.Tensor | None = None,
     replace: torch.Tensor | None = None,
     q_alt: torch.Tensor | None = None,
@@ -258,6 +266,7 @@ def tree_attention(
         position, subtree_end: int32 [T], see shipsfast/packing.py.
         scaling: factor on q . k, usually D ** -0.5.
         softcap: soft limit of the scaled logits; window: sliding window in tokens, counting the token itself.
+        sink: float32 [H], one more logit of a head in the denominator; None for none.
         query_index: int32 [TQ], packed indices of the queries in ascending order, None if TQ = T.
         replace: int8 [B, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/reference.py) for each
             row and head, 0 for a head that keeps its own; None for no replacement, and the next three are not
@@ -275,6 +284,7 @@ def tree_attention(
         RuntimeError: the tensors are not on a GPU.
     """
     check_arguments(q, k, v, logit_scale, output_scale, position, subtree_end, query_index, softcap, window)
+    check_sink(sink, q, logit_scale)
     if q.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(
             f"the Triton kernel needs a CUDA device and q is on {q.device}: use backend='reference', "
@@ -343,6 +353,7 @@ def tree_attention(
             block_table.full_end,
             block_table.col,
             *pointers,
+            sink,
             *strides(q),
             *strides(k),
             *strides(v),
@@ -366,6 +377,7 @@ def tree_attention(
             HAS_WINDOW=window is not None,
             HAS_QUERY_INDEX=query_index is not None,
             HAS_REPLACE=replace is not None,
+            HAS_SINK=sink is not None,
             DOT_DTYPE=getattr(tl, str(dot_dtype).removeprefix("torch.")),
             INPUT_PRECISION=config.input_precision,
             num_warps=config.num_warps,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .anatomy import Anatomy, inspect_model
+from .anatomy import Anatomy, base_model, inspect_model
 from .attention import ATTRIBUTE, DENSE, DenseCall, installed
 from .errors import InputError
 from .layer_mask import LayerMask
@@ -265,6 +265,7 @@ def ablate(
         UnsupportedModelError: a model whose attention cannot be reached.
     """
     how = as_ablation(ablation, scale)
+    model = base_model(model)
     anatomy = inspect_model(model, [0], 1)
     heads = list(heads) if isinstance(heads, Iterable) else heads
     chosen = check_heads(heads, anatomy.num_layers, check_unit(unit, anatomy), unit) if heads else []

@@ -9,7 +9,6 @@ an attribute for as long as `installed` lasts. It uses what a model passes to at
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from .divergences import extension_status
 from .errors import InputError, UnsupportedModelError
 from .layer_mask import LayerMask
 from .packing import PackedPrompts
+from .probing import Visible, probe, record_call, window_of
 from .segments import plan_segments, segment_attention
 
 TREE, DENSE = "shipsfast_tree", "shipsfast_dense"
@@ -41,14 +41,18 @@ _IGNORED = {
 }  # fmt: skip
 
 
-def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, *, one_head_size: bool = True
+) -> str:
     """The attention backend that will run: "triton", "cpp", "torch" or "reference".
+
+    one_head_size: values are as wide as queries and keys, which they are not in multi-head latent attention.
 
     Raises InputError if the one asked for cannot run here, with the reason and the remedy.
     """
     if requested not in BACKENDS:
         raise InputError(f"unknown backend {requested!r}: expected one of {', '.join(BACKENDS)}")
-    problems = {"triton": _no_triton(device, dtype), "cpp": _no_cpp(device, dtype)}
+    problems = {"triton": _no_triton(device, dtype, one_head_size), "cpp": _no_cpp(device, dtype)}
     if requested == "auto":
         return next((name for name, problem in problems.items() if problem is None), "torch")
     if problems.get(requested):
@@ -64,16 +68,18 @@ def _no_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, the model is in {str(dtype).removeprefix('torch.')}"
     built, reason = extension_status()
-    if built and not hasattr(torch.ops.shipsfast, "decode_attention"):
+    if built and "sink" not in str(torch.ops.shipsfast.decode_attention.default._schema):
         return "the extension is of an older version: build it again"
     return None if built else reason
 
 
-def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def _no_triton(device: torch.device, dtype: torch.dtype, one_head_size: bool) -> str | None:
     if device.type != "cuda":
         return f"the model is on {device.type}, Triton kernels need a CUDA device"
     if dtype == torch.float64:
         return "the Triton kernels compute in at most float32, the model is in float64"
+    if not one_head_size:
+        return "the Triton kernels want values as wide as queries and keys, which this model's are not"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
     return None
@@ -159,7 +165,7 @@ class Captured(Exception):
 class DecodeCall:
     """One call of a layer in a decode step: one new token per row, earlier ones in a cache.
 
-    attend(q [B, H, D], k, v [B, HKV, D], scaling, softcap) -> [B, H, DV]
+    attend(q [B, H, D], k, v [B, HKV, D], scaling, softcap, sink) -> [B, H, DV]
     """
 
     attend: Callable[..., torch.Tensor]
@@ -172,33 +178,6 @@ class DenseCall:
     mask: LayerMask  # of 1 or B rows
 
 
-@dataclass
-class Probe:
-    """Records which modules call attention, with what shapes, when a model is looked at for the first time."""
-
-    longest: int  # visibility is settled for sequences of up to this many tokens
-    calls: list[ProbeCall] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ProbeCall:
-    module: torch.nn.Module
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    window: int | None
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Stands in for an attention mask: causal, with a sliding window of `window` tokens or none."""
-
-    window: int | None
-
-
-probe: contextvars.ContextVar[Probe | None] = contextvars.ContextVar("shipsfast_probe", default=None)
-
-
 def ablated_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -209,9 +188,13 @@ def ablated_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function. query [B, H, T, D]; key, value [B, HKV, T, D] -> ([B, T, H, D], None)."""
+    """transformers' attention function. query [B, H, T, D]; key, value [B, HKV, T, D] -> ([B, T, H, D], None).
+
+    s_aux: [H], attention sinks.
+    """
     unknown = sorted(k for k, x in kwargs.items() if x is not None and k not in _IGNORED)
     if unknown:
         raise UnsupportedModelError(
@@ -224,23 +207,29 @@ def ablated_attention(
         )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{type(module).__name__} is not causal: only decoders can be scanned")
+    if s_aux is not None and s_aux.numel() != query.shape[1]:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes attention sinks of shape {list(s_aux.shape)}: one for each of its "
+            f"{query.shape[1]} heads was expected"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    how = {"scaling": scaling, "softcap": softcap, "sink": None if s_aux is None else s_aux.reshape(-1)}
 
     recorder = probe.get()
     if recorder is not None:
-        return _probe(recorder, module, query, key, value, attention_mask, scaling, softcap, sliding_window)
+        return record_call(recorder, module, query, key, value, attention_mask, sliding_window), None
     call = getattr(module, ATTRIBUTE, None)
     if isinstance(call, TreeCall):
-        return _tree(call, query, key, value, scaling, softcap), None
+        return _tree(call, query, key, value, how), None
     if isinstance(call, DecodeCall):
-        out = call.attend(*(x[:, :, 0] for x in (query, key, value)), scaling, softcap)
+        out = call.attend(*(x[:, :, 0] for x in (query, key, value)), **how)
         return out[:, None], None
     if isinstance(call, DenseCall):
-        return _dense(call, module, query, key, value, attention_mask, scaling, softcap), None
+        return _dense(call, module, query, key, value, attention_mask, **how), None
     raise UnsupportedModelError(f"{type(module).__name__} was not found when the model was inspected")
 
 
-def _tree(call: TreeCall, query, key, value, scaling, softcap) -> torch.Tensor:
+def _tree(call: TreeCall, query, key, value, how: dict) -> torch.Tensor:
     if call.capture:
         raise Captured(key, value)
     if call.keep is not None:
@@ -249,16 +238,24 @@ def _tree(call: TreeCall, query, key, value, scaling, softcap) -> torch.Tensor:
     if call.kv is not None:
         key, value = call.kv
     plan = call.tree.plan(call.window, trimmed, query)
-    out = tree_attention(
-        call.tree, query, key, value, call.mask, plan, scaling=scaling, softcap=softcap, window=call.window
-    )
+    out = tree_attention(call.tree, query, key, value, call.mask, plan, window=call.window, **how)
     if call.tap is not None:
         call.tap(out)
     return out
 
 
 def tree_attention(
-    tree: TreeContext, query, key, value, mask: LayerMask, plan, *, scaling, softcap=None, window=None
+    tree: TreeContext,
+    query,
+    key,
+    value,
+    mask: LayerMask,
+    plan,
+    *,
+    scaling,
+    softcap=None,
+    window=None,
+    sink=None,
 ) -> torch.Tensor:
     """`reference.tree_attention` by the backend that was chosen. `plan` is what `tree.plan` gave."""
     vectors = (mask.logit_scale, mask.output_scale)
@@ -266,20 +263,22 @@ def tree_attention(
     if tree.backend in ("cpp", "torch"):
         function = cpp_attention if tree.backend == "cpp" else segment_attention
         return mask.finish(
-            function(query, key, value, *vectors, plan, scaling=scaling, softcap=softcap, **alt)
+            function(query, key, value, *vectors, plan, scaling=scaling, softcap=softcap, sink=sink, **alt)
         )
     if tree.backend == "reference":
         function = reference.tree_attention
     else:
         from .kernels.tree_attention import tree_attention as function  # needs triton
+
+        sink = None if sink is None else sink.float().contiguous()
     out = function(
         query, key, value, *vectors, tree.position, tree.subtree_end,
-        scaling=scaling, softcap=softcap, window=window, **alt, **plan,
+        scaling=scaling, softcap=softcap, window=window, sink=sink, **alt, **plan,
     )  # fmt: skip
     return mask.finish(out)
 
 
-def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap) -> torch.Tensor:
+def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap, sink) -> torch.Tensor:
     mask, alt = call.mask, call.mask.replacements(query, key)
     if mask.mean_q is not None:
         query = torch.where(mask.mean_q[:, :, None, None], alt["q_alt"][:, None], query)
@@ -289,17 +288,19 @@ def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     if mask.mean_k is not None:
         key = torch.where(mask.mean_k[:, :, None, None], alt["k_alt"][:, None], key)
-    if softcap is None:
+    if softcap is None and sink is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling
         )
     else:
-        logits = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scaling / softcap)
+        logits = torch.matmul(query, key.transpose(-1, -2)) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         if visible is None:
             visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
         if visible is not None:
             logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-        out = torch.matmul(torch.softmax(logits, -1), value)
+        out = torch.matmul(reference.sink_softmax(logits, sink), value)
     before = out.transpose(1, 2)
     if mask.fixed is not None:
         tokens = mask.value.shape[1]
@@ -314,68 +315,12 @@ def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap
     return mask.finish(out, before).contiguous()
 
 
-def _probe(recorder, module, query, key, value, mask, scaling, softcap, sliding_window):
-    if not isinstance(mask, Visible):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} makes its own attention mask ({type(mask).__name__}): what it hides is unknown"
-        )
-    window = mask.window
-    hides = sliding_window is not None and sliding_window < recorder.longest
-    if hides and window != sliding_window:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} asks for a sliding window of {sliding_window} tokens, but its mask has {window}"
-        )
-    recorder.calls.append(ProbeCall(module, query.shape[1], key.shape[1], query.shape[3], window))
-    rows, heads, tokens = query.shape[:3]
-    ones = torch.ones(rows, heads, device=query.device)
-    node = torch.arange(tokens, device=query.device)
-    end = torch.full_like(node, tokens)
-    return reference.tree_attention(
-        query, key, value, ones, ones, node, end, scaling=scaling, softcap=softcap, window=window
-    ), None
-
-
 def _tree_mask(mask_function, **kwargs):
     """transformers' mask function for scans: hands out no mask, and when probed finds out what it would hide."""
     recorder = probe.get()
     if recorder is None:
         return Visible(None)  # the window is known per layer by then
-    return Visible(_window_of(mask_function, recorder.longest, _real(kwargs.get("device", "cpu"))))
-
-
-def _real(device) -> torch.device:
-    """A device that computes: a model without weights is looked at on `meta`, its masks are asked on a CPU."""
-    device = torch.device(device)
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def _window_of(mask_function, longest: int, device) -> int | None:
-    """The sliding window of a causal mask function over `longest` tokens, None if it hides nothing else.
-
-    The function is asked about every key for up to 256 queries, so that chunked, bidirectional, blockwise
-    and other masks are noticed and refused.
-    """
-    key = torch.arange(longest, device=device)
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    window = None
-    queries = np.unique(np.linspace(longest - 1, 0, min(longest, 256)).astype(int))[::-1]
-    for q in queries.tolist():
-        try:
-            seen = mask_function(zero, zero, torch.tensor(q, device=device), key)
-            seen = torch.as_tensor(seen, device=device).expand(longest)
-        except (IndexError, RuntimeError, TypeError) as error:
-            raise UnsupportedModelError(f"the model's attention mask cannot be read: {error}") from error
-        if q == longest - 1:
-            hidden = int((~seen).sum())
-            window = longest - hidden if hidden else None
-        expected = key <= q
-        if window is not None:
-            expected &= key > q - window
-        if not torch.equal(seen, expected):
-            raise UnsupportedModelError(
-                "the model's attention mask is neither causal nor a sliding window: it cannot be scanned exactly"
-            )
-    return window
+    return Visible(window_of(mask_function, recorder.longest, kwargs.get("device", "cpu")))
 
 
 def _dense_mask(*args, **kwargs):

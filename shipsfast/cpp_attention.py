@@ -59,6 +59,7 @@ def cpp_attention(
     *,
     scaling: float,
     softcap: float | None = None,
+    sink: torch.Tensor | None = None,
     replace: torch.Tensor | None = None,
     q_alt: torch.Tensor | None = None,
     k_alt: torch.Tensor | None = None,
@@ -75,6 +76,11 @@ def cpp_attention(
         logit_scale.double().contiguous(), output_scale.double().contiguous(),
         torch.empty(0, dtype=torch.int8) if replace is None else replace.to(torch.int8).contiguous(),
         *(none if x is None else x if x.stride(2) == 1 else x.contiguous() for x in (q_alt, k_alt, out_alt)),
-        plan.blocks, plan.queries, plan.keys, scaling, softcap or 0.0, out,
+        plan.blocks, plan.queries, plan.keys, sink_numbers(sink), scaling, softcap or 0.0, out,
     )  # fmt: skip
     return out
+
+
+def sink_numbers(sink: torch.Tensor | None) -> torch.Tensor:
+    """The sinks [H] as the extension takes them: float64, empty for none."""
+    return torch.empty(0, dtype=torch.float64) if sink is None else sink.double().contiguous()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from . import reference
+from .cpp_attention import sink_numbers
 from .layer_mask import LayerMask
-from .reference import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
+from .reference import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements, sink_softmax
 
 
 def decode_attention(
@@ -26,6 +27,7 @@ def decode_attention(
     scaling: float,
     softcap: float | None = None,
     window: int | None = None,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`reference.decode_attention` with the mask vectors and replacements of a `LayerMask` of N rows.
 
@@ -37,9 +39,11 @@ def decode_attention(
     )
     if function is None:
         from .kernels.decode_attention import decode_attention as function  # needs triton
+
+        sink = None if sink is None else sink.float().contiguous()
     out = function(
         q, k_cache, v_cache, slot, length, mask.logit_scale, mask.output_scale,
-        scaling=scaling, softcap=softcap, window=window, **_replacements(mask, q, mean_key),
+        scaling=scaling, softcap=softcap, window=window, sink=sink, **_replacements(mask, q, mean_key),
     )  # fmt: skip
     return mask.finish(out[:, None])[:, 0]
 
@@ -61,7 +65,7 @@ def _replacements(mask: LayerMask, q: torch.Tensor, mean_key: torch.Tensor | Non
 
 
 def cpp_attention(
-    q, k_cache, v_cache, slot, length, logit_scale, output_scale, *, scaling, softcap=None, window=None,
+    q, k_cache, v_cache, slot, length, logit_scale, output_scale, *, scaling, softcap=None, window=None, sink=None,
     replace=None, q_alt=None, k_alt=None, out_alt=None,
 ) -> torch.Tensor:  # fmt: skip
     """In C++, float32 or float64, on a CPU."""
@@ -74,13 +78,13 @@ def cpp_attention(
         logit_scale.double().contiguous(), output_scale.double().contiguous(),
         torch.empty(0, dtype=torch.int8) if replace is None else replace.to(torch.int8).contiguous(),
         *(none if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in (q_alt, k_alt, out_alt)),
-        scaling, softcap or 0.0, window or 0, out,
+        sink_numbers(sink), scaling, softcap or 0.0, window or 0, out,
     )  # fmt: skip
     return out
 
 
 def torch_attention(
-    q, k_cache, v_cache, slot, length, logit_scale, output_scale, *, scaling, softcap=None, window=None,
+    q, k_cache, v_cache, slot, length, logit_scale, output_scale, *, scaling, softcap=None, window=None, sink=None,
     replace=None, q_alt=None, k_alt=None, out_alt=None,
 ) -> torch.Tensor:  # fmt: skip
     """In torch, on any device and in any dtype: the slots' keys and values are gathered, up to the longest row."""
@@ -106,7 +110,7 @@ def torch_attention(
     logits = logits * (scaling * logit_scale.to(logits.dtype))[:, :, None]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    weights = torch.softmax(logits.masked_fill(~seen[:, None], float("-inf")), -1)
+    weights = sink_softmax(logits[:, :, None].masked_fill(~seen[:, None, None], float("-inf")), sink)[:, :, 0]
     out = torch.matmul(weights.unflatten(1, (-1, groups)), value).flatten(1, 2)
     if replace is not None and out_alt is not None:
         out = torch.where((replace & REPLACE_OUT != 0)[:, :, None], out_alt, out)

@@ -258,7 +258,7 @@ class Decoder:
             if last:
                 self._buffer[n:] = self._buffer.index_select(0, plan.leader[n:])
                 n = len(plan.order)
-            return (self._buffer[:n],) if call.tuples else self._buffer[:n]
+            return call.result(self._buffer[:n])
 
         return step
 
@@ -268,7 +268,7 @@ class Decoder:
         attend, scaling = self._attend(index), self.anatomy.layers[index].attention.scaling
 
         def attention(q, k, v, _mask, _trimmed):
-            return attend(q[0], k[0], v[0], scaling, None)[None]
+            return attend(q[0], k[0], v[0], scaling, None, None)[None]
 
         cos, sin = (
             x[:n, 0].contiguous() if len(x) > 1 else x[:, 0].expand(n, -1).contiguous() for x in (cos, sin)
@@ -276,16 +276,16 @@ class Decoder:
         self._layers[index].rows(self._buffer[:n, 0][None], cos, sin, attention, None)
 
     def _attend(self, index: int) -> Callable:
-        """attention(q [n, H, D], k, v [n, HKV, D], scaling, softcap) -> [n, H, DV], which also fills the cache."""
+        """attention(q [n, H, D], k, v [n, HKV, D], scaling, softcap, sink) -> [n, H, DV], which also fills the cache."""
         plan, cache = self._now, self.cache
         n, source = plan.alive[index], plan.source[index]
 
-        def attend(q, k, v, scaling, softcap):
+        def attend(q, k, v, scaling, softcap, sink):
             cache.write(index, plan.slot, self._position, k, v, source)
             return decode_attention(
                 self.backend, q, cache.key[index], cache.value[index], cache.mean_key[index], plan.slot_int[:n],
                 (self._position[:n] + 1).int(), plan.masks[index],
-                scaling=scaling, softcap=softcap, window=self.anatomy.layers[index].window,
+                scaling=scaling, softcap=softcap, window=self.anatomy.layers[index].window, sink=sink,
             )  # fmt: skip
 
         return attend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,9 +28,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    named = sorted(model.state_dict(keep_vars=True).items())
+    for name, tensor in (part for each in named for part in _plain_parts(*each)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.numel() == 0:
             continue
@@ -41,6 +40,18 @@ def fingerprint(model: torch.nn.Module) -> str:
         sample = flat[index.to(flat.device)].contiguous().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _plain_parts(name: str, tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor, or the tensors that a quantised one is made of, with their names."""
+    if not isinstance(tensor, torch.Tensor):
+        return
+    data = tensor.data
+    if type(data) is not torch.Tensor and hasattr(data, "__tensor_flatten__"):
+        for inner in data.__tensor_flatten__()[0]:
+            yield from _plain_parts(f"{name}.{inner}", getattr(data, inner))
+    else:
+        yield name, tensor
 
 
 def prompt_hashes(prompts: Sequence[Sequence[int]]) -> list[str]:

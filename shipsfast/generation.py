@@ -20,11 +20,11 @@ from .ablation import DEFAULT_SCALE, Ablation, Head, HeadMask, check_heads, dens
 from .anatomy import LOGIT_COPIES
 from .checks import check_generation
 from .decoder import Decoder, Group
-from .errors import InputError, whole_number
+from .errors import InputError, is_out_of_memory, whole_number
 from .kv_cache import slot_bytes
 from .nonfinite import NotFinite, refuse_token
 from .planner import Plan, make_plan
-from .prepared import Subject, is_out_of_memory, look_at
+from .prepared import Subject, look_at
 from .sources import mean_outputs
 from .untouched import untouched
 from .weights import check_in_memory
@@ -141,8 +141,12 @@ class Generation:
     def run(self, rows: Iterable[tuple[int, int]], progress: bool = False) -> Iterator[list[Decoded]]:
         """Decode the (group, prompt) rows; finished ones come out in batches, in any order.
 
+        A model whose layers keep a state of their own besides keys and values goes through its own `generate`.
         After running out of memory, rows in flight start anew with half as many at a time: their texts are the same.
         """
+        if self.subject.anatomy.plain_sequences:
+            yield from with_transformers(self, rows, {}, progress)
+            return
         waiting = deque(sorted(rows, key=lambda row: (row[1], self._fork(row[0]))))
         bar = tqdm(total=len(waiting), desc="generate", unit=" answers", disable=not progress or not waiting)
         try:
@@ -356,6 +360,11 @@ def generate(
     )  # fmt: skip
     rows = [(g, p) for g in range(len(generation.groups)) for p in range(len(generation.subject.token_ids))]
     longest = Longest()
+    if engine == "continuous" and generation.subject.anatomy.plain_sequences:
+        raise InputError(
+            f"engine 'continuous' cannot run: {type(generation.subject.model).__name__} has layers that keep a state of "
+            "their own between tokens; use engine='auto' or 'transformers'"
+        )
     if _use_transformers(engine, generate_kwargs):
         finished = with_transformers(generation, rows, generate_kwargs or {}, progress)
     else:
@@ -546,8 +555,10 @@ def with_transformers(
     for group, prompts in tqdm(prompts_of.items(), desc="generate", unit=" groups", disable=not progress):
         mask = HeadMask((generation.groups[group],), subject.how, generation.values)
         out: list[Decoded] = []
-        for start in range(0, len(prompts), generation.plan.slots):
-            part = prompts[start : start + generation.plan.slots]
+        # Padding would pass through layers that know of no mask.
+        most = 1 if subject.anatomy.plain_sequences else generation.plan.slots
+        for start in range(0, len(prompts), most):
+            part = prompts[start : start + most]
             ids = [subject.token_ids[p] for p in part]
             width = max(map(len, ids))
             padded = torch.tensor([[pad] * (width - len(x)) + x for x in ids], device=subject.device)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from .errors import UnsupportedModelError
+
 
 class LayerCall:
     """A decoder layer's forward with everything given but the hidden states it is to take.
 
-    hidden: those the model gave it; tuples: whether it returned a tuple, known after a call.
+    hidden: those the model gave it; tuples: of how many it returned a tuple, 0 for none, known after a call.
     """
 
     def __init__(
@@ -24,7 +26,7 @@ class LayerCall:
             args,
             kwargs,
         )
-        self.tuples = False
+        self.tuples = 0
 
     @classmethod
     def of(cls, forward: Callable, args: tuple, kwargs: dict) -> LayerCall:
@@ -34,12 +36,28 @@ class LayerCall:
         return cls(forward, args[0], False, args[1:], kwargs)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        call = self._for_rows(hidden)
         if self.by_name:
-            out = self.forward(*self.args, hidden_states=hidden, **self.kwargs)
+            out = self.forward(*call.args, hidden_states=hidden, **call.kwargs)
         else:
-            out = self.forward(hidden, *self.args, **self.kwargs)
-        self.tuples = isinstance(out, tuple)
-        return out[0] if self.tuples else out
+            out = self.forward(hidden, *call.args, **call.kwargs)
+        if not isinstance(out, tuple):
+            return out
+        self.tuples = len(out)
+        if any(isinstance(x, torch.Tensor) for x in out[1:]):
+            raise UnsupportedModelError(
+                "the model's layers hand on more than their hidden states to the next layer: it cannot be scanned"
+            )
+        return out[0]
+
+    def result(self, hidden: torch.Tensor):
+        """`hidden` in the form in which the layer returns it."""
+        return (hidden, *(None,) * (self.tuples - 1)) if self.tuples else hidden
+
+    def _for_rows(self, hidden: torch.Tensor) -> LayerCall:
+        """What has the shape of one row's hidden states, such as the embeddings, belongs to every row."""
+        one_row = (1, *hidden.shape[1:])
+        return self._cut(lambda x: x.expand_as(hidden) if x.shape == one_row else x)
 
     def at(self, nodes: torch.Tensor, num_tokens: int) -> LayerCall:
         """The same call for the tokens `nodes` only: positions, rotary tables and the like are cut to them."""
@@ -47,6 +65,8 @@ class LayerCall:
         def cut(x: torch.Tensor) -> torch.Tensor:
             if x.dim() >= 2 and x.shape[1] == num_tokens:
                 return x.index_select(1, nodes)
+            if x.dim() >= 3 and x.shape[2] == num_tokens:
+                return x.index_select(2, nodes)
             if x.dim() == 1 and x.shape[0] == num_tokens:
                 return x.index_select(0, nodes)
             return x

@@ -162,6 +162,12 @@ def make_plan(
     ):  # fmt: skip
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if anatomy.plain_sequences:
+        if (prompts_per_group or 1) > 1:
+            raise InputError(
+                "the model looks at neighbours outside attention, so prompts cannot share a pack: prompts_per_group must be 1"
+            )
+        prompts_per_group = 1
     limit = max(0, free_bytes(device) - coming_bytes) if max_memory is None else max_memory
     size = torch.empty((), dtype=dtype).element_size()
     on_cpu = device.type == "cpu"
@@ -189,6 +195,7 @@ def make_plan(
             return held + more + (rows + 1) * kept_per_row_bytes + kept_bytes
 
         too_long = on_cpu and prompts_per_group is None and tokens > CPU_GROUP_FACTOR * chunk
+        too_long |= anatomy.index_limit is not None and tokens >= anatomy.index_limit
         if (need(1) <= limit and not too_long) or per_group == 1:
             break
         per_group = (per_group + 1) // 2

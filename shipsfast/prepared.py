@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from . import fused, runs
 from ._version import __version__
 from .ablation import Ablation, Head, HeadMask, as_ablation, check_heads, check_unit, unit_heads
-from .anatomy import Anatomy, check_model, input_device, inspect_model
+from .anatomy import Anatomy, base_model, check_model, input_device, inspect_model
 from .attention import ATTRIBUTE, resolve_backend
-from .errors import InputError, note
+from .errors import InputError, is_out_of_memory, note
 from .metrics import kl_backend
 from .packing import PackedPrompts, pack
 from .planner import Plan, even_slices, make_plan
@@ -175,14 +175,14 @@ def prepare(
         model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,
         layers=layers,
     )  # fmt: skip
-    anatomy, token_ids = subject.anatomy, subject.token_ids
+    model, anatomy, token_ids = subject.model, subject.anatomy, subject.token_ids
     units = scanned_units(heads, anatomy, subject.num_units, unit)
     resample = subject.how.kind == "resample"
     tree_ids, pairs = pair_ids(token_ids, subject.other_ids) if resample else (token_ids, None)
     plan = make_plan(
         anatomy, tree_ids, len(units), device=subject.device, dtype=model.dtype, max_memory=max_memory,
         chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
-        coming_bytes=coming_bytes(model, [layer.module for layer in anatomy.layers]),
+        coming_bytes=coming_bytes(model, [block.module for block in anatomy.blocks]),
         **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden, subject.fused),
     )  # fmt: skip
     asked = {
@@ -252,6 +252,7 @@ def look_at(
     Raises InputError or UnsupportedModelError, as `scan` does.
     """
     how = as_ablation(ablation, scale)
+    model = base_model(model)
     token_ids = to_token_ids(prompts, tokenizer, template)
     check_model(model, token_ids, new_tokens)
     others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
@@ -270,7 +271,9 @@ def look_at(
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
     num_units = check_unit(unit, anatomy)
     device = input_device(model)
-    resolved = resolve_backend(backend, device, model.dtype)
+    resolved = resolve_backend(
+        backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
+    )
     not_fused = _why_not_fused(layers, anatomy, model.dtype, device)
     record = describe_run(model, anatomy, device) | {
         "ablation": how.describe(),
@@ -280,6 +283,8 @@ def look_at(
         "weights": where_weights_are(model),
         "kl_backend": kl_backend(device),
     }
+    if anatomy.plain_sequences:
+        record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
     return Subject(
@@ -359,11 +364,6 @@ def once_more(what: str, run: Callable[[], T], smaller: Callable[[], T] | None =
         raise OutOfMemory(f"out of memory while {what}: free some, or shorten the longest prompt") from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """A CPU that cannot allocate says so in a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
 def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:
     """What a reader of run.json needs to know to repeat the run."""
     if device.type == "cuda":
@@ -375,6 +375,12 @@ def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device)
             "class": type(model).__name__,
             "name": model.config._name_or_path,
             "layers": anatomy.num_layers,
+            # Where some layers have no attention heads, the layers of scores are these.
+            **(
+                {"layer_names": [x.name for x in anatomy.layers]}
+                if len(anatomy.blocks) > anatomy.num_layers
+                else {}
+            ),
             "heads": anatomy.num_heads,
             "kv_heads": anatomy.num_kv_heads,
             "hidden": anatomy.hidden_size,

@@ -45,6 +45,7 @@ def tree_attention(
     softcap: float | None = None,
     window: int | None = None,
     query_index: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     replace: torch.Tensor | None = None,
     q_alt: torch.Tensor | None = None,
     k_alt: torch.Tensor | None = None,
@@ -55,6 +56,9 @@ def tree_attention(
         o[b, :, h] = output_scale[b, h] * softmax(cap(logit_scale[b, h] * scaling * q k^T) + mask) v
         cap(x) = softcap * tanh(x / softcap), or x without softcap
 
+    A sink is one more logit of a head, whose weight goes nowhere: it joins the denominator, and neither factor nor
+    softcap touches it.
+
     `replace` says which heads take their queries, their keys or their whole output from elsewhere: q_alt and
     k_alt stand in for q and k above, out_alt for softmax(...) v. Other heads give the bits of a call without it.
 
@@ -63,6 +67,7 @@ def tree_attention(
             dimension of 1 broadcasts over the rows of the mask vectors.
         logit_scale, output_scale: [B, H] float; 1 leaves the head as it is. A head whose output_scale
             is 0 gives exactly 0.
+        sink: float [H], None for none.
         position, subtree_end: int [T], see packing.py.
         query_index: int [TQ], the packed index of each query, None if TQ = T.
         replace: int8 [B, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT for each row and query head, 0
@@ -89,7 +94,7 @@ def tree_attention(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     seen = visible(position, subtree_end, query_index, window)
-    weights = torch.softmax(logits.masked_fill(~seen, float("-inf")), dim=-1)
+    weights = sink_softmax(logits.masked_fill(~seen, float("-inf")), sink)
     out = torch.matmul(weights, v)
     if replace is not None and out_alt is not None:
         out = torch.where((replace & REPLACE_OUT != 0)[:, :, None, None], out_alt, out)
@@ -110,6 +115,7 @@ def decode_attention(
     scaling: float,
     softcap: float | None = None,
     window: int | None = None,
+    sink: torch.Tensor | None = None,
     replace: torch.Tensor | None = None,
     q_alt: torch.Tensor | None = None,
     k_alt: torch.Tensor | None = None,
@@ -131,6 +137,7 @@ def decode_attention(
         logit_scale, output_scale: [N, H] float; 1 leaves the head as it is. A head whose output_scale
             is 0 gives exactly 0.
         window: sliding window in tokens, counting the new one, None for no window.
+        sink: float [H], one more logit of a head, as in `tree_attention`; None for none.
         replace: int8 [N, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT for each entry and query head, 0 for a
             head that keeps its own; None for no replacement, and the three below are not looked at.
         q_alt: [N or 1, D], the query of a head flagged REPLACE_Q.
@@ -158,13 +165,21 @@ def decode_attention(
     logits = logits * logit_scale.to(q.dtype)[:, :, None, None]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    weights = torch.softmax(logits.masked_fill(~seen[:, None, None], float("-inf")), dim=-1)
+    weights = sink_softmax(logits.masked_fill(~seen[:, None, None], float("-inf")), sink)
     # A weight of 0 does not hide a value that is not finite.
     out = torch.matmul(weights, v.masked_fill(~seen[:, None, :, None], 0))[:, :, 0]
     if replace is not None and out_alt is not None:
         out = torch.where(flagged(REPLACE_OUT)[..., 0], out_alt, out)
     off = (output_scale == 0)[:, :, None]
     return (out * output_scale.to(q.dtype)[:, :, None]).masked_fill(off, 0).contiguous()
+
+
+def sink_softmax(logits: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
+    """softmax over the last dimension of [B, H, TQ, T] with the sinks [H] in the denominator, if there are any."""
+    if sink is None:
+        return torch.softmax(logits, -1)
+    column = sink.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+    return torch.softmax(torch.cat([logits, column], -1), -1)[..., :-1]
 
 
 def require_replacements(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .packing import PackedPrompts
-from .reference import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
+from .reference import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements, sink_softmax
 
 BLOCK = 256  # queries per block: bounds the mask of a long prompt
 GATHER_BYTES = 64 << 20  # keys and values gathered at a time
@@ -153,6 +153,7 @@ def segment_attention(
     *,
     scaling: float,
     softcap: float | None = None,
+    sink: torch.Tensor | None = None,
     replace: torch.Tensor | None = None,
     q_alt: torch.Tensor | None = None,
     k_alt: torch.Tensor | None = None,
@@ -160,7 +161,7 @@ def segment_attention(
 ) -> torch.Tensor:
     """The same function as `reference.tree_attention`, with the tree given as `plan_segments` cut it.
 
-    q [B, H, TQ, D], k and v [B, HKV, T, D], logit_scale and output_scale [B, H] -> [B, TQ, H, D of v].
+    q [B, H, TQ, D], k and v [B, HKV, T, D], logit_scale and output_scale [B, H], sink [H] -> [B, TQ, H, D of v].
     The replacements are those of the reference too: replace int8 [B, H], q_alt [B or 1, TQ, D],
     k_alt [B or 1, T, D], out_alt [H or 1, TQ or 1, D of v]. Rows and heads without a flag pay nothing for them.
     Raises ValueError if `replace` asks for vectors that are not given.
@@ -189,7 +190,7 @@ def segment_attention(
             blocks = slice(start, start + step)
             index, part = (
                 group.query_index[blocks].flatten(),
-                _attend(q, k, v, keys, group, blocks, scaling, softcap),
+                _attend(q, k, v, keys, group, blocks, scaling, softcap, sink),
             )
             if group.real is not None:
                 real = group.real[blocks].flatten().nonzero().flatten()
@@ -215,7 +216,7 @@ def _flagged(replace: torch.Tensor | None, flag: int) -> tuple[torch.Tensor, tor
 
 
 def _attend(
-    q, k, v, replaced, group: BlockGroup, chosen: slice, scaling: float, softcap: float | None
+    q, k, v, replaced, group: BlockGroup, chosen: slice, scaling: float, softcap: float | None, sink
 ) -> torch.Tensor:
     """Some blocks of a group, [B, G * S, H, D of v]. replaced: (rows [N], query heads [N], k_alt), or None."""
     rows, size = q.shape[0], len(group.query_index[chosen])
@@ -236,13 +237,15 @@ def _attend(
     mask = group.mask(chosen)
     if mask is not None and mask.shape[0] > 1:
         mask = mask.repeat(rows, 1, 1, 1)
-    if softcap is None:
+    if softcap is None and sink is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             qb, kb, vb, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
     else:
-        logits = softcap * torch.tanh(torch.matmul(qb, kb.transpose(-1, -2)) * scaling / softcap)
+        logits = torch.matmul(qb, kb.transpose(-1, -2)) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         if mask is None:
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        out = torch.matmul(torch.softmax(logits.masked_fill(~mask, float("-inf")), -1), vb)
+        out = torch.matmul(sink_softmax(logits.masked_fill(~mask, float("-inf")), sink), vb)
     return out.transpose(1, 2).reshape(rows, -1, out.shape[1], out.shape[3])

@@ -87,7 +87,8 @@ def mean_outputs(
     group: list[Sequence[int]] = []
     for number, at in enumerate(order, 1):
         group.append(token_ids[at])
-        if number < len(order) and sum(map(len, group)) < MEAN_TOKENS:
+        most = 0 if anatomy.plain_sequences else min(MEAN_TOKENS, anatomy.index_limit or MEAN_TOKENS)
+        if number < len(order) and sum(map(len, group)) + len(token_ids[order[number]]) < most:
             continue
         packed = pack(group)
         weight = _prompts_through(packed)
@@ -130,7 +131,9 @@ def values_for_ablate(
     anatomy = inspect_model(
         model, max(ids, key=len), max(map(len, ids))
     )  # the windows that these lengths meet
-    backend = resolve_backend("auto", input_device(model), model.dtype)
+    backend = resolve_backend(
+        "auto", input_device(model), model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
+    )
     if how.kind == "mean":
         return mean_outputs(model, anatomy, ids, backend)
     if len(ids) != 1:

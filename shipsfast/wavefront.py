@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .ablation import HeadMask
-from .anatomy import Anatomy, input_device, last_logits_only
+from .anatomy import Anatomy, Block, input_device, last_logits_only
 from .attention import ATTRIBUTE, TREE, Captured, TreeCall, TreeContext, installed, tree_attention
 from .fused import FusedLayer
 from .layer_call import LayerCall, forward_replaced
@@ -78,7 +78,7 @@ class Wavefront:
         self._trees: dict[torch.device, TreeContext] = {}
         self._nodes: dict[torch.device, torch.Tensor] = {}  # last_nodes, int64
         self._mask: HeadMask | None = None
-        self._tuples = False  # does the decoder layer return a tuple
+        self._tuples = 0  # of how many the decoder layer returns a tuple
         self._forks: list[int] = []
         self._alive = 0
         self._buffer: torch.Tensor | None = None  # [rows, T, hidden]
@@ -94,11 +94,17 @@ class Wavefront:
         with contextlib.ExitStack() as undo:
             undo.enter_context(torch.inference_mode())
             undo.enter_context(installed(self.model, TREE))
-            modules = [layer.module for layer in self.anatomy.layers]
+            modules = [block.module for block in self.anatomy.blocks]
             self._weights = undo.enter_context(on_demand(self.model, modules))
-            for index, layer in enumerate(self.anatomy.layers):
+            for layer in self.anatomy.layers:
                 undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
-                undo.enter_context(forward_replaced(layer.module, lambda fwd, i=index: self._layer(i, fwd)))
+            for block in self.anatomy.blocks:
+                final = block is self.anatomy.blocks[-1]
+                undo.enter_context(
+                    forward_replaced(
+                        block.module, lambda fwd, block=block, final=final: self._layer(block, fwd, final)
+                    )
+                )
             if not self.own_head:
                 undo.enter_context(float32_head(self.model))
             self._undo = undo.pop_all()
@@ -130,12 +136,13 @@ class Wavefront:
         # The pass through the layers ends in the model's head, whose result there is not wanted.
         self._forward(token_ids, position_ids, **last_logits_only(self.model))
         self._buffer = None
-        start = torch.zeros(1, len(self.last_nodes), dtype=torch.long, device=device)
         base = None
         seen_by = head_input(self.model) if hidden_states else contextlib.nullcontext([])
         with self._weights.idle(), seen_by as seen:
             for rows in even_slices(len(mask), self.rows_per_head_chunk):
                 self._head_chunk = self._final[rows]
+                # As many rows as come out of the layers: some models shape their states by their input.
+                start = token_ids.new_zeros(rows.stop - rows.start, len(self.last_nodes))
                 logits = self._forward(start, start)
                 out = seen.pop() if hidden_states else logits
                 base = out[0].clone() if base is None else base
@@ -149,16 +156,18 @@ class Wavefront:
         )
         return out.logits
 
-    def _layer(self, index: int, forward: Callable) -> Callable:
-        last = index == self.anatomy.num_layers - 1
+    def _layer(self, block: Block, forward: Callable, last: bool) -> Callable:
+        """last: the model's last decoder layer."""
+        index, trimmed = block.layer, last and self.anatomy.trims
 
         def step(*args, **kwargs):
             call = LayerCall.of(forward, args, kwargs)
             if self._head_chunk is not None:
                 out = self._head_chunk if last else call.hidden
-                return (out,) if self._tuples else out
-            if call.hidden.device != self.anatomy.layers[index].device:
-                call = call.to(self.anatomy.layers[index].device)
+                call.tuples = self._tuples
+                return call.result(out)
+            if call.hidden.device != block.device:
+                call = call.to(block.device)
             hidden = call.hidden
             if self._fused:
                 self._fused_layer(index, hidden, *call.kwargs["position_embeddings"])
@@ -166,14 +175,17 @@ class Wavefront:
             n = self._fork(index, hidden)
             for rows in even_slices(n, self.rows_per_chunk):
                 x = self._buffer[rows]
-                if last:
+                if trimmed:
                     self._last_layer(index, call, x, rows)
                 else:
-                    self._buffer[rows] = self._attend(index, call, x, rows)
-                self.tick(rows.stop - rows.start)
+                    out = call(x) if index is None else self._attend(index, call, x, rows)
+                    self._buffer[rows] = out
+                    if last:
+                        self._final[rows] = out.index_select(1, self._last_nodes(out.device))
+                self.tick(0 if index is None else rows.stop - rows.start)
             self._tuples = call.tuples
             out = hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[:n]
-            return (out,) if call.tuples else out
+            return call.result(out)
 
         return step
 
@@ -237,18 +249,18 @@ class Wavefront:
                 into[:1] = base_row
                 self.tick(1)
 
-    def _fork(self, index: int, hidden: torch.Tensor, copy: bool = True) -> int:
+    def _fork(self, index: int | None, hidden: torch.Tensor, copy: bool = True) -> int:
         """Bring the incoming rows into the buffer and add the copies that fork here. Returns the rows alive."""
         if self._buffer is None or self._buffer.device != hidden.device:
             rows = len(self._mask)
             moved = torch.empty(rows, *hidden.shape[1:], dtype=hidden.dtype, device=hidden.device)
             self._final = torch.empty(
-                rows, len(self.last_nodes), hidden.shape[2], dtype=hidden.dtype, device=hidden.device
+                rows, len(self.last_nodes), *hidden.shape[2:], dtype=hidden.dtype, device=hidden.device
             )
             self._buffer = moved
         if hidden.data_ptr() != self._buffer.data_ptr():
             self._buffer[: self._alive] = hidden
-        n = self._alive + self._forks[index]
+        n = self._alive + (0 if index is None else self._forks[index])
         if copy:
             self._buffer[self._alive : n] = self._buffer[:1]
         self._alive = n
@@ -317,7 +329,8 @@ def no_queries(attention: torch.nn.Module) -> Iterator[None]:
 def head_precision(model: PreTrainedModel) -> str:
     """What the output head computes its logits in: "float32" for half-precision linear heads, else the model's."""
     head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16):
+    plain = type(head) is torch.nn.Linear and type(head.weight.data) is torch.Tensor  # not a quantised one
+    if plain and head.weight.dtype in (torch.bfloat16, torch.float16):
         return "float32"
     return str(model.dtype).removeprefix("torch.")
 

@@ -5,7 +5,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
-    GptOssConfig,
+    DiffLlamaConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
@@ -22,10 +22,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 9]]
     [
         (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2), "Mamba"),
         (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "Bloom"),
-        (
-            GptOssConfig(**_COMMON, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
-            "s_aux",
-        ),
+        (DiffLlamaConfig(**_COMMON, num_key_value_heads=2), "calls attention 2 times"),
         (
             Llama4TextConfig(
                 **_COMMON, num_key_value_heads=2, head_dim=8, intermediate_size_mlp=48, num_local_experts=2,
@@ -41,7 +38,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 9]]
             "rotary embedding",
         ),
     ],
-    ids=["mamba", "bloom-alibi", "gpt-oss-sinks", "llama4-chunked", "dynamic-rope"],
+    ids=["mamba", "bloom-alibi", "diffllama-twice", "llama4-chunked", "dynamic-rope"],
 )  # fmt: skip
 def test_refused_by_name(config, reason):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -63,11 +60,11 @@ def test_attention_outside_the_interface_is_refused():
 
 
 def test_a_model_that_answers_differently_when_packed_is_refused():
-    """A layer that mixes neighbouring tokens, which packing moves: the alarm, not the attention, notices."""
+    """A layer that looks at the length of the sequence, which packing changes: the alarm, not the probe, notices."""
     model = build()
     mlp = model.model.layers[1].mlp
     original = mlp.forward
-    mlp.forward = lambda x: original(x + 0.1 * torch.roll(x, 1, dims=1))
+    mlp.forward = lambda x: original(x + 0.1 * x.shape[1] * x[..., :1])
     with pytest.raises(shipsfast.UnsupportedModelError, match="when its prompts are packed"):
         shipsfast.scan(model, [[5, 6, 7, 8], [9, 10], [11, 12, 13]], progress=False)
 
