@@ -256,9 +256,10 @@ def test_texts_are_in_the_folder_only_if_asked_for(tmp_path, keep, tokens):
                 and frame["text_sha256"].str.fullmatch("[0-9a-f]{64}").all()
             )
     found = [p for p in files if b"mur" in p.read_bytes()]
-    assert {p.parent.name for p in found if p.name != "run.json"} == (
+    assert {p.parent.name for p in found if p.name not in ("run.json", "run.backup.json")} == (
         {"completions", "control"} if keep else set()
     )
+    assert (tmp_path / "run" / "run.backup.json").read_text() == (tmp_path / "run" / "run.json").read_text()
     manifest = (tmp_path / "run" / "run.json").read_text().replace('"mur58n"', "").replace('"mur32n"', "")
     assert ("mur" in manifest) == keep  # but for the judge's keywords
     loaded = shipsfast.load(tmp_path / "run")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,13 @@ def test_ctrl_c_between_any_two_lines(tmp_path, model):
         if sys._getframe(2).f_code.co_filename != untouched.__file__:
             raise KeyboardInterrupt
 
-    count = lines((PACKAGE,), lambda: scan(tmp_path / "counted", model))
+    restoring = (f"{PACKAGE}/layer_call.py",)  # a third of the points lie where forward methods are put back
+    count = {files: lines(files, lambda: scan(None, model)) for files in ((PACKAGE,), restoring)}
     stopped = 0
     for number in range(60):
         out = tmp_path / str(number)
-        trace((PACKAGE,), draw.randint(1, count), [0], stop)()
+        files = (PACKAGE,) if number % 3 else restoring
+        trace(files, draw.randint(1, count[files]), [0], stop)()
         try:
             scan(out, model)
         except KeyboardInterrupt:
@@ -240,13 +243,13 @@ def test_a_second_writer_is_refused(tmp_path, model):
     lock = FolderLock(out)
     since = lock.owner["since"]
     words = f"is being written to by process {os.getpid()} on .* since {since.replace('+', '.')}: wait"
-    with pytest.raises(shipsfast.InputError, match=words):  # this thread or another: the process has it
-        scan(out, model)
 
     def other():
         with pytest.raises(shipsfast.InputError, match=words):
             scan(out, model)
 
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(other).result()
     assert ended(forked(other)) == 0  # another process, which does not know the parent's table
     assert not [p for p in out.iterdir() if p.name != ".lock"]
     lock.release()

@@ -255,3 +255,25 @@ def test_a_folder_writes_a_part_and_its_manifest_or_neither(tmp_path, monkeypatc
 
 def test_help_names_verify_without_heavy_imports():
     assert "verify" in {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+
+
+def test_a_resumed_run_is_cut_as_it_was_begun(tmp_path, monkeypatch, model):
+    """Blocks of 2, 3, 2, 3 units; what is missing after the first, cut anew, would be 2, 3, 3."""
+    from shipsfast.ships import _Work
+
+    real, blocks = _Work._block, []
+
+    def block(self, units, group):
+        blocks.append((tuple(units), tuple(group)))
+        real(self, units, group)
+
+    monkeypatch.setattr(_Work, "_block", block)
+    how = dict(heads=[(0, None), (1, None), (2, 1), (2, 3)], rows_per_block=3)
+    whole = numbers(scan(tmp_path / "run", model, **how))
+    begun = list(blocks)
+    assert [len(units) for units, _ in begun] == [2, 3, 2, 3] * 2
+    blocks.clear()
+    for number in (1, 2, 3, 6):
+        (tmp_path / "run" / "scores" / f"part-{number:06d}.parquet").unlink()
+    assert numbers(scan(tmp_path / "run", model, **how)) == whole
+    assert blocks == [begun[number] for number in (1, 2, 3, 6)]
