@@ -99,9 +99,16 @@ def test_rows_say_where_they_come_from_and_what_ran(rows):
 
 
 def test_peers_agree_with_ours_and_extrapolations_say_so(rows):
+    """Up to bfloat16, which a sample of passes meets now more, now less: to a twentieth of the scores. That the peers are
+    exact is tested in float64, below."""
+    size = {
+        row["case"]: row["rms_score_nats"]
+        for row in rows
+        if "rms_score_nats" in row and row["path"] == "shipsfast"
+    }
     for row in rows:
         if row["path"] in (*scans.PEERS, scans.LOOP):
-            assert row["rms_difference_nats"] < 2e-3, row
+            assert row["rms_difference_nats"] < 0.05 * size[row["case"]], row
         if row["path"] == scans.LOOP:
             assert row["extrapolated_from"].endswith("of 27 passes") and row["dtype"] == "float32"
 

@@ -167,6 +167,7 @@ def check_texts(session: Session, job: Job, texts) -> float:
     rows = [
         (g, g % len(job.prompts)) for g in range(0, len(job.heads), max(1, len(job.heads) // CHECKED_ROWS))
     ]
+    session.clear()  # the run's cache
     exact, worst = twin(job.model, torch.float32), 0.0
     for g, p in rows:
         prompt, text = job.prompts[p], texts[g][p]

@@ -234,8 +234,10 @@ def _decode_case(session: Session, case: str, shape: Shape) -> None:
         def sees(b, _h, _query, key):
             return key < length[b]
 
+        scale = mask.logit_scale
+
         def score(value, b, h, _query, _key):
-            return value * mask.logit_scale[b, h]
+            return value * scale[b, h]
 
         blocks = create_block_mask(sees, rows, None, 1, capacity, device=str(session.device))
         attend = compiled(session, flex_attention)

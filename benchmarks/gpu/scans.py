@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from dataclasses import dataclass
 
@@ -241,6 +242,7 @@ def _angles_checked(model, token_ids, result) -> dict:
         tuple(h)
         for h in np.argwhere(np.isfinite(_first(result)))[:: max(1, _first(result).size // 8)].tolist()
     ]
+    gc.collect()
     exact = twin(model, torch.float32)
     expected = shipsfast.scan_dataset(
         exact, token_ids, heads=heads, backend="torch", progress=False
