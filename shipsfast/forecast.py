@@ -156,13 +156,15 @@ def forecast(
     packs = [pack([tree_ids[i] for i in group]) for group in plan.prompt_groups]
     tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.last_index.tolist())) for p in packs)
     rows = plan.rows_per_block + 1
+    # The plan's room for the head is a bound; no more pairs than there are go through.
+    pairs = min(plan.head_rows, rows * ends)
     parts = block_parts(
         anatomy,
         rows + extra["extra_rows"],
         tokens,
         ends,
         plan.chunk_tokens,
-        plan.head_rows,
+        pairs,
         model.dtype.itemsize,
     )
     memory = {"model": held, **parts, "kept": rows * extra["kept_per_row_bytes"] + extra["kept_bytes"]}

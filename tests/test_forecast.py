@@ -42,7 +42,7 @@ def test_without_weights_the_plan_is_the_scans(family):
     result = shipsfast.scan(model, prompts, progress=False, max_memory=150_000)
     assert found.plan.to_json() == result.record["plan"]
     assert found.memory["model"] == sum(p.numel() * 4 for p in model.parameters())
-    assert found.total_bytes == found.memory["model"] + found.plan.predicted_bytes
+    assert found.memory["rows"] < found.total_bytes - found.memory["model"] <= found.plan.predicted_bytes
 
 
 @pytest.mark.parametrize("case", ["cpu-large-templates", "smoke"])

@@ -264,7 +264,7 @@ def test_a_killed_stream_leaves_whole_scores_and_nothing_else(tmp_path):
 
     def run(kill_at: int, out):
         command = [sys.executable, script, str(kill_at), "scan", folder, prompts, "--stream", "--out", out, "--quiet",
-                   "--max-memory", "40KiB", "--template", "none"]  # fmt: skip
+                   "--max-memory", "120KiB", "--template", "none"]  # fmt: skip
         return subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, check=False)
 
     whole = run(0, tmp_path / "whole")
