@@ -91,8 +91,9 @@ def check_hidden(
     prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor
 ) -> None:
     """Raises UnsupportedModelError unless plain forward passes give these hidden states [hidden]."""
+    masks = _at_a_time(prepared, prompt, _plain_mask(prepared, prompt, [unit]))  # runs the model for resample
     with head_input(prepared.model) as seen:
-        for mask in _at_a_time(prepared, prompt, _plain_mask(prepared, prompt, [unit])):
+        for mask in masks:
             with dense_rows(prepared.model, prepared.anatomy, mask):
                 _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
     for name, got, expected in (

@@ -63,8 +63,9 @@ def why_not(layers: list[torch.nn.Module], dtype: torch.dtype, device: torch.dev
                 return f"{name or 'the layer'} carries hooks or a forward of its own"
             if name.endswith("_proj") and type(module) is not torch.nn.Linear:
                 return f"{name} is {type(module).__name__}"
-            if name.endswith("_proj") and type(module.weight.data) is not torch.Tensor:
-                return f"the weight of {name} is a {type(module.weight.data).__name__}"
+            # Asked without reading it: a quantised weight is a parameter of a class of its own.
+            if name.endswith("_proj") and type(module.weight) not in (torch.nn.Parameter, torch.Tensor):
+                return f"the weight of {name} is a {type(module.weight).__name__}"
     return None
 
 

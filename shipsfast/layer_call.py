@@ -84,16 +84,21 @@ class LayerCall:
         return self._cut(lambda x: x[:rows] if x.dim() >= 1 and x.shape[0] == of else x)
 
     def _cut(self, cut: Callable[[torch.Tensor], torch.Tensor]) -> LayerCall:
-        def walk(value):
-            if isinstance(value, torch.Tensor):
-                return cut(value)
-            if isinstance(value, dict):
-                return {k: walk(x) for k, x in value.items()}
-            if type(value) in (tuple, list):
-                return type(value)(walk(x) for x in value)
-            return value
+        return LayerCall(
+            self.forward, self.hidden, self.by_name, _each(cut, self.args), _each(cut, self.kwargs)
+        )
 
-        return LayerCall(self.forward, self.hidden, self.by_name, walk(self.args), walk(self.kwargs))
+
+def _each(cut: Callable[[torch.Tensor], torch.Tensor], value):
+    """`value` with `cut` applied to every tensor in it. No inner function that calls itself: such a one is a cycle, and
+    would keep what `cut` knows, hidden states of whole chunks, until the garbage collector comes."""
+    if isinstance(value, torch.Tensor):
+        return cut(value)
+    if isinstance(value, dict):
+        return {k: _each(cut, x) for k, x in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_each(cut, x) for x in value)
+    return value
 
 
 @contextlib.contextmanager

@@ -201,7 +201,7 @@ def _filled(template: str, completion: Completion) -> str:
 
 def _load_classifier(path: str, dtype: str, device: str | None) -> PreTrainedModel:
     """As loading.load_model, with the head of a sequence classifier."""
-    loading._check_folder(path)
+    loading.check_folder(path)
     if dtype not in loading.DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(loading.DTYPES)}")
     try:
@@ -220,7 +220,7 @@ def _load_classifier(path: str, dtype: str, device: str | None) -> PreTrainedMod
         raise
     except (*loading.LOADING_ERRORS, AssertionError) as error:  # torch asserts that there is CUDA
         raise InputError(
-            f"cannot load a sequence classifier from {path}: {loading._first_line(error)}"
+            f"cannot load a sequence classifier from {path}: {loading.first_line(error)}"
         ) from error
 
 

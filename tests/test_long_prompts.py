@@ -108,9 +108,9 @@ def test_padding_and_windows_keep_their_masks(monkeypatch):
     seen = []
     dense = attention._dense
 
-    def watch(call, module, query, key, value, visible, *rest):
+    def watch(call, module, query, key, value, visible, **how):
         seen.append(visible is None)
-        return dense(call, module, query, key, value, visible, *rest)
+        return dense(call, module, query, key, value, visible, **how)
 
     monkeypatch.setattr(attention, "_dense", watch)
     monkeypatch.setattr(attention, "LONG", 8)

@@ -1,6 +1,7 @@
 """The memory model: plans of true shapes within 80 and 24 GB, peaks of real scans beside their prediction, and what
 happens when there is less memory than was promised."""
 
+import gc
 import json
 import os
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import shipsfast
 from benchmarks.gpu.scans import SCANS
-from shipsfast.anatomy import LOGIT_COPIES, Anatomy, Layer, inspect_model
+from shipsfast.anatomy import LOGIT_COPIES, Anatomy, Block, Layer, inspect_model
 from shipsfast.planner import CUDA_CHUNK_TOKENS, block_bytes, make_plan
+from tests import memory_child
 from tests.models import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +39,8 @@ def anatomy(shape) -> Anatomy:
     return Anatomy(
         layers=(layer,) * shape.layers, num_heads=shape.heads, num_kv_heads=shape.kv_heads, uniform_kv_heads=True,
         head_dim=shape.head_dim, hidden_size=shape.hidden, vocab_size=shape.vocabulary, work_width=width,
-        logit_copies=LOGIT_COPIES if shape.family == "gemma2" else 1,
+        logit_copies=LOGIT_COPIES if shape.family == "gemma2" else 1, value_dim=shape.head_dim,
+        blocks=(Block(layer.module, 0, layer.device),) * shape.layers, looks_beyond=False, index_limit=None, longest=200,
     )  # fmt: skip
 
 
@@ -110,3 +114,23 @@ def test_a_scan_that_runs_out_of_memory_goes_on_with_less():
     assert found["second"]["rows_per_block"] < found["first"]["rows_per_block"]
     assert found["second"]["chunk_tokens"] < found["first"]["chunk_tokens"]
     assert found["difference"] < 1e-6
+
+
+def test_no_tensor_waits_for_the_garbage_collector():
+    """A cycle that holds hidden states keeps a whole block alive while the next one runs."""
+    subject = memory_child.model("tiny")
+    ids = memory_child.prompts(4, 3, 5)
+    how = dict(progress=False, layers="model", rows_per_block=2)
+    shipsfast.scan(subject, ids, **how)
+    gc.collect()
+    gc.disable()
+    try:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        shipsfast.scan(subject, ids, **how)
+        gc.collect()
+        held = [tuple(x.shape) for x in gc.garbage if isinstance(x, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not held

@@ -219,7 +219,7 @@ def test_less_memory_than_at_the_beginning_is_told(tmp_path, capfd, model):
     whole = scan(out, model, **how)
     (out / "scores" / "part-000000.parquet").unlink()
     capfd.readouterr()
-    smaller = scan(out, model, **how, max_memory=60_000)
+    smaller = scan(out, model, **how, max_memory=110_000)
     assert "begun with more memory than is free now" in capfd.readouterr().err
     np.testing.assert_allclose(smaller.kl, whole.kl, rtol=0, atol=1e-6)
     (out / "scores" / "part-000000.parquet").unlink()
@@ -240,7 +240,7 @@ def test_another_machine_measures_its_noise_again(tmp_path, monkeypatch, model):
 
 
 def test_a_folder_writes_a_part_and_its_manifest_or_neither(tmp_path, monkeypatch):
-    folder = runs.RunFolder(tmp_path / "run", {"kind": "ships"})
+    folder = runs.RunFolder(tmp_path / "run", {"kind": "ships", "shape": [1, 2, 4]})
     folder.write_manifest({"status": "running"})
     frame = pd.DataFrame({"prompt": [0]})
     with monkeypatch.context() as patch:

@@ -22,7 +22,7 @@ from tests.checkpoints import save
 ALLOWED = 126 << 20
 LAYERS, HEADS = 48, 4
 PROMPTS = [[5, 6, 7, 8, 9, 10], [5, 6, 9, 11]]
-PLAN = {"max_memory": 16 << 20, "progress": False, "heads": [[layer, 0] for layer in range(0, LAYERS, 4)]}
+PLAN = {"max_memory": 20 << 20, "progress": False, "heads": [[layer, 0] for layer in range(0, LAYERS, 4)]}
 
 CHILD = """
 import json, os, resource, sys, threading
