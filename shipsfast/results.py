@@ -12,6 +12,7 @@ import pandas as pd
 
 from .errors import InputError, whole_number
 from .grams import QUICK, RESAMPLES, ROOM, Grams
+from .manifest import FURTHER
 from .part_file import inside
 from .runs import MANIFEST, SCORES, RunFolder, read_manifest, read_scores, score_frame
 from .statistics import (
@@ -62,6 +63,10 @@ def _save(
         done = np.zeros(scores.shape, dtype=bool)
         before = read_scores(run.path, scores.shape, names, value, done)
         new = np.where(np.isnan(before), scores, np.nan)
+        if run.complete:
+            if not (~np.isnan(new)).any():  # all is there
+                return run.path
+            record["status"] = "complete"
         frames = {SCORES: score_frame(new, names, value, None if marked is None else marked & ~done)}
         if grams is not None and len(frames[SCORES]):
             frames[ROOM] = grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(new))])
@@ -244,7 +249,7 @@ class ShipsResult(_Ranked):
 
 def also_place(number: int) -> str:
     """Where in a run folder the run folder of a scan's further metrics lies, counted from 1."""
-    return f"also/{number}"
+    return f"{FURTHER}/{number}"
 
 
 def column(metric: dict) -> str:
