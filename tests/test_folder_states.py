@@ -73,6 +73,12 @@ def test_a_partial_result_leaves_a_finished_folder_finished(tmp_path):
     assert shipsfast.load(tmp_path / "part").record["status"] == "running"
     whole.save(tmp_path / "part")
     assert verify(tmp_path / "part")["verdict"] == "sound"
+    part.record["status"] = "complete"  # of the first prompt, and then of more
+    part.save(tmp_path / "first")
+    part.scores[1], part.record["status"] = whole.scores[1], "running"
+    part.save(tmp_path / "first")
+    more = shipsfast.load(tmp_path / "first")
+    assert more.record["status"] == "complete" and np.isfinite(more.scores).sum() == 2 * more.scores[0].size
 
 
 def test_a_failed_save_lets_go_of_the_lock(tmp_path, monkeypatch):
