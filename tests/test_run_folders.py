@@ -219,7 +219,7 @@ def test_less_memory_than_at_the_beginning_is_told(tmp_path, capfd, model):
     whole = scan(out, model, **how)
     (out / "scores" / "part-000000.parquet").unlink()
     capfd.readouterr()
-    smaller = scan(out, model, **how, max_memory=60_000)
+    smaller = scan(out, model, **how, max_memory=120_000)
     assert "begun with more memory than is free now" in capfd.readouterr().err
     np.testing.assert_allclose(smaller.kl, whole.kl, rtol=0, atol=1e-6)
     (out / "scores" / "part-000000.parquet").unlink()
