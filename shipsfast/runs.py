@@ -345,7 +345,7 @@ def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path
         return
     manifest = read_manifest(path)
     parts = [part for part in find_parts(manifest) if part.room == room]
-    if parts:
+    if (path / room).is_symlink():
         inside(path, path / room)
     if manifest.get("status") == "complete":  # else it may be on its way into the list
         extra = unlisted(path, room, parts)
