@@ -39,7 +39,7 @@ from .cli_options import (
     quiet_transformers,
     running,
 )  # fmt: skip
-from .errors import InputError, Stopped
+from .errors import InputError, Stopped, WriteError
 
 app = typer.Typer(
     name="shipsfast",
@@ -327,10 +327,10 @@ def _show(result, top: int, shared: dict) -> None:
             print("(it was complete: loaded, nothing was run)")
 
 
-# Errors of a disk, a network share or their permissions, which no input explains.
+# Errors of a disk, a network share, their permissions, and of paths that cannot be.
 DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG,
-    errno.EMFILE, errno.ENODEV, errno.ENXIO,
+    errno.EMFILE, errno.ENODEV, errno.ENXIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
 
 
@@ -353,7 +353,7 @@ def main() -> None:
     except InputError as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK and not isinstance(error, WriteError):
             raise
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(_fail(_with_kept(f"cannot read or write{where}: {error.strerror}")))

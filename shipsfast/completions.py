@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from .generation import Decoded, Generation
+from .part_file import ANSWER as COLUMNS
 from .part_file import cells
 from .refusal import LABELS, Completion
 from .runs import RunFolder, damage, read_parts
 
 ROOM = "completions"
-COLUMNS = ("group", "prompt", "label", "num_tokens", "finished", "text_sha256")
 WRITE_EVERY_S = 5.0  # finished rows reach the disk at least that often, and at the end
 MISSING = -1
 

@@ -31,6 +31,10 @@ def whole_number(name: str, value, least: int = 1) -> int:
     return number
 
 
+class WriteError(OSError):
+    """A file of a run folder could not be written. What the manifest lists is whole."""
+
+
 class Stopped(BaseException):
     """The process was asked to end (SIGTERM). Everything is put back on the way out, as after Ctrl-C."""
 

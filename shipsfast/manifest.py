@@ -16,6 +16,7 @@ from .run_schema import check_manifest
 SCHEMA = 3
 MANIFEST, BACKUP = "run.json", "run.backup.json"
 ROOMS = ("scores", "grams", "completions", "control", "basis")
+FURTHER = "also"  # the folder of further metrics' run folders
 _FILE = re.compile(rf"({'|'.join(ROOMS)})/part-(\d{{6,9}})\.parquet")
 MOST_BYTES = 1 << 30  # of a manifest: more is not one of ours
 
@@ -152,7 +153,7 @@ def is_finished(path: Path) -> bool:
     if manifest.get("status") != "complete" or any(part.problem(path) for part in find_parts(manifest)):
         return False
     further = manifest["identity"].get("further_metrics", [])
-    return all(is_finished(path / f"also/{number}") for number in range(1, len(further) + 1))
+    return all(is_finished(path / FURTHER / str(number)) for number in range(1, len(further) + 1))
 
 
 def _check_form(file: Path, manifest: dict) -> None:

@@ -23,6 +23,7 @@ COLUMNS = {
     "finished": FLAG,
     "gram": VECTOR,
 }
+ANSWER = ("group", "prompt", "label", "num_tokens", "finished", "text_sha256")  # and "text", where it is kept
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -37,8 +38,9 @@ def inside(folder: Path, path: Path) -> Path:
     return path
 
 
-def read_table(part: Path | BinaryIO, columns: Sequence[str]) -> pd.DataFrame:
-    """These columns of a Parquet file. Raises ValueError or OSError for what is not such a table."""
+def read_table(part: Path | BinaryIO, columns: Sequence[str], *, only: bool = False) -> pd.DataFrame:
+    """These columns of a Parquet file. Raises ValueError or OSError for what is not such a table; where `only` they may
+    be, for one that has others, or another order, too."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -46,6 +48,10 @@ def read_table(part: Path | BinaryIO, columns: Sequence[str]) -> pd.DataFrame:
         texts = [name for name in columns if COLUMNS[name] == TEXT]
         with pq.ParquetFile(part, read_dictionary=texts) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
+            if only and schema.names != list(columns):
+                raise ValueError(
+                    f"it has the columns {', '.join(schema.names)}, expected {', '.join(columns)}"
+                )
             for name in columns:
                 if schema.names.count(name) != 1:
                     raise ValueError(f"it has {schema.names.count(name)} columns {name!r}")

@@ -21,15 +21,26 @@ import numpy as np
 import pandas as pd
 
 from .differences import in_words
-from .errors import InputError, note
+from .errors import InputError, WriteError, note
 from .fingerprint import fingerprint, prompt_hashes
 from .lock import NAME as LOCK
 from .lock import FolderLock
-from .manifest import BACKUP, MANIFEST, ROOMS, SCHEMA, DamagedError, Part, as_text, find_parts, read_manifest
-from .part_file import cells, read_table
+from .manifest import (
+    BACKUP,
+    FURTHER,
+    MANIFEST,
+    ROOMS,
+    SCHEMA,
+    DamagedError,
+    Part,
+    as_text,
+    find_parts,
+    read_manifest,
+)
+from .part_file import cells, inside, read_table
 
 __all__ = [
-    "MANIFEST", "SCHEMA", "RunFolder", "damage", "fingerprint", "prompt_hashes", "read_manifest", "read_parts",
+    "MANIFEST", "SCHEMA", "RunFolder", "WriteError", "damage", "fingerprint", "prompt_hashes", "read_manifest", "read_parts",
     "read_scores", "score_frame", "write_whole",
 ]  # fmt: skip
 
@@ -39,10 +50,6 @@ ENVIRONMENT = ("device", "versions", "attention_backend", "layers", "kl_backend"
 
 # Folders that are closed, and their locks let go of, when the call that opened them ends: see `closing`.
 _opened: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.ContextVar("opened", default=None)
-
-
-class WriteError(OSError):
-    """A file of a run folder could not be written. What the manifest lists is whole."""
 
 
 def write_whole(path: Path, write: Callable[[Path], None], *, sync: bool = True) -> None:
@@ -104,8 +111,8 @@ class RunFolder:
 
     identity: what makes two scans the same; anything in it that differs from the folder's is named in the
     InputError that refuses the folder. record: what runs now, for that message and to compare machines.
-    complete: the run is finished and all its parts are sound. Otherwise the folder is locked, until `close`, and what
-    is damaged or was left by a kill is told on stderr and cleared away.
+    complete: the run is finished and all its parts are sound. Otherwise the folder is locked, until `close`. What is
+    damaged, was left by a kill or belongs to no run is told on stderr and cleared away.
     """
 
     def __init__(self, path: str | Path, identity: dict, record: dict | None = None) -> None:
@@ -119,9 +126,12 @@ class RunFolder:
         self._from_backup = ""  # what is wrong with run.json, where its copy was taken
         self._look()
         done = self.previous.get("status") == "complete" and not self._from_backup
-        self.complete = done and not self._problems()
+        self.complete = done and not self._problems() and not self._unlisted()
         if not self.complete:
             self.begin()
+            self.complete = self._record.get("status") == "complete"  # the sweep was all it needed
+            if self.complete:
+                self.close()
 
     def _look(self) -> None:
         """Raises InputError if something else lies there."""
@@ -129,6 +139,7 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise InputError(f"{self.path} exists and is not a shipsfast run: choose another output folder")
+        self._check_places()
         if (self.path / MANIFEST).exists() or (self.path / BACKUP).exists():
             try:
                 self.previous = read_manifest(self.path)
@@ -147,6 +158,21 @@ class RunFolder:
             k: v for k, v in self.previous.items() if k not in ("schema", "identity", "parts", "checksum")
         }
 
+    def _check_places(self) -> None:
+        """Raises InputError for rooms and a lock that no run makes: what is written would go elsewhere, or nowhere."""
+        further = self.path / FURTHER
+        nested = sorted(further.iterdir()) if further.is_dir() and not further.is_symlink() else []
+        for room in (*(self.path / name for name in ROOMS), further, *nested):
+            if room.is_symlink():
+                raise InputError(
+                    f"{room} is a link: a run folder holds its own files; copy what it points to"
+                )
+            if room.exists() and not room.is_dir() and room not in nested:
+                raise InputError(f"{room} is not a folder: take it away, or choose another output folder")
+        lock = self.path / LOCK
+        if lock.is_symlink() or lock.is_dir():
+            raise InputError(f"{lock} is not the file that a run makes there: take it away")
+
     def _check(self, manifest: dict) -> None:
         before = manifest["identity"]
         now = json.loads(json.dumps(self.identity))
@@ -160,6 +186,10 @@ class RunFolder:
     def _problems(self) -> dict[Part, str]:
         return {part: problem for part in self.parts if (problem := part.problem(self.path))}
 
+    def _unlisted(self) -> list[Path]:
+        """Parts that the manifest does not list."""
+        return [file for room in ROOMS for file in unlisted(self.path, room, self.parts)]
+
     def begin(self) -> None:
         """Lock the folder, and make it consist of sound parts only."""
         if self._lock is not None:
@@ -167,13 +197,17 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path)
-        except OSError as error:
-            raise WriteError(error.errno, os.strerror(error.errno or errno.EIO), str(self.path)) from error
-        stack = _opened.get()
-        if stack is not None:
-            stack.callback(self.close)
-        self._look()  # again: it may have changed before it was locked
-        self._sweep()
+            stack = _opened.get()
+            if stack is not None:
+                stack.callback(self.close)
+            self._look()  # again: it may have changed before it was locked
+            self._sweep()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError) and not isinstance(error, WriteError):
+                place = error.filename or str(self.path)
+                raise WriteError(error.errno, os.strerror(error.errno or errno.EIO), place) from error
+            raise
 
     def close(self) -> None:
         """Let others write; may be called again."""
@@ -197,22 +231,18 @@ class RunFolder:
             self._from_backup = ""
             self._record["status"] = "running"
             self._commit()
-        listed = {part.file for part in self.parts}
         for room in (self.path, *(self.path / name for name in ROOMS)):
-            if room.is_symlink() or not room.is_dir():
-                continue
-            for file in sorted(room.iterdir()):
-                if file.name.startswith(".") and file.name.endswith(".tmp"):
+            for file in sorted(room.glob(".*.tmp")):
+                if file.is_symlink() or not file.is_dir():
                     file.unlink()
-                elif (
-                    room != self.path
-                    and file.match("part-*.parquet")
-                    and f"{room.name}/{file.name}" not in listed
-                ):
-                    note(
-                        f"{file} was never finished, or belongs to a damaged part: its scores are computed again"
-                    )
-                    file.unlink()
+        for file in self._unlisted():
+            if self._record.get("status") == "complete":
+                note(f"{file} is not one of the parts that {MANIFEST} lists: it is removed")
+            else:
+                note(
+                    f"{file} was never finished, or belongs to a damaged part: its scores are computed again"
+                )
+            file.unlink()
 
     def previous_measures(self) -> dict:
         """What an unfinished run has measured beside its scores."""
@@ -295,12 +325,18 @@ def kept(path: Path | None) -> str:
         return ""
     try:
         parts = find_parts(read_manifest(path))
-    except InputError:
+    except (InputError, OSError):  # a name that is too long, say
         return ""
     rows = sum(part.rows for part in parts if part.room in (SCORES, "completions"))
     if not rows:
         return ""
     return f"what was finished is kept in {path} ({rows} rows in {len(parts)} parts), run again to continue"
+
+
+def unlisted(path: Path, room: str, parts: list[Part]) -> list[Path]:
+    """What lies in a room like a part, and is none of `parts`."""
+    listed = {part.file for part in parts}
+    return [p for p in sorted((path / room).glob("part-*.parquet")) if f"{room}/{p.name}" not in listed]
 
 
 def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path, pd.DataFrame]]:
@@ -309,12 +345,14 @@ def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path
         return
     manifest = read_manifest(path)
     parts = [part for part in find_parts(manifest) if part.room == room]
+    if (path / room).is_symlink():
+        inside(path, path / room)
     if manifest.get("status") == "complete":  # else it may be on its way into the list
-        listed = {part.file for part in parts}
-        extra = [p for p in sorted((path / room).glob("part-*.parquet")) if f"{room}/{p.name}" not in listed]
+        extra = unlisted(path, room, parts)
         if extra:
             raise InputError(
-                f"{extra[0]} is not one of the parts that {path / MANIFEST} lists: take it away, or run again"
+                f"{extra[0]} is not one of the parts that {path / MANIFEST} lists: take it away, or run the same "
+                "command again, which removes it"
             )
     for part in parts:
         data, problem = part.read(path)

@@ -90,9 +90,11 @@ def scan(
     )  # fmt: skip
     measures = _measures(prepared, metric, tokenizer, out, nonfinite == "mark")
     main = measures[0]
-    if all(m.folder is not None and m.folder.complete for m in measures):
-        return ShipsResult.load(main.folder.path)
     if main.folder is not None:
+        for measure in measures:  # before any says that it goes on
+            measure.take()
+        if all(measure.folder.complete for measure in measures):
+            return ShipsResult.load(main.folder.path)
         prepared.continue_plan(main.folder)
         for measure in measures:
             measure.begin()
@@ -155,14 +157,24 @@ class _Measure:
         if path is not None:
             self.folder = runs.RunFolder(path, self.identity, self.record)
 
+    def take(self) -> None:
+        """Read what the folder holds. Raises InputError for marked scores where none are wanted."""
+        done = np.zeros(self.scores.shape, dtype=bool)
+        self.scores = ShipsResult.read(self.folder.path, done.shape, self.record["metric"], done)
+        self.marked = done & ~np.isfinite(self.scores)
+        self.scores[self.marked] = np.nan
+        self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
+        if self.marked.any() and not self.mark:
+            prompt, layer, index = map(int, np.argwhere(self.marked)[0])
+            raise InputError(
+                f"{self.folder.path} holds {int(self.marked.sum())} marked scores: the score of {self.prepared.unit} "
+                f"{layer}-{index} on prompt {prompt} is not a number; go on with nonfinite='mark' (--nonfinite mark), or "
+                "choose another output folder"
+            )
+
     def begin(self) -> None:
-        """Take what the folder holds, and say in it that the run goes on."""
-        before, shape = self.folder.previous_measures(), self.scores.shape
-        done = np.zeros(shape, dtype=bool)
-        self.scores = ShipsResult.read(self.folder.path, tuple(shape), self.record["metric"], done)
-        if self.mark:  # else they are computed again, and end the run
-            self.marked = done & np.isnan(self.scores)
-            self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
+        """Say in the folder that the run goes on."""
+        before = self.folder.previous_measures()
         self.noise_floor = before.get("noise_floor", 0.0)
         self.compared = "noise_floor" in before and self.folder.same_environment
         self.record["plan"] = self.prepared.plan.to_json()
@@ -198,6 +210,8 @@ class _Measure:
     def result(self, also: dict[str, ShipsResult] | None = None) -> ShipsResult:
         """The finished result; its run folder says so."""
         marked = self.marked if self.marked.any() else None
+        if marked is None:  # those that a run begun elsewhere had were lost with their part
+            self.record.pop(MARKED, None)
         result = ShipsResult(
             self.scores, self.noise_floor, self.record, self.identity, also or {}, marked=marked
         )
@@ -348,7 +362,7 @@ class _Work:
         """Looks where a score that is not finite begins: the first of the scan where they are marked; else raises
         InputError, naming prompt, head and layer."""
         bad = np.argwhere(~np.isfinite(scores))
-        if not len(bad) or MARKED in measure.record:
+        if not len(bad) or (measure.mark and MARKED in measure.record):
             return
         prepared, name = self.prepared, measure.metric.name
         prompt, (layer, index) = group[bad[0][1]], block[bad[0][0]]

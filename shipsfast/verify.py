@@ -17,21 +17,21 @@ import pandas as pd
 
 from .errors import InputError
 from .lock import NAME as LOCK
-from .manifest import BACKUP, MANIFEST, ROOMS, SCHEMA, Part, find_parts, read_manifest
+from .manifest import BACKUP, FURTHER, MANIFEST, ROOMS, SCHEMA, Part, find_parts, read_manifest
+from .part_file import ANSWER, COLUMNS, TEXT, read_table
+from .plain_text import one_line
 from .refusal import LABELS
 
 KINDS = ("ships", "subspace", "sahara", "evaluate")
+LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
 RANGE_DEG = 1e-6  # by how much rounding may carry an angle out of its range
-ANSWER = {
-    "group": "integer", "prompt": "integer", "label": "text", "num_tokens": "integer", "finished": "bool",
-    "text_sha256": "text",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Table:
     """What the parts of a room hold. index: columns and how many values each may have, from `lowest`; value: the column
-    of numbers, in [low, high]; expected: how many rows there are in the end, None where that is not known."""
+    of numbers, in [low, high]; expected: how many rows there are in the end, None where that is not known; columns: all
+    of them, where there are more; marks: may a value be NaN, of a score that was marked?"""
 
     index: dict[str, int]
     value: str | None = None
@@ -39,7 +39,8 @@ class _Table:
     high: float = np.inf
     expected: int | None = None
     lowest: int = 0
-    columns: dict[str, str] | None = None
+    columns: tuple[str, ...] = ()
+    marks: bool = False
 
 
 def verify(folder: str | Path) -> dict:
@@ -52,6 +53,7 @@ def verify(folder: str | Path) -> dict:
         raise InputError(f"{folder} is not a shipsfast run: it has no {MANIFEST}")
     report = {
         "run_folder": str(folder), "kind": None, "status": None, "schema": SCHEMA, "parts": 0, "rows": 0,
+        "marked": 0,
         "problems": [], "unfinished": [], "leftovers": [],
     }  # fmt: skip
     _folder(folder, report)
@@ -123,8 +125,12 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
         )
     _leftovers(folder, parts, manifest, problem, report)
     for number in range(1, 1 + len(identity.get("further_metrics", []))):
-        place = folder / f"also/{number}"
-        if (place / MANIFEST).is_file() or (place / BACKUP).is_file():
+        place = folder / FURTHER / str(number)
+        if place.parent.is_symlink():  # which was told already
+            break
+        if place.is_symlink():
+            problem(place, *LINK)
+        elif (place / MANIFEST).is_file() or (place / BACKUP).is_file():
             _folder(place, report, nested=True)
         elif manifest.get("status") == "complete":
             problem(place, "is missing: the scores of a further metric")
@@ -136,16 +142,16 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
 
 def _tables(identity: dict, manifest: dict) -> dict[str, _Table]:
     """By room, what a run of this kind keeps there."""
-    kind = identity["kind"]
+    kind, saved = identity["kind"], manifest.get("saved") is True
     if kind == "evaluate":
         groups, prompts = len(identity["groups"]), len(identity["prompts"])
-        text = {"text": "text"} if identity["keep_text"] else {}
+        answer = (*ANSWER, "text") if identity["keep_text"] else ANSWER
         at = {"group": groups, "prompt": prompts}
-        tables = {"completions": _Table(at, expected=groups * prompts, columns=ANSWER | text)}
+        tables = {"completions": _Table(at, expected=groups * prompts, columns=answer)}
         if identity["control"] is not None:
             ordinary = len(identity["control"]["prompts"])
             at = {"group": groups + 1, "prompt": ordinary}
-            tables["control"] = _Table(at, expected=(groups + 1) * ordinary, columns=ANSWER | text)
+            tables["control"] = _Table(at, expected=(groups + 1) * ordinary, columns=answer)
             at = {"group": groups, "prompt": ordinary}
             tables["scores"] = _Table(at, "kl_nats", -1e-3, expected=groups * ordinary)
         return tables
@@ -157,11 +163,15 @@ def _tables(identity: dict, manifest: dict) -> dict[str, _Table]:
         low = {"kl": -1e-3, "asr": 0.0}.get(name, -np.inf)
         at = {"prompt": prompts} | grid
         column = "kl_nats" if name == "kl" else "score"
-        tables = {"scores": _Table(at, column, low, 1.0 if name == "asr" else np.inf, prompts * units)}
+        high = 1.0 if name == "asr" else np.inf
+        tables = {"scores": _Table(at, column, low, high, prompts * units, marks=name != "asr")}
         if name == "asr":
-            text = {"text": "text"} if identity["keep_text"] else {}
+            answer = (*ANSWER, "text") if identity["keep_text"] else ANSWER
             at = {"group": 1 + units, "prompt": prompts}
-            tables["completions"] = _Table(at, expected=(1 + units) * prompts, columns=ANSWER | text)
+            # A result that was saved has no answers.
+            tables["completions"] = _Table(
+                at, expected=None if saved else (1 + units) * prompts, columns=answer
+            )
         return tables
     rank = int(identity["rank"])
     most = 90.0 * rank + RANGE_DEG
@@ -170,20 +180,27 @@ def _tables(identity: dict, manifest: dict) -> dict[str, _Table]:
         at, expected = grid, units
     else:
         size, beam = int(identity["group_size"]), int(identity["beam"])
+        if size > units:
+            raise ValueError(f"group_size {size} is above the {units} to choose from")
         at = {"step": size, "beam": beam} | grid
         # Every group of the beam leaves out its own heads; there is one group in the first step.
-        filled = [1] + [min(beam, _sets(units, step)) for step in range(1, size)]
+        filled = [1] + [_sets(units, step, beam) for step in range(1, size)]
         expected = sum(groups * (units - step) for step, groups in enumerate(filled))
-        if manifest.get("saved") and beam > 1:  # a result has the best group's steps only
+        if saved and beam > 1:  # a result has the best group's steps only
             expected = None
     tables = {"scores": _Table(at, "angle_deg", -RANGE_DEG, most, expected), "basis": basis}
-    tables["grams"] = _Table(at, lowest=-1, columns={"gram": "list"})
+    tables["grams"] = _Table(at, lowest=-1, columns=(*at, "gram"))
     return tables
 
 
-def _sets(units: int, size: int) -> int:
-    """How many sets of `size` units there are."""
-    return math.comb(units, size)
+def _sets(units: int, size: int, most: int) -> int:
+    """How many sets of `size` units there are, or `most` if there are more: the whole number may have a million digits."""
+    count = 1
+    for taken in range(min(size, units - size)):
+        count = count * (units - taken) // (taken + 1)  # which grows, up to half of the units
+        if count >= most:
+            return most
+    return count
 
 
 def _room(folder, room: str, table: _Table, parts: list[Part], manifest: dict, problem, report: dict) -> None:
@@ -195,9 +212,9 @@ def _room(folder, room: str, table: _Table, parts: list[Part], manifest: dict, p
             problem(place, what)
             continue
         try:
-            frame = pd.read_parquet(io.BytesIO(data))
+            frame = read_table(io.BytesIO(data), _columns(table), only=True)
         except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
-            problem(place, f"is no table ({' '.join(str(error).split())})")
+            problem(place, f"is not the table that belongs there ({one_line(str(error))})")
             continue
         found = list(_faults(frame, table, part))
         for what in found:
@@ -209,6 +226,8 @@ def _room(folder, room: str, table: _Table, parts: list[Part], manifest: dict, p
         twice = at & seen - base
         if twice or len(at) != len(frame):
             problem(place, "holds rows that are there twice")
+        if table.marks:
+            report["marked"] += int(frame[table.value].isna().sum())
         seen |= at
         rows += len(at - base)
     if table.expected is not None and rows < table.expected and not _known(report, folder / room):
@@ -229,25 +248,23 @@ def _known(report: dict, room: Path) -> bool:
 
 
 def _first_missing(seen: set, table: _Table) -> str:
-    full = int(np.prod(list(table.index.values())))
+    full = math.prod(table.index.values())
     if table.expected != full:
         return ""
     first = next(at for at in np.ndindex(*table.index.values()) if at not in seen)
     return f", the first is {', '.join(f'{name} {i}' for name, i in zip(table.index, first, strict=True))}"
 
 
+def _columns(table: _Table) -> tuple[str, ...]:
+    return table.columns or (*table.index, *([] if table.value is None else [table.value]))
+
+
 def _faults(frame: pd.DataFrame, table: _Table, part: Part) -> Iterator[str]:
-    types = dict.fromkeys(table.index, "integer") | (table.columns or {})
-    if table.value is not None:
-        types[table.value] = "float64"
-    if list(frame.columns) != list(types):
-        yield f"has the columns {', '.join(map(str, frame.columns))}, expected {', '.join(types)}"
-        return
     if len(frame) != part.rows:
         yield f"has {len(frame)} rows, and {part.rows} were written"
-    for name, kind in types.items():
-        if not _is(frame[name], kind):
-            yield f"column {name} is of type {frame[name].dtype}, expected {kind}"
+    for name in frame:
+        if COLUMNS[name] == TEXT and not all(isinstance(x, str) for x in frame[name]):
+            yield f"column {name} has gaps"
             return
     for name, count in table.index.items():
         values = frame[name]
@@ -256,37 +273,25 @@ def _faults(frame: pd.DataFrame, table: _Table, part: Part) -> Iterator[str]:
             yield f"column {name} has {outside.iloc[0]}, expected {table.lowest} to {count - 1}"
     if table.value is not None:
         values = frame[table.value].to_numpy()
-        if np.isnan(values).any():
+        if values.dtype != np.float64:
+            yield f"column {table.value} is of type {values.dtype}, expected float64"
+        elif np.isnan(values).any() and not table.marks:
             yield f"column {table.value} has values that are not numbers"
         elif ((values < table.low) | (values > table.high)).any():
             yield f"column {table.value} has values outside {table.low:g} to {table.high:g}"
-    if "label" in types and not set(frame["label"]) <= set(LABELS):
+    if "label" in frame and not set(frame["label"]) <= set(LABELS):
         yield f"column label has {min(set(frame['label']) - set(LABELS))!r}, expected {', '.join(LABELS)}"
-    if "num_tokens" in types and (frame["num_tokens"] < 0).any():
+    if "num_tokens" in frame and (frame["num_tokens"] < 0).any():
         yield "column num_tokens has negative values"
-    if "text_sha256" in types and not all(re.fullmatch("[0-9a-f]{64}", x) for x in frame["text_sha256"]):
+    if "text_sha256" in frame and not all(re.fullmatch("[0-9a-f]{64}", x) for x in frame["text_sha256"]):
         yield "column text_sha256 has values that are no SHA-256"
-
-
-def _is(column: pd.Series, kind: str) -> bool:
-    if kind == "integer":
-        return pd.api.types.is_integer_dtype(column.dtype)
-    if kind == "bool":
-        return pd.api.types.is_bool_dtype(column.dtype)
-    if kind == "float64":
-        return column.dtype == np.float64
-    if kind == "list":
-        return all(isinstance(x, np.ndarray) for x in column)
-    return all(isinstance(x, str) for x in column)
 
 
 def _leftovers(folder: Path, parts: list[Part], manifest: dict, problem, report: dict) -> None:
     listed = {part.file for part in parts}
-    for room in (folder, *(folder / name for name in ROOMS)):
+    for room in (folder, *(folder / name for name in (*ROOMS, FURTHER))):
         if room.is_symlink():
-            problem(
-                room, "is a link, which a run never makes", "take it away, and run the same command again"
-            )
+            problem(room, *LINK)
             continue
         if not room.is_dir():
             continue
@@ -301,7 +306,7 @@ def _leftovers(folder: Path, parts: list[Part], manifest: dict, problem, report:
             elif file.match("part-*.parquet") and f"{room.name}/{file.name}" not in listed:
                 what = "is not one of the parts that the manifest lists"
                 if manifest.get("status") == "complete":
-                    problem(file, what, "take it away")
+                    problem(file, what, "run the same command again, which removes it")
                     continue
             if what:
                 do = "nothing: the next run clears it away"
@@ -314,11 +319,13 @@ def render(report: dict) -> str:
     """The report as lines for a person."""
     lines = []
     for name in ("problems", "unfinished", "leftovers"):
-        lines += [f"{entry['path']}: {entry['what']}; {entry['do']}" for entry in report[name]]
+        lines += [one_line(f"{entry['path']}: {entry['what']}; {entry['do']}") for entry in report[name]]
     count = f"{report['parts']} parts, {report['rows']} rows"
+    if report["marked"]:
+        count += f", {report['marked']} of them marked as not finite"
     verdict = {
         "sound": f"sound and complete: every file is as it was written ({count})",
         "damaged": f"damaged: {len(report['problems'])} of its files or rows are not as they should be ({count})",
         "unfinished": f"not finished: what is there is sound ({count})",
     }[report["verdict"]]
-    return "\n".join([*lines, f"{report['run_folder']} is {verdict}"])
+    return "\n".join([*lines, one_line(f"{report['run_folder']} is {verdict}")])

@@ -203,7 +203,7 @@ def test_a_folder_without_them_says_so(tmp_path):
     scan(out=tmp_path / "run")
     for part in (tmp_path / "run" / "grams").iterdir():
         part.unlink()
-    with pytest.raises(InputError, match="grams/part-000000.parquet is missing: run the same command again"):
+    with pytest.raises(InputError, match="part-000000.parquet is missing: run the same command again"):
         shipsfast.load(tmp_path / "run").stability()
 
 

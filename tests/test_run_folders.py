@@ -146,8 +146,8 @@ def report_parts(folder) -> list[dict]:
     ("column", "value", "words"),
     [
         ("prompt", 3, "column prompt has 3, expected 0 to 2"), ("layer", -1, "column layer has -1"),
-        ("kl_nats", np.nan, "not numbers"), ("kl_nats", -1.0, "outside -0.001 to inf"),
-        ("head", 0.5, "column head is of type float64"), ("more", 1, "has the columns"), ("twice", 0, "there twice"),
+        ("kl_nats", -1.0, "outside -0.001 to inf"),
+        ("head", 0.5, "column 'head' holds double"), ("more", 1, "has the columns"), ("twice", 0, "there twice"),
     ],
 )  # fmt: skip
 def test_verify_looks_into_the_parts(tmp_path, finished, column, value, words):
@@ -197,7 +197,7 @@ def test_verify_knows_every_kind(tmp_path, model):
         report = verify(out)
         assert report["verdict"] == "sound", render(report)
         shipsfast.load(out)
-        if hasattr(result, "save") and kind is not rates:
+        if hasattr(result, "save"):
             result.save(tmp_path / "saved" / kind.__name__)
             report = verify(tmp_path / "saved" / kind.__name__)
             assert report["verdict"] == "sound", render(report)
@@ -219,7 +219,7 @@ def test_less_memory_than_at_the_beginning_is_told(tmp_path, capfd, model):
     whole = scan(out, model, **how)
     (out / "scores" / "part-000000.parquet").unlink()
     capfd.readouterr()
-    smaller = scan(out, model, **how, max_memory=110_000)
+    smaller = scan(out, model, **how, max_memory=120_000)
     assert "begun with more memory than is free now" in capfd.readouterr().err
     np.testing.assert_allclose(smaller.kl, whole.kl, rtol=0, atol=1e-6)
     (out / "scores" / "part-000000.parquet").unlink()
@@ -240,7 +240,7 @@ def test_another_machine_measures_its_noise_again(tmp_path, monkeypatch, model):
 
 
 def test_a_folder_writes_a_part_and_its_manifest_or_neither(tmp_path, monkeypatch):
-    folder = runs.RunFolder(tmp_path / "run", {"kind": "ships", "shape": [1, 2, 4]})
+    folder = runs.RunFolder(tmp_path / "run", {"kind": "ships", "shape": [1, 1, 1]})
     folder.write_manifest({"status": "running"})
     frame = pd.DataFrame({"prompt": [0]})
     with monkeypatch.context() as patch:
