@@ -88,7 +88,7 @@ def scan(
     if shared["plan"]:
         if rank_by == "asr":
             raise InputError("--plan is for scans of the next token: leave --rank-by asr away")
-        return _plan("scan", load, shared)
+        return _plan("scan", load, shared, metric=chosen)
     if rank_by == "score":
         from .ships import scan as run
 
@@ -116,7 +116,7 @@ def scan(
 def scan_dataset(load: Callable[[], dict], shared: dict, rank: Rank = 1, top: Top = 10):
     """Score every head by how far it turns the subspace PROMPTS span (dataset-level Ships, in degrees)."""
     if shared["plan"]:
-        return _plan("scan-dataset", load, shared)
+        return _plan("scan-dataset", load, shared, rank=rank)
     from .dataset import scan_dataset as run
 
     _show(run(**load(), rank=rank), top, shared)
@@ -133,7 +133,7 @@ def sahara(
 ):
     """Find the group of heads that carries the answers to PROMPTS, greedily (Sahara)."""
     if shared["plan"]:
-        return _plan("sahara", load, shared, steps=group_size, beam=beam)
+        return _plan("sahara", load, shared, rank=rank, steps=group_size, beam=beam)
     from .greedy import sahara as run
 
     _show(run(**load(), group_size=group_size, rank=rank, beam=beam), group_size, shared)
@@ -303,11 +303,11 @@ def info(json: Json = False) -> None:
 app.command("bench")(bench)
 
 
-def _plan(kind: str, load: Callable[[], dict], shared: dict, **steps: int) -> None:
+def _plan(kind: str, load: Callable[[], dict], shared: dict, **own) -> None:
     """Print what a scan would take."""
     from .forecast import forecast
 
-    found = forecast(kind, **load(), **steps)
+    found = forecast(kind, **load(), **own)
     print(json_module.dumps(found.to_json(), indent=1) if shared["json"] else found.render())
 
 

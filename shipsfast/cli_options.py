@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_checks import check_together, given_options
 from .errors import InputError
 
 ModelName = Annotated[str, typer.Argument(help="Model folder or hub id.")]
@@ -154,7 +155,10 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
         options = RUN_OPTIONS | {name: option for some in more for name, option in some.items()}
         options = {name: option for name, option in options.items() if name not in without}
 
-        def run(**given) -> None:
+        def run(context: typer.Context, **given) -> None:
+            if "plan" in options:
+                answers = given.get("rank_by") == "asr"
+                check_together(given_options(context), plan=given["plan"], answers=answers)
             shared = {name: given.pop(name) for name in (*ARGUMENTS, *options)}
             running["out"] = shared.get("out")
             shared["loaded"] = is_complete(shared.get("out"))
@@ -165,6 +169,7 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[2:]
         parameters = [
+            parameter("context", typer.Context),
             *(parameter(name, kind) for name, kind in ARGUMENTS.items()),
             *(parameter(p.name, p.annotation, p.default) for p in own),
             *(parameter(name, kind, default) for name, (kind, default) in options.items()),
@@ -222,7 +227,8 @@ def checked(
             from .hollow import hollow_model
 
             return {
-                "model": hollow_model(model, dtype), "prompts": texts, "tokenizer": tokenizer, "template": wrapped,
+                "model": hollow_model(model, dtype, trust_remote_code=trust_remote_code),
+                "prompts": texts, "tokenizer": tokenizer, "template": wrapped, "backend": backend,
                 "ablation": how, "unit": unit.replace("-", "_"), "device": device, "max_memory": limit_bytes,
                 "device_memory": whole_bytes, "stream": stream, "heads": chosen,
             }  # fmt: skip

@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from . import fused
 from .ablation import Ablation, as_ablation, check_unit
 from .anatomy import Anatomy, check_model, inspect_model
-from .attention import LONG
+from .attention import BACKENDS, LONG, resolve_backend
 from .errors import InputError
 from .flops import gemm_flops_per_s, model_flops, scan_flops
+from .loading import as_device, first_line
+from .metrics import as_metrics
 from .packing import pack
 from .planner import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
 from .prepared import kept, scanned_units
 from .prompts import to_token_ids
 from .sources import pair_ids, source_ids
+from .subspaces import check_group_size, check_rank
 
 LARGEST_BYTES = 64 << 20  # of a matrix whose rate is measured: larger ones are cut, their rate is the same
 MOST_TOKENS = 16384  # more make no product faster
@@ -122,6 +125,9 @@ def forecast(
     ablation: str | Ablation = "undifferentiated",
     heads: Iterable[Sequence[int | None]] | None = None,
     unit: str = "head",
+    backend: str = "auto",
+    metric="kl",
+    rank: int = 1,
     stream: bool = False,
     device: str | torch.device | None = None,
     device_memory: int | None = None,
@@ -132,7 +138,8 @@ def forecast(
     """What a scan of `model`, with or without weights, would take. Arguments as in `scan`, and:
 
     kind: "scan", "scan-dataset" or "sahara"; stream: layers read from the checkpoint; device: where it would run, which
-        need not be here; device_memory: bytes that device has in all, default what is free on it; steps, beam: of sahara.
+        need not be here; device_memory: bytes that device has in all, default what is free on it; steps, beam: of sahara. backend, metric, rank: change nothing that is
+        told, and are checked as the scan would.
     Raises InputError or UnsupportedModelError as `scan` does, and where the model does not fit.
     """
     how = as_ablation(ablation)
@@ -141,9 +148,17 @@ def forecast(
     others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
     longest = max(map(len, [*token_ids, *(others or [])]))
     anatomy = inspect_model(model, max(token_ids, key=len), longest)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = as_device(device)
     here = where.type == "cpu" or torch.cuda.is_available()
     units = scanned_units(heads, anatomy, check_unit(unit, anatomy), unit)
+    if here or backend not in BACKENDS:  # what a device elsewhere can run is not known here
+        alike = anatomy.head_dim == anatomy.value_dim
+        resolve_backend(backend, where, model.dtype, one_head_size=alike)
+    if kind == "scan":
+        as_metrics(metric, tokenizer, anatomy.vocab_size)
+    else:
+        check_rank(rank, len(token_ids), anatomy.hidden_size)
+        check_group_size(steps, len(units), unit)
     resample = how.kind == "resample"
     tree_ids = pair_ids(token_ids, others)[0] if resample else token_ids
     held = _model_bytes(model, anatomy, stream)
@@ -235,12 +250,15 @@ def _read_rate(folder: str) -> float | None:
     """Bytes a second at which the first layers of a checkpoint can be read here, None if there are no weights."""
     done, began = 0, time.perf_counter()
     for file in sorted(Path(folder).glob("*.safetensors")) if folder else []:
-        with safe_open(file, framework="pt", backend="pread") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (it is no dict)
-                tensor = tensors.get_tensor(key)
-                done += tensor.numel() * tensor.element_size()
-                if done > READ_BYTES:
-                    return done / (time.perf_counter() - began)
+        try:
+            with safe_open(file, framework="pt", backend="pread") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is no dict)
+                    tensor = tensors.get_tensor(key)
+                    done += tensor.numel() * tensor.element_size()
+                    if done > READ_BYTES:
+                        return done / (time.perf_counter() - began)
+        except SafetensorError as error:
+            raise InputError(f"cannot read the weights in {file}: {first_line(error)}") from error
     return done / (time.perf_counter() - began) if done else None
 
 

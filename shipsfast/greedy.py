@@ -20,12 +20,12 @@ from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head
 from .clock import seconds_since
 from .dataset import AngleScan
-from .errors import InputError, whole_number
+from .errors import whole_number
 from .grams import ROOM as GRAMS
 from .grams import Grams
 from .prepared import prepare
 from .results import STEP_COLUMNS, SaharaResult, stability_json
-from .subspaces import check_rank
+from .subspaces import check_group_size, check_rank
 from .untouched import untouched
 
 TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
@@ -78,10 +78,7 @@ def sahara(
         rows_per_block=rows_per_block, prompts_per_group=prompts_per_group, keep_hidden=True,
     )  # fmt: skip
     rank = check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
-    if group_size > len(prepared.units):
-        raise InputError(
-            f"group_size {group_size} is above the {len(prepared.units)} {unit}s to choose from: lower it"
-        )
+    check_group_size(group_size, len(prepared.units), unit)
     prepared.identity |= {"rank": rank, "group_size": group_size, "beam": beam}
     grid = tuple(prepared.identity["shape"][1:])
     scores, folder = np.full((group_size, beam, *grid), np.nan), None

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from .errors import InputError, UnsupportedModelError
 
 
-def hollow_model(name: str, dtype: str = "auto") -> PreTrainedModel:
-    """The causal language model that config.json describes, without weights. name: a folder or hub id.
+def hollow_model(name: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model that config.json describes, without weights. name: a folder or hub id;
+    trust_remote_code: run Python code that comes with the model, with all rights of this process.
 
     Raises InputError for what has no config, UnsupportedModelError for quantised checkpoints.
     """
@@ -25,29 +26,33 @@ def hollow_model(name: str, dtype: str = "auto") -> PreTrainedModel:
         raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_folder(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        # Not None, with which transformers asks on the terminal.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModelError(
                 f"{name} is quantised, and what its weights take is known only once they are loaded: plan for the "
                 "unquantised model, or run without --plan"
             )
         kind = _dtype(config, Path(name)) if dtype == "auto" else getattr(torch, dtype)
-        return hollow(config, kind)
+        return hollow(config, kind, trust_remote_code=trust_remote_code)
     except InputError:
         raise
     except LOADING_ERRORS as error:
         raise InputError(f"cannot build a causal language model from {name}: {first_line(error)}") from error
 
 
-def hollow(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def hollow(
+    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A model of this config on the meta device, in evaluation mode.
 
     Mixtures of experts compute all at once, as which expert is asked would depend on values.
     """
     with torch.device("meta"), _quiet_config():
         return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, experts_implementation="batched_mm"
-        ).eval()
+            copy.deepcopy(config), dtype=dtype, experts_implementation="batched_mm",
+            trust_remote_code=trust_remote_code,
+        ).eval()  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -40,8 +40,8 @@ class LayerMask:
 
     @classmethod
     def untouched(cls, rows: int, heads: int, dtype: torch.dtype, device: torch.device | str) -> LayerMask:
-        ones = torch.ones(rows, heads, dtype=dtype, device=device)
-        return cls(ones, ones)
+        logit_scale, output_scale = (torch.ones(rows, heads, dtype=dtype, device=device) for _ in range(2))
+        return cls(logit_scale, output_scale)
 
     def at(self, nodes: torch.Tensor) -> LayerMask:
         """For a call with the queries `nodes` only."""

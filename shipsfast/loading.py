@@ -34,12 +34,7 @@ def load_model(
         raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_folder(name)
     _check_weights(name)
-    try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise InputError(f"unknown device {device!r}: expected cpu, cuda or cuda:N") from None
-    if where.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {device!r}: expected cpu, cuda or cuda:N")
+    where = as_device(device)
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {where} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs"
@@ -81,6 +76,17 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exceptions for malformed files
         raise InputError(f"cannot load a tokenizer from {name}: {first_line(error)}") from error
+
+
+def as_device(name: str | torch.device | None) -> torch.device:
+    """A CPU or CUDA device, which need not be here; default "cuda" where there is one. Raises InputError for others."""
+    try:
+        where = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        where = None
+    if where is None or where.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {str(name)!r}: expected cpu, cuda or cuda:N")
+    return where
 
 
 def check_folder(name: str) -> None:

@@ -342,6 +342,19 @@ def as_metric(metric: str | Metric | Callable, tokenizer=None, vocab_size: int |
     return metric.resolve(tokenizer, vocab_size)
 
 
+def as_metrics(given, tokenizer=None, vocab_size: int | None = None) -> list[Metric]:
+    """Metrics that are measured together: `given` is what as_metric takes, or a list of it. Raises InputError."""
+    many = list(given) if isinstance(given, (list, tuple)) else [given]
+    metrics = [as_metric(each, tokenizer, vocab_size) for each in many]
+    if not metrics:
+        raise InputError("there are no metrics: give at least one, such as 'kl'")
+    names = [each.name for each in metrics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"metric {twice} is given twice: name each metric once")
+    return metrics
+
+
 def parse_metric(text: str) -> Metric:
     """A Metric from text: "kl", "logit_diff:12,7", "refusal_logit:Sorry,I".
 

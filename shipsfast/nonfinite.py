@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from .ablation import HeadMask, dense_rows
-from .anatomy import Anatomy
+from .anatomy import Anatomy, input_device
 from .errors import InputError, UnsupportedModelError
+from .weights import value_of
 
 POLICIES = ("raise", "mark")
 
@@ -68,9 +69,6 @@ def first_bad(model, anatomy: Anatomy, ids: Sequence[int], mask: HeadMask) -> Pl
 
     None where a plain forward pass has finite numbers everywhere.
     """
-    found = _bad_weight(model, anatomy)
-    if found is not None:
-        return found
     seen: list[Place] = []  # at most one
     dtype = str(model.dtype).removeprefix("torch.")
     training = [m for m in model.modules() if m.training]
@@ -81,22 +79,28 @@ def first_bad(model, anatomy: Anatomy, ids: Sequence[int], mask: HeadMask) -> Pl
         for module in training:
             undo.callback(setattr, module, "training", True)
             module.training = False
-        tokens = torch.tensor([list(ids)] * len(mask), device=model.get_input_embeddings().weight.device)
+        tokens = torch.tensor([list(ids)] * len(mask), device=input_device(model))
         model(input_ids=tokens, use_cache=False, return_dict=True)
     return seen[0] if seen else None
 
 
 @contextlib.contextmanager
 def _watched(model, anatomy: Anatomy, seen: list[Place], dtype: str) -> Iterator[None]:
-    """Append the first module whose input or output is not finite in row 0."""
+    """Append the first module whose input or output is not finite in row 0: the weights are to blame if its own are not
+    finite, which are looked at while they are there."""
     layer_of = {name: i for i, layer in enumerate(anatomy.layers) for name in _names(model, layer.module)}
     heads_in = {id(m) for layer in anatomy.layers for m in layer.attention.modules() if not _children(m)}
     width = anatomy.num_heads * anatomy.head_dim
     output = model.get_output_embeddings()
+    gives_logits = set() if output is None else set(map(id, output.modules()))
 
-    def place(name: str, tensor: torch.Tensor, head: int | None) -> Place:
+    def place(name: str, tensor: torch.Tensor, head: int | None, of_logits: bool = False) -> Place:
+        layer = layer_of.get(name)
+        found = _bad_weight(model, anatomy, name, layer, of_logits)
+        if found is not None:
+            return found
         what = "NaN" if torch.isnan(tensor).any() else "infinity"
-        return Place(what, name, layer_of.get(name), head, False, dtype)
+        return Place(what, name, layer, head, False, dtype)
 
     def before(name: str, module, args) -> None:
         """What attention hands to its output projection: its functions are no modules."""
@@ -106,16 +110,17 @@ def _watched(model, anatomy: Anatomy, seen: list[Place], dtype: str) -> Iterator
         if tensor.shape[-1] == width and not torch.isfinite(tensor).all():
             bad = (~torch.isfinite(tensor)).flatten(0, -2).any(0).nonzero()[:, 0] // anatomy.head_dim
             heads = bad.unique().tolist()
-            found = place(name, tensor, heads[0] if len(heads) == 1 else None)
-            seen.append(replace(found, module=name.rpartition(".")[0] or name))  # the attention's
+            attention = name.rpartition(".")[0] or name
+            seen.append(place(attention, tensor, heads[0] if len(heads) == 1 else None))
 
     def after(name: str, module, _args, out) -> None:
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if seen or not _is_real(tensor):
                 continue
-            bad = bad_logits(tensor[:1]) if module is output else ~torch.isfinite(tensor[:1])
+            of_logits = id(module) in gives_logits
+            bad = bad_logits(tensor[:1]) if of_logits else ~torch.isfinite(tensor[:1])
             if bad.any():
-                seen.append(place(name, tensor[:1], None))
+                seen.append(place(name, tensor[:1], None, of_logits))
 
     handles = []
     try:
@@ -124,9 +129,10 @@ def _watched(model, anatomy: Anatomy, seen: list[Place], dtype: str) -> Iterator
                 handles.append(
                     module.register_forward_pre_hook(lambda m, args, name=name: before(name, m, args))
                 )
-                handles.append(
-                    module.register_forward_hook(lambda m, args, out, name=name: after(name, m, args, out))
-                )
+            # The modules around others too: what they compute themselves, with weights of their own, is in no other.
+            handles.append(
+                module.register_forward_hook(lambda m, args, out, name=name: after(name, m, args, out))
+            )
         yield
     finally:
         for handle in handles:
@@ -146,17 +152,33 @@ def _is_real(x) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 0
 
 
-def _bad_weight(model, anatomy: Anatomy) -> Place | None:
-    """The first parameter, in the model's order, that is not finite."""
-    owners = {id(p): i for i, layer in enumerate(anatomy.layers) for p in layer.module.parameters()}
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.device.type == "meta":
-            continue
-        bad = ~torch.isfinite(parameter.detach())
-        if bad.any():
-            what = "NaN" if torch.isnan(parameter).any() else "infinity"
-            head = _head_of(name, bad, anatomy)
-            return Place(what, name, owners.get(id(parameter)), head, True, str(parameter.dtype))
+def _bad_weight(
+    model, anatomy: Anatomy, module: str, layer: int | None, of_logits: bool = False
+) -> Place | None:
+    """The first parameter of a module, or else of those around it, that is not finite.
+
+    of_logits: -inf in a bias is a token that the model rules out.
+    """
+    parts = module.split(".")
+    for owner in (".".join(parts[:n]) for n in range(len(parts), -1, -1)):
+        for key, parameter in model.get_submodule(owner).named_parameters(recurse=False):
+            name = f"{owner}.{key}" if owner else key
+            if not parameter.is_floating_point():
+                continue
+            value = parameter.detach()
+            if value.is_meta:  # brought in for its own module only
+                try:
+                    value = value_of(model, name)
+                except InputError:
+                    continue
+            value = value.float() if value.element_size() == 1 else value  # float8 has no isfinite
+            bad = ~torch.isfinite(value)
+            if of_logits and value.dim() == 1:
+                bad &= value != -torch.inf
+            if bad.any():
+                what = "NaN" if torch.isnan(value).any() else "infinity"
+                head = _head_of(name, bad, anatomy)
+                return Place(what, name, layer, head, True, str(value.dtype))
     return None
 
 

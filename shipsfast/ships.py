@@ -17,7 +17,7 @@ from .ablation import DEFAULT_SCALE, Ablation, Head
 from .checks import ablated_logits, alarm, longest_prompt, packing_noise_nats, plain_logits
 from .clock import seconds_since
 from .errors import InputError, UnsupportedModelError
-from .metrics import Metric, as_metric, measure_rows
+from .metrics import Metric, as_metrics, measure_rows
 from .nonfinite import check_base_logits, check_policy, explain, reason
 from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
 from .results import MARKED, ShipsResult, also_place, column
@@ -116,14 +116,7 @@ def scan(
 
 def _measures(prepared: Prepared, metric, tokenizer, out: str | Path | None, mark: bool) -> list[_Measure]:
     """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first."""
-    given = list(metric) if isinstance(metric, (list, tuple)) else [metric]
-    metrics = [as_metric(each, tokenizer, prepared.anatomy.vocab_size) for each in given]
-    if not metrics:
-        raise InputError("there are no metrics: give at least one, such as 'kl'")
-    names = [each.name for each in metrics]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"metric {twice} is given twice: name each metric once")
+    metrics = as_metrics(metric, tokenizer, prepared.anatomy.vocab_size)
     if out is not None and not all(each.is_named for each in metrics):
         name = next(each.name for each in metrics if not each.is_named)
         raise InputError(

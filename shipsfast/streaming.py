@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .errors import InputError, UnsupportedModelError
 from .weights import STREAM, LayerWeights
 
-_one_at_a_time = threading.Lock()  # the loader is replaced for all of transformers while a model is built
+_one_at_a_time = threading.Lock()  # transformers' loader is replaced while a model is built
 
 
 class CheckpointLayers(LayerWeights):
@@ -85,6 +85,9 @@ class CheckpointLayers(LayerWeights):
                 getattr(module, kind)[name] = _like(tensor, copy)
         self._side.synchronize()
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_side": None}  # a copy has a stream of its own
+
     def _take_out(self, index: int) -> None:
         if self.device.type == "cuda":
             # Kernels that use the weights may still be queued, and their memory is the next layer's.
@@ -115,6 +118,9 @@ class Source:
     def __getitem__(self, index) -> torch.Tensor:
         return self.slice[index]
 
+    def __deepcopy__(self, _memo) -> Source:
+        return self  # it is never changed, and neither is the file
+
     def get_shape(self) -> list[int]:
         return self.slice.get_shape()
 
@@ -135,9 +141,8 @@ def load_streamed(
     Raises UnsupportedModelError for checkpoints whose layers cannot be read one by one, and what from_pretrained does.
     """
     made: list[CheckpointLayers] = []
-    original = PreTrainedModel._load_pretrained_model
 
-    def load(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+    def load(original, model, state_dict, checkpoint_files, load_config, expected_keys=None):
         _check(model, checkpoint_files, load_config)
         outside, names, sources = _sort(model, checkpoint_files, load_config)
 
@@ -152,7 +157,7 @@ def load_streamed(
         info.missing_keys = {k for k in info.missing_keys if not k.startswith(tuple(layers.prefixes))}
         return info, offload
 
-    with _one_at_a_time, _replaced(PreTrainedModel, "_load_pretrained_model", staticmethod(load)):
+    with _one_at_a_time, _loading_with(load):
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -231,13 +236,21 @@ def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _replaced(owner: type, name: str, value) -> Iterator[None]:
-    before = owner.__dict__[name]
-    setattr(owner, name, value)
+def _loading_with(load: Callable) -> Iterator[None]:
+    """transformers loads the models of this thread, and of no other, with `load`, which is given its own loader first."""
+    name, ours = "_load_pretrained_model", threading.get_ident()
+    before, original = PreTrainedModel.__dict__[name], getattr(PreTrainedModel, name)
+
+    def loader(*args, **kwargs):
+        if threading.get_ident() != ours:
+            return original(*args, **kwargs)
+        return load(original, *args, **kwargs)
+
+    setattr(PreTrainedModel, name, staticmethod(loader))
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        setattr(PreTrainedModel, name, before)
 
 
 @contextlib.contextmanager

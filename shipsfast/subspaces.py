@@ -112,6 +112,12 @@ def check_rank(rank: int, num_prompts: int, width: int) -> int:
     return rank
 
 
+def check_group_size(group_size: int, units: int, unit: str) -> None:
+    """Raises InputError for a group that is larger than the heads, or other units, to choose from."""
+    if group_size > units:
+        raise InputError(f"group_size {group_size} is above the {units} {unit}s to choose from: lower it")
+
+
 def singular_values(x: torch.Tensor) -> torch.Tensor:
     """Singular values of one matrix [P, d], falling, float64."""
     return torch.linalg.svdvals(x.double())

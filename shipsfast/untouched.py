@@ -7,7 +7,6 @@ signal through at most, and after an exception holds the model against its notes
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import signal
 import threading
@@ -83,12 +82,23 @@ def _state(model: torch.nn.Module) -> tuple:
             module.training,
             module.__dict__.get("forward", _GONE),
             module.__dict__.get(ATTRIBUTE, _GONE),
-            set(module._forward_pre_hooks),
+            [set(hooks) for hooks in _hooks(module)],
         )
         for module in model.modules()
     ]
     configs = [(config, config._attn_implementation_internal) for config in _configs(model)]
     return modules, configs, probe.get()
+
+
+def _hooks(module: torch.nn.Module) -> tuple[dict, dict]:
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def _is_ours(hook: Callable) -> bool:
+    """Not one that the caller has added meanwhile, in a metric perhaps."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(f"{__package__}.")
 
 
 def _put_back(before: tuple) -> None:
@@ -102,7 +112,10 @@ def _put_back(before: tuple) -> None:
                 module.__dict__[name] = value
             else:
                 module.__dict__.pop(name, None)
-        for key in set(module._forward_pre_hooks) - hooks:
-            with contextlib.suppress(KeyError):
-                del module._forward_pre_hooks[key]
+        for now, then in zip(_hooks(module), hooks, strict=True):
+            for key in [key for key, hook in now.items() if key not in then and _is_ours(hook)]:
+                now.pop(key, None)
+                for notes in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called,
+                              module._forward_pre_hooks_with_kwargs):  # fmt: skip
+                    notes.pop(key, None)
     probe.set(probed)

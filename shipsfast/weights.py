@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -47,14 +48,22 @@ class LayerWeights:
 
     def install(self, model: torch.nn.Module) -> list:
         """Hook into the layers, and into the model for what an exception leaves; returns the handles."""
-        handles = [model.register_forward_hook(lambda *_: self.rest(), always_call=True)]
+        # Partials of methods, not lambdas: a deep copy of the model has hooks of its own.
+        handles = [model.register_forward_hook(partial(self._after_pass), always_call=True)]
         for index, layer in enumerate(self.layers):
-            enter = layer.register_forward_pre_hook(lambda _m, _a, i=index: self._enter(i))
-            leave = layer.register_forward_hook(
-                lambda _m, _a, _out, i=index: self._leave(i), always_call=True
-            )
+            enter = layer.register_forward_pre_hook(partial(self._before_layer, index))
+            leave = layer.register_forward_hook(partial(self._after_layer, index), always_call=True)
             handles += [enter, leave]
         return handles
+
+    def _after_pass(self, *_) -> None:
+        self.close()
+
+    def _before_layer(self, index: int, *_) -> None:
+        self._enter(index)
+
+    def _after_layer(self, index: int, *_) -> None:
+        self._leave(index)
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[None]:
@@ -74,7 +83,9 @@ class LayerWeights:
             self._leave(index)
 
     def close(self) -> None:
-        """Drop what is held, and end the thread."""
+        """Drop what is held, and end the thread: no forked process has it, and no copy of the model can."""
+        if self._idle:
+            return
         self.rest()
         if self._pool is not None:
             self._pool.shutdown()
@@ -128,7 +139,10 @@ def on_demand(
     """The model's layers bring in their weights once per pass; what lies outside them is in memory."""
     stream = model.__dict__.get(STREAM)
     if stream is not None:
-        yield stream
+        try:
+            yield stream
+        finally:
+            stream.close()
         return
     if not any(offloading(m) for layer in layers for m in layer.modules()):
         with brought_in(_outside(model, layers)):

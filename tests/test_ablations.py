@@ -9,6 +9,7 @@ import torch
 import shipsfast
 from shipsfast import Ablation
 from shipsfast.ablation import KINDS
+from shipsfast.layer_mask import LayerMask
 from shipsfast.metrics import extension_status
 from tests import hooks
 from tests.models import HEADS, LAYERS, build
@@ -361,3 +362,9 @@ def test_resample_in_a_decode_step_is_refused(source):
         out = model(torch.tensor([source]), use_cache=True)
         with refused("without a cache"):
             model(torch.tensor([[3]]), past_key_values=out.past_key_values, use_cache=True)
+
+
+def test_the_two_scales_of_a_mask_are_two_tensors():
+    mask = LayerMask.untouched(2, 3, torch.float32, "cpu")
+    mask.logit_scale[0, 0] = 0.5
+    assert torch.equal(mask.output_scale, torch.ones(2, 3))

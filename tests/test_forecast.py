@@ -1,6 +1,7 @@
 """--plan: what a scan would take, said without running it and without weights."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -137,9 +138,8 @@ def test_the_command_runs_nothing(capsys, tmp_path, monkeypatch, command):
         6,
         "--plan",
         "--quiet",
-        "--out",
-        tmp_path / "run",
     )
+    before = sorted(tmp_path.rglob("*"))
     status, text, err = run(capsys, *args)
     assert status == 0, err
     assert "nothing was run" in text and "memory" in text and "GFLOP/s" in text
@@ -148,7 +148,41 @@ def test_the_command_runs_nothing(capsys, tmp_path, monkeypatch, command):
     assert status == 0 and found["units"] == 16 and found["kind"] == command and found["seconds"] > 0
     status, text, err = run(capsys, *args, "--stream")
     assert status == 0 and "not predicted here" in text and "streamed" in text
-    assert not (tmp_path / "run").exists()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("scan", "--out", "run"), "--out would do nothing"),
+        (("scan", "--resume"), "--resume would do nothing"),
+        (("scan", "--plot", "heads.png"), "--plot would do nothing"),
+        (("scan", "--nonfinite", "raise"), "--nonfinite would do nothing"),
+        (("scan", "--judge", "paper", "--keep-text"), "--judge, --keep-text would do nothing"),
+        (("scan-dataset", "--out", "run"), "--out would do nothing"),
+        (("scan", "--metric", "logit_diff:zzz,yyy"), "'zzz' is 3 tokens"),
+        (("scan", "--metric", "kl", "--metric", "kl"), "metric kl is given twice"),
+        (("scan", "--backend", "nonsense"), "unknown backend 'nonsense'"),
+        (("scan", "--backend", "triton", "--device", "cpu"), "backend 'triton' cannot run"),
+        (("scan", "--device", "nonsense"), "unknown device 'nonsense'"),
+        (("scan", "--device", "mps"), "unknown device 'mps'"),
+        (("scan-dataset", "--rank", "50"), "rank 50 needs at least 50 prompts"),
+        (("sahara", "--rank", "50"), "rank 50 needs at least 50 prompts"),
+        (("sahara", "--group-size", "50", "--heads", "0-0,0-1"), "group_size 50 is above the 2 heads"),
+    ],
+)  # fmt: skip
+def test_what_the_scan_would_refuse_and_what_would_do_nothing(capsys, args, message):
+    command, *options = args
+    assert message in refused(capsys, command, MODEL, PROMPTS / "taboo.csv", "--limit", 3, "--plan", *options)
+
+
+def test_weights_cut_short_are_one_line(capsys, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    found = refused(capsys, "scan", folder, PROMPTS / "taboo.csv", "--limit", 3, "--plan", "--stream")
+    assert "cannot read the weights in" in found
 
 
 def test_bad_questions_are_refused(capsys):

@@ -1,9 +1,11 @@
 """The model is the user's: it leaves every scan as it came, whatever happens in between."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import shipsfast
 from shipsfast.attention import ATTRIBUTE
@@ -66,6 +68,45 @@ def test_after_an_exception(monkeypatch, error, where):
     monkeypatch.undo()
     assert_same(before, state(model))
     assert shipsfast.scan(model, PROMPTS, progress=False).kl.shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["looking-for-nan", "offloaded"])
+def test_ctrl_c_between_a_hook_and_its_handle(monkeypatch, offloaded):
+    """The hook is there, and nobody knows its handle yet. Hooks that the metric adds meanwhile stay."""
+    model = build(dtype=torch.float32)
+    if offloaded:
+        cpu_offload(model, torch.device("cpu"))
+    else:
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(3e38)
+    module = "shipsfast.weights" if offloaded else "shipsfast.nonfinite"
+    register, calls = torch.nn.Module.register_forward_hook, []
+
+    def mine(*_args):
+        return None
+
+    def stopped(self, hook, **options):
+        handle = register(self, hook, **options)
+        if (hook.func if isinstance(hook, functools.partial) else hook).__module__ == module:
+            calls.append(hook)
+            if len(calls) == 3:
+                register(model.lm_head, mine)
+                raise KeyboardInterrupt
+        return handle
+
+    before = state(model)
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        shipsfast.scan(model, PROMPTS, progress=False)
+    monkeypatch.undo()
+    assert list(model.lm_head._forward_hooks.values()) == [mine]
+    model.lm_head._forward_hooks.clear()
+    notes = ("_forward_hooks_always_called", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    assert not any(getattr(m, name) for m in model.modules() for name in notes)
+    after = state(model)
+    if offloaded:  # those on the meta device have no values to compare
+        before["weights"] = after["weights"] = {}
+    assert_same(before, after)
 
 
 @pytest.mark.parametrize("layers", ["auto", "model"])

@@ -5,12 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from rich.console import Console
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import shipsfast
 from shipsfast.cli import main
+from shipsfast.loading import load_model
 from shipsfast.tables import as_json, show
-from tests.models import FAMILIES, HEADS, LAYERS, build
+from tests.checkpoints import device_map, load_offloaded, save
+from tests.models import _GQA, FAMILIES, HEADS, LAYERS, build
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [11, 12]]
 NAN, INF = float("nan"), float("inf")
@@ -175,6 +179,62 @@ def test_tokens_that_a_model_rules_out_stay_ruled_out():
     assert masked.marked is None and np.isfinite(masked.kl).all()
     texts = shipsfast.generate(model, PROMPTS, groups=[[]], max_new_tokens=4, progress=False)
     assert not {t for row in texts for text in row for t in text} & set(range(7, 20))
+
+
+def test_a_token_ruled_out_is_not_what_overflows():
+    """-inf in the output head's bias, on purpose, and a head that overflows when it is off."""
+    model = overflowing()
+    bias = torch.zeros(61)
+    bias[40:] = -INF
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    for run in (shipsfast.scan, shipsfast.scan_dataset):
+        with pytest.raises(shipsfast.InputError, match="head 1-2 on prompt 0.*in layer 1.*overflow float32"):
+            run(model, PROMPTS, ablation="zero", progress=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3e38)
+    with pytest.raises(shipsfast.UnsupportedModelError, match=r"\(lm_head\), where numbers overflow float32"):
+        scan(model)
+    with torch.no_grad():
+        model.lm_head.bias[3] = NAN
+    with pytest.raises(shipsfast.UnsupportedModelError, match=r"NaN .*\(lm_head.bias\), in the weights"):
+        scan(model)
+
+
+@pytest.mark.parametrize("kind", ["streamed", "disk", "cpu"])
+@pytest.mark.parametrize(
+    ("name", "at", "where"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", (17, 0), "in layer 1, head 2"),
+        ("model.layers.2.input_layernorm.weight", 3, "in layer 2"),
+    ],
+)
+def test_weights_that_are_not_in_memory_are_named(kind, name, at, where, tmp_path):
+    model = spoil(build(dtype=torch.float32), name, at, NAN)
+    if kind == "streamed":
+        model = load_model(str(save(model, tmp_path)), stream=True)
+    elif kind == "disk":
+        model = load_offloaded(save(model, tmp_path), device_map(model, "disk"), dtype=model.dtype)
+    else:
+        model = cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(
+        shipsfast.UnsupportedModelError, match=f"NaN first appears {where}.*{name}.*in the weights"
+    ):
+        scan(model)
+    with pytest.raises(shipsfast.InputError, match=f"NaN first appears {where}.*in the weights"):
+        shipsfast.scan_dataset(model, PROMPTS, progress=False)
+
+
+def test_weights_of_a_module_around_others_are_named():
+    """Experts keep theirs beside an activation."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**_GQA, num_local_experts=2, num_experts_per_tok=2)
+    model = MixtralForCausalLM(config).eval()
+    name = "model.layers.1.mlp.experts.down_proj"
+    spoil(model, name, (slice(None), 0, 0), NAN)
+    with pytest.raises(
+        shipsfast.UnsupportedModelError, match=f"NaN first appears in layer 1 .{name}.*weights"
+    ):
+        scan(model)
 
 
 def test_searches_and_texts_name_the_place():

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel
 
 import shipsfast
-from shipsfast import runs
+from shipsfast import runs, streaming
 from shipsfast.loading import load_model
 from tests.checkpoints import in_memory, save, watched
 from tests.models import _GQA, FAMILIES, LAYERS, build
@@ -169,6 +170,58 @@ def test_a_run_continues_between_memory_and_stream(folder, tmp_path, monkeypatch
             shipsfast.scan(model, PROMPTS, out=tmp_path / "run", progress=False, rows_per_block=4)
     found = shipsfast.scan(streamed, PROMPTS, out=tmp_path / "run", progress=False, rows_per_block=4)
     assert len(kept) == 1 and np.array_equal(found.kl, expected.kl)
+
+
+def test_no_thread_outlives_a_scan(folder):
+    """It is missing in forked children, who would wait for it, and cannot be copied with the model."""
+    streamed = load_model(folder, stream=True)
+    expected = shipsfast.scan(streamed, PROMPTS, progress=False).kl
+    assert not [t for t in threading.enumerate() if t.name.startswith("shipsfast-weights")]
+    other = copy.deepcopy(streamed)
+    assert other._shipsfast_stream.model is other
+    del streamed._shipsfast_stream  # nothing of the copy's leads to it
+    assert np.array_equal(shipsfast.scan(other, PROMPTS, progress=False).kl, expected)
+    assert not in_memory(other) and not any(not p.is_meta for p in streamed.model.layers.parameters())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_scans(folder):
+    streamed = load_model(folder, stream=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP's do not survive a fork either
+    try:
+        expected = shipsfast.scan(streamed, PROMPTS, progress=False).kl
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            try:
+                same = np.array_equal(shipsfast.scan(streamed, PROMPTS, progress=False).kl, expected)
+            finally:
+                os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_other_threads_load_as_ever(folder, tmp_path, monkeypatch):
+    plain = str(save(build("gpt2", torch.float32), tmp_path))
+    check, found = streaming._check, []
+
+    def meanwhile(*args):
+        if not found:
+            thread = threading.Thread(
+                target=lambda: found.append(AutoModelForCausalLM.from_pretrained(plain))
+            )
+            thread.start()
+            thread.join()
+        check(*args)
+
+    monkeypatch.setattr(streaming, "_check", meanwhile)
+    before = PreTrainedModel.__dict__["_load_pretrained_model"]
+    streamed = load_model(folder, stream=True)
+    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
+    assert not any(p.is_meta for p in found[0].parameters()) and not in_memory(streamed)
+    assert streamed._shipsfast_stream.model is streamed
 
 
 def test_ablate_works_and_generate_is_refused(folder):

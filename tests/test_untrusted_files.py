@@ -18,6 +18,7 @@ import torch
 from shipsfast import cli, prompt_files
 from shipsfast.demo.run import MODEL
 from shipsfast.errors import InputError
+from shipsfast.hollow import hollow_model
 from shipsfast.loading import load_model, load_tokenizer
 from shipsfast.plain_text import MOST_CHARS, one_line, visible
 from shipsfast.prompts import load_prompts
@@ -189,6 +190,36 @@ def test_code_of_a_model_is_not_run(tmp_path, monkeypatch):
             load(str(tmp_path))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_model_is_run_for_a_plan_when_asked_for(tmp_path, monkeypatch, capsys):
+    """And else neither run nor asked about."""
+    config = json.loads((MODEL / "config.json").read_text()) | {"model_type": "made_up"}
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'made_up'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((MODEL / name).read_bytes())
+    (tmp_path / "p.txt").write_text("How do I mend a kettle?\n")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    for more, status in (([], 2), (["--trust-remote-code"], 0)):
+        args = ["scan", tmp_path, tmp_path / "p.txt", "--plan", "-q", "--template", "none", *more]
+        monkeypatch.setattr("sys.argv", ["shipsfast", *map(str, args)])
+        found = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            found = stop.code or 0
+        out, err = capsys.readouterr()
+        assert found == status, err
+        assert ("nothing was run" in out) == (status == 0)
+    with pytest.raises(InputError, match="cannot build"):
+        hollow_model(str(tmp_path))
 
 
 _sockets: list[str] | None = None  # what opens one while it is a list: an audit hook stays for ever
