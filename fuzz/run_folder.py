@@ -135,7 +135,8 @@ def _sealed(manifest, files: dict[str, bytes]) -> bytes:
     if not isinstance(manifest, dict):
         return json.dumps(manifest).encode()
     for entry in manifest["parts"] if isinstance(manifest.get("parts"), list) else []:
-        content = files.get(entry.get("file")) if isinstance(entry, dict) else None
+        name = entry.get("file") if isinstance(entry, dict) else None
+        content = files.get(name) if isinstance(name, str) else None
         if content is not None:
             entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     return as_text(manifest).encode()

@@ -182,6 +182,7 @@ class Wavefront:
                     self._buffer[rows] = out
                     if last:
                         self._final[rows] = out.index_select(1, self._last_nodes(out.device))
+                    del out  # before the next chunk makes its own
                 self.tick(0 if index is None else rows.stop - rows.start)
             self._tuples = call.tuples
             out = hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[:n]

@@ -23,7 +23,10 @@ GIB = 1 << 30
 
 
 def child(*arguments: str) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Memory that is freed goes back at once: how much of it glibc keeps for later differs by 15 MiB from run to run.
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "tests.memory_child", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
         check=False,
@@ -100,11 +103,11 @@ def test_what_a_model_does_to_its_logits_is_seen(family, copies):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("arguments", [("wide", "0"), ("vocabulary", "0"), ("wide", "60")], ids="-".join)
 def test_peaks_are_near_their_prediction(arguments):
-    """To a tenth, and 20 MiB for what the allocator keeps and the scan's checks of itself take."""
+    """To a tenth, and 5 MiB for the scan's checks of itself. What the allocator keeps of freed memory comes on top."""
     found = child("peak", *arguments)
     predicted = found["plan"]["predicted_bytes"] / 2**20
     assert predicted > 50, "too small to tell"
-    assert found["peak_mib"] <= 1.1 * predicted + 20
+    assert found["peak_mib"] <= 1.1 * predicted + 5
     assert found["peak_mib"] >= 0.75 * predicted
 
 
