@@ -263,8 +263,8 @@ def _read_rate(folder: str) -> float | None:
 
 
 def _check_passes(longest: int) -> int:
-    """The unablated model, and three rows of the longest prompt: together, or one by one."""
-    return 2 if longest < LONG else 4
+    """The first look at the model, the unablated model, and three rows of the longest prompt: together, or one by one."""
+    return 3 if longest < LONG else 5
 
 
 def _seconds(
