@@ -18,10 +18,11 @@ from .ablation import DEFAULT_SCALE, Ablation, Head, check_heads
 from .clock import seconds_since
 from .completions import MISSING, Completions
 from .evaluation import check_texts, describe_generation, fill
-from .generation import NEW_TOKENS, TOP_K, Sampling, prepare_generation
+from .generation import NEW_TOKENS, prepare_generation
 from .prepared import Subject
 from .refusal import LABELS, Judge, as_judge
 from .results import ShipsResult, column
+from .sampling import TOP_K, Sampling
 from .untouched import untouched
 
 METRIC = {

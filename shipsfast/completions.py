@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .generation import Decoded, Generation
+from .decoder import Decoded
+from .generation import Generation
 from .part_file import ANSWER as COLUMNS
 from .part_file import cells
 from .refusal import LABELS, Completion

@@ -52,6 +52,16 @@ class _Plan:
     slot_int: torch.Tensor  # int32 [R]
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A finished row. tokens: the new ones, without the end-of-sequence token; finished: it ended by that."""
+
+    group: int
+    prompt: int
+    tokens: list[int]
+    finished: bool
+
+
 class Decoder:
     """Slots of a cache, and the rows in them.
 

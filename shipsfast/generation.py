@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import math
 import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,94 +11,23 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .ablation import DEFAULT_SCALE, Ablation, Head, HeadMask, check_heads, dense_rows, unit_heads
-from .anatomy import LOGIT_COPIES
+from .ablation import DEFAULT_SCALE, Ablation, Head, check_heads, unit_heads
 from .checks import check_generation
-from .decoder import Decoder, Group
+from .decoder import Decoded, Decoder, Group
 from .errors import InputError, is_out_of_memory, whole_number
-from .kv_cache import slot_bytes
+from .generation_plan import GenerationPlan, make_generation_plan
 from .nonfinite import NotFinite, refuse_token
-from .planner import Plan, make_plan
 from .prepared import Subject, look_at
+from .sampling import TOP_K, Sampling
 from .sources import mean_outputs
+from .transformers_engine import with_transformers
 from .untouched import untouched
 from .weights import check_in_memory
 
 NEW_TOKENS = 128  # arXiv 2410.13708, appendix B.2
-TOP_K = 5
-# Rows that decode together unless memory allows fewer: where matrix products stop getting faster.
-CPU_ROWS = 128
-CUDA_ROWS = 512
 REFILL = 8  # rows wait until an 1/8 of the slots is free, so that prefills are not of a row each
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is taken from the logits.
-
-    do_sample: False takes the largest (the first of equals); True draws from the softmax of logits / temperature
-    over the top_k largest, 0 for all. A row's draws depend on seed, its prompt, its heads and which copy of them it
-    is, and on nothing else.
-    """
-
-    do_sample: bool = False
-    top_k: int = TOP_K
-    temperature: float = 1.0
-    seed: int = 0
-
-    def check(self, vocabulary: int) -> None:
-        whole_number("seed", self.seed, 0)
-        whole_number("top_k", self.top_k, 0)
-        if self.top_k > vocabulary:
-            raise InputError(
-                f"top_k is {self.top_k}, and the model's vocabulary has {vocabulary} tokens: lower it"
-            )
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
-            raise InputError(f"temperature must be a positive number, got {self.temperature!r}")
-
-    def uniforms(self, row: str, count: int) -> np.ndarray:
-        """`count` numbers in [0, 1) that belong to the row called `row`."""
-        key = hashlib.sha256(f"{self.seed} {row}".encode()).digest()[:16]
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
-
-    def choose(self, logits: torch.Tensor, uniform: np.ndarray) -> np.ndarray:
-        """The next token of each row, int64 [n]; logits [n, V], uniform [n]."""
-        if not self.do_sample:
-            return logits.float().argmax(-1).cpu().numpy()
-        k = self.top_k or logits.shape[-1]
-        top, token = logits.float().topk(k, -1)
-        # Draws go by the order of logits, so that rounding moves only draws next to a border.
-        cumulative = torch.softmax(top.double() / self.temperature, -1).cumsum(-1)
-        draw = torch.as_tensor(uniform, device=logits.device)[:, None] * cumulative[:, -1:]
-        place = (cumulative <= draw).sum(-1, keepdim=True).clamp(max=k - 1)
-        return token.gather(-1, place)[:, 0].cpu().numpy()
-
-
-@dataclass
-class GenerationPlan:
-    """Rows at a time, of how many tokens; prefill: how prompts and groups are cut when they enter."""
-
-    slots: int
-    capacity: int
-    prefill: Plan
-    predicted_bytes: int
-
-    def to_json(self) -> dict:
-        return {"slots": self.slots, "capacity": self.capacity, "predicted_bytes": self.predicted_bytes} | {
-            "prefill": self.prefill.to_json()
-        }
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A finished row. tokens: the new ones, without the end-of-sequence token; finished: it ended by that."""
-
-    group: int
-    prompt: int
-    tokens: list[int]
-    finished: bool
 
 
 @dataclass
@@ -481,45 +407,6 @@ def find_end_tokens(model: PreTrainedModel, tokenizer, given: int | Sequence[int
     )
 
 
-def make_generation_plan(
-    subject: Subject, num_groups: int, max_new_tokens: int, max_memory: int | None, batch_rows: int | None
-) -> GenerationPlan:
-    """How many rows at a time. Raises InputError if not even one fits."""
-    anatomy, dtype = subject.anatomy, subject.model.dtype
-    capacity = max(map(len, subject.token_ids)) + max_new_tokens
-    kept = _loaded_bytes(subject)
-    prefill = make_plan(
-        anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype, max_memory=max_memory,
-        kept_bytes=kept,
-    )  # fmt: skip
-    each = slot_bytes(anatomy.num_layers, anatomy.num_kv_heads, anatomy.head_dim, capacity, dtype.itemsize)
-    # A step's logits, and what a layer holds while it runs.
-    each += anatomy.vocab_size * 4 * LOGIT_COPIES + anatomy.work_width * dtype.itemsize
-    rows = num_groups * len(subject.token_ids)
-    wanted = min(rows, batch_rows or (CPU_ROWS if subject.device.type == "cpu" else CUDA_ROWS))
-    # Cache and prefill share the memory; prefill needs at least a row's worth, and has been given all.
-    slots = min(wanted, (prefill.memory_limit_bytes - kept) // 2 // each)
-    if slots < 1:
-        raise InputError(
-            f"a row of {capacity} tokens needs {each / 2**20:,.1f} MiB beyond the model, and half of "
-            f"{prefill.memory_limit_bytes / 2**20:,.1f} MiB may be used: raise max_memory or lower max_new_tokens"
-        )
-    if slots * each + prefill.predicted_bytes > prefill.memory_limit_bytes:
-        prefill = make_plan(
-            anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype,
-            max_memory=prefill.memory_limit_bytes - slots * each, kept_bytes=kept,
-        )  # fmt: skip
-    return GenerationPlan(int(slots), capacity, prefill, int(slots * each + prefill.predicted_bytes))
-
-
-def _loaded_bytes(subject: Subject) -> int:
-    """What fused layers hold beyond the model: their joined weights."""
-    if not subject.fused:
-        return 0
-    weights = (p for layer in subject.anatomy.layers for p in layer.module.parameters())
-    return sum(p.numel() * p.element_size() for p in weights)
-
-
 def _use_transformers(engine: str, generate_kwargs: dict | None) -> bool:
     if engine not in ("auto", "continuous", "transformers"):
         raise InputError(f"unknown engine {engine!r}: expected auto, continuous or transformers")
@@ -528,53 +415,3 @@ def _use_transformers(engine: str, generate_kwargs: dict | None) -> bool:
             f"engine 'continuous' takes no generate_kwargs ({', '.join(generate_kwargs)}): use 'auto' or 'transformers'"
         )
     return engine == "transformers" or bool(generate_kwargs)
-
-
-def with_transformers(
-    generation: Generation, rows: Iterable[tuple[int, int]], generate_kwargs: dict, progress: bool
-) -> Iterator[list[Decoded]]:
-    """The same rows through the model's own `generate`, a group at a time inside `ablate`, prompts left-padded.
-
-    Draws then come from torch's generator, seeded for each group.
-    """
-    subject, sampling = generation.subject, generation.sampling
-    settings = {
-        "max_new_tokens": generation.max_new_tokens, "do_sample": sampling.do_sample, "num_beams": 1,
-        "eos_token_id": sorted(generation.end_tokens) or None, "return_dict_in_generate": False,
-    }  # fmt: skip
-    if sampling.do_sample:
-        settings |= {"top_k": sampling.top_k, "temperature": sampling.temperature, "top_p": 1.0}
-    own = {name: x for name, x in generate_kwargs.items() if hasattr(GenerationConfig(), name)}
-    generate_kwargs = {name: x for name, x in generate_kwargs.items() if name not in own}
-    config = GenerationConfig(**settings | own)
-    prompts_of: dict[int, list[int]] = {}
-    for group, prompt in rows:
-        prompts_of.setdefault(group, []).append(prompt)
-    pad = min(generation.end_tokens, default=0)
-    config.pad_token_id = pad
-    for group, prompts in tqdm(prompts_of.items(), desc="generate", unit=" groups", disable=not progress):
-        mask = HeadMask((generation.groups[group],), subject.how, generation.values)
-        out: list[Decoded] = []
-        # Padding would pass through layers that know of no mask.
-        most = 1 if subject.anatomy.plain_sequences else generation.plan.slots
-        for start in range(0, len(prompts), most):
-            part = prompts[start : start + most]
-            ids = [subject.token_ids[p] for p in part]
-            width = max(map(len, ids))
-            padded = torch.tensor([[pad] * (width - len(x)) + x for x in ids], device=subject.device)
-            seen = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=subject.device)
-            devices = [subject.device] if subject.device.type == "cuda" else []
-            with contextlib.ExitStack() as undo:
-                # What a call leaves open would be taken from the settings that the model comes with.
-                undo.callback(setattr, subject.model, "generation_config", subject.model.generation_config)
-                subject.model.generation_config = GenerationConfig()
-                undo.enter_context(torch.random.fork_rng(devices))
-                undo.enter_context(dense_rows(subject.model, subject.anatomy, mask))
-                torch.manual_seed(sampling.seed)
-                text = subject.model.generate(
-                    input_ids=padded, attention_mask=seen, generation_config=config, **generate_kwargs
-                )
-            for p, tokens in zip(part, text[:, width:].tolist(), strict=True):
-                end = next((i for i, t in enumerate(tokens) if t in generation.end_tokens), None)
-                out.append(Decoded(group, p, tokens[:end], end is not None))
-        yield out

@@ -169,7 +169,7 @@ def main(names: list[str]) -> None:
             row = check(family)
             text = f"{row.status:8} {row.model} {row.error_nats:.1e} {row.detail}"
             rows.append(row)
-        except Exception:
+        except Exception:  # of any family: told in full, the others go on, and the exit status says so
             text, wrong = "WRONG", wrong + 1
             traceback.print_exc()
         print(f"{family:24} {time.perf_counter() - start:5.2f} s {text}", flush=True)

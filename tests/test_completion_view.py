@@ -22,10 +22,10 @@ from shipsfast.completion_view import (
 )
 from shipsfast.completions import Completions
 from shipsfast.control import Control
+from shipsfast.decoder import Decoded
 from shipsfast.demo.run import MODEL, PROMPTS
 from shipsfast.errors import InputError
 from shipsfast.evaluation import EvalResult
-from shipsfast.generation import Decoded
 from shipsfast.loading import load_model, load_tokenizer
 from shipsfast.prompts import load_prompts
 

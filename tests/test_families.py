@@ -5,23 +5,15 @@ others may have become refused or unbuilt, but never wrong.
 """
 
 import pytest
-import torch
 import transformers
 
 from tests import model_matrix
+from tests.faults import one_thread  # noqa: F401
 from tests.tiny_configs import families
 
 EXPECTED = model_matrix.committed()
 SAME_VERSION = transformers.__version__ == model_matrix.committed_version()
 LEAST_EXACT = 40
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", EXPECTED)

@@ -1,8 +1,6 @@
 """Run folders that somebody else made or changed: read as data from inside the folder only, or refused in one line."""
 
-import hashlib
 import io
-import json
 import os
 import shutil
 
@@ -20,6 +18,7 @@ from fuzz.engine import smoke
 from shipsfast.manifest import as_text
 from shipsfast.results import SaharaResult, ShipsResult, SubspaceResult
 from shipsfast.tables import show
+from tests.manifests import edit
 from tests.models import build
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [11, 12]]
@@ -35,16 +34,6 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def edit(run, change=lambda manifest: None) -> None:
-    """Change run.json, and make the checksums right again: they keep accidents out, not people."""
-    manifest = json.loads((run / "run.json").read_text())
-    change(manifest)
-    for entry in manifest["parts"]:
-        content = (run / entry["file"]).read_bytes()
-        entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (run / "run.json").write_text(as_text(manifest))
 
 
 def refused(run, message: str) -> None:

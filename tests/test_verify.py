@@ -1,7 +1,5 @@
 """`shipsfast verify` on folders with marked scores, saved results, links, and parts and manifests made by hand."""
 
-import hashlib
-import json
 import shutil
 import time
 
@@ -13,8 +11,8 @@ import pytest
 
 import shipsfast
 from shipsfast import part_file
-from shipsfast.manifest import as_text
 from shipsfast.verify import render, verify
+from tests.manifests import edit
 from tests.models import build
 from tests.test_evaluation import scan_asr
 from tests.test_nonfinite import PROMPTS, overflowing, scan
@@ -30,16 +28,6 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def edit(run, change=lambda manifest: None) -> None:
-    """Change run.json, and make the checksums right again."""
-    manifest = json.loads((run / "run.json").read_text())
-    change(manifest)
-    for entry in manifest["parts"]:
-        content = (run / entry["file"]).read_bytes()
-        entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (run / "run.json").write_text(as_text(manifest))
 
 
 def test_marked_scores_are_sound_and_counted(tmp_path):

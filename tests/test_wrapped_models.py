@@ -8,6 +8,7 @@ import torch
 import shipsfast
 from shipsfast import runs
 from tests import family_oracle
+from tests.faults import one_thread  # noqa: F401
 from tests.models import build
 from tests.numerics import assert_close_abs
 from tests.test_model_untouched import assert_same, state
@@ -16,14 +17,6 @@ from tests.tiny_configs import tiny_model
 PROMPTS = [[5, 9, 17, 23, 33, 8, 40], [5, 9, 17, 7], [5, 9, 17, 23, 33, 11, 50, 51, 52]]
 GROUPS = [[], [(0, 1)], [(0, 0), (0, 3)]]
 NEW = 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lora(model):

@@ -14,8 +14,9 @@ import torch
 import shipsfast
 from shipsfast import flops
 from shipsfast.checks import ALARM_LOGIT
-from shipsfast.generation import Sampling, prepare_generation
+from shipsfast.generation import prepare_generation
 from shipsfast.packing import pack
+from shipsfast.sampling import Sampling
 
 from .. import generation as cpu
 from ..cases import GenerationCase
