@@ -103,20 +103,23 @@ def test_predicted_time_and_memory_of_a_real_scan():
     ).eval()
     prompts = np.random.default_rng(0).integers(0, 4096, (4, 96)).tolist()
     shipsfast.scan(model, prompts[:1], heads=[(0, 0)], progress=False)
-    before, peak, stop = psutil.Process().memory_info().rss, [0], threading.Event()
+    for _attempt in range(3):  # another process can only make a scan slower, or a forecast before it
+        before, peak, stop = psutil.Process().memory_info().rss, [0], threading.Event()
 
-    def watch():
-        while not stop.wait(0.002):
-            peak[0] = max(peak[0], psutil.Process().memory_info().rss)
+        def watch(peak=peak, stop=stop):
+            while not stop.wait(0.002):
+                peak[0] = max(peak[0], psutil.Process().memory_info().rss)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    result = shipsfast.scan(model, prompts, progress=False)
-    taken = time.perf_counter() - start
-    stop.set()
-    watcher.join()
-    found = forecast("scan", model, prompts, device="cpu")
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        result = shipsfast.scan(model, prompts, progress=False)
+        taken = time.perf_counter() - start
+        stop.set()
+        watcher.join()
+        found = forecast("scan", model, prompts, device="cpu")
+        if 1 / 4 < taken / found.seconds < 4:
+            break
     assert found.plan.rows_per_block == result.record["plan"]["rows_per_block"]
     assert 1 / 4 < taken / found.seconds < 4, (taken, found.seconds)
     beyond = found.total_bytes - found.memory["model"]
