@@ -20,6 +20,7 @@ PACKAGES = ["shipsfast", "shipsfast.adapters", "shipsfast.demo", "shipsfast.kern
 PACKAGE_DIR = {"shipsfast": "shipsfast", "shipsfast.kernels": "kernels"}
 PACKAGE_DATA = {"shipsfast.kernels": ["configs/*.json"], "shipsfast.demo": ["**/*"]}
 TORCH_ABI = "0x020b000000000000"  # torch 2.11, the oldest supported: newer ones keep its stable ABI
+CUDA_LIBRARIES = ("lib*/libcudart*", "targets/*/lib/libcudart*")  # the second is conda's
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # said here, because torch would otherwise ask the GPU, if there is one
 
 
@@ -34,6 +35,18 @@ def folder(package: str) -> Path:
 def has_compiler() -> bool:
     names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return any(shutil.which(name) for name in names)
+
+
+def cuda_home() -> str | None:
+    """Where the toolkit is: torch takes the folder above nvcc's for it, which is wrong for a wrapper in /usr/local/bin."""
+    if os.environ.get("CUDA_HOME"):
+        return os.environ["CUDA_HOME"]
+    nvcc = shutil.which("nvcc")
+    beside = Path(nvcc).resolve().parent.parent if nvcc else None
+    for place in filter(None, (beside, Path("/usr/local/cuda"))):
+        if (place / "bin" / "nvcc").is_file() and any(any(place.glob(x)) for x in CUDA_LIBRARIES):
+            return str(place)
+    return None
 
 
 def cuda_problem(torch, cuda_home: str | None) -> str | None:
@@ -51,6 +64,9 @@ def cuda_problem(torch, cuda_home: str | None) -> str | None:
 
 
 def extension() -> dict:
+    home = cuda_home()
+    if home is not None:
+        os.environ["CUDA_HOME"] = home  # torch reads it when cpp_extension is imported
     try:
         import torch
         from torch.utils import cpp_extension

@@ -21,8 +21,10 @@ for version in "$OLDEST" "$NEWEST"; do
   log="$PWD/$place/log"
   echo "== transformers $version, torch $TORCH (log: $place/log)"
   {
-    # What transformers asks for in a certain version is left to the resolver.
-    sed -e '/^transformers==/d;/^tokenizers==/d;/^huggingface_hub==/d;/^torch==/d' constraints.txt >"$place/constraints.txt"
+    # What transformers and torch ask for in a certain version is left to the resolver.
+    own='/^transformers==/d;/^tokenizers==/d;/^huggingface_hub==/d;/^torch==/d'
+    grep -qx "torch==$TORCH" constraints.txt || own="$own;/^triton==/d;/^setuptools==/d;/^torchao==/d"
+    sed -e "$own" constraints.txt >"$place/constraints.txt"
     printf 'transformers==%s\ntorch==%s\n' "$version" "$TORCH" >>"$place/constraints.txt"
     [ -e "$place/venv/bin/python" ] || "$python" -m venv "$place/venv"
     pip="$place/venv/bin/python -m pip --disable-pip-version-check install --quiet -c $place/constraints.txt"

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -68,9 +67,6 @@ def build_extension(arch: str | None) -> dict:
     environment = dict(os.environ)
     if arch is not None:
         environment["TORCH_CUDA_ARCH_LIST"] = arch
-        home = cuda_home()
-        if home is not None:
-            environment["CUDA_HOME"] = home
     try:
         done = subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, capture_output=True,
@@ -87,18 +83,6 @@ def build_extension(arch: str | None) -> dict:
     STAMP.parent.mkdir(exist_ok=True)
     STAMP.write_text(wanted)
     return {"built": True, "median_s": round(time.perf_counter() - start, 1), "runs": 1}
-
-
-def cuda_home() -> str | None:
-    """Where the toolkit is: torch takes the folder above nvcc's for it, which is wrong for an nvcc in /usr/local/bin."""
-    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        places.append(str(Path(nvcc).resolve().parent.parent))
-    for place in filter(None, places):
-        if (Path(place) / "bin" / "nvcc").is_file() and any(Path(place).glob("lib*/libcudart*")):
-            return place
-    return None
 
 
 def gpu_tests(files: list[str], timeout_s: float) -> dict:
