@@ -23,7 +23,9 @@ for version in "$OLDEST" "$NEWEST"; do
   {
     # What transformers and torch ask for in a certain version is left to the resolver.
     own='/^transformers==/d;/^tokenizers==/d;/^huggingface_hub==/d;/^torch==/d'
-    grep -qx "torch==$TORCH" constraints.txt || own="$own;/^triton==/d;/^setuptools==/d;/^torchao==/d"
+    # The interpreter of triton before 3.7 takes arrays of one number for numbers, which numpy 2.4 refuses.
+    grep -qx "torch==$TORCH" constraints.txt ||
+      own="$own;/^triton==/d;/^setuptools==/d;/^torchao==/d;s/^numpy==.*/numpy<2.4/"
     sed -e "$own" constraints.txt >"$place/constraints.txt"
     printf 'transformers==%s\ntorch==%s\n' "$version" "$TORCH" >>"$place/constraints.txt"
     [ -e "$place/venv/bin/python" ] || "$python" -m venv "$place/venv"
