@@ -230,7 +230,7 @@ def kept(
         "extra_rows": anatomy.num_layers * resample,
         "kept_per_row_bytes": num_prompts * anatomy.hidden_size * model.dtype.itemsize * keep_hidden,
         "kept_bytes": 4 * anatomy.vocab_size * anatomy.hidden_size * wide_head
-        + (fused.loaded_bytes(anatomy.layers[0].module) if in_fused else 0),
+        + (fused.loaded_bytes(anatomy.layers[0].module, device) if in_fused else 0),
     }
 
 
@@ -274,7 +274,7 @@ def look_at(
     resolved = resolve_backend(
         backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
-    not_fused = _why_not_fused(layers, anatomy, model.dtype, device)
+    not_fused = _why_not_fused(layers, anatomy, model.dtype, device, resolved)
     record = describe_run(model, anatomy, device) | {
         "ablation": how.describe(),
         "template": template,
@@ -292,13 +292,15 @@ def look_at(
     )
 
 
-def _why_not_fused(layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> str | None:
+def _why_not_fused(
+    layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device, backend: str
+) -> str | None:
     """Why the layers go through their own forward, None if they go through fused.py."""
     if layers not in LAYER_PATHS:
         raise InputError(f"unknown layers {layers!r}: expected one of {', '.join(LAYER_PATHS)}")
     if layers == "model":
         return "asked for"
-    problem = fused.why_not([layer.module for layer in anatomy.layers], dtype, device)
+    problem = fused.why_not([layer.module for layer in anatomy.layers], dtype, device, backend)
     if layers == "fused" and problem:
         raise InputError(f"layers 'fused' cannot run: {problem}; use layers='model' or 'auto'")
     return problem

@@ -86,7 +86,7 @@ class Wavefront:
         self._head_chunk: torch.Tensor | None = None  # while the head runs: what the last layer hands on
         self._undo = contextlib.ExitStack()
         self._fused = [
-            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads)
+            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads, backend)
             for layer in anatomy.layers * fused
         ]
 
@@ -217,7 +217,7 @@ class Wavefront:
             plan = tree.plan(window, trimmed, q)
             return tree_attention(
                 tree, *(x.transpose(1, 2) for x in (q, k, v)), mask, plan,
-                scaling=self.anatomy.layers[index].attention.scaling, window=window,
+                scaling=layer.scaling, softcap=layer.softcap, window=window,
             )  # fmt: skip
 
         cos, sin = cos[0].contiguous(), sin[0].contiguous()

@@ -1,5 +1,7 @@
 """The fused way through Llama-like layers against the layers' own forward."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from tests.models import brute_force, build
 
 SHARED = [5, 9, 17, 23]
 PROMPTS = [SHARED + [3, 8, 40, 41], SHARED + [7], SHARED + [3, 8, 11, 50, 51, 52, 9, 4, 1], SHARED]
-FUSED = ["llama-mha", "llama-gqa", "llama-mqa", "mistral-window", "qwen2-gqa"]
+FUSED = [
+    "llama-mha", "llama-gqa", "llama-mqa", "mistral-window", "qwen2-gqa", "qwen3-qknorm", "gemma2-softcap-window",
+]  # fmt: skip
 pytestmark = pytest.mark.skipif(
     not extension_status()[0], reason=f"needs the extension: {extension_status()[1]}"
 )
@@ -94,42 +98,55 @@ def test_ops_against_torch(dtype, size):
     weight = torch.randn(size, generator=gen).to(dtype)
     tolerance = 4 * torch.finfo(dtype).eps
 
-    out = torch.full_like(x, float("nan"))
-    torch.ops.shipsfast.rms_norm(x, weight, 1e-6, out)
     wide = x.double()
-    expected = weight.double() * wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-    assert ((out - expected).abs() <= tolerance * (1 + expected.abs())).all()
+    normed = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    for offset in (0.0, 1.0):
+        expected = (offset + weight.double()) * normed
+        out = torch.full_like(x, float("nan"))
+        torch.ops.shipsfast.rms_norm(x, weight, 1e-6, offset, out)
+        assert ((out - expected).abs() <= tolerance * (1 + expected.abs())).all()
+        out = x.clone()
+        torch.ops.shipsfast.add_rms_norm_(out, x, weight, 1e-6, offset)
+        assert ((out - expected - wide).abs() <= tolerance * (1 + expected.abs() + wide.abs())).all()
 
     gate, up = (
         30 * torch.randn(7, size, generator=gen).to(dtype),
         torch.randn(7, size, generator=gen).to(dtype),
     )
-    expected = torch.nn.functional.silu(gate.double()) * up.double()
-    inner = torch.full_like(gate, float("nan"))
-    torch.ops.shipsfast.silu_mul(torch.cat([gate, up], 1), inner)
-    assert ((inner - expected).abs() <= tolerance * (1 + expected.abs())).all()
+    gate[0, 0], gate[1, 0] = -200, 200
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    for op, act in (("silu_mul", torch.nn.functional.silu), ("gelu_mul", gelu)):
+        expected = act(gate.double()) * up.double()
+        inner = torch.full_like(gate, float("nan"))
+        getattr(torch.ops.shipsfast, op)(torch.cat([gate, up], 1), inner)
+        assert ((inner - expected).abs() <= tolerance * (1 + expected.abs())).all(), op
 
     q = torch.randn(2, 5, 3, size, generator=gen).to(dtype)
     cos, sin = torch.randn(5, size, generator=gen).to(dtype), torch.randn(5, size, generator=gen).to(dtype)
-    low, high = q.double().chunk(2, -1)
-    expected = q.double() * cos[:, None].double() + torch.cat([-high, low], -1) * sin[:, None].double()
     wider = torch.cat([q.flatten(2), torch.full((2, 5, 7), float("nan"), dtype=dtype)], 2)
-    for x in (q, wider[:, :, : 3 * size].unflatten(2, (3, size))):
-        out = torch.full_like(q, float("nan"))
-        torch.ops.shipsfast.rope(x, cos, sin, out)
-        assert ((out - expected).abs() <= tolerance * (1 + expected.abs())).all()
+    normed = q.double() * (q.double().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    for norm_weight, head in ((weight[:0], q.double()), (weight, normed)):
+        low, high = head.chunk(2, -1)
+        expected = head * cos[:, None].double() + torch.cat([-high, low], -1) * sin[:, None].double()
+        for x in (q, wider[:, :, : 3 * size].unflatten(2, (3, size))):
+            out = torch.full_like(q, float("nan"))
+            torch.ops.shipsfast.rope(x, cos, sin, norm_weight, 1e-6, out)
+            assert ((out - expected).abs() <= tolerance * (1 + expected.abs() + head.abs())).all()
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: torch.ops.shipsfast.rms_norm(x, x[0, :3], 1e-6, x),
-        lambda x: torch.ops.shipsfast.rms_norm(x.t(), x[:, 0].contiguous(), 1e-6, x),
-        lambda x: torch.ops.shipsfast.rope(x, x, x, x),
-        lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 1, 6), x, x, x.view(1, 1, 2, 6)),
+        lambda x: torch.ops.shipsfast.rms_norm(x, x[0, :3], 1e-6, 0.0, x),
+        lambda x: torch.ops.shipsfast.rms_norm(x.t(), x[:, 0].contiguous(), 1e-6, 0.0, x),
+        lambda x: torch.ops.shipsfast.add_rms_norm_(x, x.double(), x[0], 1e-6, 0.0),
+        lambda x: torch.ops.shipsfast.rope(x, x, x, x[:0], 0.0, x),
+        lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 1, 6), x, x, x[:0], 0.0, x.view(1, 1, 2, 6)),
+        lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 1, 6), x, x, x[0, :5], 0.0, x.view(1, 2, 1, 6)),
         lambda x: torch.ops.shipsfast.rope(
-            x.view(1, 2, 6, 1).transpose(2, 3), x, x, x.view(1, 2, 1, 6).transpose(1, 2)
+            x.view(1, 2, 6, 1).transpose(2, 3), x, x, x[:0], 0.0, x.view(1, 2, 1, 6).transpose(1, 2)
         ),
+        lambda x: torch.ops.shipsfast.gelu_mul(x, x[:1]),
         lambda x: torch.ops.shipsfast.silu_mul(x, x[:1]),
         lambda x: torch.ops.shipsfast.silu_mul(x.half(), x[:, :3].half()),
     ],
