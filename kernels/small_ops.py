@@ -26,7 +26,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_COLUMNS = 1 << 16  # of a row that one program holds
 NORM_TILE = 2048  # numbers of a program that takes several short rows
 ROPE_TILE = 2048  # numbers of either half of its heads
-GATED_BLOCK = 1024
+GATED_BLOCK, GATED_WARPS = 1024, 4
+FP_FUSION = True  # the default changes after triton 3.9
 GELU_FACTOR = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 GELU_CUBE = tl.constexpr(0.044715)
 
@@ -206,13 +207,12 @@ def rope_(
     _check_kind("rope_", x, cos, sin, *(() if weight is None else (weight,)))
     if x.numel() == 0:
         return x
-    block_half = triton.next_power_of_2(size // 2)
-    block_heads = min(triton.next_power_of_2(heads), max(1, ROPE_TILE // block_half))
+    block_heads, block_half, warps = rope_launch(heads, size)
     with torch.cuda.device_of(x):
         _rope_kernel[(rows * tokens, triton.cdiv(heads, block_heads))](
             x, cos, sin, weight, x.stride(0), x.stride(1), x.stride(2), tokens, eps,
             H=heads, HALF=size // 2, HAS_NORM=weight is not None, BLOCK_H=block_heads, BLOCK_HALF=block_half,
-            num_warps=8 if block_heads * block_half > 1024 else 4,
+            num_warps=warps, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return x
 
@@ -242,7 +242,7 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     with torch.cuda.device_of(gate_up):
         _gated_kernel[(rows, triton.cdiv(width, GATED_BLOCK))](
             gate_up, out, gate_up.stride(0), out.stride(0), M=width, GELU=activation == "gelu", BLOCK_M=GATED_BLOCK,
-            num_warps=4,
+            num_warps=GATED_WARPS, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return out
 
@@ -252,6 +252,17 @@ def norm_launch(width: int) -> tuple[int, int, int]:
     block = triton.next_power_of_2(width)
     warps = 4 if block <= 2048 else 8 if block <= 4096 else 16 if block <= 16384 else 32
     return max(1, NORM_TILE // block), block, warps
+
+
+def rope_launch(heads: int, size: int) -> tuple[int, int, int]:
+    """(heads of a program, padded half of a head, warps) for heads of `size` numbers."""
+    half = triton.next_power_of_2(size // 2)
+    block = min(triton.next_power_of_2(heads), max(1, ROPE_TILE // half))
+    return (
+        block,
+        half,
+        min(8, max(1, block * half // (8 * 32))),
+    )  # 8 numbers of each half to a thread: 16 bytes
 
 
 def _launch_norm(name: str, x, weight, eps: float, plus_one: bool, out, add: bool) -> None:
@@ -267,6 +278,7 @@ def _launch_norm(name: str, x, weight, eps: float, plus_one: bool, out, add: boo
         _rms_norm_kernel[(triton.cdiv(len(x), rows),)](
             x, weight, out, x.stride(0), out.stride(0), len(x), eps,
             D=x.shape[1], PLUS_ONE=plus_one, ADD=add, ROWS=rows, BLOCK_D=block, num_warps=warps,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
 
