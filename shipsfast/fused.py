@@ -32,6 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .layer_mask import LayerMask
 from .metrics import extension_status
+from .planner import even_slices
 from .small_ops import small_ops
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Gemma2DecoderLayer)
@@ -226,9 +227,11 @@ class FusedLayer:
         """
         q, k, v = self._qkv(x, cos, sin, nodes)
         out = attention(q, k, v, mask, nodes is not None)
+        del q, k, v
         if nodes is not None:
             x = x.index_select(1, nodes)
         self._add(self.out, x, _flat(out.flatten(2)), self.after_attention)
+        del out
         self._mlp(x)
         return x
 
@@ -242,21 +245,21 @@ class FusedLayer:
         sin: torch.Tensor,
         attention: Attention,
         nodes: torch.Tensor | None,
-        chunks: list[slice],
+        most: int,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """Write the rows that fork here, one per entry of `heads`, to out [forks, T or U, hidden].
 
         base: row 0 [1, T, hidden] as it enters the layer, not changed; heads: what each fork has off here beyond
         row 0, the same number for all; mask: row 0's own; every: the mask with every head off (one pass gives
-        them all, as heads do not see each other in attention); chunks: slices of the forks that pass the MLP
-        together. Returns row 0 as it leaves the layer, [1, T or U, hidden].
+        them all, as heads do not see each other in attention); most: rows that pass the MLP together, at most.
+        Returns row 0 as it leaves the layer, [1, T or U, hidden].
         """
         q, k, v = self._qkv(base, cos, sin, nodes)
         last = nodes is not None
         o_base = attention(q, k, v, mask, last)
-        o_ablated = attention(q, k, v, every, last)
-        delta = (o_ablated - o_base)[0].transpose(0, 1)  # [H, T, D]
+        delta = (attention(q, k, v, every, last) - o_base)[0].transpose(0, 1)  # [H, T, D]
+        del q, k, v
         (projection,) = self.out.layers
         weight = projection.weight.t().unflatten(0, (self.heads, -1))  # [H, D, hidden]
         norm = self.after_attention
@@ -267,7 +270,8 @@ class FusedLayer:
             added = self.out(_flat(o_base.flatten(2))).view_as(start)
         # A copy of a few numbers that no earlier work waits for: one for all chunks.
         index = torch.tensor(heads).to(base.device, non_blocking=True)  # [forks, heads of each]
-        for number, rows in enumerate(chunks):
+
+        def attended(rows: slice) -> None:
             chosen = index[rows]
             change = delta[chosen].transpose(1, 2).flatten(2)  # [forks, T, heads of each * D]
             each = weight[chosen].flatten(1, 2)  # [forks, heads of each * D, hidden]
@@ -277,14 +281,20 @@ class FusedLayer:
                 out[rows] = start
                 y = torch.baddbmm(added.expand(len(chosen), -1, -1), change, each)
                 self.ops.add_rms_norm_(_flat(out[rows]), _flat(y), norm)
-            if number < len(chunks) - 1:
-                self._mlp(out[rows])
+
+        # The base row joins the last chunk: alone it would be a small, slow product.
+        *chunks, final = even_slices(len(heads) + 1, most)
+        for rows in chunks:
+            attended(rows)
+            self._mlp(out[rows])
+        final = slice(final.start, len(heads))
+        if final.start < final.stop:
+            attended(final)
         if norm is not None:
             self.ops.add_rms_norm_(_flat(start), _flat(added), norm)
-        # The base row joins the last of them: alone it would be a small, slow product.
-        joined = torch.cat([out[chunks[-1]], start])
+        joined = torch.cat([out[final], start])
         self._mlp(joined)
-        out[chunks[-1]] = joined[:-1]
+        out[final] = joined[:-1]
         return joined[-1:]
 
     def _qkv(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, nodes: torch.Tensor | None):

@@ -236,7 +236,7 @@ class Wavefront:
                 base_row = layer.forks(
                     self._buffer[:1], new, self._layer_mask(index, hidden, slice(0, 1), nodes),
                     self._layer_mask(index, hidden, slice(0, 1), nodes, groups=(every,)),
-                    cos, sin, attention, nodes, even_slices(len(new), per_chunk), into[before:after],
+                    cos, sin, attention, nodes, per_chunk, into[before:after],
                 )  # fmt: skip
                 self.tick(len(new))
             for rows in chunks:

@@ -1,12 +1,17 @@
 """The fused way through Llama-like layers against the layers' own forward."""
 
 import functools
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import shipsfast
+from shipsfast.fused import CAN_PACK, loaded_bytes
 from shipsfast.metrics import extension_status
 from tests.models import brute_force, build
 
@@ -83,6 +88,64 @@ def test_what_it_cannot_do_goes_through_the_model(reason):
     assert record["layers"] == "model" and record["layers_why"]
     with pytest.raises(shipsfast.InputError, match="layers 'fused' cannot run"):
         scan(model, "fused")
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive and were made inside, now and at the worst moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if self._counts(x)}
+        for x in tree_iter(out):
+            if not self._counts(x):
+                continue
+            storage = x.untyped_storage()
+            if storage._cdata in given or storage._cdata in self._known:
+                continue
+            self._known[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata)
+        return out
+
+    @staticmethod
+    def _counts(x) -> bool:
+        return isinstance(x, torch.Tensor) and not x.is_mkldnn  # what MKL packs is opaque
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._known.pop(key, 0)
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_chunk_stays_within_the_plan(family, per_chunk):
+    """Wide MLPs, as in Llama 3.1; the base row passes with the forks and must not make their chunk larger."""
+    config = LlamaConfig if family == "llama" else Gemma2Config
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config(
+            vocab_size=64, hidden_size=128, intermediate_size=448, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        attn_implementation="eager",
+    ).eval()  # fmt: skip
+    prompts = [[3 + i % 50 for i in range(j, j + 100)] for j in range(3)]
+    tokens = 300
+    with Live() as live:
+        result = shipsfast.scan(
+            model, prompts, layers="fused", chunk_tokens=per_chunk * tokens, heads=[(0, None), (1, 2)], progress=False
+        )  # fmt: skip
+    packed = (
+        loaded_bytes(model.model.layers[0], torch.device("cpu")) // 2 * CAN_PACK
+    )  # which is not seen here
+    predicted = result.record["plan"]["predicted_bytes"] - packed
+    assert result.record["plan"]["prompt_groups"] == [3] and result.record["plan"]["rows_per_block"] == 5
+    assert 0.5 * predicted < live.peak <= predicted
 
 
 def test_unknown_way_is_refused():

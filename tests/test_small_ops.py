@@ -80,10 +80,14 @@ def exact_norm(x: torch.Tensor, norm: torch.nn.Module, family: str) -> torch.Ten
 
 
 def assert_as_close(got: torch.Tensor, own: torch.Tensor, exact: torch.Tensor) -> None:
-    """As close to the truth as the model's own module: its largest error, and an ulp for another order of sums."""
+    """As close to the truth as the model's own module: its largest error, and an ulp for another order of sums.
+
+    On a GPU float32 has four: its division, exponential and reciprocal root are each within two, not half of one.
+    """
     assert got.dtype == own.dtype
-    error = (own.double() - exact).abs().max()
-    assert_close_abs(got, exact, error + torch.finfo(got.dtype).eps * exact.abs().cpu())
+    error = (own.double() - exact).abs().max().cpu()
+    ulps = 4 if TEST_GPU and got.dtype == torch.float32 else 1
+    assert_close_abs(got, exact, error + ulps * torch.finfo(got.dtype).eps * exact.abs().cpu())
 
 
 def assert_same_rounding(got: torch.Tensor, own: torch.Tensor) -> None:
