@@ -20,6 +20,7 @@ from shipsfast.kernels import small_ops as kernels
 from tests.conftest import TEST_GPU
 from tests.decode_numerics import DEVICE, why_no_triton
 from tests.numerics import assert_close_abs
+from tests.test_odd_shapes import sparse
 
 pytestmark = [
     pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton())),
@@ -171,6 +172,24 @@ def test_gated(N, M, activation, dtype):
     # torch's 1 + tanh(u) cancels where u is negative, which the kernel's form does not: nearer the truth, other digits.
     kept = gate > (-1 if activation == "gelu" else -torch.inf)
     assert_same_rounding(got[kept], own[kept])
+
+
+FAR = 2**30  # numbers from one row to the next: the third row's place does not fit 32 bits
+
+
+@pytest.mark.skipif(TEST_GPU, reason="address space without memory behind it is for a CPU")
+def test_rows_beyond_32_bits():
+    x, y = draw(4, 6, dtype=torch.float32), draw(4, 6, dtype=torch.float32, seed=1)
+    far = lambda near: sparse(3 * FAR + 64, torch.float32).as_strided(near.shape, (FAR, 1)).copy_(near)
+    weight, angle = draw(6, dtype=torch.float32), draw(4, 3, dtype=torch.float32).repeat(1, 2)
+    assert torch.equal(kernels.rms_norm(far(x), weight, EPS, out=far(y)), kernels.rms_norm(x, weight, EPS))
+    added = kernels.add_rms_norm_(x.clone(), y, weight, EPS)
+    assert torch.equal(kernels.add_rms_norm_(far(x), far(y), weight, EPS), added)
+    assert torch.equal(kernels.gated(far(x), "silu"), kernels.gated(x, "silu"))
+    turned = kernels.rope_(x.clone().view(1, 4, 1, 6), angle.cos(), angle.sin())
+    assert torch.equal(kernels.rope_(far(x)[None, :, None], angle.cos(), angle.sin()), turned)
+    turned = kernels.rope_(x.clone().view(4, 1, 1, 6), angle[:1].cos(), angle[:1].sin())
+    assert torch.equal(kernels.rope_(far(x)[:, None, None], angle[:1].cos(), angle[:1].sin()), turned)
 
 
 def test_nothing_is_done_for_no_rows():
