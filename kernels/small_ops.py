@@ -156,7 +156,8 @@ def rms_norm(
     Args:
         x: [N, D], bfloat16, float16 or float32, rows of any stride, D at most 65,536.
         weight: [D]. plus_one: 1 is added to it, as in Gemma.
-        out: [N, D] in x's dtype, rows of any stride; may be x. By default a new contiguous tensor.
+        out: [N, D], rows of any stride; may be x. Its dtype, that of the weight or float32, is rounded to. By default a
+            new contiguous tensor in x's dtype.
     Returns:
         out.
     Raises:
@@ -170,7 +171,7 @@ def rms_norm(
 def add_rms_norm_(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False
 ) -> torch.Tensor:
-    """x += rms_norm(y), in place; both [N, D], otherwise as in `rms_norm`. Returns x."""
+    """x += rms_norm(y), in place; both [N, D], x in y's dtype or in float32, otherwise as in `rms_norm`. Returns x."""
     _launch_norm("add_rms_norm_", y, weight, eps, plus_one, x, add=True)
     return x
 
@@ -269,7 +270,8 @@ def _launch_norm(name: str, x, weight, eps: float, plus_one: bool, out, add: boo
     _require(x.dim() == 2 and x.stride(1) == 1 and 0 < x.shape[1] <= MOST_COLUMNS, name, "rows [N, D]")
     _require(out.shape == x.shape and out.stride(1) == 1, name, "both of one shape")
     _require(weight.shape == x.shape[1:] and weight.is_contiguous(), name, "weight [D]")
-    _require(out.dtype == x.dtype, name, "both of one dtype")
+    one = {x.dtype, out.dtype} - {torch.float32}
+    _require(len(one) < 2, name, "both of one dtype, or one in float32")
     _check_kind(name, x, out, weight)
     if x.numel() == 0:
         return

@@ -164,10 +164,9 @@ def forecast(
     tree_ids = pair_ids(token_ids, others)[0] if resample else token_ids
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(max_memory, device_memory, held, where, here)
-    in_fused = (
-        fused.why_not([layer.module for layer in anatomy.layers], model.dtype, where, attention) is None
-    )
-    extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", in_fused)
+    problem = fused.why_not([layer.module for layer in anatomy.layers], model.dtype, where, attention)
+    layers = "model" if problem else "fused"
+    extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", layers)
     plan = make_plan(
         anatomy, tree_ids, len(units), device=where, dtype=model.dtype, max_memory=limit, **extra
     )
@@ -184,6 +183,7 @@ def forecast(
         plan.chunk_tokens,
         pairs,
         model.dtype.itemsize,
+        extra["row_size"],
     )
     memory = {"model": held, **parts, "kept": rows * extra["kept_per_row_bytes"] + extra["kept_bytes"]}
     rounds = 1 + (steps - 1) * beam

@@ -15,6 +15,9 @@ keys and values, and differ from it by one head's output through that head's sli
 so the base row itself comes out of the same step, and passes the MLP with them. Qwen 3 normalises every head of
 q and k before its rotary embedding; Gemma 2 adds rms_norm(y) instead of y, after attention and after the MLP.
 On a CPU with MKL, the weights of a layer are packed once for its many chunks of equal size.
+
+In a half-precision model on the Triton path the residual stream x may be in float32, and everything else as it was: only
+the products' sums go into it, and they are float32 anyway.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .layer_mask import LayerMask
 from .metrics import extension_status
+from .mixed_products import add_product_, sums_of_products
 from .planner import even_slices
 from .small_ops import small_ops
 
@@ -80,6 +84,13 @@ def why_not(
             if parameter.dtype != dtype:
                 return f"{name} is in {str(parameter.dtype).removeprefix('torch.')}"
     return None
+
+
+def why_no_fp32_residual(dtype: torch.dtype, backend: str) -> str | None:
+    """Why rows that go this way cannot keep their residual stream in float32, None if they can."""
+    if dtype.itemsize >= 4:
+        return f"the model is in {str(dtype).removeprefix('torch.')} as it is"
+    return None if backend == "triton" else "the small operations are not Triton's"
 
 
 def loaded_bytes(layer: torch.nn.Module, device: torch.device) -> int:
@@ -161,7 +172,7 @@ class Product:
             x += self(y)
             return
         (layer,) = self.layers  # side by side, sums would overlap
-        x.addmm_(y, layer.weight.t())
+        add_product_(x, y, layer.weight.t())
         if layer.bias is not None:
             x += layer.bias
 
@@ -276,7 +287,7 @@ class FusedLayer:
             change = delta[chosen].transpose(1, 2).flatten(2)  # [forks, T, heads of each * D]
             each = weight[chosen].flatten(1, 2)  # [forks, heads of each * D, hidden]
             if norm is None:
-                torch.baddbmm(start.expand(len(chosen), -1, -1), change, each, out=out[rows])
+                sums_of_products(start.expand(len(chosen), -1, -1), change, each, out=out[rows])
             else:
                 out[rows] = start
                 y = torch.baddbmm(added.expand(len(chosen), -1, -1), change, each)

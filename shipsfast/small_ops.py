@@ -16,10 +16,10 @@ class SmallOps(Protocol):
     """norm: an RMSNorm module of a model. Rows are [N, D], contiguous."""
 
     def rms_norm(self, x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
-        """norm(x), [N, D]."""
+        """norm(x), [N, D], in the dtype of norm's weight; x may be in float32."""
 
     def add_rms_norm_(self, x: torch.Tensor, y: torch.Tensor, norm: torch.nn.Module) -> None:
-        """x += norm(y), in place."""
+        """x += norm(y), in place; x may be in float32."""
 
     def rope(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.nn.Module | None
@@ -85,7 +85,8 @@ class TritonOps:
 
     def rms_norm(self, x, norm):
         weight, eps, offset = _numbers(norm)
-        return self._kernels.rms_norm(x, weight, eps, offset == 1)
+        out = x.new_empty(x.shape, dtype=weight.dtype)
+        return self._kernels.rms_norm(x, weight, eps, offset == 1, out=out)
 
     def add_rms_norm_(self, x, y, norm):
         weight, eps, offset = _numbers(norm)

@@ -4,9 +4,12 @@ Held against float64 by the model's own layers and the reference attention, or b
 error of the same in the run's own dtype for a measure.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
 from shipsfast import fused
@@ -63,6 +66,78 @@ def test_half_precision(family):
     exact = brute_force(build(family).half().double(), PROMPTS).numpy()
     found, own, _ = runs(model)
     assert_as_close(found, own, exact, 1e-5)
+
+
+FP32_RESIDUAL = "fused_fp32_residual"
+
+
+SOME = [(0, 1), (1, 0), (1, 3), (2, 2)]  # heads of three layers of four
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama-gqa", dict(chunk_tokens=30, rows_per_block=3)),
+        ("qwen2-gqa", {}),
+        ("qwen3-qknorm", dict(ablation="mean")),
+        ("gemma2-softcap-window", dict(chunk_tokens=30)),
+    ],
+)
+def test_a_float32_residual_stream(family, options):
+    model = build(family).half()
+    exact = shipsfast.scan(build(family).half().double(), PROMPTS, heads=SOME, **options, **OWN).kl
+    own = shipsfast.scan(model, PROMPTS, heads=SOME, **options, **OWN).kl
+    found = shipsfast.scan(model, PROMPTS, heads=SOME, **options, **TRITON | {"layers": FP32_RESIDUAL})
+    assert found.record["layers"] == FP32_RESIDUAL
+    seen = ~np.isnan(exact)
+    assert_as_close(found.kl[seen], own[seen], exact[seen], 1e-5)
+
+
+def test_a_float32_residual_stream_is_closer_to_the_truth():
+    """Where rounding it is what errs most: many layers, each of which adds little to a large stream."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=8.0 if "embed" in name else 0.25)
+    model.half()
+    heads = [(layer, 0) for layer in range(0, 12, 2)]
+    exact = shipsfast.scan(copy.deepcopy(model).double(), PROMPTS[:2], heads=heads, **OWN).kl
+    errors = {}
+    for layers in ("fused", FP32_RESIDUAL):
+        found = shipsfast.scan(model, PROMPTS[:2], heads=heads, **TRITON | {"layers": layers}).kl
+        errors[layers] = float(np.sqrt(np.nanmean((found - exact) ** 2)))
+    assert errors[FP32_RESIDUAL] < 0.7 * errors["fused"], errors
+
+
+def test_a_float32_residual_stream_in_dataset_scans():
+    model = build("llama-gqa").half()
+    how = dict(group_size=2, heads=SOME, progress=False)
+    exact = shipsfast.sahara(build("llama-gqa").half().double(), PROMPTS, **how)
+    found = shipsfast.sahara(model, PROMPTS, **how | TRITON | {"layers": FP32_RESIDUAL})
+    assert found.record["layers"] == FP32_RESIDUAL and found.heads == exact.heads
+    seen = np.isfinite(exact.angle_deg)
+    assert_close_abs(found.angle_deg[seen], exact.angle_deg[seen], 0.2)
+
+
+def test_where_a_float32_residual_stream_is_refused():
+    half, single = build("llama-gqa").half(), build("llama-gqa").float()
+    with pytest.raises(shipsfast.InputError, match="cannot run: the model is in float32 as it is"):
+        shipsfast.scan(single, PROMPTS, **TRITON | {"layers": FP32_RESIDUAL})
+    with pytest.raises(shipsfast.InputError, match="cannot run: (dtype|the small operations)"):
+        shipsfast.scan(half, PROMPTS, layers=FP32_RESIDUAL, backend="reference", progress=False)
+    with pytest.raises(shipsfast.InputError, match="is for scans"):
+        shipsfast.generate(
+            half, PROMPTS, groups=[[]], max_new_tokens=2, eos_token_id=[], layers=FP32_RESIDUAL
+        )
 
 
 CASES = {
