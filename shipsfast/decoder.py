@@ -24,7 +24,7 @@ from .ablation import Ablation, Head, HeadMask
 from .anatomy import Anatomy, input_device
 from .attention import ATTRIBUTE, TREE, DecodeCall, installed
 from .decode_attention import decode_attention
-from .fused import FusedLayer
+from .fused import FusedLayer, joins
 from .kv_cache import KVCache
 from .layer_call import LayerCall, forward_replaced
 from .layer_mask import LayerMask
@@ -106,11 +106,11 @@ class Decoder:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             if self.fused:
+                sizes = (self.anatomy.num_heads, self.anatomy.num_kv_heads)
                 for layer in self.anatomy.layers:
-                    self._layers.append(
-                        FusedLayer(layer.module, self.anatomy.num_heads, self.anatomy.num_kv_heads)
-                    )
-                    undo.enter_context(self._layers[-1].loaded(0, None))
+                    self._layers.append(FusedLayer(layer.module, *sizes, self.backend))
+                    if joins(self.backend):
+                        undo.enter_context(self._layers[-1].loaded(0, None))
             self._undo = undo.pop_all()
         return self
 
@@ -275,15 +275,15 @@ class Decoder:
     def _fused_layer(self, index: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """The rows alive as one sequence: they do not see each other, attention being told which slot is whose."""
         n = self._now.alive[index]
-        attend, scaling = self._attend(index), self.anatomy.layers[index].attention.scaling
+        attend, layer = self._attend(index), self._layers[index]
 
         def attention(q, k, v, _mask, _trimmed):
-            return attend(q[0], k[0], v[0], scaling, None, None)[None]
+            return attend(q[0], k[0], v[0], layer.scaling, layer.softcap, None)[None]
 
         cos, sin = (
             x[:n, 0].contiguous() if len(x) > 1 else x[:, 0].expand(n, -1).contiguous() for x in (cos, sin)
         )
-        self._layers[index].rows(self._buffer[:n, 0][None], cos, sin, attention, None)
+        layer.rows(self._buffer[:n, 0][None], cos, sin, attention, None)
 
     def _attend(self, index: int) -> Callable:
         """attention(q [n, H, D], k, v [n, HKV, D], scaling, softcap, sink) -> [n, H, DV], which also fills the cache."""

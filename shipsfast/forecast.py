@@ -151,9 +151,10 @@ def forecast(
     where = as_device(device)
     here = where.type == "cpu" or torch.cuda.is_available()
     units = scanned_units(heads, anatomy, check_unit(unit, anatomy), unit)
+    attention = "triton" if backend == "auto" else backend  # of a device elsewhere, if it has what it needs
     if here or backend not in BACKENDS:  # what a device elsewhere can run is not known here
         alike = anatomy.head_dim == anatomy.value_dim
-        resolve_backend(backend, where, model.dtype, one_head_size=alike)
+        attention = resolve_backend(backend, where, model.dtype, one_head_size=alike)
     if kind == "scan":
         as_metrics(metric, tokenizer, anatomy.vocab_size)
     else:
@@ -163,8 +164,9 @@ def forecast(
     tree_ids = pair_ids(token_ids, others)[0] if resample else token_ids
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(max_memory, device_memory, held, where, here)
-    in_fused = fused.why_not([layer.module for layer in anatomy.layers], model.dtype, where) is None
-    extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", in_fused)
+    problem = fused.why_not([layer.module for layer in anatomy.layers], model.dtype, where, attention)
+    layers = "model" if problem else "fused"
+    extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", layers)
     plan = make_plan(
         anatomy, tree_ids, len(units), device=where, dtype=model.dtype, max_memory=limit, **extra
     )
@@ -181,6 +183,7 @@ def forecast(
         plan.chunk_tokens,
         pairs,
         model.dtype.itemsize,
+        extra["row_size"],
     )
     memory = {"model": held, **parts, "kept": rows * extra["kept_per_row_bytes"] + extra["kept_bytes"]}
     rounds = 1 + (steps - 1) * beam

@@ -19,7 +19,7 @@ from .decoder import Decoded, Decoder, Group
 from .errors import InputError, is_out_of_memory, whole_number
 from .generation_plan import GenerationPlan, make_generation_plan
 from .nonfinite import NotFinite, refuse_token
-from .prepared import Subject, look_at
+from .prepared import FP32_RESIDUAL, Subject, look_at
 from .sampling import TOP_K, Sampling
 from .sources import mean_outputs
 from .transformers_engine import with_transformers
@@ -327,6 +327,8 @@ def prepare_generation(
     whole_number("max_new_tokens", max_new_tokens)
     if batch_rows is not None:
         whole_number("batch_rows", batch_rows)
+    if layers == FP32_RESIDUAL:
+        raise InputError(f"layers {layers!r} is for scans: a text should be what the model itself says")
     check_in_memory(model)
     subject = look_at(
         model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,

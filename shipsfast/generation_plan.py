@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .anatomy import LOGIT_COPIES
 from .errors import InputError
+from .fused import joins
 from .kv_cache import slot_bytes
 from .planner import Plan, make_plan
 from .prepared import Subject
@@ -63,7 +64,7 @@ def make_generation_plan(
 
 def _loaded_bytes(subject: Subject) -> int:
     """What fused layers hold beyond the model: their joined weights."""
-    if not subject.fused:
+    if not (subject.fused and joins(subject.backend)):
         return 0
     weights = (p for layer in subject.anatomy.layers for p in layer.module.parameters())
     return sum(p.numel() * p.element_size() for p in weights)

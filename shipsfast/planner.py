@@ -104,9 +104,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 def block_parts(
-    anatomy: Anatomy, rows: int, tokens: int, ends: int, chunk_tokens: int, head_rows: int, size: int
+    anatomy: Anatomy,
+    rows: int,
+    tokens: int,
+    ends: int,
+    chunk_tokens: int,
+    head_rows: int,
+    size: int,
+    row_size: int,
 ) -> dict[str, int]:
-    """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number.
+    """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number, `row_size` in the
+    residual stream.
 
     ends: the trimmed last layer; rows: the residual streams; chunk: what a layer holds while it runs; head: logits, which
     come after the layers, when the residual streams are gone.
@@ -116,8 +124,8 @@ def block_parts(
         anatomy.vocab_size * anatomy.logit_copies * max(size, 4) + HEAD_WIDTH * anatomy.hidden_size * 4
     )
     return {
-        "ends": rows * ends * anatomy.hidden_size * size,
-        "rows": rows * tokens * anatomy.hidden_size * size,
+        "ends": rows * ends * anatomy.hidden_size * row_size,
+        "rows": rows * tokens * anatomy.hidden_size * row_size,
         "chunk": min(max(chunk_tokens, tokens), rows * tokens) * anatomy.work_width * size,
         "head": head + 2 * ends * anatomy.vocab_size * 8,
     }
@@ -148,6 +156,7 @@ def make_plan(
     kept_per_row_bytes: int = 0,
     kept_bytes: int = 0,
     coming_bytes: int = 0,
+    row_size: int | None = None,
 ) -> Plan:
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
@@ -155,6 +164,7 @@ def make_plan(
     coming_bytes: weights of the model that are brought into memory while it runs.
     extra_rows: residual streams held beside those of the block; kept_per_row_bytes, kept_bytes: what the caller
         keeps of every row, and in all.
+    row_size: bytes per number of the residual streams, by default those of `dtype`.
     Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
     """
     for name, value in (
@@ -170,6 +180,7 @@ def make_plan(
         prompts_per_group = 1
     limit = max(0, free_bytes(device) - coming_bytes) if max_memory is None else max_memory
     size = torch.empty((), dtype=dtype).element_size()
+    row_size = row_size or size
     on_cpu = device.type == "cpu"
     chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
     # Neither the head nor a layer at work gets more than a quarter of the memory: the rest is for rows.
@@ -190,7 +201,7 @@ def make_plan(
         tokens, ends = max(p.num_tokens for p in packs), max(_ends(p) for p in packs)
 
         def need(rows: int, tokens=tokens, ends=ends) -> int:
-            held = block_bytes(anatomy, rows + 1, tokens, ends, chunk, head_rows, size)
+            held = block_bytes(anatomy, rows + 1, tokens, ends, chunk, head_rows, size, row_size)
             more = extra_rows * (tokens + ends) * anatomy.hidden_size * size
             return held + more + (rows + 1) * kept_per_row_bytes + kept_bytes
 

@@ -25,7 +25,8 @@ from .sources import mean_outputs, pair_ids, resample_outputs, source_ids, unpai
 from .wavefront import Wavefront, head_precision
 from .weights import coming_bytes, where_weights_are
 
-LAYER_PATHS = ("auto", "model", "fused")
+FP32_RESIDUAL = "fused_fp32_residual"
+LAYER_PATHS = ("auto", "model", "fused", FP32_RESIDUAL)
 T = TypeVar("T")
 
 
@@ -42,8 +43,16 @@ class Subject:
     num_units: int  # of a layer
     device: torch.device
     backend: str
-    fused: bool
+    layers: str  # how rows pass a decoder layer: of LAYER_PATHS, but for "auto"
     record: dict  # what runs, for run.json
+
+    @property
+    def fused(self) -> bool:
+        return self.layers != "model"
+
+    @property
+    def fp32_residual(self) -> bool:
+        return self.layers == FP32_RESIDUAL
 
     def describe(self, kind: str) -> dict:
         """What makes two runs the same, for run folders."""
@@ -112,7 +121,7 @@ class Prepared(Subject):
     def wavefront(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> Wavefront:
         return Wavefront(
             self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.plan.chunk_tokens,
-            head_rows=self.plan.head_rows, tick=tick, fused=self.fused,
+            head_rows=self.plan.head_rows, tick=tick, fused=self.fused, fp32_residual=self.fp32_residual,
         )  # fmt: skip
 
     def continue_plan(self, folder: runs.RunFolder) -> None:
@@ -183,7 +192,7 @@ def prepare(
         anatomy, tree_ids, len(units), device=subject.device, dtype=model.dtype, max_memory=max_memory,
         chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
         coming_bytes=coming_bytes(model, [block.module for block in anatomy.blocks]),
-        **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden, subject.fused),
+        **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden, subject.layers),
     )  # fmt: skip
     asked = {
         "chunk_tokens": chunk_tokens,
@@ -221,16 +230,18 @@ def kept(
     device: torch.device,
     resample: bool,
     keep_hidden: bool,
-    in_fused: bool,
+    layers: str,
 ) -> dict[str, int]:
-    """What a scan holds beside its blocks, as `make_plan` takes it. in_fused: layers go through fused.py."""
+    """What a scan holds beside its blocks, and in what, as `make_plan` takes it. layers: as in `Subject`."""
     # A half-precision output head on a CPU is copied to float32 while a scan runs.
+    row_size = 4 if layers == FP32_RESIDUAL else model.dtype.itemsize
     wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
     return {
         "extra_rows": anatomy.num_layers * resample,
-        "kept_per_row_bytes": num_prompts * anatomy.hidden_size * model.dtype.itemsize * keep_hidden,
+        "kept_per_row_bytes": num_prompts * anatomy.hidden_size * row_size * keep_hidden,
+        "row_size": row_size,
         "kept_bytes": 4 * anatomy.vocab_size * anatomy.hidden_size * wide_head
-        + (fused.loaded_bytes(anatomy.layers[0].module) if in_fused else 0),
+        + (fused.loaded_bytes(anatomy.layers[0].module, device) if layers != "model" else 0),
     }
 
 
@@ -274,12 +285,12 @@ def look_at(
     resolved = resolve_backend(
         backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
-    not_fused = _why_not_fused(layers, anatomy, model.dtype, device)
+    layers, not_fused = _layer_path(layers, anatomy, model.dtype, device, resolved)
     record = describe_run(model, anatomy, device) | {
         "ablation": how.describe(),
         "template": template,
         "attention_backend": resolved,
-        "layers": "model" if not_fused else "fused",
+        "layers": layers,
         "weights": where_weights_are(model),
         "kl_backend": kl_backend(device),
     }
@@ -287,21 +298,23 @@ def look_at(
         record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
-    return Subject(
-        model, anatomy, token_ids, how, others, unit, num_units, device, resolved, not not_fused, record
-    )
+    return Subject(model, anatomy, token_ids, how, others, unit, num_units, device, resolved, layers, record)
 
 
-def _why_not_fused(layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the layers go through their own forward, None if they go through fused.py."""
+def _layer_path(
+    layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device, backend: str
+) -> tuple[str, str | None]:
+    """How rows pass the layers, and why they go through their own forward, None if they do not."""
     if layers not in LAYER_PATHS:
         raise InputError(f"unknown layers {layers!r}: expected one of {', '.join(LAYER_PATHS)}")
     if layers == "model":
-        return "asked for"
-    problem = fused.why_not([layer.module for layer in anatomy.layers], dtype, device)
-    if layers == "fused" and problem:
-        raise InputError(f"layers 'fused' cannot run: {problem}; use layers='model' or 'auto'")
-    return problem
+        return "model", "asked for"
+    problem = fused.why_not([layer.module for layer in anatomy.layers], dtype, device, backend)
+    if layers == FP32_RESIDUAL and not problem:
+        problem = fused.why_no_fp32_residual(dtype, backend)
+    if layers != "auto" and problem:
+        raise InputError(f"layers {layers!r} cannot run: {problem}; use layers='model' or 'auto'")
+    return ("model" if problem else "fused" if layers == "auto" else layers), problem
 
 
 def run_blocks(

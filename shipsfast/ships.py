@@ -70,7 +70,9 @@ def scan(
             the last axis of the scores count key/value heads.
         backend: attention: "auto", "triton", "cpp", "torch" or "reference". Named, it runs or raises.
         layers: how rows pass a decoder layer: "model" is the layer's own forward, "fused" the faster way of
-            fused.py for Llama-like models on a CPU, "auto" the second where it can. Named, it runs or raises.
+            fused.py for Llama, Mistral, Qwen 2, Qwen 3 and Gemma 2, on a GPU (bfloat16, float16, float32; with backend
+            "triton") or a CPU (float32, float64), "auto" the second where it can. "fused_fp32_residual" is the second
+            with a half-precision model's residual stream in float32, with backend "triton". Named, it runs or raises.
         out: run folder. What is finished is kept there, and the same scan continues from it.
         progress: a progress bar on stderr.
         max_memory: bytes to use beyond the model, default from what is free.

@@ -44,6 +44,7 @@ class Wavefront:
         head_rows: most (row, prompt) pairs that pass the model's head together.
         tick: called with the number of (row, layer) steps done, for progress.
         fused: go through fused.py instead of the layers' own forward; the caller asked `fused.why_not`.
+        fp32_residual: rows are float32 between half-precision layers; the caller asked `fused.why_no_fp32_residual`.
         keep: called in every layer as keep(layer, rows, k, v) with keys and values [n, HKV, T, D] of consecutive
             slices of rows, row 0's first. Rows that fork in a layer or later may come with none: theirs are row 0's.
         own_head: leave the output head as the model has it, half-precision logits included.
@@ -61,6 +62,7 @@ class Wavefront:
         head_rows: int,
         tick: Callable[[int], None] | None = None,
         fused: bool = False,
+        fp32_residual: bool = False,
         keep: Keep | None = None,
         own_head: bool = False,
     ) -> None:
@@ -74,6 +76,7 @@ class Wavefront:
         self.tick = tick or (lambda steps: None)
         self.keep = keep
         self.own_head = own_head
+        self._residual_dtype = torch.float32 if fp32_residual else None
         self._backend = backend
         self._trees: dict[torch.device, TreeContext] = {}
         self._nodes: dict[torch.device, torch.Tensor] = {}  # last_nodes, int64
@@ -86,7 +89,7 @@ class Wavefront:
         self._head_chunk: torch.Tensor | None = None  # while the head runs: what the last layer hands on
         self._undo = contextlib.ExitStack()
         self._fused = [
-            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads)
+            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads, backend)
             for layer in anatomy.layers * fused
         ]
 
@@ -217,7 +220,7 @@ class Wavefront:
             plan = tree.plan(window, trimmed, q)
             return tree_attention(
                 tree, *(x.transpose(1, 2) for x in (q, k, v)), mask, plan,
-                scaling=self.anatomy.layers[index].attention.scaling, window=window,
+                scaling=layer.scaling, softcap=layer.softcap, window=window,
             )  # fmt: skip
 
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
@@ -236,7 +239,7 @@ class Wavefront:
                 base_row = layer.forks(
                     self._buffer[:1], new, self._layer_mask(index, hidden, slice(0, 1), nodes),
                     self._layer_mask(index, hidden, slice(0, 1), nodes, groups=(every,)),
-                    cos, sin, attention, nodes, even_slices(len(new), per_chunk), into[before:after],
+                    cos, sin, attention, nodes, per_chunk, into[before:after],
                 )  # fmt: skip
                 self.tick(len(new))
             for rows in chunks:
@@ -254,9 +257,10 @@ class Wavefront:
         """Bring the incoming rows into the buffer and add the copies that fork here. Returns the rows alive."""
         if self._buffer is None or self._buffer.device != hidden.device:
             rows = len(self._mask)
-            moved = torch.empty(rows, *hidden.shape[1:], dtype=hidden.dtype, device=hidden.device)
+            dtype = self._residual_dtype or hidden.dtype
+            moved = torch.empty(rows, *hidden.shape[1:], dtype=dtype, device=hidden.device)
             self._final = torch.empty(
-                rows, len(self.last_nodes), *hidden.shape[2:], dtype=hidden.dtype, device=hidden.device
+                rows, len(self.last_nodes), *hidden.shape[2:], dtype=dtype, device=hidden.device
             )
             self._buffer = moved
         if hidden.data_ptr() != self._buffer.data_ptr():
@@ -269,7 +273,8 @@ class Wavefront:
 
     def _layer_mask(self, index: int, like: torch.Tensor, rows: slice, nodes=None, groups=None) -> LayerMask:
         mask = self._mask if groups is None else replace(self._mask, groups=groups)
-        out = mask.layer(index, self.anatomy.num_heads, device=like.device, dtype=like.dtype, rows=rows)
+        dtype = self.model.dtype if self._residual_dtype else like.dtype
+        out = mask.layer(index, self.anatomy.num_heads, device=like.device, dtype=dtype, rows=rows)
         return out if nodes is None else out.at(nodes)
 
     def _attend(
@@ -380,6 +385,7 @@ def _float32_forward(head: torch.nn.Linear) -> Iterator[None]:
                 out = torch.nn.functional.linear(hidden.float(), wide)
             else:
                 flat = hidden.reshape(-1, hidden.shape[-1])
+                flat = flat.to(head.weight.dtype)  # of a float32 residual stream
                 out = torch.mm(flat, head.weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
             return out if head.bias is None else out + head.bias.float()
 

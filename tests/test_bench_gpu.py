@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import provenance
 from benchmarks.gpu import ceilings, checkup, generation, peers, run, scans
+from benchmarks.gpu.kernel_small_ops import OPS
 from benchmarks.gpu.session import NotMeasured, Session
 from benchmarks.gpu.shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, QWEN3_8B, SMOKE, Prompts, twin
 from shipsfast import flops
@@ -22,6 +23,7 @@ NEEDS_MORE = {
     "whole runs",
     "FlashAttention varlen",
     "Liger KL",
+    "Liger-Kernel",
     "bfloat16, float32 residual stream",
 }
 
@@ -62,10 +64,11 @@ def test_every_case_gives_its_rows(rows):
     found = {(row["case"], row["path"]) for row in rows}
     for case in scans.SCANS.values():
         assert (case.name, "shipsfast") in found
+        assert ((case.name, scans.OWN_LAYERS) in found) == case.own_layers
         if case.peers:
             assert {(case.name, name) for name in (*scans.PEERS, scans.LOOP)} <= found
     assert {name for name, _ in found} >= {
-        "build", "tests", "ceilings", "tree-llama2-short", "decode-llama31", "kl-v128256", "llama2-7b-generation",
+        "build", "tests", "ceilings", "tree-llama2-short", "decode-llama31", "kl-v128256", *OPS, "llama2-7b-generation",
         "precision-llama2-7b", "llama2-7b-sahara", "profile-llama2-7b",
     }  # fmt: skip
 
@@ -91,6 +94,11 @@ def test_rows_say_where_they_come_from_and_what_ran(rows):
             "path",
         } <= row.keys()
     for row in rows:
+        if row["path"] == scans.OWN_LAYERS:
+            assert row["layers"] == "model" and row["layers_why"] == "asked for"
+            assert row["times_slower_than_shipsfast"] > 0 and row["share_of_floor"] > 0
+        if row["case"] in OPS and "median_ms" in row:
+            assert row["gb_per_s"] > 0 and row["share_of_ceiling"] > 0
         if row["path"] != "shipsfast" or row["case"] not in scans.SCANS:
             continue
         assert row["resolved_backend"] and row["kl_backend"] and row["layers"] == "model" and row["plan"]

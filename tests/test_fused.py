@@ -1,16 +1,25 @@
 """The fused way through Llama-like layers against the layers' own forward."""
 
+import functools
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import shipsfast
+from shipsfast.fused import CAN_PACK, loaded_bytes
 from shipsfast.metrics import extension_status
 from tests.models import brute_force, build
 
 SHARED = [5, 9, 17, 23]
 PROMPTS = [SHARED + [3, 8, 40, 41], SHARED + [7], SHARED + [3, 8, 11, 50, 51, 52, 9, 4, 1], SHARED]
-FUSED = ["llama-mha", "llama-gqa", "llama-mqa", "mistral-window", "qwen2-gqa"]
+FUSED = [
+    "llama-mha", "llama-gqa", "llama-mqa", "mistral-window", "qwen2-gqa", "qwen3-qknorm", "gemma2-softcap-window",
+]  # fmt: skip
 pytestmark = pytest.mark.skipif(
     not extension_status()[0], reason=f"needs the extension: {extension_status()[1]}"
 )
@@ -81,6 +90,64 @@ def test_what_it_cannot_do_goes_through_the_model(reason):
         scan(model, "fused")
 
 
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive and were made inside, now and at the worst moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if self._counts(x)}
+        for x in tree_iter(out):
+            if not self._counts(x):
+                continue
+            storage = x.untyped_storage()
+            if storage._cdata in given or storage._cdata in self._known:
+                continue
+            self._known[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata)
+        return out
+
+    @staticmethod
+    def _counts(x) -> bool:
+        return isinstance(x, torch.Tensor) and not x.is_mkldnn  # what MKL packs is opaque
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._known.pop(key, 0)
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_chunk_stays_within_the_plan(family, per_chunk):
+    """Wide MLPs, as in Llama 3.1; the base row passes with the forks and must not make their chunk larger."""
+    config = LlamaConfig if family == "llama" else Gemma2Config
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config(
+            vocab_size=64, hidden_size=128, intermediate_size=448, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        attn_implementation="eager",
+    ).eval()  # fmt: skip
+    prompts = [[3 + i % 50 for i in range(j, j + 100)] for j in range(3)]
+    tokens = 300
+    with Live() as live:
+        result = shipsfast.scan(
+            model, prompts, layers="fused", chunk_tokens=per_chunk * tokens, heads=[(0, None), (1, 2)], progress=False
+        )  # fmt: skip
+    packed = (
+        loaded_bytes(model.model.layers[0], torch.device("cpu")) // 2 * CAN_PACK
+    )  # which is not seen here
+    predicted = result.record["plan"]["predicted_bytes"] - packed
+    assert result.record["plan"]["prompt_groups"] == [3] and result.record["plan"]["rows_per_block"] == 5
+    assert 0.5 * predicted < live.peak <= predicted
+
+
 def test_unknown_way_is_refused():
     with pytest.raises(shipsfast.InputError, match="unknown layers 'quick'"):
         scan(build(), "quick")
@@ -94,42 +161,55 @@ def test_ops_against_torch(dtype, size):
     weight = torch.randn(size, generator=gen).to(dtype)
     tolerance = 4 * torch.finfo(dtype).eps
 
-    out = torch.full_like(x, float("nan"))
-    torch.ops.shipsfast.rms_norm(x, weight, 1e-6, out)
     wide = x.double()
-    expected = weight.double() * wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-    assert ((out - expected).abs() <= tolerance * (1 + expected.abs())).all()
+    normed = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    for offset in (0.0, 1.0):
+        expected = (offset + weight.double()) * normed
+        out = torch.full_like(x, float("nan"))
+        torch.ops.shipsfast.rms_norm(x, weight, 1e-6, offset, out)
+        assert ((out - expected).abs() <= tolerance * (1 + expected.abs())).all()
+        out = x.clone()
+        torch.ops.shipsfast.add_rms_norm_(out, x, weight, 1e-6, offset)
+        assert ((out - expected - wide).abs() <= tolerance * (1 + expected.abs() + wide.abs())).all()
 
     gate, up = (
         30 * torch.randn(7, size, generator=gen).to(dtype),
         torch.randn(7, size, generator=gen).to(dtype),
     )
-    expected = torch.nn.functional.silu(gate.double()) * up.double()
-    inner = torch.full_like(gate, float("nan"))
-    torch.ops.shipsfast.silu_mul(torch.cat([gate, up], 1), inner)
-    assert ((inner - expected).abs() <= tolerance * (1 + expected.abs())).all()
+    gate[0, 0], gate[1, 0] = -200, 200
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    for op, act in (("silu_mul", torch.nn.functional.silu), ("gelu_mul", gelu)):
+        expected = act(gate.double()) * up.double()
+        inner = torch.full_like(gate, float("nan"))
+        getattr(torch.ops.shipsfast, op)(torch.cat([gate, up], 1), inner)
+        assert ((inner - expected).abs() <= tolerance * (1 + expected.abs())).all(), op
 
     q = torch.randn(2, 5, 3, size, generator=gen).to(dtype)
     cos, sin = torch.randn(5, size, generator=gen).to(dtype), torch.randn(5, size, generator=gen).to(dtype)
-    low, high = q.double().chunk(2, -1)
-    expected = q.double() * cos[:, None].double() + torch.cat([-high, low], -1) * sin[:, None].double()
     wider = torch.cat([q.flatten(2), torch.full((2, 5, 7), float("nan"), dtype=dtype)], 2)
-    for x in (q, wider[:, :, : 3 * size].unflatten(2, (3, size))):
-        out = torch.full_like(q, float("nan"))
-        torch.ops.shipsfast.rope(x, cos, sin, out)
-        assert ((out - expected).abs() <= tolerance * (1 + expected.abs())).all()
+    normed = q.double() * (q.double().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    for norm_weight, head in ((weight[:0], q.double()), (weight, normed)):
+        low, high = head.chunk(2, -1)
+        expected = head * cos[:, None].double() + torch.cat([-high, low], -1) * sin[:, None].double()
+        for x in (q, wider[:, :, : 3 * size].unflatten(2, (3, size))):
+            out = torch.full_like(q, float("nan"))
+            torch.ops.shipsfast.rope(x, cos, sin, norm_weight, 1e-6, out)
+            assert ((out - expected).abs() <= tolerance * (1 + expected.abs() + head.abs())).all()
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: torch.ops.shipsfast.rms_norm(x, x[0, :3], 1e-6, x),
-        lambda x: torch.ops.shipsfast.rms_norm(x.t(), x[:, 0].contiguous(), 1e-6, x),
-        lambda x: torch.ops.shipsfast.rope(x, x, x, x),
-        lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 1, 6), x, x, x.view(1, 1, 2, 6)),
+        lambda x: torch.ops.shipsfast.rms_norm(x, x[0, :3], 1e-6, 0.0, x),
+        lambda x: torch.ops.shipsfast.rms_norm(x.t(), x[:, 0].contiguous(), 1e-6, 0.0, x),
+        lambda x: torch.ops.shipsfast.add_rms_norm_(x, x.double(), x[0], 1e-6, 0.0),
+        lambda x: torch.ops.shipsfast.rope(x, x, x, x[:0], 0.0, x),
+        lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 1, 6), x, x, x[:0], 0.0, x.view(1, 1, 2, 6)),
+        lambda x: torch.ops.shipsfast.rope(x.view(1, 2, 1, 6), x, x, x[0, :5], 0.0, x.view(1, 2, 1, 6)),
         lambda x: torch.ops.shipsfast.rope(
-            x.view(1, 2, 6, 1).transpose(2, 3), x, x, x.view(1, 2, 1, 6).transpose(1, 2)
+            x.view(1, 2, 6, 1).transpose(2, 3), x, x, x[:0], 0.0, x.view(1, 2, 1, 6).transpose(1, 2)
         ),
+        lambda x: torch.ops.shipsfast.gelu_mul(x, x[:1]),
         lambda x: torch.ops.shipsfast.silu_mul(x, x[:1]),
         lambda x: torch.ops.shipsfast.silu_mul(x.half(), x[:, :3].half()),
     ],

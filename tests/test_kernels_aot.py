@@ -17,20 +17,29 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import aot
+from benchmarks import aot, aot_small_ops
 
 CASES = {case.id: case for case in aot.cases()}
+
+
+def run(module: str) -> dict:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", module, "--json"]
+    done = subprocess.run(command, cwd=aot.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def compiled() -> tuple[str, dict[str, dict[str, int]]]:
     """(Triton's version, case id -> figures)."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.aot", "--json"]
-    done = subprocess.run(command, cwd=aot.ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    answer = run("benchmarks.aot")
     return answer["triton"], answer["table"]
+
+
+@pytest.fixture(scope="module")
+def small_ops() -> dict[str, dict[str, int]]:
+    return run("benchmarks.aot_small_ops")
 
 
 def offenders(table: dict, wrong: Callable[[aot.Case, dict[str, int]], bool]) -> dict:
@@ -93,3 +102,21 @@ def test_figures_are_the_committed_ones(compiled):
     assert table == committed[version], (
         "after a change that is meant, run `python -m benchmarks.aot --update`"
     )
+
+
+def test_every_small_operation_was_compiled_for_both_chips(small_ops):
+    assert list(small_ops) == [case.id for case in aot_small_ops.cases()]
+    assert {(case.op, case.dtype, case.sm) for case in aot_small_ops.cases()} == {
+        (op, dtype, sm) for op in aot_small_ops.SHAPES for dtype in aot.TRITON_DTYPE for sm in (80, 90)
+    }
+
+
+def test_small_operations_spill_nothing_and_leave_room(small_ops):
+    assert not {key: use for key, use in small_ops.items() if use["local_bytes"] > 0}
+    # Half of the threads a multiprocessor can hold hide the waits for memory; float32 rows of 16,384 have a fourth.
+    room = lambda key: 512 if key.startswith("rms_norm 16384 float32") else 1024
+    assert not {key: use for key, use in small_ops.items() if aot_small_ops.threads_per_sm(use) < room(key)}
+
+
+def test_small_operations_load_and_store_16_bytes_at_a_time(small_ops):
+    assert not {key: use for key, use in small_ops.items() if use["wide"] == 0}

@@ -82,7 +82,7 @@ def test_more_memory_never_makes_blocks_smaller():
         )
         assert plan.predicted_bytes <= limit * GIB
         more = block_bytes(
-            anatomy(shape), plan.rows_per_block + 2, 1777, 100, plan.chunk_tokens, plan.head_rows, 2
+            anatomy(shape), plan.rows_per_block + 2, 1777, 100, plan.chunk_tokens, plan.head_rows, 2, 2
         )
         if len(plan.prompt_groups) == 1 and plan.rows_per_block < 1024:
             assert more > limit * GIB, "the block is as large as fits"

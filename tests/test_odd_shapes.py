@@ -215,33 +215,40 @@ def test_element_wise_ops_of_any_size(dtype):
             x = logits(rows, size, dtype)
             out = torch.empty_like(x)
             weight = logits(1, size, dtype, 1)[0]
-            torch.ops.shipsfast.rms_norm(x, weight, 1e-6, out)
+            torch.ops.shipsfast.rms_norm(x, weight, 1e-6, 0.0, out)
             wide = x.double()
             expected = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
             assert_close_abs(out, expected, 20 * exact)
+            added = x.clone()
+            torch.ops.shipsfast.add_rms_norm_(added, x, weight, 1e-6, 0.0)
+            assert_close_abs(added, wide + expected, 20 * exact * (1 + wide.abs()))
             both = logits(rows, 2 * size, dtype)
             torch.ops.shipsfast.silu_mul(both, out)
             gate, up = both.double().chunk(2, 1)
             assert_close_abs(out, torch.nn.functional.silu(gate) * up, 20 * exact)
+            torch.ops.shipsfast.gelu_mul(both, out)
+            gelu = torch.nn.functional.gelu(gate, approximate="tanh")
+            assert_close_abs(out, gelu * up, 20 * exact)
 
 
 def test_rotary_embedding_of_rows_far_apart():
     x = logits(6, 3 * 4, torch.float32).view(2, 3, 1, 4 * 3)[..., :4]
     cos, sin = logits(3, 4, torch.float32, 1), logits(3, 4, torch.float32, 2)
     expected, out = torch.empty(2, 3, 1, 4), torch.empty(2, 3, 1, 4)
-    torch.ops.shipsfast.rope(x.contiguous(), cos, sin, expected)
+    torch.ops.shipsfast.rope(x.contiguous(), cos, sin, x[0, 0, 0, :0], 0.0, expected)
     far = sparse(FAR + 12, torch.float32).as_strided((2, 3, 1, 4), (FAR, 4, 4, 1)).copy_(x)
-    torch.ops.shipsfast.rope(far, cos, sin, out)
+    torch.ops.shipsfast.rope(far, cos, sin, x[0, 0, 0, :0], 0.0, out)
     assert torch.equal(out, expected)
     low, high = x.chunk(2, 3)
     turned = x * cos[None, :, None] + torch.cat([-high, low], 3) * sin[None, :, None]
     assert_close_abs(out, turned, 1e-5)
 
 
-def test_silu_of_what_is_no_number():
+@pytest.mark.parametrize("op", ["silu_mul", "gelu_mul"])
+def test_gates_that_are_no_number(op):
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 200.0, -200.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
     out = torch.empty(1, 5)
-    torch.ops.shipsfast.silu_mul(x, out)
+    getattr(torch.ops.shipsfast, op)(x, out)
     assert out[0, 0].isnan() and out[0, 1] == np.inf and out[0, 3] == 200
     assert out[0, 4].abs() < 1e-30 and (out[0, 2].isnan() or out[0, 2] <= 0)
 
@@ -250,7 +257,7 @@ def test_ops_refuse_addresses_that_their_type_does_not_allow():
     """Single bytes off: torch's own wrappers make a copy, the ops themselves refuse."""
     x, out = misaligned(logits(2, 8, torch.float32)), torch.empty(2, 8)
     with pytest.raises(RuntimeError, match="aligned"):
-        torch.ops.shipsfast.rms_norm(x, torch.ones(8), 1e-6, out)
+        torch.ops.shipsfast.rms_norm(x, torch.ones(8), 1e-6, 0.0, out)
     with pytest.raises(RuntimeError, match="aligned"):
         torch.ops.shipsfast.kl_rows(x, x, torch.zeros(2, dtype=torch.int64))
 

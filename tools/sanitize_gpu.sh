@@ -41,5 +41,6 @@ for tool in memcheck racecheck; do
   check $tool "CUDA KL" tests/test_kl.py tests/test_kl_calls.py -m gpu -k "cpp-cuda or on_the_gpu"
   check $tool "tree attention" tests/test_tree_attention.py -m gpu -k "not long_packs and bf16"
   check $tool "decode attention" tests/test_decode_kernel.py -m gpu -k "not long_caches and not beyond_32_bits and bf16"
+  check $tool "small operations" tests/test_small_ops.py -m gpu -k "bf16"
 done
 exit $failed

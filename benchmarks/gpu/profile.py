@@ -36,7 +36,7 @@ def run_profile(session: Session) -> None:
         busy = sum(getattr(event, by) for event in events) / 1e6
         text = (
             f"{shape.title}, bf16, {len(token_ids)} prompts, every second layer's heads; attention by "
-            f"{result.record['attention_backend']}\nprofiled {profiled:.3f} s, sum of self times {busy:.3f} s; without "
+            f"{result.record['attention_backend']}, layers {result.record['layers']}\nprofiled {profiled:.3f} s, sum of self times {busy:.3f} s; without "
             f"the profiler, all heads: {taken:.3f} s\n\n"
         )
         table = events.table(sort_by=by, row_limit=ROWS, max_name_column_width=80)
@@ -48,7 +48,7 @@ def run_profile(session: Session) -> None:
             CASE,
             OURS,
             {
-                "dtype": "bfloat16", "prompts": len(token_ids), "median_s": round(taken, 4), "runs": 1,
+                "dtype": "bfloat16", "prompts": len(token_ids), "layers": result.record["layers"], "median_s": round(taken, 4), "runs": 1,
                 "profiled_s": round(profiled, 4), "busy_s": round(busy, 4), "file": place.name,
                 "largest": [
                     {"name": event.key[:80], "self_ms": round(getattr(event, by) / 1e3, 3), "calls": event.count}

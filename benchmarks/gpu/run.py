@@ -26,8 +26,8 @@ TESTS = {"whole runs": ["tests/test_on_gpu.py", "tests/test_kl.py"], "pytest -m 
 HANG_S = 60.0  # beyond the budget, after which the process tells where it stands and ends
 # Seconds that a case needs with --quick at the least, on an H100: below that it is not begun.
 NEEDS_S = {
-    "build": 5, "tests": 20, "ceilings": 3, "llama2-7b-short": 45, "llama2-7b-template": 45, "kernels-attention": 30,
-    "kernels-kl": 15, "llama2-7b-generation": 50, "llama31-8b": 20, "precision": 40, "llama2-7b-sahara": 90,
+    "build": 5, "tests": 20, "ceilings": 3, "llama2-7b-short": 65, "llama2-7b-template": 45, "kernels-attention": 30,
+    "kernels-kl": 15, "kernels-small-ops": 20, "llama2-7b-generation": 50, "llama31-8b": 20, "precision": 40, "llama2-7b-sahara": 90,
     "qwen3-8b": 20, "gemma2-9b": 25, "mistral-7b": 20, "profile": 25,
 }  # fmt: skip
 NAMES = tuple(NEEDS_S)
@@ -148,7 +148,16 @@ def elsewhere(session, names: list[str], args: argparse.Namespace) -> int:
 
 
 def stages(session) -> dict[str, Callable]:
-    from . import ceilings, generation, kernel_attention, kernel_kl, precision, profile, scans
+    from . import (
+        ceilings,
+        generation,
+        kernel_attention,
+        kernel_kl,
+        kernel_small_ops,
+        precision,
+        profile,
+        scans,
+    )
 
     table: dict[str, Callable] = {
         "build": build,
@@ -156,6 +165,7 @@ def stages(session) -> dict[str, Callable]:
         "ceilings": ceilings.ceilings,
         "kernels-attention": kernel_attention.attention_kernels,
         "kernels-kl": kernel_kl.kl_kernels,
+        "kernels-small-ops": kernel_small_ops.small_op_kernels,
         "llama2-7b-generation": generation.run_generation,
         "precision": precision.precision,
         "llama2-7b-sahara": scans.run_sahara,

@@ -25,12 +25,14 @@ FACTOR, FLOOR_NATS = 2.0, 1e-5
 
 @dataclass(frozen=True)
 class ScanCase:
-    """peers: whether the other ways are measured too; runs of ours without --quick."""
+    """peers: whether the other ways are measured too; own_layers: whether a scan through the model's own layers is;
+    runs of ours without --quick."""
 
     name: str
     shape: Shape
     prompts: Prompts
     peers: bool = False
+    own_layers: bool = True
     runs: int = 3
 
     @property
@@ -42,7 +44,7 @@ SCANS = {
     case.name: case
     for case in (
         ScanCase("llama2-7b-short", LLAMA2_7B, Prompts(100, 5), peers=True),
-        ScanCase("llama2-7b-template", LLAMA2_7B, Prompts(100, 140), peers=True),
+        ScanCase("llama2-7b-template", LLAMA2_7B, Prompts(100, 140), peers=True, own_layers=False),
         ScanCase("llama31-8b", LLAMA31_8B, Prompts(20, 5)),
         ScanCase("qwen3-8b", QWEN3_8B, Prompts(20, 5)),
         ScanCase("gemma2-9b", GEMMA2_9B, Prompts(20, 5)),
@@ -55,6 +57,7 @@ PEERS = {
     "heads x prompts as row masks": (peers.padded, peers.row_masks),
     "layers >= l only, by hand": (peers.padded, peers.skip_lower_layers),
 }
+OWN_LAYERS = "shipsfast, layers='model'"
 LOOP = "one at a time, float32 (the paper's code)"
 
 
@@ -144,12 +147,42 @@ def run_scan(session: Session, case: ScanCase) -> None:
             "scores_per_s": round(common["scores"] / ours_s, 1), "noise_floor_nats": float(f"{result.noise_floor:.4g}"),
             "peak_mib": peak, "predicted_mib": round(plan["predicted_bytes"] / 2**20, 1), "plan": plan,
             "resolved_backend": result.record["attention_backend"], "kl_backend": result.record["kl_backend"],
-            "layers": result.record["layers"],
+            **_layers(result),
         }  # fmt: skip
         session.write(case.name, OURS, row)
     session.clear()
+    if case.own_layers and ours_s is not None:
+        with session.guarded(case.name, OWN_LAYERS, common | floor):
+            _run_own_layers(session, case, token_ids, units, common | floor, oracle, ours_s)
+        session.clear()
     if case.peers:
         _run_peers(session, case, shape, token_ids, common | floor, work, ours_s, scores)
+
+
+def _layers(result) -> dict:
+    """Which way rows passed the decoder layers, and why not the fused one."""
+    return {name: result.record[name] for name in ("layers", "layers_why") if name in result.record}
+
+
+def _run_own_layers(session, case: ScanCase, token_ids, units, common, oracle: Oracle, ours_s: float) -> None:
+    """The same scan through the model's own decoder layers: what the fused ones save."""
+    if session.left_s < 3 * ours_s:
+        raise NotMeasured(f"{session.left_s:.0f} s of the budget are left")
+    how = dict(layers="model", progress=False)
+    model = session.model(session.shape(case.shape))
+    shipsfast.scan(model, token_ids, heads=[units[0], units[-1]], **how)
+    before = reset_peak(session.device)
+    taken, result = seconds(lambda: shipsfast.scan(model, token_ids, **how), session.device)
+    session.write(
+        case.name,
+        OWN_LAYERS,
+        common | oracle.figures(result.kl) | _layers(result) | {
+            "median_s": round(taken, 4), "runs": 1, "scan_median_s": round(result.record["scan_seconds"], 4),
+            "share_of_floor": round(common["floor_s"] / taken, 4),
+            "times_slower_than_shipsfast": round(taken / ours_s, 3), "scores_per_s": round(common["scores"] / taken, 1),
+            "peak_mib": peak_mib(session.device, before), "resolved_backend": result.record["attention_backend"],
+        },
+    )  # fmt: skip
 
 
 def _run_peers(session, case: ScanCase, shape, token_ids, common, work: int, ours_s, scores) -> None:

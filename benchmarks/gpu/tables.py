@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .. import provenance
 from .kernel_attention import DECODES, TREES
 from .kernel_kl import CASES as KL
+from .kernel_small_ops import OPS
 from .precision import CASE as PRECISION
 from .scans import LOOP, PEERS, SAHARA, SCANS
 from .session import OURS
@@ -80,7 +81,7 @@ TARGETS = (
     ),
     *(Target(name, "share of copy bandwidth", 0.9, _figure(OURS, "share_of_ceiling")) for name in KL),
 )
-CASES = ("ceilings", *SCANS, SAHARA, GENERATION, *TREES, *DECODES, *KL, PRECISION)
+CASES = ("ceilings", *SCANS, SAHARA, GENERATION, *TREES, *DECODES, *KL, *OPS, PRECISION)
 
 
 def devices() -> dict[str, list[dict]]:
@@ -127,6 +128,7 @@ COLUMNS = (
     ("GB/s", lambda row: _number(row, "gb_per_s", "{:.0f}")),
     ("peak MiB (planned)", lambda row: _memory(row)),
     ("ran", lambda row: row.get("resolved_backend") or ""),
+    ("layers", lambda row: row.get("layers") or ""),
 )
 
 

@@ -1,0 +1,176 @@
+"""Compiles the small operations of kernels/small_ops.py ahead of time for A100 and H100, at the widths of known models.
+
+    python -m benchmarks.aot_small_ops             print registers, shared memory, spills and wide memory accesses
+    python -m benchmarks.aot_small_ops --update    also write the table in docs/kernels.md
+
+No GPU is needed. In a process of its own for the reason given in aot.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from .aot import DOCUMENT, REGISTERS_PER_SM, TRITON_DTYPE, _resource_usage
+
+CHIPS = (80, 90)
+BEGIN, END = "<!-- begin: python -m benchmarks.aot_small_ops --update -->", "<!-- end of small operations -->"
+# operation, its sizes: (width, Gemma's weight) of norms, (heads, head size, normed) of rope, (width, GELU) of gated
+SHAPES = {
+    "rms_norm": [(2048, False), (4096, False), (3584, True), (5120, False), (8192, False), (16384, False)],
+    "add_rms_norm_": [(3584, True), (4608, True), (4096, False)],
+    "rope_": [(32, 128, False), (8, 128, False), (64, 128, False), (16, 256, False), (32, 128, True), (8, 128, True)],
+    "gated": [(11008, False), (14336, False), (14336, True)],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    sizes: tuple
+    dtype: str
+    sm: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.op} {self.shape} {self.dtype} sm_{self.sm}"
+
+    @property
+    def shape(self) -> str:
+        *sizes, kind = self.sizes
+        text = "x".join(map(str, sizes))
+        return text + (
+            f" {'normed' if self.op == 'rope_' else 'gelu' if self.op == 'gated' else '1 + w'}" * kind
+        )
+
+
+def cases() -> list[Case]:
+    return [
+        Case(op, sizes, dtype, sm)
+        for op, shapes in SHAPES.items()
+        for sizes in shapes
+        for dtype in TRITON_DTYPE
+        for sm in CHIPS
+    ]
+
+
+def launch(case: Case) -> tuple[object, dict, int]:
+    """(kernel, its constants, warps) as the launchers choose them."""
+    from shipsfast.kernels import small_ops
+
+    *sizes, kind = case.sizes
+    if case.op == "gated":
+        constants = {"M": sizes[0], "GELU": kind, "BLOCK_M": small_ops.GATED_BLOCK}
+        return small_ops._gated_kernel, constants, small_ops.GATED_WARPS
+    if case.op == "rope_":
+        block, half, warps = small_ops.rope_launch(*sizes)
+        constants = {
+            "H": sizes[0], "HALF": sizes[1] // 2, "HAS_NORM": kind, "BLOCK_H": block, "BLOCK_HALF": half,
+        }  # fmt: skip
+        return small_ops._rope_kernel, constants | ({} if kind else {"weight_ptr": None}), warps
+    rows, block, warps = small_ops.norm_launch(sizes[0])
+    constants = {
+        "D": sizes[0], "PLUS_ONE": kind, "ADD": case.op == "add_rms_norm_", "ROWS": rows, "BLOCK_D": block,
+    }  # fmt: skip
+    return small_ops._rms_norm_kernel, constants, warps
+
+
+def compile_case(case: Case) -> dict[str, int]:
+    """Registers and local memory (spills) a thread, shared bytes a block, and loads and stores of 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, constants, warps = launch(case)
+    signature, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        kind = f"*{TRITON_DTYPE[case.dtype]}" if name.endswith("_ptr") else "fp32" if name == "eps" else "i32"
+        signature[name] = kind
+        # As at a launch with torch's allocations: pointers and strides are multiples of 16.
+        if name.endswith("_ptr") or name.startswith("stride"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attrs),
+        target=GPUTarget("cuda", case.sm, 32),
+        options={"num_warps": warps, "enable_fp_fusion": True},
+    )
+    registers, local_bytes = _resource_usage(compiled.asm["cubin"])
+    return {
+        "threads": 32 * warps,
+        "registers": registers,
+        "local_bytes": local_bytes,
+        "shared_bytes": compiled.metadata.shared,
+        "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", compiled.asm["ptx"])),
+    }
+
+
+def threads_per_sm(use: dict[str, int]) -> int:
+    """Threads that registers leave room for on a multiprocessor, 2,048 at most."""
+    registers = -(-use["registers"] // 8) * 8  # the chip hands them out by the eight
+    return min(2048, REGISTERS_PER_SM // (registers * use["threads"]) * use["threads"])
+
+
+def measure(jobs: int) -> dict[str, dict[str, int]]:
+    todo = cases()
+    # spawn: a forked child would inherit Triton's compiler state
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return dict(zip((c.id for c in todo), pool.map(compile_case, todo), strict=True))
+
+
+def document(table: dict[str, dict[str, int]], version: str) -> str:
+    lines = [
+        BEGIN,
+        f"Triton {version}, no register spilled. `wide`: loads and stores of 16 bytes in the code; `threads`: for how",
+        "many registers leave room on a multiprocessor, of 2,048.",
+        "",
+        "| operation | sizes | dtype | chip | registers | threads | wide |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in cases():
+        use = table[case.id]
+        lines.append(
+            f"| {case.op} | {case.shape} | {case.dtype} | sm_{case.sm} | {use['registers']} | {threads_per_sm(use)} "
+            f"| {use['wide']} |"
+        )
+    return "\n".join([*lines, END])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.aot_small_ops", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--update", action="store_true", help="write the table in docs/kernels.md")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
+    import triton
+
+    table = measure(args.jobs)
+    if args.update:
+        head, found, rest = DOCUMENT.read_text().partition(BEGIN)
+        if not found:
+            raise RuntimeError(
+                f"{DOCUMENT} has no line {BEGIN!r}: put it, and {END!r}, where the table belongs"
+            )
+        DOCUMENT.write_text(head + document(table, triton.__version__) + rest.partition(END)[2])
+    if args.json:
+        print(json.dumps(table))
+    else:
+        for key, use in table.items():
+            print(f"{key:50}", " ".join(f"{name}={value}" for name, value in use.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
