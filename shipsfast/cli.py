@@ -18,22 +18,19 @@ import typer
 
 from .cli_bench import bench
 from .cli_options import (
+    ANSWER_OPTIONS,
     PLAN_OPTIONS,
     SCAN_OPTIONS,
-    DoSample,
     Groups,
     Json,
     JudgeName,
     JudgeTemplate,
     KeepText,
     MetricNames,
-    NewTokens,
     NonFinite,
     Quiet,
     Rank,
-    Temperature,
     Top,
-    TopK,
     check_place,
     command,
     quiet_transformers,
@@ -52,7 +49,7 @@ app = typer.Typer(
 
 
 @app.command("scan")
-@command(SCAN_OPTIONS, PLAN_OPTIONS)
+@command(ANSWER_OPTIONS, SCAN_OPTIONS, PLAN_OPTIONS)
 def scan(
     load: Callable[[], dict],
     shared: dict,
@@ -67,16 +64,12 @@ def scan(
     ] = "score",
     judge: JudgeName = "keywords",
     judge_template: JudgeTemplate = None,
-    max_new_tokens: NewTokens = 128,
-    do_sample: DoSample = False,
-    top_k: TopK = 5,
-    temperature: Temperature = 1.0,
     keep_text: KeepText = False,
 ):
     """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats).
 
-    With --rank-by asr: let the model answer with every head off, and judge the answers; the options from --judge to
-    --keep-text are for this.
+    With --rank-by asr: let the model answer with every head off, and judge the answers.
+    The options from --judge to --eos-token-id are for this.
     """
     from .metrics import parse_metric
 
@@ -104,10 +97,8 @@ def scan(
             )
         from .asr import scan_asr
 
-        settings = _generation(max_new_tokens, do_sample, top_k, temperature, shared)
-        result = scan_asr(
-            judge=_judge(judge, judge_template, shared), keep_text=keep_text, **settings, **load()
-        )
+        judge = _judge(judge, judge_template, shared)
+        result = scan_asr(judge=judge, keep_text=keep_text, **shared["answers"], **load())
     _show(result, top, shared)
 
 
@@ -140,15 +131,11 @@ def sahara(
 
 
 @app.command("generate")
-@command(without=("out", "resume"))
+@command(ANSWER_OPTIONS, without=("out", "resume"))
 def generate(
     load: Callable[[], dict],
     shared: dict,
     groups: Groups = None,
-    max_new_tokens: NewTokens = 128,
-    do_sample: DoSample = False,
-    top_k: TopK = 5,
-    temperature: Temperature = 1.0,
 ):
     """Print what MODEL answers to PROMPTS with each group of heads off."""
     from .ablation import parse_groups
@@ -158,7 +145,7 @@ def generate(
     chosen = parse_groups(groups or "none")
     given = load()
     del given["out"]
-    texts = run(groups=chosen, **_generation(max_new_tokens, do_sample, top_k, temperature, shared), **given)
+    texts = run(groups=chosen, **shared["answers"], **given)
     if shared["json"]:
         rows = [
             {"heads": [list(head) for head in group], "prompt": prompt, "text": text}
@@ -171,7 +158,7 @@ def generate(
 
 
 @app.command("evaluate")
-@command()
+@command(ANSWER_OPTIONS)
 def evaluate(
     load: Callable[[], dict],
     shared: dict,
@@ -189,10 +176,6 @@ def evaluate(
     ] = None,
     judge: JudgeName = "keywords",
     judge_template: JudgeTemplate = None,
-    max_new_tokens: NewTokens = 128,
-    do_sample: DoSample = False,
-    top_k: TopK = 5,
-    temperature: Temperature = 1.0,
     keep_text: KeepText = False,
     view: Annotated[
         Path | None, typer.Option(help="Write the answers side by side here (md or html).")
@@ -216,23 +199,15 @@ def evaluate(
     ordinary = None if control is None else load_prompts(control, shared["column"])
     from .evaluation import evaluate as run_it
 
-    settings = _generation(max_new_tokens, do_sample, top_k, temperature, shared)
     result = run_it(
         groups=[[], *(group for group in chosen if group)], judge=_judge(judge, judge_template, shared),
-        control=ordinary, keep_text=keep_text, **settings, **load(),
+        control=ordinary, keep_text=keep_text, **shared["answers"], **load(),
     )  # fmt: skip
     if view is not None:
         result.view(view)
     _show(result, top, shared)
     if view is not None and not shared["json"]:
         print(f"answers side by side: {view}")
-
-
-def _generation(max_new_tokens, do_sample, top_k, temperature, shared: dict) -> dict:
-    return {
-        "max_new_tokens": max_new_tokens, "do_sample": do_sample, "top_k": top_k, "temperature": temperature,
-        "seed": shared["seed"],
-    }  # fmt: skip
 
 
 def _judge(name: str, template: str | None, shared: dict):

@@ -342,7 +342,7 @@ def prepare_generation(
     if subject.how.kind == "mean" and any(chosen):
         values = mean_outputs(model, subject.anatomy, subject.other_ids, subject.backend)
     plan = make_generation_plan(subject, len(chosen), max_new_tokens, max_memory, batch_rows)
-    end_tokens = find_end_tokens(model, tokenizer, eos_token_id)
+    end_tokens = find_end_tokens(model, tokenizer, eos_token_id, subject.anatomy.vocab_size)
     return Generation(subject, chosen, sampling, max_new_tokens, end_tokens, plan, values, asked)
 
 
@@ -391,10 +391,19 @@ def _heads_of(entry: Sequence[int | None], num_units: int) -> Iterable[int]:
     return range(num_units) if entry[1] is None else [entry[1]]
 
 
-def find_end_tokens(model: PreTrainedModel, tokenizer, given: int | Sequence[int] | None) -> frozenset[int]:
-    """The tokens that end a text. Raises InputError if nobody names one."""
+def find_end_tokens(
+    model: PreTrainedModel, tokenizer, given: int | Sequence[int] | None, vocab_size: int
+) -> frozenset[int]:
+    """The tokens that end a text. Raises InputError if nobody names one, or `given` names none of the vocabulary."""
+    if given is not None:
+        named = given if isinstance(given, Iterable) else [given]
+        tokens = [whole_number("eos_token_id", each, 0) for each in named]
+        if max(tokens, default=0) >= vocab_size:
+            raise InputError(
+                f"eos_token_id {max(tokens)} is no token of the model: its vocabulary has {vocab_size}"
+            )
+        return frozenset(tokens)
     for tokens in (
-        given,
         getattr(model.generation_config, "eos_token_id", None),
         getattr(model.config.get_text_config(), "eos_token_id", None),
         getattr(tokenizer, "eos_token_id", None),
@@ -402,8 +411,8 @@ def find_end_tokens(model: PreTrainedModel, tokenizer, given: int | Sequence[int
         if tokens is not None:
             return frozenset(map(int, [tokens] if isinstance(tokens, int) else tokens))
     raise InputError(
-        "neither the model nor the tokenizer names an end-of-sequence token: give eos_token_id, or [] to let every "
-        "text run to max_new_tokens"
+        "neither the model nor the tokenizer names an end-of-sequence token: give eos_token_id (--eos-token-id), or [] "
+        "(--eos-token-id none) to let every text run to max_new_tokens"
     )
 
 
