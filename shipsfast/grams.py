@@ -17,6 +17,7 @@ import torch
 from . import runs
 from .errors import InputError
 from .part_file import cells
+from .plain_text import counted
 from .statistics import RankStability, check_settings, resample_counts, stability_of
 from .subspaces import resampled_angle_deg
 
@@ -66,7 +67,7 @@ class Grams:
         distinct = len(set(names))
         if distinct < rank + 2:
             raise InputError(
-                f"{distinct} distinct prompt{'s' * (distinct != 1)} cannot be resampled at rank {rank}: take at least "
+                f"{counted(distinct, 'distinct prompt')} cannot be resampled at rank {rank}: take at least "
                 f"{rank + 2}"
             )
         if not scanned.any():

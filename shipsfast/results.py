@@ -12,6 +12,7 @@ from .errors import InputError
 from .grams import QUICK, Grams
 from .manifest import FURTHER
 from .part_file import inside
+from .plain_text import counted
 from .ranked import HeadScore, Ranked, ranked, save_scores
 from .runs import MANIFEST, read_manifest, read_scores, score_frame
 from .search_results import HEAD_COLUMNS, STEP_COLUMNS, SaharaResult, SubspaceResult
@@ -105,8 +106,7 @@ class ShipsResult(Ranked):
         """Heatmap of the mean scores, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
         from .plotting import heatmap
 
-        prompts = self.scores.shape[0]
-        title = title or f"{title_of(self.metric)}, mean of {prompts} prompt{'s' * (prompts != 1)}"
+        title = title or f"{title_of(self.metric)}, mean of {counted(self.scores.shape[0], 'prompt')}"
         return heatmap(self, label_of(self.metric), title, path)
 
     def save(self, folder: str | Path) -> Path:

@@ -38,6 +38,7 @@ from .manifest import (
     read_manifest,
 )
 from .part_file import cells, inside, read_table
+from .plain_text import counted
 
 __all__ = [
     "MANIFEST", "SCHEMA", "RunFolder", "WriteError", "damage", "fingerprint", "prompt_hashes", "read_manifest", "read_parts",
@@ -330,7 +331,7 @@ def kept(path: Path | None) -> str:
     rows = sum(part.rows for part in parts if part.room in (SCORES, "completions"))
     if not rows:
         return ""
-    return f"what was finished is kept in {path} ({rows} rows in {len(parts)} parts), run again to continue"
+    return f"what was finished is kept in {path} ({counted(rows, 'row')} in {counted(len(parts), 'part')}), run again to continue"
 
 
 def unlisted(path: Path, room: str, parts: list[Part]) -> list[Path]:

@@ -19,7 +19,7 @@ from .errors import InputError
 from .lock import NAME as LOCK
 from .manifest import BACKUP, FURTHER, MANIFEST, ROOMS, SCHEMA, Part, find_parts, read_manifest
 from .part_file import ANSWER, COLUMNS, TEXT, read_table
-from .plain_text import one_line
+from .plain_text import counted, one_line
 from .refusal import LABELS
 
 KINDS = ("ships", "subspace", "sahara", "evaluate")
@@ -320,7 +320,7 @@ def render(report: dict) -> str:
     lines = []
     for name in ("problems", "unfinished", "leftovers"):
         lines += [one_line(f"{entry['path']}: {entry['what']}; {entry['do']}") for entry in report[name]]
-    count = f"{report['parts']} parts, {report['rows']} rows"
+    count = f"{counted(report['parts'], 'part')}, {counted(report['rows'], 'row')}"
     if report["marked"]:
         count += f", {report['marked']} of them marked as not finite"
     verdict = {
