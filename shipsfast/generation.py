@@ -94,9 +94,7 @@ class Generation:
                         ) from error
                     yield burst.finished
                     waiting.extendleft(reversed(burst.abandoned()))
-                    self.plan.slots = max(1, self.plan.slots // 2)
-                    smaller = self.plan.prefill.smaller()
-                    self.plan.prefill = smaller or self.plan.prefill
+                    self.plan.halve()
                     if torch.cuda.is_available():
                         torch.cuda.empty_cache()
         finally:
