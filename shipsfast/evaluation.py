@@ -18,7 +18,8 @@ from .clock import seconds_since
 from .completions import MISSING, Completions, judged
 from .control import CONTROL_TOKENS, Control, kl_along
 from .errors import InputError, whole_number
-from .generation import NEW_TOKENS, Generation, Longest, prepare_generation
+from .generation import NEW_TOKENS, prepare_generation
+from .generation_queue import Generation, Longest
 from .prepared import once_more
 from .refusal import LABELS, Completion, Judge, as_judge, degenerate
 from .sampling import TOP_K, Sampling

@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 
 from . import runs
+from .bootstrap import RankStability, check_settings, resample_counts, stability_of
 from .errors import InputError
 from .part_file import cells
 from .plain_text import counted
-from .statistics import RankStability, check_settings, resample_counts, stability_of
 from .subspaces import resampled_angle_deg
 
 MOST_BYTES = 256 << 20  # of one run; where more would be needed, none are kept

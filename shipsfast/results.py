@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .bootstrap import RankStability, rank_stability
 from .errors import InputError
 from .grams import QUICK, Grams
 from .manifest import FURTHER
@@ -16,7 +17,7 @@ from .plain_text import counted
 from .ranked import HeadScore, Ranked, ranked, save_scores
 from .runs import MANIFEST, read_manifest, read_scores, score_frame
 from .search_results import HEAD_COLUMNS, STEP_COLUMNS, SaharaResult, SubspaceResult
-from .statistics import RankStability, rank_stability, wilson_interval
+from .statistics import wilson_interval
 
 __all__ = [
     "HEAD_COLUMNS", "KL", "MARKED", "STEP_COLUMNS", "HeadScore", "SaharaResult", "ShipsResult", "SubspaceResult",

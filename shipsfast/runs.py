@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .differences import in_words
@@ -37,15 +36,14 @@ from .manifest import (
     find_parts,
     read_manifest,
 )
-from .part_file import cells, inside, read_table
 from .plain_text import counted
+from .run_tables import SCORES, damage, read_parts, read_scores, score_frame, unlisted
 
 __all__ = [
-    "MANIFEST", "SCHEMA", "RunFolder", "WriteError", "damage", "fingerprint", "prompt_hashes", "read_manifest", "read_parts",
+    "MANIFEST", "SCHEMA", "SCORES", "RunFolder", "WriteError", "damage", "fingerprint", "prompt_hashes", "read_manifest", "read_parts",
     "read_scores", "score_frame", "write_whole",
 ]  # fmt: skip
 
-SCORES = "scores"
 MEASURES = ("noise_floor", "base_singular_values", "repeated_angle_max_abs_deg")
 ENVIRONMENT = ("device", "versions", "attention_backend", "layers", "kl_backend", "head_precision")
 
@@ -332,80 +330,3 @@ def kept(path: Path | None) -> str:
     if not rows:
         return ""
     return f"what was finished is kept in {path} ({counted(rows, 'row')} in {counted(len(parts), 'part')}), run again to continue"
-
-
-def unlisted(path: Path, room: str, parts: list[Part]) -> list[Path]:
-    """What lies in a room like a part, and is none of `parts`."""
-    listed = {part.file for part in parts}
-    return [p for p in sorted((path / room).glob("part-*.parquet")) if f"{room}/{p.name}" not in listed]
-
-
-def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path, pd.DataFrame]]:
-    """The parts of one room of a run folder, in the order written. Raises InputError for a damaged one."""
-    if not (path / MANIFEST).exists():
-        return
-    manifest = read_manifest(path)
-    parts = [part for part in find_parts(manifest) if part.room == room]
-    if (path / room).is_symlink():
-        inside(path, path / room)
-    if manifest.get("status") == "complete":  # else it may be on its way into the list
-        extra = unlisted(path, room, parts)
-        if extra:
-            raise InputError(
-                f"{extra[0]} is not one of the parts that {path / MANIFEST} lists: take it away, or run the same "
-                "command again, which removes it"
-            )
-    for part in parts:
-        data, problem = part.read(path)
-        if problem:
-            raise InputError(
-                f"{path / part.file} {problem}: run the same command again, which computes its scores anew"
-            )
-        with damage(path / part.file):
-            frame = read_table(io.BytesIO(data), columns)
-        yield path / part.file, frame
-
-
-@contextlib.contextmanager
-def damage(part: Path) -> Iterator[None]:
-    """What goes wrong inside is the part's fault."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(
-            f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again"
-        ) from error
-
-
-def read_scores(
-    path: Path,
-    shape: tuple[int, ...],
-    names: tuple[str, ...],
-    value: str,
-    done: np.ndarray | None = None,
-    room: str = SCORES,
-) -> np.ndarray:
-    """The scores a run folder holds, float64 of `shape`, NaN where none has been written yet, and where one was marked.
-
-    names: the columns that index the dimensions; value: the column of the scores; done: bool of `shape`, set where
-    there is a row, of a score or of a mark.
-    """
-    scores = np.full(shape, np.nan)
-    for part, frame in read_parts(path, room, [*names, value]):
-        with damage(part):
-            at = cells(frame, names, shape)
-            scores[at] = frame[value]
-            if done is not None:
-                done[at] = True
-    return scores
-
-
-def score_frame(
-    scores: np.ndarray, names: tuple[str, ...], value: str, marked: np.ndarray | None = None
-) -> pd.DataFrame:
-    """Scores as rows with the columns `names` and `value`, without those that are NaN; with the marked ones, as NaN."""
-    index = np.nonzero(~np.isnan(scores) if marked is None else ~np.isnan(scores) | marked)
-    columns = {name: at.astype(np.int32) for name, at in zip(names, index, strict=True)}
-    return pd.DataFrame(columns | {value: scores[index]})

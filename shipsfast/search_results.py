@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .bootstrap import RankStability
 from .errors import InputError, whole_number
 from .grams import RESAMPLES, Grams
 from .plain_text import counted
 from .ranked import HeadScore, Ranked, ranked, save_scores
 from .runs import read_manifest, read_scores, score_frame
-from .statistics import Concentration, RankStability, above_noise, concentration
+from .statistics import Concentration, above_noise, concentration
 
 HEAD_COLUMNS = ("layer", "head")
 STEP_COLUMNS = ("step", "beam", *HEAD_COLUMNS)
