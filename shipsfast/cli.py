@@ -31,6 +31,7 @@ from .cli_options import (
     Quiet,
     Rank,
     Top,
+    as_it_lies,
     check_place,
     command,
     quiet_transformers,
@@ -298,7 +299,7 @@ def _show(result, top: int, shared: dict) -> None:
         print(json_module.dumps(as_json(result, top, out), indent=1))
     else:
         show(result, top, out)
-        if shared["loaded"]:
+        if shared["before"] is not None and shared["before"] == as_it_lies(out):
             print("(it was complete: loaded, nothing was run)")
 
 

@@ -180,7 +180,7 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
             if answers:
                 answers["eos_token_id"] = _end_tokens(answers["eos_token_id"])
                 shared["answers"] = answers | {"seed": shared["seed"]}
-            shared["loaded"] = is_complete(shared.get("out"))
+            shared["before"] = as_it_lies(shared.get("out"))
             function(load, shared, **given)
 
         def parameter(name: str, kind, default=inspect.Parameter.empty) -> inspect.Parameter:
@@ -282,11 +282,14 @@ def _end_tokens(given: list[str] | None) -> list[int] | None:
         ) from None
 
 
-def is_complete(out: Path | None) -> bool:
-    """Does a finished run lie there, with every part sound?"""
-    from .manifest import is_finished
+def as_it_lies(out: Path | None) -> tuple[int, int] | None:
+    """What tells whether a run has written its manifest since: whoever does any work does."""
+    from .manifest import MANIFEST
 
-    return out is not None and is_finished(out)
+    if out is None or not (out / MANIFEST).is_file():
+        return None
+    found = (out / MANIFEST).stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def check_resume(out: Path | None) -> None:

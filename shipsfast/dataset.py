@@ -84,8 +84,9 @@ def scan_dataset(
     angles, folder = np.full(shape, np.nan), None
     if out is not None:
         folder = runs.RunFolder(out, prepared.identity, prepared.record)
-        if folder.complete:
-            return SubspaceResult.load(folder.path)
+        found = folder.finished(SubspaceResult.load, (runs.SCORES, GRAMS))
+        if found is not None:
+            return found
         angles = runs.read_scores(folder.path, shape, HEAD_COLUMNS, "angle_deg")
         prepared.continue_plan(folder)
         prepared.record["plan"] = prepared.plan.to_json()

@@ -29,6 +29,10 @@ class DamagedError(InputError):
         self.problem = problem
 
 
+class DamagedPartError(InputError):
+    """A part that is not as it was written, or that the manifest does not list: a run that goes on makes it good."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A part as the manifest lists it. file: such as "scores/part-000000.parquet"; rows: of its table; commit: parts
@@ -75,6 +79,15 @@ class Part:
 
     def problem(self, folder: Path) -> str:
         return self.read(folder)[1]
+
+    def sound(self, folder: Path) -> bytes:
+        """Its bytes. Raises DamagedPartError if they are not those that were written."""
+        data, problem = self.read(folder)
+        if problem:
+            raise DamagedPartError(
+                f"{folder / self.file} {problem}: run the same command again, which computes its scores anew"
+            )
+        return data
 
 
 def as_text(body: dict) -> str:
@@ -142,18 +155,6 @@ def read_manifest(path: Path, kind: str | None = None, *, name: str = MANIFEST) 
             f"{path} holds a run of kind {manifest['identity'].get('kind')!r}, expected {kind!r}"
         )
     return {k: v for k, v in manifest.items() if k != "checksum"}
-
-
-def is_finished(path: Path) -> bool:
-    """Is it a complete run of which every part is sound, those of further metrics included?"""
-    try:
-        manifest = read_manifest(path)
-    except InputError:
-        return False
-    if manifest.get("status") != "complete" or any(part.problem(path) for part in find_parts(manifest)):
-        return False
-    further = manifest["identity"].get("further_metrics", [])
-    return all(is_finished(path / FURTHER / str(number)) for number in range(1, len(further) + 1))
 
 
 def _check_form(file: Path, manifest: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from . import runs
 from .ablation import Head
 from .errors import InputError
 from .metrics import Metric, as_metrics
+from .plain_text import counted
 from .prepared import Prepared
 from .results import MARKED, ShipsResult, also_place, column
 
@@ -32,6 +34,14 @@ def measures_of(prepared: Prepared, metric, tokenizer, out: str | Path | None, m
         Measure(prepared, each, place, others if number == 0 else {}, mark)
         for number, (each, place) in enumerate(zip(metrics, places, strict=True))
     ]
+
+
+def finished(measures: Sequence[Measure]) -> ShipsResult | None:
+    """What their folders hold, where all are finished. Raises InputError for marked scores where none are wanted."""
+    main, *others = [measure.finished() for measure in measures]
+    if main is None or None in others:
+        return None
+    return replace(main, also={other.metric["name"]: other for other in others})
 
 
 class Measure:
@@ -58,10 +68,20 @@ class Measure:
         self.marked = done & ~np.isfinite(self.scores)
         self.scores[self.marked] = np.nan
         self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
-        if self.marked.any() and not self.mark:
-            prompt, layer, index = map(int, np.argwhere(self.marked)[0])
+        self._refuse(self.marked)
+
+    def finished(self) -> ShipsResult | None:
+        """What the folder holds, if the run is finished, without further metrics."""
+        found = self.folder.finished(ShipsResult.load_one)
+        if found is not None and found.marked is not None:
+            self._refuse(found.marked)
+        return found
+
+    def _refuse(self, marked: np.ndarray) -> None:
+        if marked.any() and not self.mark:
+            prompt, layer, index = map(int, np.argwhere(marked)[0])
             raise InputError(
-                f"{self.folder.path} holds {int(self.marked.sum())} marked scores: the score of {self.prepared.unit} "
+                f"{self.folder.path} holds {counted(int(marked.sum()), 'marked score')}: the score of {self.prepared.unit} "
                 f"{layer}-{index} on prompt {prompt} is not a number; go on with nonfinite='mark' (--nonfinite mark), or "
                 "choose another output folder"
             )

@@ -132,28 +132,32 @@ class ShipsResult(Ranked):
     @classmethod
     def load(cls, folder: str | Path) -> ShipsResult:
         """Read a run folder; scores that a killed scan never reached are NaN."""
-        return cls._load(Path(folder), nested=False)
+        folder = Path(folder)
+        result = cls.load_one(folder)
+        complete = result.record.get("status") == "complete"  # else some may not have been begun
+        for number in range(1, 1 + len(result.identity.get("further_metrics", []))):
+            place = folder / also_place(number)
+            if not complete and not (place / MANIFEST).exists():
+                continue
+            other = cls.load_one(inside(folder, place) if place.exists() else place)
+            if other.identity.get("further_metrics"):
+                raise InputError(
+                    f"{place} is damaged: a further metric has none of its own; delete the folder"
+                )
+            result.also[other.metric["name"]] = other
+        return result
 
     @classmethod
-    def _load(cls, folder: Path, nested: bool) -> ShipsResult:
+    def load_one(cls, folder: Path) -> ShipsResult:
+        """The same without further metrics."""
         manifest = read_manifest(folder, "ships")
         identity, _ = manifest.pop("identity"), manifest.pop("parts")
-        if nested and identity.get("further_metrics"):
-            raise InputError(f"{folder} is damaged: a further metric has none of its own; delete the folder")
         done = np.zeros(tuple(identity["shape"]), dtype=bool)
         scores = cls.read(folder, done.shape, manifest.get("metric", KL), done)
         marked = done & ~np.isfinite(scores)  # infinite ones are of earlier versions
         scores[marked] = np.nan
-        places = [folder / also_place(n + 1) for n in range(len(identity.get("further_metrics", [])))]
-        done = manifest.get("status") == "complete"  # else some may not have been begun
-        others = [
-            cls._load(inside(folder, place) if place.exists() else place, nested=True)
-            for place in places
-            if done or (place / MANIFEST).exists()
-        ]
-        also = {other.metric["name"]: other for other in others}
         floor = manifest.get("noise_floor") or 0.0
-        return cls(scores, floor, manifest, identity, also, marked if marked.any() else None)
+        return cls(scores, floor, manifest, identity, marked=marked if marked.any() else None)
 
 
 def also_place(number: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError
-from .manifest import MANIFEST, Part, find_parts, read_manifest
+from .manifest import MANIFEST, DamagedPartError, Part, find_parts, read_manifest
 from .part_file import cells, inside, read_table
 
 SCORES = "scores"  # the room of what a run measures
@@ -24,7 +24,7 @@ def unlisted(path: Path, room: str, parts: list[Part]) -> list[Path]:
 
 
 def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path, pd.DataFrame]]:
-    """The parts of one room of a run folder, in the order written. Raises InputError for a damaged one."""
+    """The parts of one room of a run folder, in the order written. Raises DamagedPartError for a damaged one."""
     if not (path / MANIFEST).exists():
         return
     manifest = read_manifest(path)
@@ -34,16 +34,12 @@ def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path
     if manifest.get("status") == "complete":  # else it may be on its way into the list
         extra = unlisted(path, room, parts)
         if extra:
-            raise InputError(
+            raise DamagedPartError(
                 f"{extra[0]} is not one of the parts that {path / MANIFEST} lists: take it away, or run the same "
                 "command again, which removes it"
             )
     for part in parts:
-        data, problem = part.read(path)
-        if problem:
-            raise InputError(
-                f"{path / part.file} {problem}: run the same command again, which computes its scores anew"
-            )
+        data = part.sound(path)
         with damage(path / part.file):
             frame = read_table(io.BytesIO(data), columns)
         yield path / part.file, frame

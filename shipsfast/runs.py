@@ -14,8 +14,9 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
@@ -31,6 +32,7 @@ from .manifest import (
     ROOMS,
     SCHEMA,
     DamagedError,
+    DamagedPartError,
     Part,
     as_text,
     find_parts,
@@ -44,6 +46,7 @@ __all__ = [
     "read_scores", "score_frame", "write_whole",
 ]  # fmt: skip
 
+T = TypeVar("T")
 MEASURES = ("noise_floor", "base_singular_values", "repeated_angle_max_abs_deg")
 ENVIRONMENT = ("device", "versions", "attention_backend", "layers", "kl_backend", "head_precision")
 
@@ -110,8 +113,8 @@ class RunFolder:
 
     identity: what makes two scans the same; anything in it that differs from the folder's is named in the
     InputError that refuses the folder. record: what runs now, for that message and to compare machines.
-    complete: the run is finished and all its parts are sound. Otherwise the folder is locked, until `close`. What is
-    damaged, was left by a kill or belongs to no run is told on stderr and cleared away.
+    complete: the run is finished; whether its parts are sound `finished` finds. Otherwise the folder is locked, until
+    `close`. What is damaged, was left by a kill or belongs to no run is told on stderr and cleared away.
     """
 
     def __init__(self, path: str | Path, identity: dict, record: dict | None = None) -> None:
@@ -125,12 +128,31 @@ class RunFolder:
         self._from_backup = ""  # what is wrong with run.json, where its copy was taken
         self._look()
         done = self.previous.get("status") == "complete" and not self._from_backup
-        self.complete = done and not self._problems() and not self._unlisted()
+        self.complete = done and not self._unlisted()
         if not self.complete:
-            self.begin()
-            self.complete = self._record.get("status") == "complete"  # the sweep was all it needed
-            if self.complete:
-                self.close()
+            self._take_over()
+
+    def _take_over(self) -> None:
+        self.begin()
+        self.complete = self._record.get("status") == "complete"  # the sweep was all it needed
+        if self.complete:
+            self.close()
+
+    def finished(self, load: Callable[[Path], T], rooms: Collection[str] = (SCORES,)) -> T | None:
+        """What `load` makes of the folder of a finished run; None if there is something to do.
+
+        Each part is read and held against its checksum once: those of `rooms` by `load`, the others here.
+        """
+        if not self.complete:
+            return None
+        try:
+            for part in self.parts:
+                if part.room not in rooms:
+                    part.sound(self.path)
+            return load(self.path)
+        except DamagedPartError:
+            self._take_over()
+        return load(self.path) if self.complete else None  # somebody else has made it good
 
     def _look(self) -> None:
         """Raises InputError if something else lies there."""

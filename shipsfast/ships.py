@@ -16,7 +16,7 @@ from .ablation import DEFAULT_SCALE, Ablation, Head
 from .checks import ablated_logits, alarm, longest_prompt, packing_noise_nats, plain_logits
 from .clock import seconds_since
 from .errors import InputError, UnsupportedModelError
-from .measure import Measure, measures_of
+from .measure import Measure, finished, measures_of
 from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, check_policy, explain, reason
 from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
@@ -91,10 +91,11 @@ def scan(
     measures = measures_of(prepared, metric, tokenizer, out, nonfinite == "mark")
     main = measures[0]
     if main.folder is not None:
+        found = finished(measures)
+        if found is not None:
+            return found
         for measure in measures:  # before any says that it goes on
             measure.take()
-        if all(measure.folder.complete for measure in measures):
-            return ShipsResult.load(main.folder.path)
         prepared.continue_plan(main.folder)
         for measure in measures:
             measure.begin()
