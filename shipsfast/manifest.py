@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
 from .errors import InputError
 from .part_file import inside
-from .run_schema import check_manifest
+from .run_schema import PART_FILE, check_manifest
 
 SCHEMA = 3
 MANIFEST, BACKUP = "run.json", "run.backup.json"
-ROOMS = ("scores", "grams", "completions", "control", "basis")
 FURTHER = "also"  # the folder of further metrics' run folders
-_FILE = re.compile(rf"({'|'.join(ROOMS)})/part-(\d{{6,9}})\.parquet")
 MOST_BYTES = 1 << 30  # of a manifest: more is not one of ours
 
 
@@ -54,7 +51,7 @@ class Part:
 
     @property
     def number(self) -> int:
-        return int(_FILE.fullmatch(self.file)[2])
+        return int(PART_FILE.fullmatch(self.file)[2])
 
     def entry(self) -> dict:
         return asdict(self)
@@ -148,31 +145,9 @@ def read_manifest(path: Path, kind: str | None = None, *, name: str = MANIFEST) 
         )
     if schema != SCHEMA or manifest.get("checksum") != _checksum(manifest):
         raise DamagedError(f"{file} is damaged (its checksum is not that of its contents)", remedy)
-    _check_form(file, manifest)
     check_manifest(file, manifest)
     if kind is not None and manifest["identity"].get("kind") != kind:
         raise InputError(
             f"{path} holds a run of kind {manifest['identity'].get('kind')!r}, expected {kind!r}"
         )
     return {k: v for k, v in manifest.items() if k != "checksum"}
-
-
-def _check_form(file: Path, manifest: dict) -> None:
-    """A checksum keeps accidents out; a manifest made by hand may still say anything."""
-    parts = manifest.get("parts")
-    sound = isinstance(manifest.get("identity"), dict) and isinstance(parts, list)
-    seen = set()
-    for entry in parts if sound else []:
-        sound = (
-            isinstance(entry, dict)
-            and entry.keys() == Part.__dataclass_fields__.keys()
-            and isinstance(entry["file"], str)
-            and _FILE.fullmatch(entry["file"]) is not None
-            and entry["file"] not in seen
-            and all(type(entry[k]) is int and entry[k] >= 0 for k in ("bytes", "rows", "commit"))
-        )
-        if not sound:
-            break
-        seen.add(entry["file"])
-    if not sound:
-        raise InputError(f"{file} is no manifest that shipsfast writes: choose another folder")

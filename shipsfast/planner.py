@@ -26,6 +26,7 @@ import torch
 from .anatomy import Anatomy
 from .errors import InputError
 from .packing import PackedPrompts, pack
+from .plain_text import counted
 
 # Measured on two AVX-512 cores: larger chunks make the matrix products 3 % faster at most, and push activations
 # out of the cache between the operations of a layer, which costs more. A GPU wants its products larger.
@@ -57,7 +58,12 @@ class Plan:
     @classmethod
     def from_json(cls, body: dict, prompts: Sequence[Sequence[int]], needs: Needs) -> Plan:
         """The plan that gave `to_json`, for the same prompts. needs: of another plan for them; those of these groups
-        take its place."""
+        take its place. Raises InputError for a plan of other prompts."""
+        if sum(body["prompt_groups"]) != len(prompts):
+            raise InputError(
+                f"the plan is of {counted(sum(body['prompt_groups']), 'prompt')}, and there are {len(prompts)}: choose "
+                "another output folder"
+            )
         order, groups, start = in_order(prompts), [], 0
         for size in body["prompt_groups"]:
             groups.append(tuple(order[start : start + size]))

@@ -29,7 +29,6 @@ from .manifest import (
     BACKUP,
     FURTHER,
     MANIFEST,
-    ROOMS,
     SCHEMA,
     DamagedError,
     DamagedPartError,
@@ -39,6 +38,7 @@ from .manifest import (
     read_manifest,
 )
 from .plain_text import counted
+from .run_schema import ROOMS
 from .run_tables import SCORES, damage, read_parts, read_scores, score_frame, unlisted
 
 __all__ = [

@@ -17,10 +17,11 @@ import pandas as pd
 
 from .errors import InputError
 from .lock import NAME as LOCK
-from .manifest import BACKUP, FURTHER, MANIFEST, ROOMS, SCHEMA, Part, find_parts, read_manifest
+from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
 from .part_file import ANSWER, COLUMNS, TEXT, read_table
 from .plain_text import counted, one_line
 from .refusal import LABELS
+from .run_schema import ROOMS
 
 KINDS = ("ships", "subspace", "sahara", "evaluate")
 LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
