@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from ._version import __version__
 from .cli_bench import bench
 from .cli_options import (
     ANSWER_OPTIONS,
@@ -41,12 +42,27 @@ from .errors import InputError, Stopped, WriteError
 
 app = typer.Typer(
     name="shipsfast",
-    help="Find the attention heads that carry a language model's behaviour: switch each one off, measure what changes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"shipsfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Say which version this is."),
+    ] = False,
+) -> None:
+    """Find the attention heads that carry a language model's behaviour: switch each one off, measure what changes."""
 
 
 @app.command("scan")
@@ -136,14 +152,14 @@ def sahara(
 def generate(
     load: Callable[[], dict],
     shared: dict,
-    groups: Groups = None,
+    groups: Groups = "none",
 ):
     """Print what MODEL answers to PROMPTS with each group of heads off."""
     from .ablation import parse_groups
     from .completion_view import show_texts
     from .generation import generate as run
 
-    chosen = parse_groups(groups or "none")
+    chosen = parse_groups(groups)
     given = load()
     del given["out"]
     texts = run(groups=chosen, **shared["answers"], **given)
@@ -182,8 +198,10 @@ def evaluate(
         Path | None, typer.Option(help="Write the answers side by side here (md or html).")
     ] = None,
 ):
-    """Judge what MODEL answers to PROMPTS with each group of heads off: attack success rates, beside the unablated
-    model's."""
+    """Judge what MODEL answers to PROMPTS with each group of heads off: attack success rates.
+
+    The unablated model's answers are judged beside them.
+    """
     from .ablation import parse_groups
     from .prompts import load_prompts
 

@@ -294,14 +294,13 @@ def as_it_lies(out: Path | None) -> tuple[int, int] | None:
 
 def check_resume(out: Path | None) -> None:
     """Raises InputError unless there is a run to go on with."""
-    from .manifest import BACKUP, MANIFEST
+    from .manifest import BACKUP, MANIFEST, without_run
 
     if out is None:
         raise InputError("--resume goes on with the run in --out: give --out")
     if not any((out / name).is_file() for name in (MANIFEST, BACKUP)):
-        what = "it does not exist" if not out.exists() else f"it has no {MANIFEST}"
         raise InputError(
-            f"--resume {out}: there is no run to go on with, {what}; leave --resume away to begin one"
+            f"--resume {out}: there is no run to go on with, {without_run(out)}; leave --resume away to begin one"
         )
 
 
@@ -320,6 +319,7 @@ def quiet_transformers() -> None:
     """Bad input is told once, by us; progress bars of loading are noise beside ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

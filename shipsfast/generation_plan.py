@@ -60,7 +60,8 @@ def make_generation_plan(
     if slots < 1:
         raise InputError(
             f"a row of {capacity} tokens needs {each / 2**20:,.1f} MiB beyond the model, and half of "
-            f"{prefill.memory_limit_bytes / 2**20:,.1f} MiB may be used: raise max_memory or lower max_new_tokens"
+            f"{prefill.memory_limit_bytes / 2**20:,.1f} MiB may be used: raise max_memory "
+            "(--max-memory) or lower max_new_tokens (--max-new-tokens)"
         )
     if slots * each + prefill.predicted_bytes > prefill.memory_limit_bytes:
         prefill = make_plan(

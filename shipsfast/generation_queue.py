@@ -82,7 +82,7 @@ class Generation:
                         raise
                     if self.plan.slots == 1:
                         raise InputError(
-                            "out of memory with a single row: free some, or lower max_new_tokens"
+                            "out of memory with a single row: free some, or lower max_new_tokens (--max-new-tokens)"
                         ) from error
                     yield burst.finished
                     waiting.extendleft(reversed(burst.abandoned()))

@@ -107,6 +107,11 @@ def find_parts(manifest: dict) -> list[Part]:
     return [Part(**entry) for entry in manifest.get("parts", [])]
 
 
+def without_run(path: Path) -> str:
+    """What a place lacks that is no run folder."""
+    return f"it has no {MANIFEST}" if path.exists() else "it does not exist"
+
+
 def read_manifest(path: Path, kind: str | None = None, *, name: str = MANIFEST) -> dict:
     """run.json of a run folder, as a dict without its checksum.
 
@@ -114,7 +119,7 @@ def read_manifest(path: Path, kind: str | None = None, *, name: str = MANIFEST) 
     """
     file = path / name
     if not file.is_file() and not (path / BACKUP).is_file():
-        raise InputError(f"{path} is not a shipsfast run: it has no {MANIFEST}")
+        raise InputError(f"{path} is not a shipsfast run: {without_run(path)}")
     remedy = "choose another output folder"
     if name == MANIFEST and (path / BACKUP).is_file():
         remedy = f"run the same command again, which takes its copy {BACKUP}"

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .errors import InputError
 from .lock import NAME as LOCK
-from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
+from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest, without_run
 from .part_file import ANSWER, COLUMNS, TEXT, read_table
 from .plain_text import counted, one_line
 from .refusal import LABELS
@@ -51,7 +51,7 @@ def verify(folder: str | Path) -> dict:
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file() and not (folder / BACKUP).is_file():
-        raise InputError(f"{folder} is not a shipsfast run: it has no {MANIFEST}")
+        raise InputError(f"{folder} is not a shipsfast run: {without_run(folder)}")
     report = {
         "run_folder": str(folder), "kind": None, "status": None, "schema": SCHEMA, "parts": 0, "rows": 0,
         "marked": 0,
