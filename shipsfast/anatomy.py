@@ -146,7 +146,7 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights:
         if context is not None and len(ids) + new_tokens > context:
             raise InputError(
                 f"prompt {i} has {len(ids)} tokens, and the model's context is {context}: that leaves no room for "
-                f"{new_tokens} new tokens; shorten the prompt or lower max_new_tokens"
+                f"{new_tokens} new tokens; shorten the prompt or lower max_new_tokens (--max-new-tokens)"
             )
         if not (0 <= min(ids) and max(ids) < vocabulary):
             raise InputError(f"prompt {i} has token ids outside the model's vocabulary of {vocabulary}")

@@ -103,8 +103,9 @@ def scan_asr(
         "keep_text": keep_text,
     }
     folder = None if out is None else runs.RunFolder(out, identity, subject.record)
-    if folder is not None and folder.complete:
-        return ShipsResult.load(folder.path)
+    found = folder and folder.finished(ShipsResult.load)
+    if found is not None:
+        return found
     record = subject.record | {"metric": METRIC, "plan": generation.plan.to_json(), "judge": judge.name}
     completions = Completions(1 + len(units), len(prompts), keep_text=keep_text)
     if folder is not None:

@@ -26,7 +26,7 @@ from .errors import InputError, UnsupportedModelError
 from .layer_mask import LayerMask
 from .packing import PackedPrompts
 from .probing import Visible, probe, record_call, window_of
-from .segments import plan_segments, segment_attention
+from .segments import plan_segments, segment_attention, visible_attention
 
 TREE, DENSE = "shipsfast_tree", "shipsfast_dense"
 BACKENDS = ("auto", "triton", "cpp", "torch", "reference")
@@ -288,19 +288,7 @@ def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     if mask.mean_k is not None:
         key = torch.where(mask.mean_k[:, :, None, None], alt["k_alt"][:, None], key)
-    if softcap is None and sink is None:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling
-        )
-    else:
-        logits = torch.matmul(query, key.transpose(-1, -2)) * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if visible is None:
-            visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-        if visible is not None:
-            logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-        out = torch.matmul(reference.sink_softmax(logits, sink), value)
+    out = visible_attention(query, key, value, visible, scaling, softcap, sink)
     before = out.transpose(1, 2)
     if mask.fixed is not None:
         tokens = mask.value.shape[1]

@@ -23,6 +23,7 @@ from .divergences import REMEDY, extension_status
 from .errors import InputError
 from .flops import gemm_flops_per_s, model_flops, scan_flops
 from .packing import pack
+from .plain_text import counted
 from .planner import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from .prepared import Prepared, prepare
 from .ships import scan
@@ -75,7 +76,7 @@ class BenchResult:
         return "\n".join(
             [
                 f"{self.model} in {self.dtype} on {self.device}",
-                f"  {self.prompts} prompts, {self.packed_tokens} tokens packed",
+                f"  {counted(self.prompts, 'prompt')}, {self.packed_tokens} tokens packed",
                 f"  {self.ablations_per_s:,.1f} ablations/s, {self.tokens_per_s:,.0f} tokens/s",
                 f"  all {self.all_heads} heads: {self.all_heads_s:,.1f} s{sampled}",
                 f"  {self.share_of_floor:.0%} of the floor: {self.gflops_per_s:,.3g} GFLOP/s{alone}",
@@ -235,7 +236,7 @@ def suggest(prepared: Prepared, record: dict, tokens: int, share: float) -> str 
     blocks = -(-len(prepared.units) // plan.rows_per_block)
     if plan.chunk_tokens < wanted or blocks > 4:
         return (
-            f"memory is short: chunks of {plan.chunk_tokens} tokens, {blocks} block{'s' * (blocks != 1)} of heads within "
+            f"memory is short: chunks of {plan.chunk_tokens} tokens, {counted(blocks, 'block')} of heads within "
             f"{plan.memory_limit_bytes / 2**30:.2g} GiB; raise --max-memory"
         )
     if tokens * (1 + len(prepared.units)) < wanted:

@@ -16,24 +16,23 @@ from typing import Annotated
 
 import typer
 
+from ._version import __version__
 from .cli_bench import bench
 from .cli_options import (
+    ANSWER_OPTIONS,
     PLAN_OPTIONS,
     SCAN_OPTIONS,
-    DoSample,
     Groups,
     Json,
     JudgeName,
     JudgeTemplate,
     KeepText,
     MetricNames,
-    NewTokens,
     NonFinite,
     Quiet,
     Rank,
-    Temperature,
     Top,
-    TopK,
+    as_it_lies,
     check_place,
     command,
     quiet_transformers,
@@ -43,7 +42,6 @@ from .errors import InputError, Stopped, WriteError
 
 app = typer.Typer(
     name="shipsfast",
-    help="Find the attention heads that carry a language model's behaviour: switch each one off, measure what changes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,8 +49,24 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"shipsfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Say which version this is."),
+    ] = False,
+) -> None:
+    """Find the attention heads that carry a language model's behaviour: switch each one off, measure what changes."""
+
+
 @app.command("scan")
-@command(SCAN_OPTIONS, PLAN_OPTIONS)
+@command(ANSWER_OPTIONS, SCAN_OPTIONS, PLAN_OPTIONS)
 def scan(
     load: Callable[[], dict],
     shared: dict,
@@ -67,16 +81,12 @@ def scan(
     ] = "score",
     judge: JudgeName = "keywords",
     judge_template: JudgeTemplate = None,
-    max_new_tokens: NewTokens = 128,
-    do_sample: DoSample = False,
-    top_k: TopK = 5,
-    temperature: Temperature = 1.0,
     keep_text: KeepText = False,
 ):
     """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats).
 
-    With --rank-by asr: let the model answer with every head off, and judge the answers; the options from --judge to
-    --keep-text are for this.
+    With --rank-by asr: let the model answer with every head off, and judge the answers.
+    The options from --judge to --eos-token-id are for this.
     """
     from .metrics import parse_metric
 
@@ -104,10 +114,8 @@ def scan(
             )
         from .asr import scan_asr
 
-        settings = _generation(max_new_tokens, do_sample, top_k, temperature, shared)
-        result = scan_asr(
-            judge=_judge(judge, judge_template, shared), keep_text=keep_text, **settings, **load()
-        )
+        judge = _judge(judge, judge_template, shared)
+        result = scan_asr(judge=judge, keep_text=keep_text, **shared["answers"], **load())
     _show(result, top, shared)
 
 
@@ -140,25 +148,21 @@ def sahara(
 
 
 @app.command("generate")
-@command(without=("out", "resume"))
+@command(ANSWER_OPTIONS, without=("out", "resume"))
 def generate(
     load: Callable[[], dict],
     shared: dict,
-    groups: Groups = None,
-    max_new_tokens: NewTokens = 128,
-    do_sample: DoSample = False,
-    top_k: TopK = 5,
-    temperature: Temperature = 1.0,
+    groups: Groups = "none",
 ):
     """Print what MODEL answers to PROMPTS with each group of heads off."""
     from .ablation import parse_groups
     from .completion_view import show_texts
     from .generation import generate as run
 
-    chosen = parse_groups(groups or "none")
+    chosen = parse_groups(groups)
     given = load()
     del given["out"]
-    texts = run(groups=chosen, **_generation(max_new_tokens, do_sample, top_k, temperature, shared), **given)
+    texts = run(groups=chosen, **shared["answers"], **given)
     if shared["json"]:
         rows = [
             {"heads": [list(head) for head in group], "prompt": prompt, "text": text}
@@ -171,7 +175,7 @@ def generate(
 
 
 @app.command("evaluate")
-@command()
+@command(ANSWER_OPTIONS)
 def evaluate(
     load: Callable[[], dict],
     shared: dict,
@@ -189,17 +193,15 @@ def evaluate(
     ] = None,
     judge: JudgeName = "keywords",
     judge_template: JudgeTemplate = None,
-    max_new_tokens: NewTokens = 128,
-    do_sample: DoSample = False,
-    top_k: TopK = 5,
-    temperature: Temperature = 1.0,
     keep_text: KeepText = False,
     view: Annotated[
         Path | None, typer.Option(help="Write the answers side by side here (md or html).")
     ] = None,
 ):
-    """Judge what MODEL answers to PROMPTS with each group of heads off: attack success rates, beside the unablated
-    model's."""
+    """Judge what MODEL answers to PROMPTS with each group of heads off: attack success rates.
+
+    The unablated model's answers are judged beside them.
+    """
     from .ablation import parse_groups
     from .prompts import load_prompts
 
@@ -216,23 +218,15 @@ def evaluate(
     ordinary = None if control is None else load_prompts(control, shared["column"])
     from .evaluation import evaluate as run_it
 
-    settings = _generation(max_new_tokens, do_sample, top_k, temperature, shared)
     result = run_it(
         groups=[[], *(group for group in chosen if group)], judge=_judge(judge, judge_template, shared),
-        control=ordinary, keep_text=keep_text, **settings, **load(),
+        control=ordinary, keep_text=keep_text, **shared["answers"], **load(),
     )  # fmt: skip
     if view is not None:
         result.view(view)
     _show(result, top, shared)
     if view is not None and not shared["json"]:
         print(f"answers side by side: {view}")
-
-
-def _generation(max_new_tokens, do_sample, top_k, temperature, shared: dict) -> dict:
-    return {
-        "max_new_tokens": max_new_tokens, "do_sample": do_sample, "top_k": top_k, "temperature": temperature,
-        "seed": shared["seed"],
-    }  # fmt: skip
 
 
 def _judge(name: str, template: str | None, shared: dict):
@@ -323,7 +317,7 @@ def _show(result, top: int, shared: dict) -> None:
         print(json_module.dumps(as_json(result, top, out), indent=1))
     else:
         show(result, top, out)
-        if shared["loaded"]:
+        if shared["before"] is not None and shared["before"] == as_it_lies(out):
             print("(it was complete: loaded, nothing was run)")
 
 

@@ -9,7 +9,9 @@ import typer
 from .errors import InputError
 
 # Without --rank-by asr nobody answers, and nobody judges.
-OF_ANSWERS = ("judge", "judge_template", "max_new_tokens", "do_sample", "top_k", "temperature", "keep_text")
+OF_ANSWERS = (
+    "judge", "judge_template", "max_new_tokens", "do_sample", "top_k", "temperature", "eos_token_id", "keep_text",
+)  # fmt: skip
 # --plan computes no scores and writes nothing.
 OF_RESULTS = ("out", "resume", "plot", "nonfinite", "top", *OF_ANSWERS)
 

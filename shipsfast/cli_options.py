@@ -100,6 +100,13 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Where a text e
 DoSample = Annotated[bool, typer.Option("--do-sample", help="Draw tokens instead of taking the likeliest.")]
 TopK = Annotated[int, typer.Option(help="Tokens to draw from; 0: all.")]
 Temperature = Annotated[float, typer.Option(help="Of the draws.")]
+EndTokens = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--eos-token-id",
+        help="Id of a token that ends a text, may be given several times, or none; default: as the model says.",
+    ),
+]
 Groups = Annotated[
     str | None,
     typer.Option(
@@ -140,6 +147,13 @@ RUN_OPTIONS = {
     "json": (Json, False),
     "quiet": (Quiet, False),
 }
+ANSWER_OPTIONS = {
+    "max_new_tokens": (NewTokens, 128),
+    "do_sample": (DoSample, False),
+    "top_k": (TopK, 5),
+    "temperature": (Temperature, 1.0),
+    "eos_token_id": (EndTokens, None),
+}
 SCAN_OPTIONS = {"heads": (Heads, None), "plot": (Plot, None), "stream": (Stream, False)}
 PLAN_OPTIONS = {"plan": (PlanOnly, False), "device_memory": (DeviceMemory, None)}
 
@@ -148,21 +162,26 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
     """A command with the arguments and options of every run, of `more`, and of its own.
 
     The function decorated gets `load`, which loads the model and gives the arguments of a run, `shared`, the options
-    as given, and its own options.
+    as given, and its own options. Where `more` has them, shared["answers"] are the settings of generation.
     """
 
     def decorate(function: Callable) -> Callable:
-        options = RUN_OPTIONS | {name: option for some in more for name, option in some.items()}
+        options = {name: option for some in (*more, RUN_OPTIONS) for name, option in some.items()}
         options = {name: option for name, option in options.items() if name not in without}
 
         def run(context: typer.Context, **given) -> None:
             if "plan" in options:
-                answers = given.get("rank_by") == "asr"
-                check_together(given_options(context), plan=given["plan"], answers=answers)
+                by_answers = given.get("rank_by") == "asr"
+                check_together(given_options(context), plan=given["plan"], answers=by_answers)
             shared = {name: given.pop(name) for name in (*ARGUMENTS, *options)}
             running["out"] = shared.get("out")
-            shared["loaded"] = is_complete(shared.get("out"))
-            function(checked(**{k: x for k, x in shared.items() if k != "loaded"}), shared, **given)
+            answers = {name: shared.pop(name) for name in ANSWER_OPTIONS if name in options}
+            load = checked(**shared)
+            if answers:
+                answers["eos_token_id"] = _end_tokens(answers["eos_token_id"])
+                shared["answers"] = answers | {"seed": shared["seed"]}
+            shared["before"] = as_it_lies(shared.get("out"))
+            function(load, shared, **given)
 
         def parameter(name: str, kind, default=inspect.Parameter.empty) -> inspect.Parameter:
             return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
@@ -251,23 +270,37 @@ def _number(text: str, option: str) -> float:
         raise InputError(f"{option} must be a number, got {text!r}") from None
 
 
-def is_complete(out: Path | None) -> bool:
-    """Does a finished run lie there, with every part sound?"""
-    from .manifest import is_finished
+def _end_tokens(given: list[str] | None) -> list[int] | None:
+    """As `generate` takes them: None for those of the model, [] for none."""
+    if not given or given == ["none"]:
+        return None if not given else []
+    try:
+        return [int(each) for each in given]
+    except ValueError:
+        raise InputError(
+            f"--eos-token-id must be whole numbers, or none alone, got {', '.join(given)}"
+        ) from None
 
-    return out is not None and is_finished(out)
+
+def as_it_lies(out: Path | None) -> tuple[int, int] | None:
+    """What tells whether a run has written its manifest since: whoever does any work does."""
+    from .manifest import MANIFEST
+
+    if out is None or not (out / MANIFEST).is_file():
+        return None
+    found = (out / MANIFEST).stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def check_resume(out: Path | None) -> None:
     """Raises InputError unless there is a run to go on with."""
-    from .manifest import BACKUP, MANIFEST
+    from .manifest import BACKUP, MANIFEST, without_run
 
     if out is None:
         raise InputError("--resume goes on with the run in --out: give --out")
     if not any((out / name).is_file() for name in (MANIFEST, BACKUP)):
-        what = "it does not exist" if not out.exists() else f"it has no {MANIFEST}"
         raise InputError(
-            f"--resume {out}: there is no run to go on with, {what}; leave --resume away to begin one"
+            f"--resume {out}: there is no run to go on with, {without_run(out)}; leave --resume away to begin one"
         )
 
 
@@ -286,6 +319,7 @@ def quiet_transformers() -> None:
     """Bad input is told once, by us; progress bars of loading are noise beside ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

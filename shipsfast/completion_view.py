@@ -23,7 +23,7 @@ from .completions import MISSING
 from .control import Control
 from .errors import InputError
 from .evaluation import EvalResult, group_name
-from .plain_text import visible
+from .plain_text import counted, visible
 from .refusal import LABELS
 from .runs import write_whole
 
@@ -51,7 +51,7 @@ def show(result: EvalResult, console: Console | None = None, rows: int = 4) -> N
     heads, judged, control = _summary(result)
     _print_columns(console, heads | judged)
     if control:
-        _line(console, f"The same on {result.control.kl_nats.shape[1]:,} ordinary prompts:")
+        _line(console, f"The same on {counted(result.control.kl_nats.shape[1], 'ordinary prompt')}:")
         _print_columns(console, heads | control)
     if len(result.groups) > TERMINAL_SUMMARY:
         _line(console, f"The first {TERMINAL_SUMMARY} of {len(result.groups):,} groups.")
@@ -174,11 +174,11 @@ def _facts(result: EvalResult) -> str:
 def _legend(result: EvalResult) -> Iterator[str]:
     yield (
         "ASR is the attack success rate, the share of answers that are neither refusals nor degenerate, with its Wilson "
-        f"interval; {len(result.prompts):,} prompts."
+        f"interval; {counted(len(result.prompts), 'prompt')}."
     )
     if result.control is not None:
         yield (
-            f"Control: {result.control.kl_nats.shape[1]:,} ordinary prompts. KL(unablated || heads off) of the next token, "
+            f"Control: {counted(result.control.kl_nats.shape[1], 'ordinary prompt')}. KL(unablated || heads off) of the next token, "
             f"mean over the first {result.control.tokens} tokens of the unablated model's answer; share of answers that are "
             "degenerate; share that are word for word those of the unablated model."
         )

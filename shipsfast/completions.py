@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .decoder import Decoded
-from .generation import Generation
+from .generation_queue import Generation
 from .part_file import ANSWER as COLUMNS
 from .part_file import cells
 from .refusal import LABELS, Completion

@@ -16,7 +16,7 @@ import torch
 from .ablation import HeadMask
 from .completions import MISSING, Completions
 from .decoder import Group
-from .generation import Generation
+from .generation_queue import Generation
 from .metrics import kl_rows
 from .packing import pack
 from .planner import even_slices, make_plan

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from .grams import ROOM as GRAMS
 from .grams import Grams
 from .nonfinite import explain, refuse_base
 from .packing import PackedPrompts
+from .plain_text import counted
 from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
 from .results import HEAD_COLUMNS, SubspaceResult, stability_json
 from .subspaces import check_rank, gram_matrices, leading_subspace, singular_values, subspace_angle_deg
@@ -84,8 +84,9 @@ def scan_dataset(
     angles, folder = np.full(shape, np.nan), None
     if out is not None:
         folder = runs.RunFolder(out, prepared.identity, prepared.record)
-        if folder.complete:
-            return SubspaceResult.load(folder.path)
+        found = folder.finished(SubspaceResult.load, (runs.SCORES, GRAMS))
+        if found is not None:
+            return found
         angles = runs.read_scores(folder.path, shape, HEAD_COLUMNS, "angle_deg")
         prepared.continue_plan(folder)
         prepared.record["plan"] = prepared.plan.to_json()
@@ -181,7 +182,7 @@ class AngleScan:
                 if all(len(g) == 1 for g in groups):
                     raise
                 halves = [h for g in groups for h in (g[: len(g) // 2], g[len(g) // 2 :]) if h]
-                self.prepared.plan = replace(self.prepared.plan, prompt_groups=tuple(halves))
+                self.prepared.plan = self.prepared.plan.regrouped(halves, self.prepared.tree_ids)
                 self._packs = {}
 
     def record(self) -> dict:
@@ -284,8 +285,8 @@ class AngleScan:
         span = int((values > values[0] * max(base.shape) * 1e-14).sum())
         if self.rank > span:
             raise InputError(
-                f"rank {self.rank} is more than the prompts have: their hidden states span {span} "
-                f"direction{'s' * (span != 1)} (duplicates add none); lower the rank or add prompts"
+                f"rank {self.rank} is more than the prompts have: their hidden states span "
+                f"{counted(span, 'direction')} (duplicates add none); lower the rank or add prompts"
             )
         basis = leading_subspace(base[None], self.rank)[0]
         self.singular_values = values[: self.rank + 1].tolist()

@@ -41,27 +41,12 @@ def decode_attention(
         from .kernels.decode_attention import decode_attention as function  # needs triton
 
         sink = None if sink is None else sink.float().contiguous()
+    alt = mask.replace_by(lambda: q.mean(1), lambda: mean_key, lambda: mask.value[:, 0])
     out = function(
         q, k_cache, v_cache, slot, length, mask.logit_scale, mask.output_scale,
-        scaling=scaling, softcap=softcap, window=window, sink=sink, **_replacements(mask, q, mean_key),
+        scaling=scaling, softcap=softcap, window=window, sink=sink, **alt,
     )  # fmt: skip
     return mask.finish(out[:, None])[:, 0]
-
-
-def _replacements(mask: LayerMask, q: torch.Tensor, mean_key: torch.Tensor | None) -> dict:
-    """What `LayerMask.replacements` gives a tree, for a single token."""
-    flags, out = None, {}
-    for name, bit, alt, make in (
-        ("mean_q", REPLACE_Q, "q_alt", lambda: q.mean(1)),
-        ("mean_k", REPLACE_K, "k_alt", lambda: mean_key),
-        ("fixed", REPLACE_OUT, "out_alt", lambda: mask.value[:, 0]),
-    ):
-        chosen = getattr(mask, name)
-        if chosen is not None:
-            part = chosen.to(torch.int8) * bit
-            flags = part if flags is None else flags | part
-            out[alt] = make()
-    return out if flags is None else out | {"replace": flags}
 
 
 def cpp_attention(

@@ -16,9 +16,11 @@ from .ablation import DEFAULT_SCALE, Ablation
 from .checks import check_generation
 from .clock import seconds_since
 from .completions import MISSING, Completions, judged
+from .completions import ROOM as COMPLETIONS
 from .control import CONTROL_TOKENS, Control, kl_along
 from .errors import InputError, whole_number
-from .generation import NEW_TOKENS, Generation, Longest, prepare_generation
+from .generation import NEW_TOKENS, prepare_generation
+from .generation_queue import Generation, Longest
 from .prepared import once_more
 from .refusal import LABELS, Completion, Judge, as_judge, degenerate
 from .sampling import TOP_K, Sampling
@@ -215,8 +217,9 @@ def evaluate(
             "tokens": tokens,
         }
     folder = None if out is None else runs.RunFolder(out, identity, generation.subject.record)
-    if folder is not None and folder.complete:
-        return replace(EvalResult.load(folder.path), prompts=list(prompts))
+    found = folder and folder.finished(EvalResult.load, (COMPLETIONS, CONTROL_ROOM, runs.SCORES))
+    if found is not None:
+        return replace(found, prompts=list(prompts))
     record = generation.subject.record | {"plan": generation.plan.to_json(), "judge": judge.name}
     if keep_text:
         record["prompt_texts"] = list(prompts)

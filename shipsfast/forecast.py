@@ -25,6 +25,7 @@ from .flops import gemm_flops_per_s, model_flops, scan_flops
 from .loading import as_device, first_line
 from .metrics import as_metrics
 from .packing import pack
+from .plain_text import counted
 from .planner import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
 from .prepared import kept, scanned_units
 from .prompts import to_token_ids
@@ -99,7 +100,7 @@ class Forecast:
                 f"{self.tokens:,} tokens; {self.flops:.3g} FLOPs"
             ),
             (
-                f"plan    {_count(groups, 'group')} of prompts x {_count(blocks, 'block')} of at most "
+                f"plan    {counted(groups, 'group')} of prompts x {counted(blocks, 'block')} of at most "
                 f"{plan.rows_per_block:,} {of['unit']}s; {plan.chunk_tokens:,} tokens pass a layer at a time"
             ),
             f"passes  {self.passes:,} over the layers, {self.checks} of them checks",
@@ -295,10 +296,6 @@ def _limits(plan: Plan, units: int, prompts: int, blocks: int, where: torch.devi
         why = "the chunks that suit a CPU's cache" if where.type == "cpu" else "memory"
         out.append(f"{why}: {prompts:,} prompts go through in {len(plan.prompt_groups):,} groups")
     return out or ["none: all heads and prompts go through in one pass"]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _gib(count: float) -> str:

@@ -23,12 +23,21 @@ class GenerationPlan:
     slots: int
     capacity: int
     prefill: Plan
-    predicted_bytes: int
+    slot_bytes: int  # of a row: its cache, and its part of a step
+
+    @property
+    def predicted_bytes(self) -> int:
+        return self.slots * self.slot_bytes + self.prefill.predicted_bytes
 
     def to_json(self) -> dict:
         return {"slots": self.slots, "capacity": self.capacity, "predicted_bytes": self.predicted_bytes} | {
             "prefill": self.prefill.to_json()
         }
+
+    def halve(self) -> None:
+        """After running out of memory."""
+        self.slots = max(1, self.slots // 2)
+        self.prefill = self.prefill.smaller() or self.prefill
 
 
 def make_generation_plan(
@@ -52,14 +61,15 @@ def make_generation_plan(
     if slots < 1:
         raise InputError(
             f"a row of {capacity} tokens needs {each / 2**20:,.1f} MiB beyond the model, and half of "
-            f"{prefill.memory_limit_bytes / 2**20:,.1f} MiB may be used: raise max_memory or lower max_new_tokens"
+            f"{prefill.memory_limit_bytes / 2**20:,.1f} MiB may be used: raise max_memory "
+            "(--max-memory) or lower max_new_tokens (--max-new-tokens)"
         )
     if slots * each + prefill.predicted_bytes > prefill.memory_limit_bytes:
         prefill = make_plan(
             anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype,
             max_memory=prefill.memory_limit_bytes - slots * each, kept_bytes=kept,
         )  # fmt: skip
-    return GenerationPlan(int(slots), capacity, prefill, int(slots * each + prefill.predicted_bytes))
+    return GenerationPlan(int(slots), capacity, prefill, int(each))
 
 
 def _loaded_bytes(subject: Subject) -> int:

@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 
 from . import runs
+from .bootstrap import RankStability, check_settings, resample_counts, stability_of
 from .errors import InputError
 from .part_file import cells
-from .statistics import RankStability, check_settings, resample_counts, stability_of
+from .plain_text import counted
 from .subspaces import resampled_angle_deg
 
 MOST_BYTES = 256 << 20  # of one run; where more would be needed, none are kept
@@ -66,7 +67,7 @@ class Grams:
         distinct = len(set(names))
         if distinct < rank + 2:
             raise InputError(
-                f"{distinct} distinct prompt{'s' * (distinct != 1)} cannot be resampled at rank {rank}: take at least "
+                f"{counted(distinct, 'distinct prompt')} cannot be resampled at rank {rank}: take at least "
                 f"{rank + 2}"
             )
         if not scanned.any():

@@ -84,8 +84,9 @@ def sahara(
     scores, folder = np.full((group_size, beam, *grid), np.nan), None
     if out is not None:
         folder = runs.RunFolder(out, prepared.identity, prepared.record)
-        if folder.complete:
-            return SaharaResult.load(folder.path)
+        found = folder.finished(SaharaResult.load, (runs.SCORES, GRAMS))
+        if found is not None:
+            return found
         scores = runs.read_scores(folder.path, scores.shape, STEP_COLUMNS, "angle_deg")
         prepared.continue_plan(folder)
         prepared.record["plan"] = prepared.plan.to_json()

@@ -12,6 +12,7 @@ have without any replacement. Queries and keys are those that enter attention: a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,17 +71,22 @@ class LayerMask:
 
     def replacements(self, q: torch.Tensor, k: torch.Tensor) -> dict:
         """The replacement arguments of `reference.tree_attention`; q [B, H, TQ, D], k [B, HKV, T, D]."""
+        return self.replace_by(lambda: q.mean(1), lambda: k.mean(1), lambda: self.value)
+
+    def replace_by(self, *make: Callable[[], torch.Tensor]) -> dict:
+        """The same with these vectors in the place of a head's q, k and output, made where a head needs them."""
         flags, out = None, {}
-        for name, bit, alt, make in (
-            ("mean_q", REPLACE_Q, "q_alt", lambda: q.mean(1)),
-            ("mean_k", REPLACE_K, "k_alt", lambda: k.mean(1)),
-            ("fixed", REPLACE_OUT, "out_alt", lambda: self.value),
-        ):
+        kinds = (
+            ("mean_q", REPLACE_Q, "q_alt"),
+            ("mean_k", REPLACE_K, "k_alt"),
+            ("fixed", REPLACE_OUT, "out_alt"),
+        )
+        for (name, bit, alt), vectors in zip(kinds, make, strict=True):
             chosen = getattr(self, name)
             if chosen is not None:
                 part = chosen.to(torch.int8) * bit
                 flags = part if flags is None else flags | part
-                out[alt] = make()
+                out[alt] = vectors()
         return out if flags is None else out | {"replace": flags}
 
     def finish(self, out: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:

@@ -66,7 +66,9 @@ def load_model(
             f"{name} does not fit on {where}: use --stream, another device or --dtype bfloat16"
         ) from error
     except LOADING_ERRORS as error:
-        raise InputError(f"cannot load a causal language model from {name}: {first_line(error)}") from error
+        raise InputError(
+            f"cannot load a causal language model from {_place(name)}: {first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False):
@@ -75,7 +77,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False):
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exceptions for malformed files
-        raise InputError(f"cannot load a tokenizer from {name}: {first_line(error)}") from error
+        raise InputError(f"cannot load a tokenizer from {_place(name)}: {first_line(error)}") from error
 
 
 def as_device(name: str | torch.device | None) -> torch.device:
@@ -97,6 +99,10 @@ def check_folder(name: str) -> None:
         raise InputError(f"no model folder at {name}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name} is not a model folder: it has no config.json")
+
+
+def _place(name: str) -> str:
+    return name if Path(name).is_dir() else f"the hub's {name} (there is no folder of that name)"
 
 
 def _check_weights(name: str) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
 from .errors import InputError
 from .part_file import inside
-from .run_schema import check_manifest
+from .run_schema import PART_FILE, check_manifest
 
 SCHEMA = 3
 MANIFEST, BACKUP = "run.json", "run.backup.json"
-ROOMS = ("scores", "grams", "completions", "control", "basis")
 FURTHER = "also"  # the folder of further metrics' run folders
-_FILE = re.compile(rf"({'|'.join(ROOMS)})/part-(\d{{6,9}})\.parquet")
 MOST_BYTES = 1 << 30  # of a manifest: more is not one of ours
 
 
@@ -27,6 +24,10 @@ class DamagedError(InputError):
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}: {remedy}")
         self.problem = problem
+
+
+class DamagedPartError(InputError):
+    """A part that is not as it was written, or that the manifest does not list: a run that goes on makes it good."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Part:
 
     @property
     def number(self) -> int:
-        return int(_FILE.fullmatch(self.file)[2])
+        return int(PART_FILE.fullmatch(self.file)[2])
 
     def entry(self) -> dict:
         return asdict(self)
@@ -76,6 +77,15 @@ class Part:
     def problem(self, folder: Path) -> str:
         return self.read(folder)[1]
 
+    def sound(self, folder: Path) -> bytes:
+        """Its bytes. Raises DamagedPartError if they are not those that were written."""
+        data, problem = self.read(folder)
+        if problem:
+            raise DamagedPartError(
+                f"{folder / self.file} {problem}: run the same command again, which computes its scores anew"
+            )
+        return data
+
 
 def as_text(body: dict) -> str:
     """The text of a manifest, with its own checksum."""
@@ -97,6 +107,11 @@ def find_parts(manifest: dict) -> list[Part]:
     return [Part(**entry) for entry in manifest.get("parts", [])]
 
 
+def without_run(path: Path) -> str:
+    """What a place lacks that is no run folder."""
+    return f"it has no {MANIFEST}" if path.exists() else "it does not exist"
+
+
 def read_manifest(path: Path, kind: str | None = None, *, name: str = MANIFEST) -> dict:
     """run.json of a run folder, as a dict without its checksum.
 
@@ -104,7 +119,7 @@ def read_manifest(path: Path, kind: str | None = None, *, name: str = MANIFEST) 
     """
     file = path / name
     if not file.is_file() and not (path / BACKUP).is_file():
-        raise InputError(f"{path} is not a shipsfast run: it has no {MANIFEST}")
+        raise InputError(f"{path} is not a shipsfast run: {without_run(path)}")
     remedy = "choose another output folder"
     if name == MANIFEST and (path / BACKUP).is_file():
         remedy = f"run the same command again, which takes its copy {BACKUP}"
@@ -135,43 +150,9 @@ def read_manifest(path: Path, kind: str | None = None, *, name: str = MANIFEST) 
         )
     if schema != SCHEMA or manifest.get("checksum") != _checksum(manifest):
         raise DamagedError(f"{file} is damaged (its checksum is not that of its contents)", remedy)
-    _check_form(file, manifest)
     check_manifest(file, manifest)
     if kind is not None and manifest["identity"].get("kind") != kind:
         raise InputError(
             f"{path} holds a run of kind {manifest['identity'].get('kind')!r}, expected {kind!r}"
         )
     return {k: v for k, v in manifest.items() if k != "checksum"}
-
-
-def is_finished(path: Path) -> bool:
-    """Is it a complete run of which every part is sound, those of further metrics included?"""
-    try:
-        manifest = read_manifest(path)
-    except InputError:
-        return False
-    if manifest.get("status") != "complete" or any(part.problem(path) for part in find_parts(manifest)):
-        return False
-    further = manifest["identity"].get("further_metrics", [])
-    return all(is_finished(path / FURTHER / str(number)) for number in range(1, len(further) + 1))
-
-
-def _check_form(file: Path, manifest: dict) -> None:
-    """A checksum keeps accidents out; a manifest made by hand may still say anything."""
-    parts = manifest.get("parts")
-    sound = isinstance(manifest.get("identity"), dict) and isinstance(parts, list)
-    seen = set()
-    for entry in parts if sound else []:
-        sound = (
-            isinstance(entry, dict)
-            and entry.keys() == Part.__dataclass_fields__.keys()
-            and isinstance(entry["file"], str)
-            and _FILE.fullmatch(entry["file"]) is not None
-            and entry["file"] not in seen
-            and all(type(entry[k]) is int and entry[k] >= 0 for k in ("bytes", "rows", "commit"))
-        )
-        if not sound:
-            break
-        seen.add(entry["file"])
-    if not sound:
-        raise InputError(f"{file} is no manifest that shipsfast writes: choose another folder")

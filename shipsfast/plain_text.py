@@ -23,6 +23,11 @@ def visible(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 part", "2,000 parts"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def one_line(text: str) -> str:
     """The same as a message: on one line, and cut where it is far too long."""
     text = " ".join(visible(text).split())

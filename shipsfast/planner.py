@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 
 import psutil
@@ -26,6 +26,7 @@ import torch
 from .anatomy import Anatomy
 from .errors import InputError
 from .packing import PackedPrompts, pack
+from .plain_text import counted
 
 # Measured on two AVX-512 cores: larger chunks make the matrix products 3 % faster at most, and push activations
 # out of the cache between the operations of a layer, which costs more. A GPU wants its products larger.
@@ -47,20 +48,32 @@ class Plan:
     head_rows: int
     memory_limit_bytes: int
     predicted_bytes: int
+    needs: Needs = field(repr=False, compare=False)
 
     def to_json(self) -> dict:
-        out = asdict(self)
+        out = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
         out["prompt_groups"] = [len(g) for g in self.prompt_groups]
         return out
 
     @classmethod
-    def from_json(cls, body: dict, prompts: Sequence[Sequence[int]]) -> Plan:
-        """The plan that gave `to_json`, for the same prompts."""
+    def from_json(cls, body: dict, prompts: Sequence[Sequence[int]], needs: Needs) -> Plan:
+        """The plan that gave `to_json`, for the same prompts. needs: of another plan for them; those of these groups
+        take its place. Raises InputError for a plan of other prompts."""
+        if sum(body["prompt_groups"]) != len(prompts):
+            raise InputError(
+                f"the plan is of {counted(sum(body['prompt_groups']), 'prompt')}, and there are {len(prompts)}: choose "
+                "another output folder"
+            )
         order, groups, start = in_order(prompts), [], 0
         for size in body["prompt_groups"]:
             groups.append(tuple(order[start : start + size]))
             start += size
-        return cls(**body | {"prompt_groups": tuple(groups)})
+        return cls(**body, needs=needs).regrouped(groups, prompts)
+
+    def regrouped(self, groups: Iterable[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Plan:
+        """The same for prompts in these groups."""
+        groups = tuple(groups)
+        return replace(self, prompt_groups=groups, needs=self.needs.of_groups(groups, prompts))._predicted()
 
     def smaller(self) -> Plan | None:
         """The plan to retry with after running out of memory, None if there is nothing left to halve."""
@@ -71,6 +84,12 @@ class Plan:
             rows_per_block=max(1, self.rows_per_block // 2),
             chunk_tokens=max(1, self.chunk_tokens // 2),
             head_rows=max(1, self.head_rows // 2),
+        )._predicted()
+
+    def _predicted(self) -> Plan:
+        """The same with its own prediction."""
+        return replace(
+            self, predicted_bytes=self.needs(self.rows_per_block, self.chunk_tokens, self.head_rows)
         )
 
 
@@ -141,6 +160,44 @@ def block_bytes(*args) -> int:
     return peak_bytes(block_parts(*args))
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What blocks of a scan hold beyond the model, in bytes.
+
+    tokens, ends: of the largest pack; size: bytes per number, row_size: of the residual streams; extra_rows: streams held beside those of the block;
+    kept_per_row_bytes, kept_bytes: what the caller keeps of every row, and in all.
+    """
+
+    anatomy: Anatomy
+    size: int
+    row_size: int
+    extra_rows: int
+    kept_per_row_bytes: int
+    kept_bytes: int
+    tokens: int = 0
+    ends: int = 0
+
+    def of_groups(self, groups: Iterable[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Needs:
+        """The same for prompts in these groups."""
+        packs = [pack([prompts[i] for i in group]) for group in groups]
+        return replace(self, tokens=max(p.num_tokens for p in packs), ends=max(map(_ends, packs)))
+
+    def __call__(self, ablations: int, chunk_tokens: int, head_rows: int) -> int:
+        """At the worst moment of a block of so many ablations and the unablated row."""
+        held = block_bytes(
+            self.anatomy,
+            ablations + 1,
+            self.tokens,
+            self.ends,
+            chunk_tokens,
+            head_rows,
+            self.size,
+            self.row_size,
+        )
+        more = self.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * self.size
+        return held + more + (ablations + 1) * self.kept_per_row_bytes + self.kept_bytes
+
+
 def make_plan(
     anatomy: Anatomy,
     prompts: Sequence[Sequence[int]],
@@ -162,8 +219,7 @@ def make_plan(
 
     max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
     coming_bytes: weights of the model that are brought into memory while it runs.
-    extra_rows: residual streams held beside those of the block; kept_per_row_bytes, kept_bytes: what the caller
-        keeps of every row, and in all.
+    extra_rows, kept_per_row_bytes, kept_bytes: as in `Needs`.
     row_size: bytes per number of the residual streams, by default those of `dtype`.
     Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
     """
@@ -195,18 +251,16 @@ def make_plan(
         return [tuple(order[part]) for part in even_slices(len(order), per_group)]
 
     per_group = prompts_per_group or len(prompts)
+    needs = Needs(anatomy, size, row_size, extra_rows, kept_per_row_bytes, kept_bytes)
+
+    def need(rows: int) -> int:
+        return needs(rows, chunk, head_rows)
+
     while True:
         groups = cut(per_group)
-        packs = [pack([prompts[i] for i in group]) for group in groups]
-        tokens, ends = max(p.num_tokens for p in packs), max(_ends(p) for p in packs)
-
-        def need(rows: int, tokens=tokens, ends=ends) -> int:
-            held = block_bytes(anatomy, rows + 1, tokens, ends, chunk, head_rows, size, row_size)
-            more = extra_rows * (tokens + ends) * anatomy.hidden_size * size
-            return held + more + (rows + 1) * kept_per_row_bytes + kept_bytes
-
-        too_long = on_cpu and prompts_per_group is None and tokens > CPU_GROUP_FACTOR * chunk
-        too_long |= anatomy.index_limit is not None and tokens >= anatomy.index_limit
+        needs = needs.of_groups(groups, prompts)
+        too_long = on_cpu and prompts_per_group is None and needs.tokens > CPU_GROUP_FACTOR * chunk
+        too_long |= anatomy.index_limit is not None and needs.tokens >= anatomy.index_limit
         if (need(1) <= limit and not too_long) or per_group == 1:
             break
         per_group = (per_group + 1) // 2
@@ -220,7 +274,7 @@ def make_plan(
     most = min(rows_per_block or num_ablations, num_ablations)
     # What more rows need grows with them, though not evenly: a chunk fills up first.
     rows = max(1, bisect.bisect_right(range(1, most + 1), limit, key=need))
-    return Plan(tuple(groups), int(rows), chunk, head_rows, limit, need(rows))
+    return Plan(tuple(groups), int(rows), chunk, head_rows, limit, need(rows), needs)
 
 
 def _ends(packed: PackedPrompts) -> int:

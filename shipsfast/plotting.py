@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .plain_text import visible
+from .plain_text import counted, visible
 from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, label_of, quick_stability
 from .statistics import Concentration
 
@@ -68,9 +68,9 @@ def _bars(axes, result: ShipsResult | SubspaceResult, label: str) -> None:
     axes.set_xlabel(_plain(label), fontsize=7)
     title = _share(result.concentration())
     if result.is_rate:
-        title += f"\n95% Wilson intervals, {result.scores.shape[0]} prompts"
+        title += f"\n95% Wilson intervals, {counted(result.scores.shape[0], 'prompt')}"
     elif error is not None:
-        title += f"\n{stability.confidence:.0%} intervals, {stability.prompts} prompts resampled"
+        title += f"\n{stability.confidence:.0%} intervals, {counted(stability.prompts, 'prompt')} resampled"
     axes.set_title(title, fontsize=8)
 
 

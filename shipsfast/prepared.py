@@ -132,7 +132,7 @@ class Prepared(Subject):
         before = folder.previous.get("plan")
         if not before or folder.previous.get("plan_asked") != self.asked:
             return
-        plan = Plan.from_json(before, self.tree_ids)
+        plan = Plan.from_json(before, self.tree_ids, self.plan.needs)
         if plan.predicted_bytes <= self.plan.memory_limit_bytes:
             self.plan = plan
         elif replace(plan, memory_limit_bytes=0, predicted_bytes=0) != replace(

@@ -43,7 +43,14 @@ def save_scores(
         if not run.previous:
             run.write_manifest(record | {"status": "running"})
         done = np.zeros(scores.shape, dtype=bool)
-        before = read_scores(run.path, scores.shape, names, value, done)
+
+        def read(path: Path) -> np.ndarray:
+            done[:] = False
+            return read_scores(path, scores.shape, names, value, done)
+
+        before = run.finished(read)
+        if before is None:
+            before = read(run.path)
         new = np.where(np.isnan(before), scores, np.nan)
         if run.complete:
             if not (~np.isnan(new)).any():  # all is there

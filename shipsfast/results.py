@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .bootstrap import RankStability, rank_stability
 from .errors import InputError
 from .grams import QUICK, Grams
 from .manifest import FURTHER
 from .part_file import inside
+from .plain_text import counted
 from .ranked import HeadScore, Ranked, ranked, save_scores
 from .runs import MANIFEST, read_manifest, read_scores, score_frame
 from .search_results import HEAD_COLUMNS, STEP_COLUMNS, SaharaResult, SubspaceResult
-from .statistics import RankStability, rank_stability, wilson_interval
+from .statistics import wilson_interval
 
 __all__ = [
     "HEAD_COLUMNS", "KL", "MARKED", "STEP_COLUMNS", "HeadScore", "SaharaResult", "ShipsResult", "SubspaceResult",
@@ -105,8 +107,7 @@ class ShipsResult(Ranked):
         """Heatmap of the mean scores, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
         from .plotting import heatmap
 
-        prompts = self.scores.shape[0]
-        title = title or f"{title_of(self.metric)}, mean of {prompts} prompt{'s' * (prompts != 1)}"
+        title = title or f"{title_of(self.metric)}, mean of {counted(self.scores.shape[0], 'prompt')}"
         return heatmap(self, label_of(self.metric), title, path)
 
     def save(self, folder: str | Path) -> Path:
@@ -131,28 +132,32 @@ class ShipsResult(Ranked):
     @classmethod
     def load(cls, folder: str | Path) -> ShipsResult:
         """Read a run folder; scores that a killed scan never reached are NaN."""
-        return cls._load(Path(folder), nested=False)
+        folder = Path(folder)
+        result = cls.load_one(folder)
+        complete = result.record.get("status") == "complete"  # else some may not have been begun
+        for number in range(1, 1 + len(result.identity.get("further_metrics", []))):
+            place = folder / also_place(number)
+            if not complete and not (place / MANIFEST).exists():
+                continue
+            other = cls.load_one(inside(folder, place) if place.exists() else place)
+            if other.identity.get("further_metrics"):
+                raise InputError(
+                    f"{place} is damaged: a further metric has none of its own; delete the folder"
+                )
+            result.also[other.metric["name"]] = other
+        return result
 
     @classmethod
-    def _load(cls, folder: Path, nested: bool) -> ShipsResult:
+    def load_one(cls, folder: Path) -> ShipsResult:
+        """The same without further metrics."""
         manifest = read_manifest(folder, "ships")
         identity, _ = manifest.pop("identity"), manifest.pop("parts")
-        if nested and identity.get("further_metrics"):
-            raise InputError(f"{folder} is damaged: a further metric has none of its own; delete the folder")
         done = np.zeros(tuple(identity["shape"]), dtype=bool)
         scores = cls.read(folder, done.shape, manifest.get("metric", KL), done)
         marked = done & ~np.isfinite(scores)  # infinite ones are of earlier versions
         scores[marked] = np.nan
-        places = [folder / also_place(n + 1) for n in range(len(identity.get("further_metrics", [])))]
-        done = manifest.get("status") == "complete"  # else some may not have been begun
-        others = [
-            cls._load(inside(folder, place) if place.exists() else place, nested=True)
-            for place in places
-            if done or (place / MANIFEST).exists()
-        ]
-        also = {other.metric["name"]: other for other in others}
         floor = manifest.get("noise_floor") or 0.0
-        return cls(scores, floor, manifest, identity, also, marked if marked.any() else None)
+        return cls(scores, floor, manifest, identity, marked=marked if marked.any() else None)
 
 
 def also_place(number: int) -> str:

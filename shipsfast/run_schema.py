@@ -1,9 +1,11 @@
 """What run.json may say. It comes from a disk that anybody may have written to, so that every field which is read is
-checked first: its type, its range, and how much memory it asks for. Fields that nobody reads may be anything.
+checked first: its type, its range, and how much memory it asks for. Fields that nobody reads may be anything. A
+checksum keeps accidents out; a manifest made by hand may still say anything.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,14 +16,21 @@ from .errors import InputError
 MOST_LAYERS = MOST_HEADS = 1 << 14  # far above any model
 MOST_STEPS = 1 << 20  # groups of heads, heads of a search, places of a beam
 BYTES_OF_A_COMPLETION = 128
+ROOMS = ("scores", "grams", "completions", "control", "basis")
+PART_FILE = re.compile(rf"({'|'.join(ROOMS)})/part-(\d{{6,9}})\.parquet")
 
 Test = Callable[[object], bool]
 
 
 def check_manifest(file: Path, manifest: dict) -> None:
     """Raises InputError, naming the field, for a manifest that no run has written."""
-    identity = manifest["identity"]
+    identity, parts = manifest.get("identity"), manifest.get("parts")
     _need(file, "identity", isinstance(identity, dict))
+    _need(file, "parts", _list(_object)(parts), "a list of parts")
+    for number, entry in enumerate(parts):
+        _need(file, f"parts[{number}]", entry.keys() == PART.keys(), f"an object with {', '.join(PART)}")
+        _fields(file, f"parts[{number}].", entry, PART)
+    _need(file, "parts", len({entry["file"] for entry in parts}) == len(parts), "a list of different files")
     kind = identity.get("kind")
     _need(file, "identity.kind", _text(kind))
     _fields(file, "identity.", identity, IDENTITY)
@@ -52,6 +61,11 @@ def _check_scan(file: Path, manifest: dict, identity: dict, kind: str) -> int:
         _need(
             file, "identity.prompts", len(identity["prompts"]) == prompts, "as many as the shape has prompts"
         )
+    metric = identity.get("metric")
+    answers = isinstance(metric, dict) and metric.get("name") == "asr"
+    if "plan" in manifest and not answers:
+        _fields(file, "plan.", manifest["plan"], PLAN, all_of=PLAN)
+        _need(file, "plan", manifest["plan"].keys() == PLAN.keys(), f"an object with {', '.join(PLAN)}")
     if kind == "ships":
         return 8 * prompts * layers * heads * (1 + len(identity.get("further_metrics", [])))
     _need(file, "identity.prompts", "prompts" in identity, "the prompts' hashes")
@@ -192,6 +206,19 @@ IDENTITY: dict[str, tuple[Test, str]] = {
     "keep_text": (_flag, "true or false"),
     "control": (_or_none(_object), "null or an object"),
     "generation": (_object, "an object"),
+}
+PART: dict[str, tuple[Test, str]] = {
+    "file": (lambda x: _text(x) and PART_FILE.fullmatch(x) is not None, "the name of a part"),
+    "sha256": (_text, "a text"),
+    **dict.fromkeys(("bytes", "rows", "commit"), (_count(0, 1 << 62), "a whole number")),
+}
+# Of a scan: how what is left of it will be cut.
+PLAN: dict[str, tuple[Test, str]] = {
+    "prompt_groups": (_list(_count(1, 1 << 40)), "a list of numbers of prompts"),
+    **dict.fromkeys(
+        ("rows_per_block", "chunk_tokens", "head_rows"), (_count(1, 1 << 62), "a whole number of at least 1")
+    ),
+    **dict.fromkeys(("memory_limit_bytes", "predicted_bytes"), (_count(0, 1 << 62), "a whole number")),
 }
 RECORD: dict[str, tuple[Test, str]] = {
     **dict.fromkeys(

@@ -14,10 +14,10 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import pandas as pd
 
 from .differences import in_words
@@ -29,22 +29,24 @@ from .manifest import (
     BACKUP,
     FURTHER,
     MANIFEST,
-    ROOMS,
     SCHEMA,
     DamagedError,
+    DamagedPartError,
     Part,
     as_text,
     find_parts,
     read_manifest,
 )
-from .part_file import cells, inside, read_table
+from .plain_text import counted
+from .run_schema import ROOMS
+from .run_tables import SCORES, damage, read_parts, read_scores, score_frame, unlisted
 
 __all__ = [
-    "MANIFEST", "SCHEMA", "RunFolder", "WriteError", "damage", "fingerprint", "prompt_hashes", "read_manifest", "read_parts",
+    "MANIFEST", "SCHEMA", "SCORES", "RunFolder", "WriteError", "damage", "fingerprint", "prompt_hashes", "read_manifest", "read_parts",
     "read_scores", "score_frame", "write_whole",
 ]  # fmt: skip
 
-SCORES = "scores"
+T = TypeVar("T")
 MEASURES = ("noise_floor", "base_singular_values", "repeated_angle_max_abs_deg")
 ENVIRONMENT = ("device", "versions", "attention_backend", "layers", "kl_backend", "head_precision")
 
@@ -111,8 +113,8 @@ class RunFolder:
 
     identity: what makes two scans the same; anything in it that differs from the folder's is named in the
     InputError that refuses the folder. record: what runs now, for that message and to compare machines.
-    complete: the run is finished and all its parts are sound. Otherwise the folder is locked, until `close`. What is
-    damaged, was left by a kill or belongs to no run is told on stderr and cleared away.
+    complete: the run is finished; whether its parts are sound `finished` finds. Otherwise the folder is locked, until
+    `close`. What is damaged, was left by a kill or belongs to no run is told on stderr and cleared away.
     """
 
     def __init__(self, path: str | Path, identity: dict, record: dict | None = None) -> None:
@@ -126,12 +128,31 @@ class RunFolder:
         self._from_backup = ""  # what is wrong with run.json, where its copy was taken
         self._look()
         done = self.previous.get("status") == "complete" and not self._from_backup
-        self.complete = done and not self._problems() and not self._unlisted()
+        self.complete = done and not self._unlisted()
         if not self.complete:
-            self.begin()
-            self.complete = self._record.get("status") == "complete"  # the sweep was all it needed
-            if self.complete:
-                self.close()
+            self._take_over()
+
+    def _take_over(self) -> None:
+        self.begin()
+        self.complete = self._record.get("status") == "complete"  # the sweep was all it needed
+        if self.complete:
+            self.close()
+
+    def finished(self, load: Callable[[Path], T], rooms: Collection[str] = (SCORES,)) -> T | None:
+        """What `load` makes of the folder of a finished run; None if there is something to do.
+
+        Each part is read and held against its checksum once: those of `rooms` by `load`, the others here.
+        """
+        if not self.complete:
+            return None
+        try:
+            for part in self.parts:
+                if part.room not in rooms:
+                    part.sound(self.path)
+            return load(self.path)
+        except DamagedPartError:
+            self._take_over()
+        return load(self.path) if self.complete else None  # somebody else has made it good
 
     def _look(self) -> None:
         """Raises InputError if something else lies there."""
@@ -330,81 +351,4 @@ def kept(path: Path | None) -> str:
     rows = sum(part.rows for part in parts if part.room in (SCORES, "completions"))
     if not rows:
         return ""
-    return f"what was finished is kept in {path} ({rows} rows in {len(parts)} parts), run again to continue"
-
-
-def unlisted(path: Path, room: str, parts: list[Part]) -> list[Path]:
-    """What lies in a room like a part, and is none of `parts`."""
-    listed = {part.file for part in parts}
-    return [p for p in sorted((path / room).glob("part-*.parquet")) if f"{room}/{p.name}" not in listed]
-
-
-def read_parts(path: Path, room: str, columns: list[str]) -> Iterator[tuple[Path, pd.DataFrame]]:
-    """The parts of one room of a run folder, in the order written. Raises InputError for a damaged one."""
-    if not (path / MANIFEST).exists():
-        return
-    manifest = read_manifest(path)
-    parts = [part for part in find_parts(manifest) if part.room == room]
-    if (path / room).is_symlink():
-        inside(path, path / room)
-    if manifest.get("status") == "complete":  # else it may be on its way into the list
-        extra = unlisted(path, room, parts)
-        if extra:
-            raise InputError(
-                f"{extra[0]} is not one of the parts that {path / MANIFEST} lists: take it away, or run the same "
-                "command again, which removes it"
-            )
-    for part in parts:
-        data, problem = part.read(path)
-        if problem:
-            raise InputError(
-                f"{path / part.file} {problem}: run the same command again, which computes its scores anew"
-            )
-        with damage(path / part.file):
-            frame = read_table(io.BytesIO(data), columns)
-        yield path / part.file, frame
-
-
-@contextlib.contextmanager
-def damage(part: Path) -> Iterator[None]:
-    """What goes wrong inside is the part's fault."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(
-            f"{part} is damaged ({' '.join(str(error).split())}): delete it and run again"
-        ) from error
-
-
-def read_scores(
-    path: Path,
-    shape: tuple[int, ...],
-    names: tuple[str, ...],
-    value: str,
-    done: np.ndarray | None = None,
-    room: str = SCORES,
-) -> np.ndarray:
-    """The scores a run folder holds, float64 of `shape`, NaN where none has been written yet, and where one was marked.
-
-    names: the columns that index the dimensions; value: the column of the scores; done: bool of `shape`, set where
-    there is a row, of a score or of a mark.
-    """
-    scores = np.full(shape, np.nan)
-    for part, frame in read_parts(path, room, [*names, value]):
-        with damage(part):
-            at = cells(frame, names, shape)
-            scores[at] = frame[value]
-            if done is not None:
-                done[at] = True
-    return scores
-
-
-def score_frame(
-    scores: np.ndarray, names: tuple[str, ...], value: str, marked: np.ndarray | None = None
-) -> pd.DataFrame:
-    """Scores as rows with the columns `names` and `value`, without those that are NaN; with the marked ones, as NaN."""
-    index = np.nonzero(~np.isnan(scores) if marked is None else ~np.isnan(scores) | marked)
-    columns = {name: at.astype(np.int32) for name, at in zip(names, index, strict=True)}
-    return pd.DataFrame(columns | {value: scores[index]})
+    return f"what was finished is kept in {path} ({counted(rows, 'row')} in {counted(len(parts), 'part')}), run again to continue"

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .bootstrap import RankStability
 from .errors import InputError, whole_number
 from .grams import RESAMPLES, Grams
+from .plain_text import counted
 from .ranked import HeadScore, Ranked, ranked, save_scores
 from .runs import read_manifest, read_scores, score_frame
-from .statistics import Concentration, RankStability, above_noise, concentration
+from .statistics import Concentration, above_noise, concentration
 
 HEAD_COLUMNS = ("layer", "head")
 STEP_COLUMNS = ("step", "beam", *HEAD_COLUMNS)
@@ -63,8 +65,8 @@ class SubspaceResult(Ranked):
         """Heatmap of the angles, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
         from .plotting import heatmap
 
-        prompts = len(self.identity.get("prompts", []))
-        title = title or f"Dataset-level Ships, rank {self.identity.get('rank')}, {prompts} prompts"
+        prompts = counted(len(self.identity.get("prompts", [])), "prompt")
+        title = title or f"Dataset-level Ships, rank {self.identity.get('rank')}, {prompts}"
         return heatmap(self, ANGLE_LABEL, title, path)
 
     def save(self, folder: str | Path) -> Path:

@@ -237,15 +237,21 @@ def _attend(
     mask = group.mask(chosen)
     if mask is not None and mask.shape[0] > 1:
         mask = mask.repeat(rows, 1, 1, 1)
-    if softcap is None and sink is None:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            qb, kb, vb, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
-    else:
-        logits = torch.matmul(qb, kb.transpose(-1, -2)) * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if mask is None:
-            mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        out = torch.matmul(sink_softmax(logits.masked_fill(~mask, float("-inf")), sink), vb)
+    out = visible_attention(qb, kb, vb, mask, scaling, softcap, sink)
     return out.transpose(1, 2).reshape(rows, -1, out.shape[1], out.shape[3])
+
+
+def visible_attention(q, k, v, visible, scaling: float, softcap: float | None, sink) -> torch.Tensor:
+    """Plain attention [B, H, TQ, DV] of q [B, H, TQ, D] over k and v [B, H, T, ...]; visible: bool, None for causal."""
+    if softcap is None and sink is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scaling
+        )
+    logits = torch.matmul(q, k.transpose(-1, -2)) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if visible is None:
+        visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    # A finite number: padding sees nothing, and what it gives is read by nobody.
+    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    return torch.matmul(sink_softmax(logits, sink), v)

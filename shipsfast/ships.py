@@ -12,15 +12,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from . import runs
 from .ablation import DEFAULT_SCALE, Ablation, Head
 from .checks import ablated_logits, alarm, longest_prompt, packing_noise_nats, plain_logits
 from .clock import seconds_since
 from .errors import InputError, UnsupportedModelError
-from .metrics import Metric, as_metrics, measure_rows
+from .measure import Measure, finished, measures_of
+from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, check_policy, explain, reason
 from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
-from .results import MARKED, ShipsResult, also_place, column
+from .results import MARKED, ShipsResult
 from .untouched import untouched
 
 
@@ -90,13 +90,14 @@ def scan(
         backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
         rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
     )  # fmt: skip
-    measures = _measures(prepared, metric, tokenizer, out, nonfinite == "mark")
+    measures = measures_of(prepared, metric, tokenizer, out, nonfinite == "mark")
     main = measures[0]
     if main.folder is not None:
+        found = finished(measures)
+        if found is not None:
+            return found
         for measure in measures:  # before any says that it goes on
             measure.take()
-        if all(measure.folder.complete for measure in measures):
-            return ShipsResult.load(main.folder.path)
         prepared.continue_plan(main.folder)
         for measure in measures:
             measure.begin()
@@ -116,112 +117,10 @@ def scan(
     return main.result(also)
 
 
-def _measures(prepared: Prepared, metric, tokenizer, out: str | Path | None, mark: bool) -> list[_Measure]:
-    """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first."""
-    metrics = as_metrics(metric, tokenizer, prepared.anatomy.vocab_size)
-    if out is not None and not all(each.is_named for each in metrics):
-        name = next(each.name for each in metrics if not each.is_named)
-        raise InputError(
-            f"metric {name} has no name of its own, so a run folder cannot tell it from others: define it "
-            "as a function of a module, or leave out= away and save the result"
-        )
-    places = [
-        None if out is None else Path(out) / place for place in ("", *map(also_place, range(1, len(metrics))))
-    ]
-    others = {"further_metrics": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
-    return [
-        _Measure(prepared, each, place, others if number == 0 else {}, mark)
-        for number, (each, place) in enumerate(zip(metrics, places, strict=True))
-    ]
-
-
-class _Measure:
-    """One metric of a scan: its scores so far, float64 [P, L, H], its noise floor and its run folder."""
-
-    def __init__(
-        self, prepared: Prepared, metric: Metric, path: Path | None, others: dict, mark: bool
-    ) -> None:
-        """others: what the identity says of further metrics of the same scan; mark: scores that are not finite."""
-        self.prepared, self.metric = prepared, metric
-        about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
-        self.identity = prepared.identity | {"metric": metric.describe()} | others
-        self.record = prepared.record | {"metric": about}
-        self.scores = np.full(self.identity["shape"], np.nan)
-        self.mark, self.marked = mark, np.zeros(self.scores.shape, dtype=bool)
-        self.noise_floor, self.compared, self.folder = 0.0, False, None
-        if path is not None:
-            self.folder = runs.RunFolder(path, self.identity, self.record)
-
-    def take(self) -> None:
-        """Read what the folder holds. Raises InputError for marked scores where none are wanted."""
-        done = np.zeros(self.scores.shape, dtype=bool)
-        self.scores = ShipsResult.read(self.folder.path, done.shape, self.record["metric"], done)
-        self.marked = done & ~np.isfinite(self.scores)
-        self.scores[self.marked] = np.nan
-        self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
-        if self.marked.any() and not self.mark:
-            prompt, layer, index = map(int, np.argwhere(self.marked)[0])
-            raise InputError(
-                f"{self.folder.path} holds {int(self.marked.sum())} marked scores: the score of {self.prepared.unit} "
-                f"{layer}-{index} on prompt {prompt} is not a number; go on with nonfinite='mark' (--nonfinite mark), or "
-                "choose another output folder"
-            )
-
-    def begin(self) -> None:
-        """Say in the folder that the run goes on."""
-        before = self.folder.previous_measures()
-        self.noise_floor = before.get("noise_floor", 0.0)
-        self.compared = "noise_floor" in before and self.folder.same_environment
-        self.record["plan"] = self.prepared.plan.to_json()
-        self.folder.write_manifest(before | self.record | {"status": "running"})
-
-    def keep(self, scores: np.ndarray, group: Sequence[int], block: Sequence[Head]) -> None:
-        """Take what is missing of scores [units, prompts] of a block of units on a group of prompts; what is not finite
-        is marked."""
-        part, marked = np.full_like(self.scores, np.nan), np.zeros_like(self.marked)
-        for (layer, index), row in zip(block, scores, strict=True):
-            bad = ~np.isfinite(row)
-            part[list(group), layer, index] = np.where(bad, np.nan, row)
-            marked[list(group), layer, index] = bad
-        known = ~self.missing()
-        part[known], marked[known] = np.nan, False
-        if self.folder is not None:  # first: what runs out of memory or disk here is still missing
-            value = column({"name": self.metric.name})
-            frame = runs.score_frame(part, ("prompt", "layer", "head"), value, marked)
-            self.folder.write_part(frame, plan=self.prepared.plan.to_json())
-        new = ~np.isnan(part)
-        self.scores[new] = part[new]
-        self.marked |= marked
-
-    def missing(self) -> np.ndarray:
-        """bool [P, L, H]: neither a number nor marked."""
-        return np.isnan(self.scores) & ~self.marked
-
-    def keep_noise(self, noise: float) -> None:
-        self.noise_floor, self.compared = max(self.noise_floor, noise), True
-        if self.folder is not None:  # before the first scores are
-            self.folder.write_manifest(self.record | {"status": "running", "noise_floor": self.noise_floor})
-
-    def result(self, also: dict[str, ShipsResult] | None = None) -> ShipsResult:
-        """The finished result; its run folder says so."""
-        marked = self.marked if self.marked.any() else None
-        if marked is None:  # those that a run begun elsewhere had were lost with their part
-            self.record.pop(MARKED, None)
-        result = ShipsResult(
-            self.scores, self.noise_floor, self.record, self.identity, also or {}, marked=marked
-        )
-        self.record["concentration"] = result.concentration().to_json()
-        if not np.isnan(result.mean()).all():
-            self.record["rank_stability"] = result.stability().to_json()
-        if self.folder is not None:
-            self.folder.write_manifest(self.record | {"status": "complete", "noise_floor": self.noise_floor})
-        return result
-
-
 class _Work:
     """Fills in the scores that are missing, group of prompts by group."""
 
-    def __init__(self, prepared: Prepared, measures: list[_Measure], progress: bool) -> None:
+    def __init__(self, prepared: Prepared, measures: list[Measure], progress: bool) -> None:
         self.prepared, self.measures = prepared, measures
         steps = sum(
             prepared.layer_passes(prepared.units, self.missing(group))
@@ -352,7 +251,7 @@ class _Work:
         return float(metric.rows(bases, other[None].to(base.dtype), index)[0])
 
     def _check_numbers(
-        self, measure: _Measure, scores: np.ndarray, group: Sequence[int], block: list[Head]
+        self, measure: Measure, scores: np.ndarray, group: Sequence[int], block: list[Head]
     ) -> None:
         """Looks where a score that is not finite begins: the first of the scan where they are marked; else raises
         InputError, naming prompt, head and layer."""

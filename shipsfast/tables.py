@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .plain_text import visible
+from .plain_text import counted, visible
 from .results import SaharaResult, ShipsResult, SubspaceResult, floor_name, quick_stability, stability_json
 from .statistics import Concentration
 
@@ -145,7 +145,7 @@ def _concentration(found: Concentration, unit: str, of: str, console: Console) -
 
 def _noise(result, unit: str) -> str:
     weak = int((~np.isnan(result.mean())).sum() - result.above_noise().sum())
-    left = f"{weak} {result.unit}s not above it" if weak else "all above it"
+    left = f"{counted(weak, result.unit)} not above it" if weak else "all above it"
     return (
         f"{floor_name(result).removeprefix('the ')} {result.noise_floor:.2g}{' ' * bool(unit)}{unit}, {left}"
     )
@@ -160,7 +160,7 @@ def _ships(result: ShipsResult, top: int, console: Console) -> None:
     scanned = int((~np.isnan(result.mean())).sum())
     _say(
         console,
-        f"{scanned} {result.unit}s x {result.scores.shape[0]} prompts in {result.record.get('scan_seconds', 0):.2f} s; "
+        f"{counted(scanned, result.unit)} x {counted(result.scores.shape[0], 'prompt')} in {result.record.get('scan_seconds', 0):.2f} s; "
         f"{_noise(result, metric['unit'])}",
     )
     _concentration(result.concentration(), result.unit, "", console)
@@ -179,8 +179,8 @@ def marks(result: ShipsResult) -> Iterator[str]:
     heads = [f"{layer}-{head}" for layer, head in found["heads"]]
     names = ", ".join(heads[:NAMED]) + (f" and {len(heads) - NAMED} more" if len(heads) > NAMED else "")
     yield (
-        f"not finite, marked and left out of the ranking: {found['count']:,} scores, of {len(heads):,} "
-        f"{result.unit}{'s' * (len(heads) != 1)}: {names}"
+        f"not finite, marked and left out of the ranking: {counted(found['count'], 'score')}, of "
+        f"{counted(len(heads), result.unit)}: {names}"
     )
     if "first" in found:
         first = found["first"]

@@ -14,7 +14,7 @@ from .ablation import HeadMask, dense_rows
 from .decoder import Decoded
 
 if TYPE_CHECKING:
-    from .generation import Generation
+    from .generation_queue import Generation
 
 
 def with_transformers(

@@ -17,10 +17,11 @@ import pandas as pd
 
 from .errors import InputError
 from .lock import NAME as LOCK
-from .manifest import BACKUP, FURTHER, MANIFEST, ROOMS, SCHEMA, Part, find_parts, read_manifest
+from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest, without_run
 from .part_file import ANSWER, COLUMNS, TEXT, read_table
-from .plain_text import one_line
+from .plain_text import counted, one_line
 from .refusal import LABELS
+from .run_schema import ROOMS
 
 KINDS = ("ships", "subspace", "sahara", "evaluate")
 LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
@@ -50,7 +51,7 @@ def verify(folder: str | Path) -> dict:
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file() and not (folder / BACKUP).is_file():
-        raise InputError(f"{folder} is not a shipsfast run: it has no {MANIFEST}")
+        raise InputError(f"{folder} is not a shipsfast run: {without_run(folder)}")
     report = {
         "run_folder": str(folder), "kind": None, "status": None, "schema": SCHEMA, "parts": 0, "rows": 0,
         "marked": 0,
@@ -320,7 +321,7 @@ def render(report: dict) -> str:
     lines = []
     for name in ("problems", "unfinished", "leftovers"):
         lines += [one_line(f"{entry['path']}: {entry['what']}; {entry['do']}") for entry in report[name]]
-    count = f"{report['parts']} parts, {report['rows']} rows"
+    count = f"{counted(report['parts'], 'part')}, {counted(report['rows'], 'row')}"
     if report["marked"]:
         count += f", {report['marked']} of them marked as not finite"
     verdict = {

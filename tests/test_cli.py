@@ -305,3 +305,40 @@ def test_ctrl_c_is_status_130(capsys, monkeypatch):
 
 def test_unknown_option_is_status_2(capsys):
     assert run(capsys, "scan", "M", "P", "--epsilon", "3")[0] == 2
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"shipsfast {shipsfast.__version__}\n", "")
+
+
+def test_each_command_says_in_one_line_what_it_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run(capsys, "--help")[1]
+    for command in cli.app.registered_commands:
+        first = (command.callback.__doc__ or "").splitlines()[0]
+        assert first.endswith(".") and len(first) < 116 and first in text, first
+
+
+@pytest.mark.parametrize("command", [("verify",), ("evaluate", MODEL, PROMPTS / "taboo.csv", "--run")])
+def test_a_run_folder_that_does_not_exist(capsys, tmp_path, command):
+    status, _, err = run(capsys, *command, tmp_path / "nowhere")
+    assert status == 2 and "nowhere is not a shipsfast run: it does not exist" in err
+    status, _, err = run(capsys, *command, tmp_path)
+    assert status == 2 and "is not a shipsfast run: it has no run.json" in err
+
+
+def test_a_name_that_is_no_folder_is_looked_up_on_the_hub_and_says_so(capsys, monkeypatch):
+    import transformers
+
+    def unreachable(*_args, **_kwargs):
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    err = refused(capsys, "scan", "my-modle", PROMPTS / "taboo.csv")
+    assert "the hub's my-modle (there is no folder of that name): We couldn't connect" in err
+
+
+def test_messages_about_generation_name_the_options(capsys):
+    args = ("generate", MODEL, PROMPTS / "taboo.csv", "--limit", 1)
+    assert "--max-new-tokens" in refused(capsys, *args, "--max-new-tokens", 5000)
+    assert "--max-memory" in refused(capsys, *args, "--max-memory", "64KiB")

@@ -1,6 +1,7 @@
 """generate, evaluate and scan --rank-by asr on the command line."""
 
 import json
+import shutil
 
 import pytest
 
@@ -88,6 +89,37 @@ def test_the_groups_of_a_search(capsys, tmp_path):
     status, text, err = run(capsys, "evaluate", MODEL, TABOO, "--run", out, "--json", "--limit", 2, *SHORT)
     found = [[tuple(h) for h in g["heads"]] for g in json.loads(text)["groups"]]
     assert status == 0 and found == [[], sorted(heads[:1]), sorted(heads[:2])], err
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "scan"])
+def test_tokens_that_end_a_text(capsys, tmp_path, command):
+    """Where neither model nor tokenizer names one, the message names the option, which takes their place."""
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        body = json.loads((model / name).read_text())
+        without = dict.fromkeys({"eos_token", "eos_token_id"} & body.keys())
+        (model / name).write_text(json.dumps(body | without))
+    own = {"generate": (), "evaluate": ("--groups", "0-1"), "scan": ("--rank-by", "asr", "--heads", "0-1")}
+    args = (command, model, TABOO, "--limit", 1, "--template", "none", *own[command])
+    short = ("--max-new-tokens", 3, "--device", "cpu")
+    assert "--eos-token-id" in refused(capsys, *args, *short)
+    for given in (("--eos-token-id", 7, "--eos-token-id", 9), ("--eos-token-id", "none")):
+        assert run(capsys, *args, *short, *given, "--quiet")[0] == 0
+    assert "whole numbers, or none alone" in refused(capsys, *args, *short, "--eos-token-id", "end")
+    assert "768" in refused(capsys, *args, *short, "--eos-token-id", 768)
+
+
+def test_a_text_ends_at_the_tokens_named(capsys):
+    args = ("generate", MODEL, TABOO, "--limit", 1, "--json", *SHORT)
+    whole, cut = (json.loads(run(capsys, *args, *more)[1])[0]["text"] for more in ((), end_tokens_of(".")))
+    assert cut and whole.startswith(cut) and "." in whole and "." not in cut
+
+
+def end_tokens_of(text: str) -> list[str]:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(MODEL)(text, add_special_tokens=False).input_ids
+    return [word for each in ids for word in ("--eos-token-id", str(each))]
 
 
 def test_the_sample_of_prompts(capsys, tmp_path):

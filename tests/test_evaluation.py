@@ -16,7 +16,7 @@ from shipsfast.ablation import Ablation
 from shipsfast.completions import COLUMNS, Completions
 from shipsfast.degeneration import degenerate
 from shipsfast.evaluation import EvalResult
-from shipsfast.generation import Generation
+from shipsfast.generation_queue import Generation
 from shipsfast.refusal import LABELS, Completion, Judge, KeywordJudge, as_judge
 from tests import hooks
 from tests.models import HEADS, LAYERS, VOCAB

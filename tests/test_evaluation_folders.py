@@ -10,7 +10,7 @@ import torch
 import shipsfast
 from shipsfast.completions import COLUMNS, Completions
 from shipsfast.evaluation import EvalResult
-from shipsfast.generation import Generation
+from shipsfast.generation_queue import Generation
 from shipsfast.refusal import LABELS, Judge, KeywordJudge
 from tests import models
 from tests.test_evaluation import (

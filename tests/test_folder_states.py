@@ -55,9 +55,9 @@ def test_a_reason_without_marks_does_not_stay(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, scores, group, block)
 
-    real = shipsfast.ships._Measure.keep
+    real = shipsfast.measure.Measure.keep
     with monkeypatch.context() as patch:
-        patch.setattr("shipsfast.ships._Measure.keep", keep)
+        patch.setattr("shipsfast.measure.Measure.keep", keep)
         with pytest.raises(KeyboardInterrupt):
             scan(model, nonfinite="mark", out=out, **ZERO)
     assert "nonfinite" in json.loads((out / "run.json").read_text())

@@ -8,7 +8,7 @@ import torch
 
 import shipsfast
 from shipsfast import InputError, SaharaResult, SubspaceResult, grams
-from shipsfast.statistics import resample_counts
+from shipsfast.bootstrap import resample_counts
 from shipsfast.subspaces import resampled_angle_deg
 from tests.models import HEADS, LAYERS, build
 

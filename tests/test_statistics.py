@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from shipsfast import InputError, ShipsResult, statistics
-from shipsfast.statistics import above_noise, concentration, rank_stability
+from shipsfast import InputError, ShipsResult, bootstrap
+from shipsfast.bootstrap import rank_stability
+from shipsfast.statistics import above_noise, concentration
 from tests.numerics import assert_close_abs
 
 ARRAYS = ("mean", "rank", "top_k_frequency", "low", "high", "rank_low", "rank_high")
@@ -190,7 +191,7 @@ def test_a_seed_decides_all_of_it():
 def test_blocks_change_nothing(monkeypatch):
     scores = whole_scores(8, 3, 5)
     whole = rank_stability(scores, 4, resamples=100)
-    monkeypatch.setattr(statistics, "BLOCK_ELEMENTS", 33)
+    monkeypatch.setattr(bootstrap, "BLOCK_ELEMENTS", 33)
     assert_same(whole, rank_stability(scores, 4, resamples=100))
 
 

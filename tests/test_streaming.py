@@ -155,9 +155,9 @@ def test_a_layer_that_cannot_be_read(folder, monkeypatch):
 def test_a_run_continues_between_memory_and_stream(folder, tmp_path, monkeypatch):
     model, streamed = both(folder)
     expected = shipsfast.scan(model, PROMPTS, progress=False, rows_per_block=4)
-    from shipsfast.ships import _Measure
+    from shipsfast.measure import Measure
 
-    keep, kept = _Measure.keep, []
+    keep, kept = Measure.keep, []
 
     def stop(self, *args):
         keep(self, *args)
@@ -165,7 +165,7 @@ def test_a_run_continues_between_memory_and_stream(folder, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Measure, "keep", stop)
+        patch.setattr(Measure, "keep", stop)
         with pytest.raises(KeyboardInterrupt):
             shipsfast.scan(model, PROMPTS, out=tmp_path / "run", progress=False, rows_per_block=4)
     found = shipsfast.scan(streamed, PROMPTS, out=tmp_path / "run", progress=False, rows_per_block=4)

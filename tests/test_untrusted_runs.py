@@ -1,6 +1,7 @@
 """Run folders that somebody else made or changed: read as data from inside the folder only, or refused in one line."""
 
 import io
+import json
 import os
 import shutil
 
@@ -139,10 +140,10 @@ def test_tables_of_other_types_are_damage(run):
         ("", "is damaged"),
         ("[" * 200_000, "is damaged"),
         ('{"schema": 3, "a": ' + "[" * 960 + "]" * 960 + "}", "is damaged"),
-        (as_text({"schema": 3, "identity": 3, "parts": []}), "is no manifest that"),
+        (as_text({"schema": 3, "identity": 3, "parts": []}), "identity is not what a run writes there"),
         (
             as_text({"schema": 3, "identity": {}, "parts": [{"file": "../../x", "sha256": "", "bytes": 0}]}),
-            "is no manifest that",
+            r"parts\[0\] is not an object with file, sha256",
         ),
         ("\ud800".encode("utf-8", "surrogatepass"), "is damaged"),
         ('{"a": ' + "9" * 5000 + "}", "is damaged"),
@@ -200,3 +201,46 @@ def test_fuzz_smoke(target, count):
     done, findings = smoke(target, count, seed=1, seconds=15)
     assert done >= 20
     assert not findings, "\n".join(f"{where}: {message}" for where, (_, message) in findings.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(file="../../part-000000.parquet"), r"parts\[0\]\.file is not the name of a part"),
+        (dict(file=3), r"parts\[0\]\.file"),
+        (dict(sha256=None), r"parts\[0\]\.sha256 is not a text"),
+        (dict(rows=-1), r"parts\[0\]\.rows is not a whole number"),
+        (dict(rows=True), r"parts\[0\]\.rows is not a whole number"),
+        (dict(more=1), r"parts\[0\] is not an object with"),
+    ],
+    ids=str,
+)
+def test_parts_that_cannot_be(run, change, message):
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["parts"][0] |= change
+    (run / "run.json").write_text(as_text(manifest))
+    refused(run, message)
+
+
+def test_parts_that_are_there_twice_or_no_list(run):
+    manifest = json.loads((run / "run.json").read_text())
+    for parts in (manifest["parts"] * 2, {}, None, [3]):
+        (run / "run.json").write_text(as_text(manifest | {"parts": parts}))
+        refused(run, "parts is not a list of")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompt_groups=[0, 3]), "plan.prompt_groups is not a list of numbers"),
+        (dict(prompt_groups=[2]), "the plan is of 2 prompts, and there are 3"),
+        (dict(chunk_tokens="many"), "plan.chunk_tokens is not a whole number"),
+        (dict(rows_per_block=0), "plan.rows_per_block is not a whole number"),
+        (dict(more=1), "plan is not an object with"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_cannot_be_is_not_gone_on_with(run, change, message):
+    edit(run, lambda m: m.update(status="running", plan=m["plan"] | change))
+    with pytest.raises(shipsfast.InputError, match=message):
+        shipsfast.scan(build(), PROMPTS, metric=["kl", "js"], out=run, progress=False)

@@ -11,6 +11,8 @@ import pytest
 
 import shipsfast
 from shipsfast import part_file
+from shipsfast.plain_text import counted
+from shipsfast.runs import kept
 from shipsfast.verify import render, verify
 from tests.manifests import edit
 from tests.models import build
@@ -37,6 +39,13 @@ def test_marked_scores_are_sound_and_counted(tmp_path):
         report = verify(tmp_path / name)
         assert report["verdict"] == "sound" and report["marked"] == 6, render(report)
         assert "72 rows, 6 of them marked as not finite" in render(report)
+
+
+def test_one_part_is_one_part(tmp_path):
+    shipsfast.scan(build(), PROMPTS[:1], heads=[(0, 1)], out=tmp_path / "run", progress=False)
+    assert render(verify(tmp_path / "run")).endswith("is as it was written (1 part, 1 row)")
+    assert kept(tmp_path / "run").endswith("(1 row in 1 part), run again to continue")
+    assert [counted(n, "row") for n in (0, 1, 2, 2000)] == ["0 rows", "1 row", "2 rows", "2,000 rows"]
 
 
 def test_rates_have_no_marks(tmp_path):
