@@ -53,6 +53,12 @@ Heads = Annotated[str | None, typer.Option(help="Only these: LAYER-HEAD or LAYER
 Unit = Annotated[str, typer.Option(help="What is switched off together: head or kv_group.")]
 Rank = Annotated[int, typer.Option(min=1, help="Singular vectors that span the subspace.")]
 Backend = Annotated[str, typer.Option(help="Attention: auto, triton, cpp, torch or reference.")]
+Layers = Annotated[
+    str,
+    typer.Option(
+        help="How rows pass a layer: auto, model (its own forward), fused (faster, where it can) or fused_fp32_residual."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default cuda where there is one.")]
 PlanOnly = Annotated[
@@ -140,6 +146,7 @@ RUN_OPTIONS = {
     "source": (Source, None),
     "unit": (Unit, "head"),
     "backend": (Backend, "auto"),
+    "layers": (Layers, "auto"),
     "dtype": (Dtype, "auto"),
     "device": (Device, None),
     "max_memory": (MaxMemory, None),
@@ -202,8 +209,8 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
 
 
 def checked(
-    model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, dtype, device,
-    max_memory, trust_remote_code, quiet, json, out=None, resume=False, heads=None, plot=None, stream=False,
+    model, prompts, column, limit, sample, seed, template, ablation, scale, source, unit, backend, layers, dtype,
+    device, max_memory, trust_remote_code, quiet, json, out=None, resume=False, heads=None, plot=None, stream=False,
     plan=False, device_memory=None,
 ) -> Callable[[], dict]:  # fmt: skip
     """Check the options, cheapest first; the function returned loads the model and gives the arguments of a run.
@@ -248,7 +255,7 @@ def checked(
             return {
                 "model": hollow_model(model, dtype, trust_remote_code=trust_remote_code),
                 "prompts": texts, "tokenizer": tokenizer, "template": wrapped, "backend": backend,
-                "ablation": how, "unit": unit.replace("-", "_"), "device": device, "max_memory": limit_bytes,
+                "layers": layers, "ablation": how, "unit": unit.replace("-", "_"), "device": device, "max_memory": limit_bytes,
                 "device_memory": whole_bytes, "stream": stream, "heads": chosen,
             }  # fmt: skip
         return {
@@ -257,7 +264,7 @@ def checked(
             ),
             "prompts": texts, "tokenizer": tokenizer,
             "template": wrapped, "ablation": how, "unit": unit.replace("-", "_"), "backend": backend,
-            "out": out, "progress": not quiet, "max_memory": limit_bytes,
+            "layers": layers, "out": out, "progress": not quiet, "max_memory": limit_bytes,
         } | ({} if heads is None else {"heads": chosen})  # fmt: skip
 
     return load

@@ -24,9 +24,10 @@ from .errors import InputError
 from .grams import ROOM as GRAMS
 from .grams import Grams
 from .nonfinite import explain, refuse_base
+from .out_of_memory import OutOfMemory, once_more
 from .packing import PackedPrompts
 from .plain_text import counted
-from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
+from .prepared import Prepared, prepare, run_blocks
 from .results import HEAD_COLUMNS, SubspaceResult, stability_json
 from .subspaces import check_rank, gram_matrices, leading_subspace, singular_values, subspace_angle_deg
 from .untouched import untouched

@@ -21,7 +21,7 @@ from .control import CONTROL_TOKENS, Control, kl_along
 from .errors import InputError, whole_number
 from .generation import NEW_TOKENS, prepare_generation
 from .generation_queue import Generation, Longest
-from .prepared import once_more
+from .out_of_memory import once_more
 from .refusal import LABELS, Completion, Judge, as_judge, degenerate
 from .sampling import TOP_K, Sampling
 from .statistics import wilson_interval

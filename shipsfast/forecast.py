@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from . import fused
 from .ablation import Ablation, as_ablation, check_unit
 from .anatomy import Anatomy, check_model, inspect_model
 from .attention import BACKENDS, LONG, resolve_backend
@@ -27,7 +26,7 @@ from .metrics import as_metrics
 from .packing import pack
 from .plain_text import counted
 from .planner import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
-from .prepared import kept, scanned_units
+from .prepared import kept, layer_path, scanned_units
 from .prompts import to_token_ids
 from .sources import pair_ids, source_ids
 from .subspaces import check_group_size, check_rank
@@ -127,6 +126,7 @@ def forecast(
     heads: Iterable[Sequence[int | None]] | None = None,
     unit: str = "head",
     backend: str = "auto",
+    layers: str = "auto",
     metric="kl",
     rank: int = 1,
     stream: bool = False,
@@ -165,8 +165,7 @@ def forecast(
     tree_ids = pair_ids(token_ids, others)[0] if resample else token_ids
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(max_memory, device_memory, held, where, here)
-    problem = fused.why_not([layer.module for layer in anatomy.layers], model.dtype, where, attention)
-    layers = "model" if problem else "fused"
+    layers, _ = layer_path(layers, anatomy, model.dtype, where, attention)
     extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", layers)
     plan = make_plan(
         anatomy, tree_ids, len(units), device=where, dtype=model.dtype, max_memory=limit, **extra

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 import transformers
@@ -18,6 +17,7 @@ from .anatomy import Anatomy, base_model, check_model, input_device, inspect_mod
 from .attention import ATTRIBUTE, resolve_backend
 from .errors import InputError, is_out_of_memory, note
 from .metrics import kl_backend
+from .out_of_memory import OutOfMemory, free_memory, once_more
 from .packing import PackedPrompts, pack
 from .planner import Plan, even_slices, make_plan
 from .prompts import to_token_ids
@@ -27,7 +27,6 @@ from .weights import coming_bytes, where_weights_are
 
 FP32_RESIDUAL = "fused_fp32_residual"
 LAYER_PATHS = ("auto", "model", "fused", FP32_RESIDUAL)
-T = TypeVar("T")
 
 
 @dataclass
@@ -285,7 +284,7 @@ def look_at(
     resolved = resolve_backend(
         backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
-    layers, not_fused = _layer_path(layers, anatomy, model.dtype, device, resolved)
+    layers, not_fused = layer_path(layers, anatomy, model.dtype, device, resolved)
     record = describe_run(model, anatomy, device) | {
         "ablation": how.describe(),
         "template": template,
@@ -301,7 +300,7 @@ def look_at(
     return Subject(model, anatomy, token_ids, how, others, unit, num_units, device, resolved, layers, record)
 
 
-def _layer_path(
+def layer_path(
     layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device, backend: str
 ) -> tuple[str, str | None]:
     """How rows pass the layers, and why they go through their own forward, None if they do not."""
@@ -346,35 +345,6 @@ def run_blocks(
                     "out of memory even with the smallest plan: free some, or shorten the longest prompt"
                 ) from error
             prepared.plan = smaller
-
-
-class OutOfMemory(InputError):
-    """There is no smaller plan for this group of prompts."""
-
-
-def free_memory() -> None:
-    """What is cached and unused, back to the device."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def once_more(what: str, run: Callable[[], T], smaller: Callable[[], T] | None = None) -> T:
-    """run(), and if that runs out of memory, `smaller` or the same again with the caches emptied.
-
-    For what is no block of a scan. Raises OutOfMemory, naming `what`, if that runs out too.
-    """
-    try:
-        return run()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    free_memory()  # after the first error is gone, and the tensors of its frames
-    try:
-        return (smaller or run)()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(f"out of memory while {what}: free some, or shorten the longest prompt") from error
 
 
 def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:

@@ -19,7 +19,8 @@ from .errors import InputError, UnsupportedModelError
 from .measure import Measure, finished, measures_of
 from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, check_policy, explain, reason
-from .prepared import OutOfMemory, Prepared, once_more, prepare, run_blocks
+from .out_of_memory import OutOfMemory, once_more
+from .prepared import Prepared, prepare, run_blocks
 from .results import MARKED, ShipsResult
 from .untouched import untouched
 

@@ -99,13 +99,13 @@ def test_scan_with_another_metric_ablation_and_unit(capsys, tmp_path):
     (tmp_path / "others.csv").write_text("prompt\nHow could we mend the kettle?\nWho sells the blue lamp?\n")
     status, text, err = run(
         capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 4, "--metric", "refusal_logit:I", "--ablation", "mean",
-        "--source", tmp_path / "others.csv", "--unit", "kv-group", "--top", 3, "--json", "-q",
+        "--source", tmp_path / "others.csv", "--unit", "kv-group", "--layers", "model", "--top", 3, "--json", "-q",
     )  # fmt: skip
     assert status == 0, err
     found = json.loads(text)
     assert found["metric"]["name"].startswith("refusal_logit") and found["metric"]["signed"]
     assert len(found["top"]) == 3 and found["stability"]["k"] == 3
-    assert found["record"]["ablation"] == "mean"
+    assert found["record"]["ablation"] == "mean" and found["record"]["layers_why"] == "asked for"
     sizes = [abs(s["mean_score"]) for s in found["top"]]
     assert sizes == sorted(sizes, reverse=True)
 
@@ -197,6 +197,8 @@ def test_help_is_quick_and_needs_no_torch():
         (("M", "P", "--ablation", "remove"), "unknown ablation 'remove'"),
         (("M", "P", "--backend", "triton"), "backend 'triton' cannot run"),
         (("M", "P", "--backend", "fast"), "unknown backend 'fast'"),
+        (("M", "P", "--layers", "fast"), "unknown layers 'fast'"),
+        (("M", "P", "--layers", "fused_fp32_residual"), "layers 'fused_fp32_residual' cannot run: the model is in float32"),
         (("M", "P", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("M", "P", "--device", "nowhere"), "unknown device 'nowhere'"),
         (("M", "P", "--template", "chatty"), "unknown template 'chatty'"),
