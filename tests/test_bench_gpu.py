@@ -25,6 +25,7 @@ NEEDS_MORE = {
     "Liger KL",
     "Liger-Kernel",
     "bfloat16, float32 residual stream",
+    "float16, float32 residual stream",
 }
 
 
