@@ -343,7 +343,11 @@ def test_copies_give_the_bits_of_views(backend):
         [x.contiguous() for x in inputs.args],
         {name: x.contiguous() if torch.is_tensor(x) else x for name, x in inputs.options.items()},
     )
-    assert torch.equal(copied.run(backend.function), inputs.run(backend.function))
+    found, expected = copied.run(backend.function), inputs.run(backend.function)
+    if backend.name == "torch":  # MKL rounds some products otherwise at other strides, on some processors
+        assert_close_abs(found, expected, 1e-6)
+    else:
+        assert torch.equal(found, expected)
 
 
 @every_backend

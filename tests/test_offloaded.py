@@ -33,6 +33,12 @@ def scan(model, **how):
     return shipsfast.scan(model, PROMPTS, progress=False, layers="model", **how)
 
 
+def same_up_to_addresses(found: np.ndarray, expected: np.ndarray) -> None:
+    """Accelerate maps weights into memory at other addresses, where MKL rounds some products of float64 otherwise on
+    some processors."""
+    assert_close_abs(found, expected, 1e-13)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_on_disk(family, tmp_path):
     model = build(family)
@@ -40,7 +46,7 @@ def test_layers_on_disk(family, tmp_path):
     offloaded = on_disk(model, tmp_path)
     fingerprint = runs.fingerprint(load_model(str(tmp_path)))
     found = scan(offloaded, rows_per_block=5)
-    assert np.array_equal(found.kl, expected.kl)
+    same_up_to_addresses(found.kl, expected.kl)
     assert found.record["weights"] == "offloaded"
     assert runs.fingerprint(offloaded) == fingerprint
 
@@ -51,7 +57,7 @@ def test_everything_offloaded(family, tmp_path):
     expected, oracle = scan(build(family)), brute_force(build(family), PROMPTS)
     for offloaded in (off_cpu(build(family)), on_disk(build(family), tmp_path, everything=True)):
         found = scan(offloaded)
-        assert np.array_equal(found.kl, expected.kl)
+        same_up_to_addresses(found.kl, expected.kl)
         assert_close_abs(found.kl, oracle, 1e-10)
         assert all(p.is_meta for p in offloaded.parameters())
 
