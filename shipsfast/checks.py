@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
 
 from .ablation import Head, HeadMask, dense_rows
 from .anatomy import input_device, last_logits_only
@@ -28,8 +29,16 @@ ALARM_NATS = {
 ALARM_HIDDEN = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
-def alarm(dtype: torch.dtype) -> tuple[float, float]:
-    return ALARM_NATS.get(dtype, ALARM_NATS[torch.float32])
+def alarm(model: PreTrainedModel) -> tuple[float, float]:
+    """In nats, and relative to the score."""
+    return ALARM_NATS.get(_rounded_to(model), ALARM_NATS[torch.float32])
+
+
+def _rounded_to(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that says how much two passes of a model may differ: layers that were loaded quantised may compute in
+    bfloat16 whatever the model's dtype is, and bitsandbytes' int8 ones round a row by what runs beside it."""
+    quantised = getattr(model, "is_quantized", False)
+    return torch.bfloat16 if quantised and model.dtype.itemsize >= 4 else model.dtype
 
 
 def longest_prompt(prepared: Prepared, group: Sequence[int]) -> int:
@@ -44,7 +53,7 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
     Raises UnsupportedModelError where they are not the same model.
     """
     noise = float(kl_one(plain, base))
-    if not noise <= alarm(prepared.model.dtype)[0]:
+    if not noise <= alarm(prepared.model)[0]:
         config = prepared.model.config.get_text_config()
         if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation != "eager":
             raise UnsupportedModelError(
@@ -101,7 +110,7 @@ def check_hidden(
         ("unablated", base, seen[-1][-1, -1]),
     ):
         error = float((got.double() - expected.double()).norm() / expected.double().norm())
-        if not error <= ALARM_HIDDEN.get(prepared.model.dtype, ALARM_HIDDEN[torch.float32]):
+        if not error <= ALARM_HIDDEN.get(_rounded_to(prepared.model), ALARM_HIDDEN[torch.float32]):
             raise UnsupportedModelError(
                 f"the hidden states of prompt {prompt}, {name}, differ by {error:.2g} of their norm from those of a "
                 f"plain forward pass: {type(prepared.model).__name__} cannot be scanned exactly"

@@ -28,7 +28,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    named = sorted(model.state_dict(keep_vars=True).items())
+    named = sorted(_named_tensors(model))
     for name, tensor in (part for each in named for part in _plain_parts(*each)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.numel() == 0:
@@ -40,6 +40,17 @@ def fingerprint(model: torch.nn.Module) -> str:
         sample = flat[index.to(flat.device)].contiguous().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is in a state dict, tied weights under each of their names, without making one: bitsandbytes' 4-bit layers
+    repack their weights for that, and give other answers afterwards on some processors."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        kept = {k: x for k, x in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for key, tensor in (module._parameters | kept).items():
+            if tensor is not None:
+                yield prefix + key, tensor
 
 
 def _plain_parts(name: str, tensor) -> Iterator[tuple[str, torch.Tensor]]:

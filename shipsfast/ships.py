@@ -295,7 +295,7 @@ def _spot_check(work: _Work) -> None:
     )
     for measure in work.measures:
         metric, scores = measure.metric, measure.scores
-        absolute, relative = alarm(prepared.model.dtype)
+        absolute, relative = alarm(prepared.model)
         if metric.sees_all_prompts:  # a metric of the caller's own, of unknown size
             absolute *= max(1.0, float(np.nanmax(np.abs(scores[prompt]))))
         worst = 0.0

@@ -127,8 +127,11 @@ model of it here, so nothing is known.
 | PEFT: LoRA and other adapters inside the layers | scanned, generated and ablated with the adapter in force (`tests/test_wrapped_models.py`) |
 | PEFT: prompt learning | refused |
 | float64, float32, bfloat16, float16 | tested (`tests/test_exactness.py`, `tests/test_wrapped_models.py`) |
-| torchao int8 weight-only (`quantize_`), CPU | tested against brute force on the same quantised model |
-| bitsandbytes 8 and 4 bit, GPTQ, AWQ | not run here: no such library or GPU where this was tested. Layers go through their own modules, and nothing needs `nn.Linear` or a floating-point weight |
+| torchao int8 weight-only (`quantize_`), CPU | tested against brute force on the same quantised model (`tests/test_quantised.py`) |
+| bitsandbytes 4 bit (nf4, fp4, twice quantised), CPU | tested likewise, with bitsandbytes 0.50; on processors with bfloat16 products its layers round to that whatever the model's dtype |
+| bitsandbytes 8 bit, CPU | tested likewise, to rounding with `llm_int8_threshold=0`. With a threshold a row depends on the rows beside it, in any use of the model: scores carry that noise, and the noise floor shows it (4e-4 nats on a tiny model in bfloat16) |
+| HQQ 4 and 8 bit, quanto int8, CPU | tested likewise where the library is installed; run with hqq 0.2.8 and optimum-quanto 0.2.7. quanto int4 does not run under torch's inference mode, and is refused |
+| GPTQ, AWQ | not run: their library (gptqmodel 7.7) needs a newer torch than is supported. Layers go through their own modules, and nothing needs `nn.Linear` or a floating-point weight; a layer built as theirs is tested |
 
 ## Families
 

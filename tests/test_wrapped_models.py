@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast import runs
 from tests import family_oracle
 from tests.faults import one_thread  # noqa: F401
 from tests.models import build
@@ -64,70 +63,6 @@ def test_prompt_learning_is_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(shipsfast.UnsupportedModelError, match="learned tokens before the prompt"):
         shipsfast.scan(peft.get_peft_model(build(dtype=torch.float32), config), PROMPTS, progress=False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_torchao_int8_against_brute_force_on_the_same_model(dtype):
-    """The quantised layers run as they are: the same products of the same int8 weights."""
-    quantization = pytest.importorskip("torchao.quantization")
-    model = build(dtype=dtype)
-    full = family_oracle.ships(model, PROMPTS)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    weight = model.model.layers[0].self_attn.q_proj.weight.data
-    assert type(weight) is not torch.Tensor
-    expected = family_oracle.ships(model, PROMPTS)
-    result = shipsfast.scan(model, PROMPTS, progress=False)
-    assert "weight" in result.record["layers_why"] or dtype == torch.bfloat16
-    # Rounding of the dtype; in bfloat16 the oracle, which softmaxes in it, rounds as much as the scan.
-    assert_close_abs(result.kl, expected, 2e-5 if dtype == torch.float32 else 0.1)
-    if dtype == torch.float32:
-        assert (expected - full).abs().max() > 1e-4, "quantisation does not show"
-    one = shipsfast.generate(model, PROMPTS[:1], max_new_tokens=2, eos_token_id=[], progress=False)
-    assert len(one[0][0]) == 2
-
-
-class PackedLinear(torch.nn.Module):
-    """As GPTQ and AWQ layers are built: no nn.Linear, no parameter, packed integers and scales in buffers."""
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scales", scale)
-        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ (self.qweight.to(x.dtype) * self.scales).t()
-
-
-@pytest.mark.parametrize("kind", ["undifferentiated", "mean"])
-def test_layers_whose_weights_are_packed_in_buffers(kind):
-    model = build()
-    for layer in model.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, module in list(part.named_children()):
-                if isinstance(module, torch.nn.Linear):
-                    setattr(part, name, PackedLinear(module))
-    result = shipsfast.scan(model, PROMPTS, ablation=kind, progress=False)
-    assert result.record["spot_check_max_abs"] < 1e-12
-    if kind == "undifferentiated":
-        assert_close_abs(result.kl, family_oracle.ships(model, PROMPTS), 1e-12)
-    texts = shipsfast.generate(
-        model, PROMPTS, groups=[[(0, 1)]], max_new_tokens=NEW, eos_token_id=[], progress=False
-    )
-    assert texts == [[family_oracle.greedy(model, ids, [(0, 1)], NEW) for ids in PROMPTS]]
-
-
-def test_the_fingerprint_sees_into_quantised_weights():
-    quantization = pytest.importorskip("torchao.quantization")
-    prints = []
-    for seed in (0, 0, 1):
-        model = build(dtype=torch.float32)
-        with torch.no_grad():
-            model.model.layers[1].mlp.up_proj.weight[0, 0] += seed
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-        prints.append(runs.fingerprint(model))
-    assert prints[0] == prints[1] != prints[2]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ if [ ! -e ".venv/.built-$sources" ]; then
 fi
 if [ "$extras" = test ] && [ ! -e .venv/.tests ]; then
   if [ $cuda = no ]; then
-    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis triton accelerate peft torchao
+    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis triton accelerate peft torchao bitsandbytes
   else
     .venv/bin/python -c 'import pytest, pytest_timeout, hypothesis, triton' || step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis
   fi
