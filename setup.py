@@ -39,8 +39,9 @@ def has_compiler() -> bool:
 
 def cuda_home() -> str | None:
     """Where the toolkit is: torch takes the folder above nvcc's for it, which is wrong for a wrapper in /usr/local/bin."""
-    if os.environ.get("CUDA_HOME"):
-        return os.environ["CUDA_HOME"]
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")  # torch reads both
+    if named:
+        return named
     nvcc = shutil.which("nvcc")
     beside = Path(nvcc).resolve().parent.parent if nvcc else None
     for place in filter(None, (beside, Path("/usr/local/cuda"))):

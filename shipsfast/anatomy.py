@@ -115,7 +115,10 @@ def last_logits_only(model: PreTrainedModel) -> dict:
 
 
 def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights: bool = True) -> None:
-    """weights: it must have them. Raises InputError for an object that is no model, and for prompts that do not fit it with what follows them."""
+    """Raises InputError for an object that is no model, and for prompts that do not fit it with what follows them.
+
+    new_tokens: how many may follow; weights: the model must have them.
+    """
     if not isinstance(model, PreTrainedModel):
         raise InputError(
             f"expected a transformers causal language model, got {type(model).__name__}: "

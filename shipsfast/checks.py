@@ -41,6 +41,11 @@ def _rounded_to(model: PreTrainedModel) -> torch.dtype:
     return torch.bfloat16 if quantised and model.dtype.itemsize >= 4 else model.dtype
 
 
+def own_layers_hint(prepared: Prepared) -> str:
+    """What else to try after a failed check, where the layers' own code did not run."""
+    return "; layers='model' (--layers model) runs its own layers" if prepared.fused else ""
+
+
 def longest_prompt(prepared: Prepared, group: Sequence[int]) -> int:
     """The longest prompt of the group; of several, the one packed last, which packing moves most."""
     at = max(range(len(group)), key=lambda i: (len(prepared.token_ids[group[i]]), i))
@@ -64,7 +69,7 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
         raise UnsupportedModelError(
             f"{type(prepared.model).__name__} gives other answers when its prompts are packed (KL {noise:.3g} nats "
             f"on prompt {prompt}): its attention does something shipsfast does not know, or its logits are "
-            "not finite"
+            f"not finite{own_layers_hint(prepared)}"
         )
     return noise
 
@@ -113,7 +118,7 @@ def check_hidden(
         if not error <= ALARM_HIDDEN.get(_rounded_to(prepared.model), ALARM_HIDDEN[torch.float32]):
             raise UnsupportedModelError(
                 f"the hidden states of prompt {prompt}, {name}, differ by {error:.2g} of their norm from those of a "
-                f"plain forward pass: {type(prepared.model).__name__} cannot be scanned exactly"
+                f"plain forward pass: {type(prepared.model).__name__} cannot be scanned exactly{own_layers_hint(prepared)}"
             )
 
 

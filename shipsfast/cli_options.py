@@ -56,7 +56,8 @@ Backend = Annotated[str, typer.Option(help="Attention: auto, triton, cpp, torch 
 Layers = Annotated[
     str,
     typer.Option(
-        help="How rows pass a layer: auto, model (its own forward), fused (faster, where it can) or fused_fp32_residual."
+        help="How rows pass a layer: auto, model (its own forward), fused (faster, where it can) or, for scans in half "
+        "precision through Triton, fused_fp32_residual."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float64, float32, bfloat16 or float16.")]
@@ -234,7 +235,9 @@ def checked(
     from .ablation import Ablation, parse_heads
     from .loading import load_model, load_tokenizer
     from .planner import parse_bytes
+    from .prepared import check_layers
 
+    check_layers(layers)
     if ablation == "resample" and others is None:
         raise InputError("--ablation resample needs --source, a file of prompts to take outputs from")
     how = Ablation(ablation, eps, None if others is None else tuple(others))

@@ -165,7 +165,7 @@ def forecast(
     tree_ids = pair_ids(token_ids, others)[0] if resample else token_ids
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(max_memory, device_memory, held, where, here)
-    layers, _ = layer_path(layers, anatomy, model.dtype, where, attention)
+    layers, _ = layer_path(layers, model, anatomy, where, attention)
     extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", layers)
     plan = make_plan(
         anatomy, tree_ids, len(units), device=where, dtype=model.dtype, max_memory=limit, **extra

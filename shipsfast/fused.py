@@ -23,9 +23,12 @@ the products' sums go into it, and they are float32 anyway.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
+import transformers
 from torch.nn.functional import linear
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -43,6 +46,7 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3Decode
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu"}
 CPP_DTYPES = (torch.float32, torch.float64)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LIBRARY = os.path.dirname(transformers.__file__) + os.sep
 CAPTURING = "transformers.utils.output_capturing"
 CAN_PACK = torch.backends.mkl.is_available()
 
@@ -67,11 +71,15 @@ def why_not(
         if type(layer) not in LAYERS:
             return f"{type(layer).__name__} is not one of {', '.join(c.__name__ for c in LAYERS)}"
         own = type(layer).__module__
+        if _is_patched(getattr(sys.modules[own], "apply_rotary_pos_emb", None)):
+            return f"{own}.apply_rotary_pos_emb is not transformers' own"
         if type(layer.mlp.act_fn).__name__ not in ACTIVATIONS:
             return f"activation {type(layer.mlp.act_fn).__name__}"
         for name, module in layer.named_modules():
             if (name in ("self_attn", "mlp") or name.endswith("norm")) and type(module).__module__ != own:
                 return f"{name} is not the model family's own"
+            if type(module).__module__ == own and _is_patched(type(module).forward):
+                return f"{type(module).__name__}.forward is not transformers' own"
             # The layer's own hooks run: it is called as ever, only its forward is replaced.
             if "forward" in module.__dict__ or module is not layer and _hooks(module):
                 return f"{name or 'the layer'} carries hooks or a forward of its own"
@@ -83,14 +91,26 @@ def why_not(
         for name, parameter in layer.named_parameters():
             if parameter.dtype != dtype:
                 return f"{name} is in {str(parameter.dtype).removeprefix('torch.')}"
+            if not parameter.is_meta and parameter.data_ptr() % parameter.element_size():
+                return f"{name} lies at an address that is no multiple of its numbers' size, as in its file"
     return None
 
 
-def why_no_fp32_residual(dtype: torch.dtype, backend: str) -> str | None:
-    """Why rows that go this way cannot keep their residual stream in float32, None if they can."""
+def why_no_fp32_residual(dtype: torch.dtype, backend: str, head: str) -> str | None:
+    """Why rows that go this way cannot keep their residual stream in float32, None if they can. head: the precision of
+    the model's output head, which has to take what they end in."""
+    if dtype.itemsize < 4 and head != "float32":
+        return "the output head is not a plain linear layer"
     if dtype.itemsize >= 4:
         return f"the model is in {str(dtype).removeprefix('torch.')} as it is"
     return None if backend == "triton" else "the small operations are not Triton's"
+
+
+def _is_patched(function: Callable | None) -> bool:
+    """Whether a function of a model family's module has been replaced, for all its models. Where its code lies tells:
+    names are what functools.wraps copies."""
+    code = getattr(function, "__code__", None)
+    return code is None or not code.co_filename.startswith(LIBRARY)
 
 
 def loaded_bytes(layer: torch.nn.Module, device: torch.device) -> int:

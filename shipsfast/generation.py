@@ -128,7 +128,9 @@ def prepare_generation(
     if batch_rows is not None:
         whole_number("batch_rows", batch_rows)
     if layers == FP32_RESIDUAL:
-        raise InputError(f"layers {layers!r} is for scans: a text should be what the model itself says")
+        raise InputError(
+            f"layers {layers!r} (--layers) is for scans: a text should be what the model itself says"
+        )
     check_in_memory(model)
     subject = look_at(
         model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,

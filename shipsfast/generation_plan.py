@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .anatomy import LOGIT_COPIES
 from .errors import InputError
-from .fused import joins
+from .fused import joins, loaded_bytes
 from .kv_cache import slot_bytes
 from .planner import Plan, make_plan
 from .prepared import Subject
@@ -73,8 +73,10 @@ def make_generation_plan(
 
 
 def _loaded_bytes(subject: Subject) -> int:
-    """What fused layers hold beyond the model: their joined weights."""
-    if not (subject.fused and joins(subject.backend)):
+    """What fused layers hold beyond the model: their joined weights, of all layers or of the one that prefill is in."""
+    if not subject.fused:
         return 0
+    if not joins(subject.backend):
+        return loaded_bytes(subject.anatomy.layers[0].module, subject.device)
     weights = (p for layer in subject.anatomy.layers for p in layer.module.parameters())
     return sum(p.numel() * p.element_size() for p in weights)

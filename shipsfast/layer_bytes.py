@@ -37,6 +37,7 @@ class Place:
 
 def places(file: str) -> dict[str, Place]:
     """The tensors of a safetensors file that has been opened without an error, by name."""
+    file = os.path.abspath(file)  # it is opened again after a change of folder
     with open(file, "rb") as opened:
         state = _state(opened.fileno())
         length = int.from_bytes(opened.read(8), "little")
@@ -106,7 +107,7 @@ class Buffers:
         out, at = [], 0
         with _Reader() as reader:
             for pieces, like in wanted:
-                start = at = at + (_residue(pieces) - at) % ALIGNED
+                start = at = at + (_residue(pieces, like.dtype) - at) % ALIGNED
                 for place in pieces:
                     reader.read(place, lease[at : at + place.size])
                     at += place.size
@@ -120,7 +121,7 @@ class Buffers:
             self._free.append(buffer)
 
     def clear(self) -> None:
-        """Return to the system what is not lent out."""
+        """Let go of what is not lent out."""
         self._free.clear()
 
     def _new(self) -> np.ndarray:
@@ -131,7 +132,7 @@ class Buffers:
 
 def read_alone(place: Place, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """The tensor that lies there, in memory of its own."""
-    skip = place.start % ALIGNED
+    skip = _residue([place], dtype)
     memory = _memory(skip + place.size)[skip:]
     with _Reader() as reader:
         reader.read(place, memory)
@@ -145,9 +146,10 @@ def _memory(size: int) -> np.ndarray:
     return whole[skip : skip + size]
 
 
-def _residue(pieces: Sequence[Place]) -> int:
-    """What was put together is in memory of torch's."""
-    return pieces[0].start % ALIGNED if len(pieces) == 1 else 0
+def _residue(pieces: Sequence[Place], dtype: torch.dtype) -> int:
+    """What was put together, or lies where no such number can, is copied to memory of torch's own."""
+    at = pieces[0].start % ALIGNED
+    return at if len(pieces) == 1 and at % dtype.itemsize == 0 else 0
 
 
 def needed(tensors: Iterable[torch.Tensor]) -> int:
@@ -176,7 +178,12 @@ class _Reader:
     def read(self, place: Place, into: np.ndarray, offset: int = 0) -> None:
         """Fill `into` with the bytes from `offset` on. Raises InputError if the file is another one by now."""
         if place.file not in self._open:
-            self._open[place.file] = os.open(place.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._open[place.file] = os.open(place.file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise InputError(
+                    f"{place.file} cannot be read any more ({error.strerror}): a streamed model needs its files"
+                ) from error
             if _state(self._open[place.file]) != place.state:
                 raise InputError(f"{place.file} has changed since the model was loaded: load it again")
         done = 0

@@ -164,8 +164,8 @@ def block_bytes(*args) -> int:
 class Needs:
     """What blocks of a scan hold beyond the model, in bytes.
 
-    tokens, ends: of the largest pack; size: bytes per number, row_size: of the residual streams; extra_rows: streams held beside those of the block;
-    kept_per_row_bytes, kept_bytes: what the caller keeps of every row, and in all.
+    size: bytes per number; row_size: of the residual streams; extra_rows: streams held beside those of the block;
+    kept_per_row_bytes, kept_bytes: what the caller keeps of every row, and in all; tokens, ends: of the largest pack.
     """
 
     anatomy: Anatomy

@@ -69,6 +69,8 @@ class Subject:
             "ablation": ablation,
             "unit": self.unit,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            # Another precision, not another way to the same numbers.
+            **({"residual": "float32"} if self.fp32_residual else {}),
         }
 
 
@@ -284,7 +286,7 @@ def look_at(
     resolved = resolve_backend(
         backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
-    layers, not_fused = layer_path(layers, anatomy, model.dtype, device, resolved)
+    layers, not_fused = layer_path(layers, model, anatomy, device, resolved)
     record = describe_run(model, anatomy, device) | {
         "ablation": how.describe(),
         "template": template,
@@ -300,19 +302,24 @@ def look_at(
     return Subject(model, anatomy, token_ids, how, others, unit, num_units, device, resolved, layers, record)
 
 
+def check_layers(layers: str) -> None:
+    """Raises InputError for a name that is none."""
+    if layers not in LAYER_PATHS:
+        raise InputError(f"unknown layers {layers!r} (--layers): expected one of {', '.join(LAYER_PATHS)}")
+
+
 def layer_path(
-    layers: str, anatomy: Anatomy, dtype: torch.dtype, device: torch.device, backend: str
+    layers: str, model: PreTrainedModel, anatomy: Anatomy, device: torch.device, backend: str
 ) -> tuple[str, str | None]:
     """How rows pass the layers, and why they go through their own forward, None if they do not."""
-    if layers not in LAYER_PATHS:
-        raise InputError(f"unknown layers {layers!r}: expected one of {', '.join(LAYER_PATHS)}")
+    check_layers(layers)
     if layers == "model":
         return "model", "asked for"
-    problem = fused.why_not([layer.module for layer in anatomy.layers], dtype, device, backend)
+    problem = fused.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)
     if layers == FP32_RESIDUAL and not problem:
-        problem = fused.why_no_fp32_residual(dtype, backend)
+        problem = fused.why_no_fp32_residual(model.dtype, backend, head_precision(model))
     if layers != "auto" and problem:
-        raise InputError(f"layers {layers!r} cannot run: {problem}; use layers='model' or 'auto'")
+        raise InputError(f"layers {layers!r} (--layers) cannot run: {problem}; use layers='model' or 'auto'")
     return ("model" if problem else "fused" if layers == "auto" else layers), problem
 
 

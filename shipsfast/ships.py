@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .ablation import DEFAULT_SCALE, Ablation, Head
-from .checks import ablated_logits, alarm, longest_prompt, packing_noise_nats, plain_logits
+from .checks import ablated_logits, alarm, longest_prompt, own_layers_hint, packing_noise_nats, plain_logits
 from .clock import seconds_since
 from .errors import InputError, UnsupportedModelError
 from .measure import Measure, finished, measures_of
@@ -73,7 +73,8 @@ def scan(
         layers: how rows pass a decoder layer: "model" is the layer's own forward, "fused" the faster way of
             fused.py for Llama, Mistral, Qwen 2, Qwen 3 and Gemma 2, on a GPU (bfloat16, float16, float32; with backend
             "triton") or a CPU (float32, float64), "auto" the second where it can. "fused_fp32_residual" is the second
-            with a half-precision model's residual stream in float32, with backend "triton". Named, it runs or raises.
+            with a half-precision model's residual stream in float32, with backend "triton". Named, it runs or raises; a
+            run that `out` holds is given back as it ran.
         out: run folder. What is finished is kept there, and the same scan continues from it.
         progress: a progress bar on stderr.
         max_memory: bytes to use beyond the model, default from what is free.
@@ -307,6 +308,7 @@ def _spot_check(work: _Work) -> None:
                 raise UnsupportedModelError(
                     f"the score of {prepared.unit} {layer}-{index} on prompt {prompt} is {got:.6g}, a plain forward "
                     f"pass gives {expected:.6g}: {type(prepared.model).__name__} cannot be scanned exactly"
+                    f"{own_layers_hint(prepared)}"
                 )
             worst = max(worst, error)
         measure.record["spot_check_max_abs"] = worst

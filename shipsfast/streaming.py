@@ -70,6 +70,8 @@ class CheckpointLayers(LayerWeights):
                 self._read_by_loader(index)
 
     def _read_by_loader(self, index: int) -> None:
+        if self._buffers is not None:  # the loader takes memory of its own
+            self._buffers.clear()
         with no_progress_bar():
             info = self._load(self.model, self.sources[index])
         self._check(index, info)
@@ -187,8 +189,13 @@ class Source:
 
     def mapped(self) -> torch.Tensor:
         """The tensor, of which only what is looked at is read."""
-        with safe_open(self.place.file, framework="pt") as file:
-            return file.get_tensor(self.name)
+        try:
+            with safe_open(self.place.file, framework="pt") as file:
+                return file.get_tensor(self.name)
+        except OSError as error:
+            raise InputError(
+                f"{self.place.file} cannot be read any more: a streamed model needs its files"
+            ) from error
 
 
 def load_streamed(

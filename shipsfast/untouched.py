@@ -7,20 +7,24 @@ signal through at most, and after an exception holds the model against its notes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
 
 from .anatomy import probe
 from .attention import ATTRIBUTE, _configs
+from .errors import InputError
 from .runs import closing
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
 _GONE = object()
+_at_work: dict[int, int] = {}  # id of a model that a call changes for now -> its thread
+_taking = threading.Lock()
 
 
 def untouched(function: Callable) -> Callable:
@@ -29,7 +33,7 @@ def untouched(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args, **kwargs):
         model = args[0] if args else kwargs.get("model")
-        with _OneSignal() as signals:
+        with _OneSignal() as signals, _alone(model):
             before = _state(model) if isinstance(model, torch.nn.Module) else None
             try:
                 with closing():
@@ -41,6 +45,25 @@ def untouched(function: Callable) -> Callable:
                 raise
 
     return call
+
+
+@contextlib.contextmanager
+def _alone(model) -> Iterator[None]:
+    """Raises InputError while another thread is at work on the model: each would note the other's changes as its state."""
+    mine = threading.get_ident()
+    with _taking:
+        owner = _at_work.get(id(model))
+        if owner is None:
+            _at_work[id(model)] = mine
+    if owner not in (None, mine):
+        raise InputError(
+            "another thread is at work on this model, and changes it for so long: wait for it, or give each thread a copy"
+        )
+    try:
+        yield
+    finally:
+        if owner is None:
+            _at_work.pop(id(model), None)
 
 
 class _OneSignal:

@@ -198,7 +198,7 @@ def test_help_is_quick_and_needs_no_torch():
         (("M", "P", "--backend", "triton"), "backend 'triton' cannot run"),
         (("M", "P", "--backend", "fast"), "unknown backend 'fast'"),
         (("M", "P", "--layers", "fast"), "unknown layers 'fast'"),
-        (("M", "P", "--layers", "fused_fp32_residual"), "layers 'fused_fp32_residual' cannot run: the model is in float32"),
+        (("M", "P", "--layers", "fused_fp32_residual"), "layers 'fused_fp32_residual' (--layers) cannot run: the model is in float32"),
         (("M", "P", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("M", "P", "--device", "nowhere"), "unknown device 'nowhere'"),
         (("M", "P", "--template", "chatty"), "unknown template 'chatty'"),

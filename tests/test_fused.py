@@ -86,7 +86,7 @@ def test_what_it_cannot_do_goes_through_the_model(reason):
         model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
     record = scan(model, "auto").record
     assert record["layers"] == "model" and record["layers_why"]
-    with pytest.raises(shipsfast.InputError, match="layers 'fused' cannot run"):
+    with pytest.raises(shipsfast.InputError, match=r"layers 'fused' \(--layers\) cannot run"):
         scan(model, "fused")
 
 
@@ -217,3 +217,35 @@ def test_ops_against_torch(dtype, size):
 def test_ops_refuse_bad_shapes(call):
     with pytest.raises(RuntimeError, match="shipsfast::.*expected"):
         call(torch.randn(2, 6))
+
+
+def _louder(method):
+    @functools.wraps(method)
+    def forward(*args, **kwargs):
+        return 1.0001 * method(*args, **kwargs)
+
+    return forward
+
+
+@pytest.mark.parametrize("name", ["LlamaMLP", "LlamaRMSNorm", "apply_rotary_pos_emb"])
+def test_a_family_that_is_patched_for_all_its_models_goes_its_own_way(name, monkeypatch):
+    """As optimisers of training do: no instance carries a sign of it, and functools.wraps copies the names."""
+    from transformers.models.llama import modeling_llama
+
+    if name.startswith("apply"):
+        own = modeling_llama.apply_rotary_pos_emb
+
+        @functools.wraps(own)
+        def turned(q, k, *args, **kwargs):
+            return tuple(1.001 * x for x in own(q, k, *args, **kwargs))
+
+        monkeypatch.setattr(modeling_llama, name, turned)
+    else:
+        patched = getattr(modeling_llama, name)
+        monkeypatch.setattr(patched, "forward", _louder(patched.forward))
+    found = scan(build("llama-gqa"), "auto")
+    assert found.record["layers"] == "model" and "is not transformers' own" in found.record["layers_why"]
+    expected = brute_force(build("llama-gqa"), PROMPTS)
+    assert (torch.as_tensor(found.kl) - expected).abs().max() <= 1e-12
+    with pytest.raises(shipsfast.InputError, match="is not transformers' own"):
+        scan(build("llama-gqa"), "fused")

@@ -88,7 +88,7 @@ def test_a_float32_residual_stream(family, options):
     exact = shipsfast.scan(build(family).half().double(), PROMPTS, heads=SOME, **options, **OWN).kl
     own = shipsfast.scan(model, PROMPTS, heads=SOME, **options, **OWN).kl
     found = shipsfast.scan(model, PROMPTS, heads=SOME, **options, **TRITON | {"layers": FP32_RESIDUAL})
-    assert found.record["layers"] == FP32_RESIDUAL
+    assert found.record["layers"] == FP32_RESIDUAL and found.identity["residual"] == "float32"
     seen = ~np.isnan(exact)
     assert_as_close(found.kl[seen], own[seen], exact[seen], 1e-5)
 
@@ -134,6 +134,9 @@ def test_where_a_float32_residual_stream_is_refused():
         shipsfast.scan(single, PROMPTS, **TRITON | {"layers": FP32_RESIDUAL})
     with pytest.raises(shipsfast.InputError, match="cannot run: (dtype|the small operations)"):
         shipsfast.scan(half, PROMPTS, layers=FP32_RESIDUAL, backend="reference", progress=False)
+    half.lm_head.__class__ = type("OwnLinear", (torch.nn.Linear,), {})
+    with pytest.raises(shipsfast.InputError, match="the output head is not a plain linear layer"):
+        shipsfast.scan(half, PROMPTS, **TRITON | {"layers": FP32_RESIDUAL})
     with pytest.raises(shipsfast.InputError, match="is for scans"):
         shipsfast.generate(
             half, PROMPTS, groups=[[]], max_new_tokens=2, eos_token_id=[], layers=FP32_RESIDUAL
@@ -230,3 +233,14 @@ def test_why_not_on_a_gpu():
     assert "attention backend torch on cuda" in fused.why_not(layers, torch.bfloat16, gpu, "torch")
     layers[1].mlp.act_fn = torch.nn.ReLU()
     assert fused.why_not(layers, torch.bfloat16, gpu, "triton") == "activation ReLU"
+
+
+def test_a_generation_plan_counts_the_layer_that_prefill_joins():
+    from shipsfast import generation_plan
+    from shipsfast.prepared import look_at
+
+    model = build("llama-gqa").float()
+    how = dict(template="none", ablation="undifferentiated", scale=1e-5, unit="head", backend="triton")
+    subject = look_at(model, PROMPTS, None, layers="fused", new_tokens=4, **how)
+    layer = model.model.layers[0]
+    assert generation_plan._loaded_bytes(subject) == fused.loaded_bytes(layer, subject.device) > 0

@@ -1,7 +1,9 @@
 """Weights read straight from safetensors files: the same bytes, in memory used again only when nobody has it."""
 
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -143,3 +145,39 @@ def test_layers_that_are_not_bytes_of_files_go_through_the_loader(folder):
     first = shipsfast.scan(model, PROMPTS, progress=False).kl
     assert model._shipsfast_stream._places == [[]] * LAYERS
     assert (shipsfast.scan(model, PROMPTS, progress=False).kl == first).all()
+
+
+@pytest.mark.parametrize("spaces", [1, 4, 7])
+def test_data_that_starts_anywhere(folder, spaces):
+    """Python's writer puts them at a multiple of 8; another need not."""
+    for file in Path(folder).glob("*.safetensors"):
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = content[8 : 8 + length].rstrip(b" ")
+        header += b" " * ((spaces - len(header)) % 8)
+        file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    model, _, first = stream(folder)
+    expected = shipsfast.scan(build("llama-gqa", torch.float32), PROMPTS, progress=False).kl
+    assert np.abs(first.kl - expected).max() < 1e-5
+    assert (shipsfast.scan(model, PROMPTS, progress=False).kl == first.kl).all()
+    mapped = shipsfast.scan(load_model(folder), PROMPTS, progress=False)
+    assert np.abs(mapped.kl - expected).max() < 1e-5
+    assert mapped.record["layers"] == ("fused" if spaces == 4 else "model")
+
+
+def test_a_relative_folder_after_a_change_of_folder(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(folder).parent)
+    model, _, first = stream(f"./{Path(folder).name}")
+    monkeypatch.chdir("/")
+    assert (shipsfast.scan(model, PROMPTS, progress=False).kl == first.kl).all()
+
+
+def test_files_that_are_gone(folder):
+    model, *_ = stream(folder)
+    for file in Path(folder).glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(
+        shipsfast.InputError, match="cannot be read any more .*a streamed model needs its files"
+    ):
+        shipsfast.scan(model, PROMPTS, progress=False)
+    assert not in_memory(model)

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import threading
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -201,3 +203,29 @@ def test_ablate_acts_in_generation_with_padding_and_cache():
             for _ in range(6):
                 tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
             assert row[width:].tolist() == tokens[len(prompt) :]
+
+
+def test_a_second_thread_is_refused_and_the_model_left_in_order():
+    model, out = build("llama-gqa"), []
+    inside, go_on = threading.Event(), threading.Event()
+
+    def metric(base, _ablated, prompt_index):
+        inside.set()
+        assert go_on.wait(60)
+        return torch.zeros(len(prompt_index))
+
+    thread = threading.Thread(
+        target=lambda: out.append(shipsfast.scan(model, [[5, 6, 7]], metric=metric, progress=False))
+    )
+    with torch.no_grad():
+        before = model(torch.tensor([[5, 6, 7]])).logits
+    thread.start()
+    assert inside.wait(60)
+    with pytest.raises(shipsfast.InputError, match="another thread is at work on this model"):
+        shipsfast.scan(model, [[5, 6, 7]], progress=False)
+    go_on.set()
+    thread.join()
+    assert len(out) == 1
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
+    assert np.isfinite(shipsfast.scan(model, [[5, 6, 7]], progress=False).kl).all()

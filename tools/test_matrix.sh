@@ -8,7 +8,7 @@ OLDEST="${OLDEST:-5.13.1}"
 NEWEST="${NEWEST:-$(sed -n 's/^transformers==//p' constraints.txt)}"
 TORCH="${TORCH:-$(sed -n 's/^torch==//p' constraints.txt)}"
 CORE="tests/test_exactness.py tests/test_families.py tests/test_refusals.py tests/test_sinks.py tests/test_wrapped_models.py tests/test_quantised.py
-      tests/test_model_untouched.py tests/test_fused.py tests/test_fused_triton.py
+      tests/test_streaming.py tests/test_layer_bytes.py tests/test_model_untouched.py tests/test_fused.py tests/test_fused_triton.py
       tests/test_small_ops.py tests/test_runs.py"
 PYTEST_ARGS="${PYTEST_ARGS:-$CORE}"
 python="${PYTHON:-python3.11}"
@@ -34,7 +34,7 @@ for version in "$OLDEST" "$NEWEST"; do
     $pip torch setuptools wheel ninja &&
       $pip transformers numpy pandas pyarrow matplotlib typer rich safetensors scipy psutil tqdm \
         pytest pytest-timeout hypothesis triton accelerate peft torchao bitsandbytes &&
-      mkdir -p "$place/source" && git ls-files -z --cached --others --exclude-standard |
+      mkdir -p "$place/source" && rm -rf "$place"/source/{shipsfast,kernels,benchmarks,csrc,tests} && git ls-files -z --cached --others --exclude-standard |
       tar --null --files-from=- --create --ignore-failed-read | tar --extract --directory="$place/source" &&
       (cd "$place/source" && ../venv/bin/python setup.py --quiet build_ext --inplace)
   } >"$log" 2>&1
