@@ -180,6 +180,21 @@ def test_scores_that_are_off_fail_their_row(session, monkeypatch):
     assert "scores differ from float32" in session.rows[-1]["failed"]
 
 
+def test_the_models_own_layers_are_measured_where_ours_fail(session, monkeypatch):
+    own = scans.shipsfast.scan
+
+    def scan(*args, **kwargs):
+        if kwargs.get("layers") != "model":
+            raise RuntimeError("broken")
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(scans.shipsfast, "scan", scan)
+    scans.run_scan(session, scans.SCANS["llama31-8b"])
+    ours, others = session.rows
+    assert "broken" in ours["failed"] and others["path"] == scans.OWN_LAYERS
+    assert others["median_s"] > 0 and others["layers"] == "model" and others["times_slower_than_shipsfast"] is None
+
+
 def test_what_fails_is_a_row_and_the_rest_goes_on(session):
     with session.guarded("case", "a"):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 GiB")
