@@ -192,7 +192,11 @@ def test_the_models_own_layers_are_measured_where_ours_fail(session, monkeypatch
     scans.run_scan(session, scans.SCANS["llama31-8b"])
     ours, others = session.rows
     assert "broken" in ours["failed"] and others["path"] == scans.OWN_LAYERS
-    assert others["median_s"] > 0 and others["layers"] == "model" and others["times_slower_than_shipsfast"] is None
+    assert (
+        others["median_s"] > 0
+        and others["layers"] == "model"
+        and others["times_slower_than_shipsfast"] is None
+    )
 
 
 def test_what_fails_is_a_row_and_the_rest_goes_on(session):

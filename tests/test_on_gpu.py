@@ -108,6 +108,22 @@ def test_a_search(family):
     assert_close_abs(found.angle_deg[seen], expected.angle_deg[seen], 1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS, PROMPTS[:1]], ids=["several", "one"]
+)  # one end: products of one row
+def test_a_float32_residual_stream(family, dtype, prompts):
+    exact, model = pair(family, dtype)
+    expected = torch.as_tensor(shipsfast.scan(exact, prompts, layers="model", progress=False).kl)
+    own = torch.as_tensor(shipsfast.scan(model, prompts, layers="model", progress=False).kl)
+    found = shipsfast.scan(model, prompts, layers="fused_fp32_residual", progress=False)
+    assert found.record["layers"] == "fused_fp32_residual"
+    assert_close_abs(found.kl, expected, 2 * float((own - expected).abs().max()) + 1e-4)
+    angles = shipsfast.scan_dataset(model, PROMPTS, layers="fused_fp32_residual", progress=False).angle_deg
+    assert np.isfinite(angles).all()
+
+
 def test_what_cannot_be_fused_says_why():
     config = GPT2Config(
         vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
