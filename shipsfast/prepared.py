@@ -283,6 +283,7 @@ def look_at(
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
     num_units = check_unit(unit, anatomy)
     device = input_device(model)
+    check_sums(device, model.dtype)
     resolved = resolve_backend(
         backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
@@ -300,6 +301,19 @@ def look_at(
     if not_fused:
         record["layers_why"] = not_fused
     return Subject(model, anatomy, token_ids, how, others, unit, num_units, device, resolved, layers, record)
+
+
+def check_sums(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError where torch is told to add up float16 products in float16: it then has none that end in float32,
+    which logits need."""
+    if (
+        device.type == "cuda"
+        and dtype == torch.float16
+        and torch.backends.cuda.matmul.allow_fp16_accumulation
+    ):
+        raise InputError(
+            "torch.backends.cuda.matmul.allow_fp16_accumulation is on: sums in float16 are too coarse for scores, turn it off"
+        )
 
 
 def check_layers(layers: str) -> None:
