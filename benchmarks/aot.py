@@ -260,24 +260,31 @@ def write_document(table: dict[str, dict[str, int]], version: str) -> None:
                 f"| {use['shared_bytes'] / 1024:.1f} | {blocks_per_sm(case, use)} | {cores} |"
             )
     lines.append(end)
-    if DOCUMENT.exists():
-        text = DOCUMENT.read_text()
-    else:
-        text = f"# Kernels\n\n## What they cost on the chip\n\n{begin}\n{end}\n"
-    head, found, rest = text.partition(begin)
+    replace_in_document(begin, end, "\n".join(lines))
+
+
+def replace_in_document(begin: str, end: str, part: str) -> None:
+    """Put `part`, its first and last lines included, where docs/kernels.md has what lies between them."""
+    head, found, rest = DOCUMENT.read_text().partition(begin)
     if not found:
         raise RuntimeError(f"{DOCUMENT} has no line {begin!r}: put it, and {end!r}, where the table belongs")
-    DOCUMENT.write_text(head + "\n".join(lines) + rest.partition(end)[2])
+    DOCUMENT.write_text(head + part + rest.partition(end)[2])
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="write the committed table and docs/kernels.md")
+def command_line(argv: list[str] | None, name: str, about: str) -> argparse.Namespace:
+    """Options of a command that compiles kernels ahead of time."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write what is committed, and docs/kernels.md")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = command_line(argv, "aot", __doc__)
     import triton
 
     table = measure(args.jobs)

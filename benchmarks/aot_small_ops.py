@@ -8,16 +8,14 @@ No GPU is needed. In a process of its own for the reason given in aot.py.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-from .aot import DOCUMENT, REGISTERS_PER_SM, TRITON_DTYPE, _resource_usage
+from .aot import REGISTERS_PER_SM, TRITON_DTYPE, _resource_usage, command_line, replace_in_document
 
 CHIPS = (80, 90)
 BEGIN, END = "<!-- begin: python -m benchmarks.aot_small_ops --update -->", "<!-- end of small operations -->"
@@ -145,25 +143,12 @@ def document(table: dict[str, dict[str, int]], version: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.aot_small_ops", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--update", action="store_true", help="write the table in docs/kernels.md")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
-    args = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
+    args = command_line(argv, "aot_small_ops", __doc__)
     import triton
 
     table = measure(args.jobs)
     if args.update:
-        head, found, rest = DOCUMENT.read_text().partition(BEGIN)
-        if not found:
-            raise RuntimeError(
-                f"{DOCUMENT} has no line {BEGIN!r}: put it, and {END!r}, where the table belongs"
-            )
-        DOCUMENT.write_text(head + document(table, triton.__version__) + rest.partition(END)[2])
+        replace_in_document(BEGIN, END, document(table, triton.__version__))
     if args.json:
         print(json.dumps(table))
     else:

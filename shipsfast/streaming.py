@@ -95,7 +95,7 @@ class CheckpointLayers(LayerWeights):
 
     def _find(self, index: int) -> list[list[Place]]:
         """Where the tensors of the layer that has just been loaded lie in the files, empty unless all do, byte for byte."""
-        names = {id(m): name for name, m in self.model.named_modules()}
+        names = {id(m): name for name, m in self.layers[index].named_modules(prefix=self.names[index])}
         sources = [source.place for source in self.sources[index].values()]
         found = []
         for module, kind, name, meta in self._empty[index]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .clock import timed
+from .clock import Timing, timed
 from .session import Session
 from .shapes import LLAMA2_7B
 
@@ -69,3 +69,12 @@ def copy_ceiling(session: Session) -> float:
         timing = timed(lambda: target.copy_(source), session.device, budget_s=0.2)
         session.ceilings["copy"] = 2 * source.numel() / timing.median
     return session.ceilings["copy"]
+
+
+def bandwidth_figures(session: Session, timing: Timing, moved: int, ours_s: float | None) -> dict:
+    """Of a kernel that moves so many bytes at the least; ours_s: seconds of our own, None if it failed."""
+    return timing.figures() | {
+        "gb_per_s": round(moved / timing.median / 1e9, 2),
+        "share_of_ceiling": round(moved / timing.median / copy_ceiling(session), 4),
+        "times_slower_than_shipsfast": round(timing.median / ours_s, 3) if ours_s else None,
+    }

@@ -9,7 +9,7 @@ import torch
 
 from shipsfast.metrics import kl_backend, kl_rows
 
-from .ceilings import copy_ceiling
+from .ceilings import bandwidth_figures
 from .clock import timed
 from .kernel_attention import compiled
 from .session import OURS, NotMeasured, Session
@@ -70,10 +70,8 @@ def _case(session: Session, case: str, prompts: int, ablations: int, vocabulary:
             session.write(
                 case,
                 name,
-                common | timing.figures() | {
-                    "gb_per_s": round(moved / timing.median / 1e9, 2), "max_abs_error_nats": error,
-                    "share_of_ceiling": round(moved / timing.median / copy_ceiling(session), 4),
-                    "times_slower_than_shipsfast": round(timing.median / first, 3) if first else None,
+                common | bandwidth_figures(session, timing, moved, first) | {
+                    "max_abs_error_nats": error,
                     "resolved_backend": backend if name == OURS else None,
                 },
             )  # fmt: skip
