@@ -16,7 +16,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 # Named one by one, and never found: a package called `kernels` would be picked up by transformers.
-PACKAGES = ["shipsfast", "shipsfast.adapters", "shipsfast.demo", "shipsfast.kernels"]
+ROOMS = (
+    "answers", "answers.judges", "cli", "demo", "engine", "kernels", "models", "ops", "prompts", "results", "runs", "scans",
+)  # fmt: skip
+PACKAGES = ["shipsfast", *(f"shipsfast.{room}" for room in ROOMS)]
 PACKAGE_DIR = {"shipsfast": "shipsfast", "shipsfast.kernels": "kernels"}
 PACKAGE_DATA = {"shipsfast.kernels": ["configs/*.json"], "shipsfast.demo": ["**/*"]}
 TORCH_ABI = "0x020b000000000000"  # torch 2.11, the oldest supported: newer ones keep its stable ABI
@@ -105,7 +108,7 @@ def extension() -> dict:
 
 
 setup(
-    packages=[name for name in PACKAGES if folder(name).is_dir()],
+    packages=PACKAGES,
     package_dir=PACKAGE_DIR,
     package_data=PACKAGE_DATA,
     exclude_package_data={"": ["__pycache__/*"]},

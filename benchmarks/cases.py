@@ -12,8 +12,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shipsfast.demo.run import MODEL, PROMPTS
-from shipsfast.loading import load_model, load_tokenizer
-from shipsfast.prompts import load_prompts, to_token_ids
+from shipsfast.models.loading import load_model, load_tokenizer
+from shipsfast.prompts.datasets import load_prompts
+from shipsfast.prompts.tokens import to_token_ids
 
 
 @dataclass(frozen=True)

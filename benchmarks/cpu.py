@@ -132,7 +132,7 @@ def peak(case: Case, path: str) -> float:
 
     import psutil
 
-    importlib.import_module("shipsfast.ships")  # the libraries it imports are not what a scan needs
+    importlib.import_module("shipsfast.scans.ships")  # the libraries it imports are not what a scan needs
 
     model = case.model()
     gc.collect()

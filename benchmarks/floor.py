@@ -1,9 +1,9 @@
-"""The least work a scan can be, and the rate at which this machine could do it: shipsfast/flops.py for a case."""
+"""The least work a scan can be, and the rate at which this machine could do it: shipsfast/engine/flops.py for a case."""
 
 from __future__ import annotations
 
-from shipsfast import flops
-from shipsfast.packing import pack
+from shipsfast.engine import flops
+from shipsfast.ops.prefix_tree import pack
 
 from .cases import Case
 

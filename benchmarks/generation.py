@@ -18,8 +18,8 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 import shipsfast
-from shipsfast.checks import ALARM_LOGIT
-from shipsfast.prepared import look_at
+from shipsfast.answers.self_check import ALARM_LOGIT
+from shipsfast.engine.subject import look_at
 
 from .cases import GenerationCase
 from .peers import EPS, hooked, scale_head

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 import shipsfast
-from shipsfast.loading import load_model
+from shipsfast.models.loading import load_model
 
 from .cases import Case
 from .provenance import append, provenance

@@ -65,7 +65,8 @@ def tasks(kernel: str | None, dtype: str | None, head_dim: int | None) -> list[T
 
 def candidates(task: Task) -> list:
     """Launch configurations to try, those in use for a chip first."""
-    from shipsfast.kernels.launch_config import LaunchConfig, load_configs
+    from shipsfast.kernels.launch_config import LaunchConfig
+    from shipsfast.kernels.launch_config import load_configs
 
     grid = GRID[task.kernel]["float32" if task.dtype == "float32" else "half"]
     found = [load_configs(f"sm_{sm}")[task.kernel][task.dtype][task.head_dim] for sm in CHIPS]
@@ -144,7 +145,7 @@ def _tree(task: Task, config, device, prompts: int = 100, rows: int = 9, heads: 
     from shipsfast.kernels.block_table import block_table
     from shipsfast.kernels.tree_attention import tree_attention
 
-    from shipsfast import reference
+    from shipsfast.ops import reference
 
     from .gpu.shapes import Prompts
 
@@ -176,7 +177,7 @@ def _decode(
     import torch
     from shipsfast.kernels.decode_attention import decode_attention
 
-    from shipsfast import reference
+    from shipsfast.ops import reference
 
     torch.manual_seed(0)
     dtype = getattr(torch, task.dtype)

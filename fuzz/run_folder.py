@@ -21,14 +21,16 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 import shipsfast
-from shipsfast.completion_view import visible
-from shipsfast.completions import Completions
+from shipsfast.text import visible
+from shipsfast.results.completions import Completions
 from shipsfast.errors import InputError
-from shipsfast.evaluation import EvalResult
-from shipsfast.grams import Grams
-from shipsfast.manifest import as_text
-from shipsfast.results import SaharaResult, ShipsResult, SubspaceResult
-from shipsfast.tables import as_json, show
+from shipsfast.results.evaluation import EvalResult
+from shipsfast.results.gram_bootstrap import Grams
+from shipsfast.runs.manifest import as_text
+from shipsfast.results.sahara import SaharaResult
+from shipsfast.results.ships import ShipsResult
+from shipsfast.results.subspace import SubspaceResult
+from shipsfast.results.tables import as_json, show
 
 from .engine import Reader
 
@@ -73,7 +75,7 @@ def _evaluation(path: Path) -> None:
         "unit": "head", "generation": {"max_new_tokens": 4, "do_sample": False},
     }  # fmt: skip
     record = {"judge": "keywords", "prompt_texts": ["one", "<i>two"], "seconds": 1.0, "status": "complete"}
-    folder = shipsfast.runs.RunFolder(path, identity)
+    folder = shipsfast.runs.folder.RunFolder(path, identity)
     folder.write_manifest(record)
     done = Completions(2, 2)
     done.label[:], done.num_tokens[:], done.sha256[:] = 0, 3, "ab"

@@ -1,6 +1,6 @@
 """Which key blocks each query block of a prefix tree must load, found on the host without a T x T mask.
 
-The packed tokens are in depth-first order (shipsfast/packing.py), so the queries that see key j are those
+The packed tokens are in depth-first order (shipsfast/ops/prefix_tree.py), so the queries that see key j are those
 with packed index in [j, subtree_end[j]). Queries are sorted, hence they are also one run of query ranks
 [first_j, stop_j), and the query blocks they touch are one run as well. Each key adds +1 at the start of
 its run and -1 after it, in the column of its key block; the running sum over query blocks then counts, for
@@ -57,7 +57,7 @@ def block_table(
     """Build the table once for a tree and keep it: every layer and every row with that tree can use it.
 
     Args:
-        position, subtree_end: int [T], see shipsfast/packing.py. Tensors on a GPU are copied to the host.
+        position, subtree_end: int [T], see shipsfast/ops/prefix_tree.py. Tensors on a GPU are copied to the host.
         block_m, block_n: queries and keys in a block, as in the launch configuration of the kernel.
         query_index: int [TQ], packed indices of the queries in ascending order, None for all T.
         window: sliding window in tokens, counting the token itself, None for no window.

@@ -20,7 +20,7 @@ the head's own: a query q_alt [1 or N, D], keys k_alt [S, C, D], or its output b
 [1 or H, D]. The heads of a tile that take k_alt go to a second program (axis 1 of the grid), which runs the
 same code with another address. A program without a head that needs keys reads none.
 
-The oracle is shipsfast.reference.decode_attention, the checks of the arguments are in attention_checks.py.
+The oracle is shipsfast.ops.reference.decode_attention, the checks of the arguments are in attention_checks.py.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def decode_attention(
     out_alt: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
-    """Masked attention of new tokens over a cache on the GPU: the function of shipsfast.reference.decode_attention.
+    """Masked attention of new tokens over a cache on the GPU: the function of shipsfast.ops.reference.decode_attention.
 
     Args:
         q: [N, H, D], one query for each entry; k_cache, v_cache: [S, HKV, C, D], HKV dividing H; bfloat16, float16
@@ -235,7 +235,7 @@ def decode_attention(
         scaling: factor on q . k, usually D ** -0.5.
         softcap: soft limit of the scaled logits; window: sliding window in tokens, counting the new one.
         sink: float32 [H], one more logit of a head in the denominator; None for none.
-        replace: int8 [N, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/reference.py) for each
+        replace: int8 [N, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/ops/reference.py) for each
             entry and head, 0 for a head that keeps its own; None for no replacement, and the next three are not
             looked at. Which flags are set is not checked on a GPU either: there a head whose vectors are
             missing gives NaN.

@@ -17,7 +17,7 @@ q_alt [1 or B, TQ, D], keys k_alt [1 or B, T, D], or its output before output_sc
 [1 or H, 1 or TQ, D]. A flag chooses where a program reads, so a replaced output reads no keys, and a head
 without flags does what it does in a call without replacements.
 
-The oracle is shipsfast.reference.tree_attention, the checks of the arguments are in attention_checks.py.
+The oracle is shipsfast.ops.reference.tree_attention, the checks of the arguments are in attention_checks.py.
 """
 
 from __future__ import annotations
@@ -256,19 +256,19 @@ def tree_attention(
     block_table: BlockTable | None = None,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
-    """Masked attention over a prefix tree on the GPU: the function of shipsfast.reference.tree_attention.
+    """Masked attention over a prefix tree on the GPU: the function of shipsfast.ops.reference.tree_attention.
 
     Args:
         q: [B, H, TQ, D]; k, v: [B, HKV, T, D], HKV dividing H; bfloat16, float16 or float32, any strides with
             a contiguous last dimension. A batch dimension of 1 broadcasts over the rows of the mask vectors.
         logit_scale, output_scale: float32 [B, H], 1 leaves the head as it is. A head whose output_scale is 0
             gives exactly 0.
-        position, subtree_end: int32 [T], see shipsfast/packing.py.
+        position, subtree_end: int32 [T], see shipsfast/ops/prefix_tree.py.
         scaling: factor on q . k, usually D ** -0.5.
         softcap: soft limit of the scaled logits; window: sliding window in tokens, counting the token itself.
         sink: float32 [H], one more logit of a head in the denominator; None for none.
         query_index: int32 [TQ], packed indices of the queries in ascending order, None if TQ = T.
-        replace: int8 [B, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/reference.py) for each
+        replace: int8 [B, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/ops/reference.py) for each
             row and head, 0 for a head that keeps its own; None for no replacement, and the next three are not
             looked at. Which flags are set is not checked on a GPU, which would wait for it: there a head
             whose vectors are missing gives NaN.

@@ -3,7 +3,7 @@
 import operator
 import sys
 
-from .plain_text import one_line
+from .text import one_line
 
 
 class InputError(ValueError):
@@ -42,10 +42,3 @@ class Stopped(BaseException):
 def note(message: str) -> None:
     """Tell the user something that does not end the run, in one line of stderr."""
     print(f"shipsfast: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """A CPU that cannot allocate says so in a plain RuntimeError."""
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shipsfast import packing, reference
+from shipsfast.ops import prefix_tree
+from shipsfast.ops import reference
 
 FACTOR = 2.0
 FLOOR_ULPS = 1.0
@@ -24,7 +25,7 @@ DTYPE_NAMES = {
 
 
 def oracle(q, k, v, logit_scale, output_scale, position, subtree_end, **options) -> torch.Tensor:
-    """shipsfast.reference.tree_attention in float64, from the same rounded inputs."""
+    """shipsfast.ops.reference.tree_attention in float64, from the same rounded inputs."""
     wide = [x.double() for x in (q, k, v, logit_scale, output_scale)]
     options |= {name: options[name].double() for name in ALTERNATIVES if options.get(name) is not None}
     return reference.tree_attention(*wide, position, subtree_end, **options)
@@ -84,7 +85,7 @@ class Case:
     DV: int | None = None  # v's head size, if it is not D
 
     def __str__(self) -> str:
-        T = packing.pack(make_prompts(self.tree)).num_tokens
+        T = prefix_tree.pack(make_prompts(self.tree)).num_tokens
         parts = [f"B{self.B}-H{self.H}-HKV{self.HKV}-T{T}-D{self.D}-{DTYPE_NAMES[self.dtype]}-{self.tree}"]
         parts += [f"softcap{self.softcap:g}"] if self.softcap else []
         parts += [f"window{self.window}"] if self.window else []
@@ -102,7 +103,7 @@ def make_arguments(
 
     q, k and v are random and laid out as transformers' attention has them: [B, T, H, D] seen as [B, H, T, D].
     """
-    packed = packing.pack(make_prompts(case.tree))
+    packed = prefix_tree.pack(make_prompts(case.tree))
     T = packed.num_tokens
     query_index = np.unique(packed.last_index) if case.queries == "last" else None
     TQ = T if query_index is None else len(query_index)

@@ -7,7 +7,7 @@ import contextlib
 import torch
 from transformers import AutoModelForCausalLM
 
-from shipsfast.streaming import CheckpointLayers, no_progress_bar
+from shipsfast.models.streaming import CheckpointLayers, no_progress_bar
 
 
 def save(model, folder, shard: str = "20KB"):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from shipsfast import reference
+from shipsfast.ops import reference
 from tests.attention_numerics import ALTERNATIVES, DTYPE_NAMES, FACTOR, FLOOR_ULPS
 from tests.conftest import TEST_GPU
 from tests.numerics import assert_close_abs
@@ -64,7 +64,7 @@ class Inputs:
         return function(*own, ls, os, **{**self.options, **changes})
 
     def exact(self) -> torch.Tensor:
-        """shipsfast.reference.decode_attention in float64, from the same rounded inputs."""
+        """shipsfast.ops.reference.decode_attention in float64, from the same rounded inputs."""
         wide = [x.double() if x.is_floating_point() else x for x in self.args]
         options = {
             name: x.double() if name in ALTERNATIVES and x is not None else x

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from shipsfast.manifest import as_text
+from shipsfast.runs.manifest import as_text
 
 
 def edit(run, change=lambda manifest: None) -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
-from shipsfast.bench import peak_memory
+from shipsfast.scans.bench import peak_memory
 
 SHAPES = {
     "wide": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=12, vocab_size=500),

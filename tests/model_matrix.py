@@ -21,7 +21,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 import shipsfast
-from shipsfast.anatomy import inspect_model
+from shipsfast.models.anatomy import inspect_model
 from tests import family_oracle
 from tests.tiny_configs import families, tiny_model
 

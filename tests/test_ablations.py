@@ -8,9 +8,9 @@ import torch
 
 import shipsfast
 from shipsfast import Ablation
-from shipsfast.ablation import KINDS
-from shipsfast.layer_mask import LayerMask
-from shipsfast.metrics import extension_status
+from shipsfast.engine.ablation import KINDS
+from shipsfast.ops.masks import LayerMask
+from shipsfast.ops.extension import extension_status
 from tests import hooks
 from tests.models import HEADS, LAYERS, build
 from tests.numerics import assert_close_abs
@@ -147,7 +147,7 @@ def test_mean_over_another_set(family, monkeypatch):
     scores = hooks.Oracle(model_of(family), PROMPTS, "mean", sources=OTHER_SET).ships()
     assert abs(scores - expected(family, "mean")).max() > 1e-3
     for tokens in (8192, 3):
-        monkeypatch.setattr("shipsfast.sources.MEAN_TOKENS", tokens)
+        monkeypatch.setattr("shipsfast.engine.replacement_values.MEAN_TOKENS", tokens)
         for options in ({}, dict(layers="model") | CUT):
             got = scan(family, how("mean", sources=OTHER_SET), **options)
             assert_close_abs(got.kl, scores, TOLERANCE_NATS, str(options))

@@ -8,14 +8,14 @@ import torch
 from typer.testing import CliRunner
 
 import shipsfast
-from shipsfast import bench as bench_module
-from shipsfast.bench import bench, random_prompts, sample_heads, suggest
-from shipsfast.cli import app
+from shipsfast.scans import bench as bench_module
+from shipsfast.scans.bench import bench, random_prompts, sample_heads, suggest
+from shipsfast.cli.app import app
 from shipsfast.demo.run import MODEL, PROMPTS
-from shipsfast.flops import model_flops, scan_flops
-from shipsfast.metrics import extension_status
-from shipsfast.packing import pack
-from shipsfast.prepared import prepare
+from shipsfast.engine.flops import model_flops, scan_flops
+from shipsfast.ops.extension import extension_status
+from shipsfast.ops.prefix_tree import pack
+from shipsfast.scans.prepare import prepare
 from tests.models import HEADS, LAYERS, build
 
 IDS = [[3, 4, 5, 6], [3, 4, 9]]

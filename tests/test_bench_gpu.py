@@ -15,8 +15,8 @@ from benchmarks.gpu import ceilings, checkup, generation, peers, run, scans
 from benchmarks.gpu.kernel_small_ops import OPS
 from benchmarks.gpu.session import NotMeasured, Session
 from benchmarks.gpu.shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, QWEN3_8B, SMOKE, Prompts, twin
-from shipsfast import flops
-from shipsfast.packing import pack
+from shipsfast.engine import flops
+from shipsfast.ops.prefix_tree import pack
 
 NEEDS_MORE = {
     "pytest -m gpu",

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shipsfast.kernels.block_table import BlockTable, block_table
+from shipsfast.kernels.block_table import BlockTable
+from shipsfast.kernels.block_table import block_table
 
-from shipsfast import packing, reference
+from shipsfast.ops import prefix_tree
+from shipsfast.ops import reference
 
 # Few token values, so that random prompts share prefixes.
 prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=24), min_size=1, max_size=12)
@@ -64,7 +66,7 @@ def check(packed, block_m, block_n, query_index=None, window=None):
 @settings(max_examples=60, deadline=None)
 @given(prompts, block_sizes, block_sizes)
 def test_without_window_the_table_is_exact(ids, block_m, block_n):
-    pairs, some, full, every = check(packing.pack(ids), block_m, block_n)
+    pairs, some, full, every = check(prefix_tree.pack(ids), block_m, block_n)
     assert set(pairs) == some
     assert full == every
 
@@ -72,7 +74,7 @@ def test_without_window_the_table_is_exact(ids, block_m, block_n):
 @settings(max_examples=60, deadline=None)
 @given(prompts, block_sizes, block_sizes, st.data())
 def test_query_subsets_are_exact_too(ids, block_m, block_n, data):
-    packed = packing.pack(ids)
+    packed = prefix_tree.pack(ids)
     nodes = st.integers(0, packed.num_tokens - 1)
     query_index = np.sort(data.draw(st.lists(nodes, min_size=1, max_size=20)))  # may repeat a node
     pairs, some, full, every = check(packed, block_m, block_n, query_index)
@@ -83,18 +85,18 @@ def test_query_subsets_are_exact_too(ids, block_m, block_n, data):
 @settings(max_examples=60, deadline=None)
 @given(prompts, block_sizes, block_sizes, st.integers(1, 30))
 def test_with_a_window_no_visible_pair_is_missing(ids, block_m, block_n, window):
-    check(packing.pack(ids), block_m, block_n, window=window)
+    check(prefix_tree.pack(ids), block_m, block_n, window=window)
 
 
 def test_window_skips_blocks_of_one_long_prompt():
-    pairs, some, _, _ = check(packing.pack([list(range(100))]), 8, 8, window=10)
+    pairs, some, _, _ = check(prefix_tree.pack([list(range(100))]), 8, 8, window=10)
     assert set(pairs) == some
     assert len(pairs) < 3 * 13
 
 
 def test_siblings_never_load_each_other():
     # 16 shared tokens, then 4 prompts of 16 own tokens: a prompt reads the shared block and its own.
-    packed = packing.pack([[*range(16), *range(100 * p, 100 * p + 16)] for p in range(1, 5)])
+    packed = prefix_tree.pack([[*range(16), *range(100 * p, 100 * p + 16)] for p in range(1, 5)])
     pairs = listed(block_table(packed.position, packed.subtree_end, block_m=16, block_n=16))
     assert pairs == {(0, 0): False} | {
         pair: full for m in range(1, 5) for pair, full in (((m, 0), True), ((m, m), False))
@@ -104,7 +106,7 @@ def test_siblings_never_load_each_other():
 def test_long_pack_needs_no_dense_mask():
     # 60,000 tokens: a dense mask would take 3.6 GB.
     shared = list(range(1000))
-    packed = packing.pack([[*shared, *range(1000 * p, 1000 * p + 590)] for p in range(1, 101)])
+    packed = prefix_tree.pack([[*shared, *range(1000 * p, 1000 * p + 590)] for p in range(1, 101)])
     table = block_table(packed.position, packed.subtree_end, block_m=64, block_n=64)
     assert packed.num_tokens == 60_000
     # the 16 blocks of the shared part and about 6 on average of the prompt's own

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
 from shipsfast.demo.run import MODEL
-from shipsfast.streaming import no_progress_bar
+from shipsfast.models.streaming import no_progress_bar
 from tests.models import _GQA
 from tests.test_cli import refused, run
 
@@ -58,7 +58,7 @@ def test_each_form_scans_from_the_command_line(capsys, tmp_path, checkpoint):
 
 
 def shipsfast_tokenizer(folder):
-    from shipsfast.loading import load_tokenizer
+    from shipsfast.models.loading import load_tokenizer
 
     return load_tokenizer(str(folder))
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import shipsfast
-from shipsfast import cli
+from shipsfast.cli.app import app
 from shipsfast.demo.run import MODEL, PROMPTS
 from tests.models import _GQA
 
@@ -35,7 +35,7 @@ def run(capsys, *args: str) -> tuple[int, str, str]:
     before = sys.argv
     sys.argv = ["shipsfast", *map(str, args)]
     try:
-        cli.main()
+        app.main()
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
@@ -168,7 +168,7 @@ def test_info(capsys):
 def test_help_is_quick_and_needs_no_torch():
     code = (
         "import sys; sys.argv=['shipsfast','--help']\n"
-        "from shipsfast.cli import main\n"
+        "from shipsfast.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
@@ -291,7 +291,7 @@ def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
     def full(_fd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("shipsfast.runs.os.fsync", full)
+    monkeypatch.setattr("shipsfast.runs.folder.os.fsync", full)
     err = refused(capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 2, "--out", tmp_path / "run")
     assert "No space left on device" in err
 
@@ -300,7 +300,7 @@ def test_ctrl_c_is_status_130(capsys, monkeypatch):
     def stop(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shipsfast.prompts.load_prompts", stop)
+    monkeypatch.setattr("shipsfast.prompts.datasets.load_prompts", stop)
     status, _, err = run(capsys, "scan", MODEL, PROMPTS / "taboo.csv")
     assert status == 130 and "interrupted" in err
 
@@ -316,7 +316,7 @@ def test_version(capsys):
 def test_each_command_says_in_one_line_what_it_does(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = run(capsys, "--help")[1]
-    for command in cli.app.registered_commands:
+    for command in app.app.registered_commands:
         first = (command.callback.__doc__ or "").splitlines()[0]
         assert first.endswith(".") and len(first) < 116 and first in text, first
 

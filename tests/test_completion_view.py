@@ -11,23 +11,16 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 import shipsfast
-from shipsfast.completion_view import (
-    FILE_GROUPS,
-    TERMINAL_CHARS,
-    TERMINAL_SUMMARY,
-    show,
-    show_texts,
-    visible,
-    write,
-)
-from shipsfast.completions import Completions
-from shipsfast.control import Control
-from shipsfast.decoder import Decoded
+from shipsfast.results.pages import FILE_GROUPS, TERMINAL_CHARS, TERMINAL_SUMMARY, show, show_texts, write
+from shipsfast.text import visible
+from shipsfast.results.completions import Completions
+from shipsfast.results.evaluation import Control
+from shipsfast.engine.decoder import Decoded
 from shipsfast.demo.run import MODEL, PROMPTS
 from shipsfast.errors import InputError
-from shipsfast.evaluation import EvalResult
-from shipsfast.loading import load_model, load_tokenizer
-from shipsfast.prompts import load_prompts
+from shipsfast.results.evaluation import EvalResult
+from shipsfast.models.loading import load_model, load_tokenizer
+from shipsfast.prompts.datasets import load_prompts
 
 NASTY = {
     "script": '<script>alert(1)</script><img src=x onerror="alert(2)">',

@@ -9,11 +9,12 @@ import scipy.linalg
 import torch
 
 import shipsfast
-from shipsfast import Ablation, SubspaceResult
-from shipsfast.ablation import KINDS
-from shipsfast.metrics import extension_status
-from shipsfast.subspaces import leading_subspace, subspace_angle_deg
-from shipsfast.wavefront import Wavefront
+from shipsfast import Ablation
+from shipsfast import SubspaceResult
+from shipsfast.engine.ablation import KINDS
+from shipsfast.ops.extension import extension_status
+from shipsfast.ops.subspaces import leading_subspace, subspace_angle_deg
+from shipsfast.engine.growing_batch import Wavefront
 from tests import hooks
 from tests.models import HEADS, LAYERS, build
 from tests.numerics import assert_close_abs

@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shipsfast import reference
-from shipsfast.decode_attention import cpp_attention, torch_attention
-from shipsfast.divergences import extension_status
+from shipsfast.ops import reference
+from shipsfast.ops.replacements import REPLACE_OUT
+from shipsfast.ops.decode_attention import cpp_attention, torch_attention
+from shipsfast.ops.extension import extension_status
 from tests.attention_numerics import ALTERNATIVES
 from tests.conftest import TEST_GPU
 from tests.decode_numerics import (
@@ -229,8 +230,8 @@ def test_replaced_heads(backend, which, flag, groups, full):
     assert torch.equal(out[~chosen], without[~chosen])
     attends = inputs.args[4] > 1
     changed = (out != without).any(-1)
-    assert torch.equal(changed, chosen & (attends[:, None] | (flag == reference.REPLACE_OUT)))
-    if flag == reference.REPLACE_OUT:
+    assert torch.equal(changed, chosen & (attends[:, None] | (flag == REPLACE_OUT)))
+    if flag == REPLACE_OUT:
         assert torch.equal(out[chosen], inputs.options["out_alt"].expand(out.shape)[chosen])
 
 

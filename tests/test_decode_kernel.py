@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from shipsfast.kernels.launch_config import LaunchConfig, load_configs
+from shipsfast.kernels.launch_config import LaunchConfig
+from shipsfast.kernels.launch_config import load_configs
 
 from shipsfast.kernels import decode_attention as module
 from tests.attention_numerics import ALTERNATIVES, DTYPE_NAMES

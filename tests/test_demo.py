@@ -80,7 +80,7 @@ def test_the_demo_leaves_its_files(tmp_path, capsys):
 
 
 def test_the_comparison_of_groups_leaves_its_files(tmp_path, monkeypatch):
-    from shipsfast.demo import groups
+    from tools.village import groups
 
     monkeypatch.setattr(groups, "MOST_GROUPS", 2)
     monkeypatch.setattr(groups, "load_prompts", lambda path: shipsfast.load_prompts(path)[:6])
@@ -92,7 +92,7 @@ def test_the_comparison_of_groups_leaves_its_files(tmp_path, monkeypatch):
 
 def test_the_training_script_makes_this_tokenizer_and_shape():
     """The training itself takes minutes; what it starts from is what the shipped model has."""
-    from shipsfast.demo.train import Settings, build_model, build_tokenizer
+    from tools.village.train import Settings, build_model, build_tokenizer
 
     settings = Settings()
     tokenizer = build_tokenizer(settings)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast.divergences import extension_status
+from shipsfast.ops.extension import extension_status
 from tests.models import build
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [5, 6, 9], [11, 12, 13, 14], [5, 6, 7, 30]]

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shipsfast.divergences import DIVERGENCES, divergence_rows, kl_rows
+from shipsfast.ops.divergences import DIVERGENCES, divergence_rows, kl_rows
 
 from .numerics import assert_close_abs
 from .test_kl import BACKENDS, INF, NAN, N, P, draw, each_backend, each_dtype, needs_extension

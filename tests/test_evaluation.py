@@ -12,12 +12,16 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 import shipsfast
-from shipsfast.ablation import Ablation
-from shipsfast.completions import COLUMNS, Completions
-from shipsfast.degeneration import degenerate
-from shipsfast.evaluation import EvalResult
-from shipsfast.generation_queue import Generation
-from shipsfast.refusal import LABELS, Completion, Judge, KeywordJudge, as_judge
+from shipsfast.engine.ablation import Ablation
+from shipsfast.runs.part_file import ANSWER as COLUMNS
+from shipsfast.results.completions import Completions
+from shipsfast.answers.judges.degeneration import degenerate
+from shipsfast.results.evaluation import EvalResult
+from shipsfast.answers.queue import Generation
+from shipsfast.runs.kinds import LABELS
+from shipsfast.answers.judges.judge import Completion, Judge
+from shipsfast.answers.judges.keywords import KeywordJudge
+from shipsfast.answers.judges.choose import as_judge
 from tests import hooks
 from tests.models import HEADS, LAYERS, VOCAB
 from tests.test_generation import build, slow
@@ -123,8 +127,8 @@ def test_labels_are_those_of_slow_texts(judge, tokens):
 def test_texts_and_labels_of_the_village(judge, sample):
     from shipsfast.demo.run import MODEL
     from shipsfast.demo.run import PROMPTS as FOLDER
-    from shipsfast.loading import load_model, load_tokenizer
-    from shipsfast.prompts import tokenize
+    from shipsfast.models.loading import load_model, load_tokenizer
+    from shipsfast.prompts.tokens import tokenize
 
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     prompts = [
@@ -235,15 +239,16 @@ def test_control_kl_by_other_ways(how, ordinary_tokens):
 
 
 def test_control_kl_in_several_blocks(monkeypatch, ordinary_tokens):
-    from shipsfast import control
+    from shipsfast.answers import control
+    from shipsfast.engine.memory_plan import make_plan
 
     def few(*args, **how):
         plan = make_plan(*args, **how)
         pieces = [(i,) for group in plan.prompt_groups for i in group]  # not in the order of the prompts
         return replace(plan, rows_per_block=3, prompt_groups=(*pieces[5:], *pieces[:5]))
 
-    make_plan = control.make_plan
-    monkeypatch.setattr("shipsfast.control.make_plan", few)
+    make_plan = make_plan
+    monkeypatch.setattr("shipsfast.engine.memory_plan.make_plan", few)
     model = build("llama-gqa")
     result = evaluate(model=model, control=CONTROL, control_tokens=4)
     expected = oracle_kl(model, ORDINARY, ordinary_tokens[-1], GROUPS, 4)

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast.completions import COLUMNS, Completions
-from shipsfast.evaluation import EvalResult
-from shipsfast.generation_queue import Generation
-from shipsfast.refusal import LABELS, Judge, KeywordJudge
+from shipsfast.runs.part_file import ANSWER as COLUMNS
+from shipsfast.results.completions import Completions
+from shipsfast.results.evaluation import EvalResult
+from shipsfast.answers.queue import Generation
+from shipsfast.runs.kinds import LABELS
+from shipsfast.answers.judges.judge import Judge
+from shipsfast.answers.judges.keywords import KeywordJudge
 from tests import models
 from tests.test_evaluation import (
     CONTROL,
@@ -73,9 +76,9 @@ def killed(monkeypatch):
     """Run something that is killed when it has written so many files; did it get there?"""
 
     def run(files: int, what) -> bool:
-        from shipsfast import runs
+        from shipsfast.runs.whole_files import write_whole
 
-        real, written = runs.write_whole, []
+        real, written = write_whole, []
 
         def write_whole(path, write, **how):
             if path.name != "run.backup.json":  # it comes with every manifest
@@ -85,14 +88,14 @@ def killed(monkeypatch):
             real(path, write, **how)
 
         with monkeypatch.context() as patch:
-            patch.setattr("shipsfast.runs.write_whole", write_whole)
+            patch.setattr("shipsfast.runs.whole_files.write_whole", write_whole)
             try:
                 what()
             except KeyboardInterrupt:
                 return True
         return False
 
-    monkeypatch.setattr("shipsfast.completions.WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr("shipsfast.answers.label.WRITE_EVERY_S", 0.0)
     return run
 
 
@@ -189,7 +192,7 @@ def test_a_run_that_failed_its_check_fails_again(tmp_path, monkeypatch, scan):
         raise shipsfast.UnsupportedModelError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shipsfast.evaluation.check_generation", refuse)
+        patch.setattr("shipsfast.answers.self_check.check_generation", refuse)
         for _ in range(2):
             with pytest.raises(shipsfast.UnsupportedModelError, match="refused"):
                 scan(out=tmp_path / "run")
@@ -271,9 +274,9 @@ def test_texts_are_in_the_folder_only_if_asked_for(tmp_path, keep, tokens):
 
 
 def test_running_out_of_memory_changes_no_label(tmp_path, monkeypatch, tokens):
-    from shipsfast import decoder
+    from shipsfast.ops.decode_attention import decode_attention
 
-    real, calls = decoder.decode_attention, []
+    real, calls = decode_attention, []
 
     def sometimes(*args, **kwargs):
         calls.append(len(args[1]))
@@ -281,7 +284,7 @@ def test_running_out_of_memory_changes_no_label(tmp_path, monkeypatch, tokens):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("shipsfast.decoder.decode_attention", sometimes)
+    monkeypatch.setattr("shipsfast.ops.decode_attention.decode_attention", sometimes)
     result = evaluate(out=tmp_path / "run")
     assert result.labels == expected_labels(tokens, KEYWORDS)
     assert result.record["plan"]["slots"] < 25

@@ -77,8 +77,8 @@ def test_half_precision_ranks_the_same_head_first(dtype):
 
 def test_long_prompts_cross_block_boundaries(monkeypatch):
     """Runs longer than a block, with and without a window."""
-    monkeypatch.setattr("shipsfast.segments.BLOCK", 3)
-    monkeypatch.setattr("shipsfast.cpp_attention.BLOCK", 3)
+    monkeypatch.setattr("shipsfast.ops.tree_attention_torch.BLOCK", 3)
+    monkeypatch.setattr("shipsfast.ops.tree_attention_cpp.BLOCK", 3)
     prompts = [SHARED * 3 + [3, 4, 5, 6, 7, 8], SHARED * 3 + [9, 10], SHARED * 2]
     for family in ("llama-gqa", "mistral-window"):
         model = build(family)

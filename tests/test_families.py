@@ -39,17 +39,17 @@ def test_enough_families_are_exact():
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "lfm2"])
 def test_the_matrix_notices_a_wrong_number(family, monkeypatch):
     """One row's mask vectors are off by one part in a thousand."""
-    from shipsfast import wavefront
+    from shipsfast.engine import growing_batch
 
-    plain = wavefront.Wavefront._layer_mask
+    plain = growing_batch.Wavefront._layer_mask
 
     def wrong(self, index, like, rows, nodes=None, groups=None):
         mask = plain(self, index, like, rows, nodes, groups)
         mask.logit_scale[:, 0] *= 1.001
         return mask
 
-    monkeypatch.setattr(wavefront.Wavefront, "_layer_mask", wrong)
+    monkeypatch.setattr(growing_batch.Wavefront, "_layer_mask", wrong)
     with pytest.raises(AssertionError, match="off by"):
-        monkeypatch.setattr("shipsfast.ships.packing_noise_nats", lambda *_args: 0.0)
-        monkeypatch.setattr("shipsfast.ships._spot_check", lambda _work: None)
+        monkeypatch.setattr("shipsfast.scans.self_check.packing_noise_nats", lambda *_args: 0.0)
+        monkeypatch.setattr("shipsfast.scans.ships._spot_check", lambda _work: None)
         model_matrix.check(family)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast.verify import verify
+from shipsfast.runs.verify import verify
 from tests.faults import found, numbers, one_thread, scan  # noqa: F401
 from tests.models import build
 from tests.test_model_untouched import assert_same, state
@@ -110,7 +110,7 @@ def test_a_real_full_disk(tmp_path, model, finished):
         with pytest.raises(OSError, match="No space left on device") as caught:
             scan(place / "run", model)
         assert caught.value.errno == errno.ENOSPC and not verify(place / "run")["problems"]
-        kept = len(shipsfast.runs.find_parts(shipsfast.runs.read_manifest(place / "run")))
+        kept = len(shipsfast.runs.manifest.find_parts(shipsfast.runs.manifest.read_manifest(place / "run")))
         assert 0 < kept < 6
         ballast.unlink()
         assert numbers(scan(place / "run", model)) == finished[1]
@@ -256,7 +256,7 @@ def test_a_damaged_manifest_is_never_believed(tmp_path, capfd, model, finished):
 
 
 def test_a_manifest_made_by_hand_leads_nowhere_else(tmp_path, finished):
-    from shipsfast.manifest import as_text
+    from shipsfast.runs.manifest import as_text
 
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 import shipsfast
-from shipsfast.manifest import BACKUP
-from shipsfast.verify import verify
+from shipsfast.runs.manifest import BACKUP
+from shipsfast.runs.verify import verify
 from tests.faults import PROMPTS, SIZES, ended, forked, found, numbers, one_thread, scan  # noqa: F401
 from tests.models import build
 
 PACKAGE = os.path.dirname(shipsfast.__file__)
-WRITERS = tuple(os.path.join(PACKAGE, name) for name in ("runs.py", "manifest.py", "lock.py"))
+WRITERS = tuple(os.path.join(PACKAGE, name) for name in ("runs/folder.py", "runs/manifest.py", "runs/lock.py"))
 POINTS = 56
 
 
@@ -137,7 +137,7 @@ def _others():
 
 
 def test_sigkill_in_the_other_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("shipsfast.completions.WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr("shipsfast.answers.label.WRITE_EVERY_S", 0.0)
     draw, killed = random.Random(9), 0
     for name, (run, what, points) in _others().items():
         whole = what(run(tmp_path / name))

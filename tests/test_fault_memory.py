@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shipsfast
-from shipsfast.verify import verify
+from shipsfast.runs.verify import verify
 from tests.faults import PROMPTS, SIZES, found, one_thread, scan  # noqa: F401
 from tests.models import build
 from tests.test_model_untouched import assert_same, state

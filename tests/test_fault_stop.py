@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast import untouched
+from shipsfast.models import restore
 from shipsfast.demo.run import MODEL
 from shipsfast.demo.run import PROMPTS as DEMO
-from shipsfast.lock import FolderLock
-from shipsfast.verify import verify
+from shipsfast.runs.lock import FolderLock
+from shipsfast.runs.verify import verify
 from tests.faults import PROMPTS, ended, forked, found, numbers, one_thread, scan  # noqa: F401
 from tests.models import build
 from tests.test_fault_kill import PACKAGE, lines, trace
@@ -32,11 +32,11 @@ def model():
 
 
 def test_ctrl_c_between_any_two_lines(tmp_path, model):
-    """The lines that put things back among them; but for untouched.py, in which signals wait."""
+    """The lines that put things back among them; but for models/restore.py, in which signals wait."""
     whole, before, draw = numbers(scan(tmp_path / "whole", model)), state(model), random.Random(5)
 
     def stop():
-        if sys._getframe(2).f_code.co_filename != untouched.__file__:
+        if sys._getframe(2).f_code.co_filename != restore.__file__:
             raise KeyboardInterrupt
 
     restoring = (f"{PACKAGE}/layer_call.py",)  # a third of the points lie where forward methods are put back
@@ -81,10 +81,10 @@ def test_a_signal_ends_the_command_in_one_line(tmp_path, number, status):
     """A real process, signalled when its first part is there; the same command then ends the run."""
     out = tmp_path / "run"
     code = (
-        "import shipsfast.ships\n"
-        "from shipsfast.cli import main\n"
-        "real = shipsfast.ships.prepare\n"
-        "shipsfast.ships.prepare = lambda *a, **k: real(*a, **k | dict(rows_per_block=2, prompts_per_group=2))\n"
+        "import shipsfast.scans.ships\n"
+        "from shipsfast.cli.app import main\n"
+        "real = shipsfast.scans.prepare.prepare\n"
+        "shipsfast.scans.prepare.prepare = lambda *a, **k: real(*a, **k | dict(rows_per_block=2, prompts_per_group=2))\n"
         "main()\n"
     )
     command = [
@@ -190,7 +190,7 @@ def test_an_exception_in_the_progress_bar(tmp_path, monkeypatch, model, at):
 @pytest.mark.parametrize("error", [Broken("mine"), SystemExit(3)], ids=["exception", "exit"])
 def test_a_thread_that_dies(tmp_path, monkeypatch, model, error):
     """The bootstrap of a dataset-level scan runs in threads; all angles are there by then."""
-    from shipsfast import subspaces
+    from shipsfast.ops import subspaces
 
     real, calls = subspaces._leading_eigenvectors, []
 
@@ -225,7 +225,7 @@ def test_a_clock_that_is_set_back(tmp_path, monkeypatch, model):
         start = getattr(time, name)()
         back = iter(range(10**9))
         monkeypatch.setattr(time, name, lambda start=start, back=back: start - 3600 * next(back))
-    monkeypatch.setattr("shipsfast.completions.WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr("shipsfast.answers.label.WRITE_EVERY_S", 0.0)
     result = shipsfast.scan(
         model, PROMPTS, out=tmp_path / "run", rows_per_block=5, prompts_per_group=2, chunk_tokens=16
     )
@@ -266,7 +266,7 @@ def test_a_second_writer_is_refused(tmp_path, model):
         time.sleep(60)
 
     def slow():
-        shipsfast.runs.RunFolder.write_parts = hold
+        shipsfast.runs.folder.RunFolder.write_parts = hold
         scan(out, model)
 
     child = forked(slow)
@@ -298,14 +298,14 @@ def test_no_flock_is_told(tmp_path, monkeypatch, capfd, model):
     def none(*_args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("shipsfast.lock.fcntl.flock", none)
+    monkeypatch.setattr("shipsfast.runs.lock.fcntl.flock", none)
     scan(tmp_path / "run", model)
     assert "cannot be locked (No locks available): make sure that no other process" in capfd.readouterr().err
 
 
 def test_a_signal_while_an_error_is_put_right_is_not_swallowed():
     def fails():
-        with untouched._OneSignal() as signals:
+        with restore._OneSignal() as signals:
             signals.closed = True
             signal.raise_signal(signal.SIGINT)
             raise Broken

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import shipsfast
-from shipsfast.manifest import Part
-from shipsfast.verify import render, verify
+from shipsfast.runs.manifest import Part
+from shipsfast.runs.verify import render, verify
 from tests.models import build
 from tests.test_evaluation import evaluate, scan_asr
 

@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import shipsfast
-from shipsfast.anatomy import inspect_model
-from shipsfast.flops import gated_model_flops, gemm_flops_per_s, model_flops, scan_flops
-from shipsfast.packing import pack
+from shipsfast.models.anatomy import inspect_model
+from shipsfast.engine.flops import gated_model_flops, gemm_flops_per_s, model_flops, scan_flops
+from shipsfast.ops.prefix_tree import pack
 from tests.models import HEADS, LAYERS, build
 
 PROMPTS = [[3, 4, 5, 6, 7], [3, 4, 9], [8, 9, 10, 11]]

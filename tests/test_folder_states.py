@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import shipsfast
-from shipsfast import lock
-from shipsfast.verify import render, verify
+from shipsfast.runs import lock
+from shipsfast.runs.verify import render, verify
 from tests.models import build
 from tests.test_cli import model_folder, refused  # noqa: F401
 from tests.test_nonfinite import overflowing, scan
@@ -55,9 +55,9 @@ def test_a_reason_without_marks_does_not_stay(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, scores, group, block)
 
-    real = shipsfast.measure.Measure.keep
+    real = shipsfast.scans.score_store.Measure.keep
     with monkeypatch.context() as patch:
-        patch.setattr("shipsfast.measure.Measure.keep", keep)
+        patch.setattr("shipsfast.scans.score_store.Measure.keep", keep)
         with pytest.raises(KeyboardInterrupt):
             scan(model, nonfinite="mark", out=out, **ZERO)
     assert "nonfinite" in json.loads((out / "run.json").read_text())
@@ -91,7 +91,7 @@ def test_a_failed_save_lets_go_of_the_lock(tmp_path, monkeypatch):
     first_part(tmp_path / "run").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(
-            "shipsfast.runs.RunFolder._sweep", lambda self: (_ for _ in ()).throw(OSError(5, "I/O"))
+            "shipsfast.runs.folder.RunFolder._sweep", lambda self: (_ for _ in ()).throw(OSError(5, "I/O"))
         )
         with pytest.raises(shipsfast.errors.WriteError):
             result.save(tmp_path / "run")
@@ -151,7 +151,7 @@ def test_places_that_cannot_be_are_told_in_one_line(tmp_path, capsys, monkeypatc
     def fail(*_args, **_options):
         raise shipsfast.errors.WriteError(71, "Protocol error", "somewhere")
 
-    monkeypatch.setattr("shipsfast.runs.RunFolder.write_parts", fail)
+    monkeypatch.setattr("shipsfast.runs.folder.RunFolder.write_parts", fail)
     assert "cannot read or write (somewhere): Protocol error" in refused(capsys, *args, tmp_path / "new")
 
 

@@ -12,12 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
-from shipsfast.anatomy import inspect_model
+from shipsfast.models.anatomy import inspect_model
 from shipsfast.demo.run import MODEL, PROMPTS
-from shipsfast.flops import model_flops, scan_flops
-from shipsfast.forecast import forecast
-from shipsfast.hollow import hollow
-from shipsfast.packing import pack
+from shipsfast.engine.flops import model_flops, scan_flops
+from shipsfast.scans.forecast import forecast
+from shipsfast.models.without_weights import hollow
+from shipsfast.ops.prefix_tree import pack
 from tests.models import FAMILIES, build
 from tests.test_cli import refused, run
 

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import shipsfast
-from shipsfast.fused import CAN_PACK, loaded_bytes
-from shipsfast.metrics import extension_status
+from shipsfast.engine.fused_layer import CAN_PACK, loaded_bytes
+from shipsfast.ops.extension import extension_status
 from tests.models import brute_force, build
 
 SHARED = [5, 9, 17, 23]
@@ -220,7 +220,7 @@ def test_ops_refuse_bad_shapes(call):
 
 
 def test_sums_in_float16_are_refused():
-    from shipsfast.prepared import check_sums
+    from shipsfast.engine.subject import check_sums
 
     gpu, switches = torch.device("cuda"), torch.backends.cuda.matmul
     check_sums(gpu, torch.float16)

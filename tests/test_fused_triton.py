@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
-from shipsfast import fused
+from shipsfast.engine import fused_layer
 from tests.conftest import TEST_GPU
 from tests.decode_numerics import why_no_triton
 from tests.models import _GQA, brute_force, build
@@ -34,7 +34,7 @@ TRITON = dict(layers="fused", backend="triton", progress=False)
 def triton_on_a_cpu(monkeypatch):
     """The backend that is for CUDA devices alone, let in for the interpreter."""
     refused = lambda _device, dtype, _alike: "float64" if dtype == torch.float64 else None
-    monkeypatch.setattr("shipsfast.attention._no_triton", refused)
+    monkeypatch.setattr("shipsfast.ops.tree_attention._no_triton", refused)
 
 
 def assert_as_close(found, own, exact, floor: float) -> None:
@@ -221,7 +221,7 @@ def test_generation(family):
 def test_norms_of_another_dtype_go_through_the_model():
     model = build("llama-gqa").half()
     model.model.layers[1].input_layernorm.float()
-    reason = fused.why_not(list(model.model.layers), torch.float16, torch.device("cuda"), "triton")
+    reason = fused_layer.why_not(list(model.model.layers), torch.float16, torch.device("cuda"), "triton")
     assert reason == "input_layernorm.weight is in float32"
 
 
@@ -229,18 +229,18 @@ def test_why_not_on_a_gpu():
     """Asked without a GPU: what decides is the model, the dtype and the backend of attention."""
     layers = list(build("gemma2-softcap-window").bfloat16().model.layers)
     gpu = torch.device("cuda")
-    assert fused.why_not(layers, torch.bfloat16, gpu, "triton") is None
-    assert "attention backend torch on cuda" in fused.why_not(layers, torch.bfloat16, gpu, "torch")
+    assert fused_layer.why_not(layers, torch.bfloat16, gpu, "triton") is None
+    assert "attention backend torch on cuda" in fused_layer.why_not(layers, torch.bfloat16, gpu, "torch")
     layers[1].mlp.act_fn = torch.nn.ReLU()
-    assert fused.why_not(layers, torch.bfloat16, gpu, "triton") == "activation ReLU"
+    assert fused_layer.why_not(layers, torch.bfloat16, gpu, "triton") == "activation ReLU"
 
 
 def test_a_generation_plan_counts_the_layer_that_prefill_joins():
-    from shipsfast import generation_plan
-    from shipsfast.prepared import look_at
+    from shipsfast.answers import plan
+    from shipsfast.engine.subject import look_at
 
     model = build("llama-gqa").float()
     how = dict(template="none", ablation="undifferentiated", scale=1e-5, unit="head", backend="triton")
     subject = look_at(model, PROMPTS, None, layers="fused", new_tokens=4, **how)
     layer = model.model.layers[0]
-    assert generation_plan._loaded_bytes(subject) == fused.loaded_bytes(layer, subject.device) > 0
+    assert plan._loaded_bytes(subject) == fused_layer.loaded_bytes(layer, subject.device) > 0

@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import shipsfast
-from shipsfast.ablation import Ablation
+from shipsfast.engine.ablation import Ablation
 from tests import hooks, models
 from tests.models import FAMILIES, HEADS, VOCAB
 from tests.test_model_untouched import assert_same, state
@@ -232,18 +232,18 @@ def test_the_model_is_left_as_it_was_after_an_exception(monkeypatch, error, wher
         raise error
 
     if where == "LayerCall":
-        monkeypatch.setattr("shipsfast.decoder.LayerCall.of", fail)
+        monkeypatch.setattr("shipsfast.models.layer_call.LayerCall.of", fail)
     else:
-        monkeypatch.setattr("shipsfast.decoder.decode_attention", fail)
+        monkeypatch.setattr("shipsfast.ops.decode_attention.decode_attention", fail)
     with pytest.raises(type(error)):
         generate(model)
     assert_same(before, state(model))
 
 
 def test_out_of_memory_starts_rows_anew_with_fewer(monkeypatch, texts):
-    from shipsfast import decoder
+    from shipsfast.ops.decode_attention import decode_attention
 
-    model, real, calls = build("llama-gqa"), decoder.decode_attention, []
+    model, real, calls = build("llama-gqa"), decode_attention, []
 
     def sometimes(*args, **kwargs):
         calls.append(len(args[1]))
@@ -251,7 +251,7 @@ def test_out_of_memory_starts_rows_anew_with_fewer(monkeypatch, texts):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("shipsfast.decoder.decode_attention", sometimes)
+    monkeypatch.setattr("shipsfast.ops.decode_attention.decode_attention", sometimes)
     assert generate(model) == texts("llama-gqa")
     assert max(calls) > 8 and calls[-1] <= 8
 
@@ -259,7 +259,7 @@ def test_out_of_memory_starts_rows_anew_with_fewer(monkeypatch, texts):
 def test_strings_go_in_and_out():
     from shipsfast.demo.run import MODEL, replies
     from shipsfast.demo.run import PROMPTS as FOLDER
-    from shipsfast.loading import load_model, load_tokenizer
+    from shipsfast.models.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     prompts = shipsfast.load_prompts(FOLDER / "taboo.csv")[:6]

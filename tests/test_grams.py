@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast import InputError, SaharaResult, SubspaceResult, grams
-from shipsfast.bootstrap import resample_counts
-from shipsfast.subspaces import resampled_angle_deg
+from shipsfast import InputError
+from shipsfast import SaharaResult
+from shipsfast import SubspaceResult
+from shipsfast.results import gram_bootstrap
+from shipsfast.results.bootstrap import resample_counts
+from shipsfast.ops.subspaces import resampled_angle_deg
 from tests.models import HEADS, LAYERS, build
 
 SHARED = [5, 9, 17, 23]
@@ -52,7 +55,7 @@ def test_scratch_does_not_change_the_angles(monkeypatch):
     result = scan()
     args = (torch.from_numpy(result.grams.base), torch.from_numpy(result.grams.heads[1]), 1, torch.eye(6) + 1)
     whole = resampled_angle_deg(*args)
-    monkeypatch.setattr("shipsfast.subspaces.SCRATCH_BYTES", 1)
+    monkeypatch.setattr("shipsfast.ops.subspaces.SCRATCH_BYTES", 1)
     assert torch.equal(resampled_angle_deg(*args), whole)
 
 
@@ -174,7 +177,7 @@ def test_a_killed_run_keeps_its_own(tmp_path, monkeypatch, run):
     options = dict(rows_per_block=5)
     whole = run(**options)
     calls = []
-    real = shipsfast.wavefront.Wavefront.run
+    real = shipsfast.engine.growing_batch.Wavefront.run
 
     def killed(self, *args, **kwargs):
         calls.append(1)
@@ -182,7 +185,7 @@ def test_a_killed_run_keeps_its_own(tmp_path, monkeypatch, run):
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr("shipsfast.wavefront.Wavefront.run", killed)
+    monkeypatch.setattr("shipsfast.engine.growing_batch.Wavefront.run", killed)
     with pytest.raises(KeyboardInterrupt):
         run(out=tmp_path / "run", **options)
     again = run(out=tmp_path / "run", **options)
@@ -191,7 +194,7 @@ def test_a_killed_run_keeps_its_own(tmp_path, monkeypatch, run):
 
 
 def test_too_many_prompts_are_scanned_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(grams, "MOST_BYTES", 8 * LAYERS * HEADS * len(PROMPTS) ** 2 - 1)
+    monkeypatch.setattr(gram_bootstrap, "MOST_BYTES", 8 * LAYERS * HEADS * len(PROMPTS) ** 2 - 1)
     result = scan(out=tmp_path / "run")
     assert result.grams is None and not (tmp_path / "run" / "grams").exists()
     for each in (result, shipsfast.load(tmp_path / "run")):
@@ -248,7 +251,7 @@ def test_a_rank_that_most_resamples_cannot_have():
 
 
 def test_memory_that_runs_out_loses_no_score(tmp_path, monkeypatch):
-    real, calls = shipsfast.dataset.gram_matrices, []
+    real, calls = shipsfast.ops.subspaces.gram_matrices, []
 
     def fail_once(x):
         calls.append(1)
@@ -256,7 +259,7 @@ def test_memory_that_runs_out_loses_no_score(tmp_path, monkeypatch):
             raise MemoryError("injected")
         return real(x)
 
-    monkeypatch.setattr("shipsfast.dataset.gram_matrices", fail_once)
+    monkeypatch.setattr("shipsfast.ops.subspaces.gram_matrices", fail_once)
     result = scan(out=tmp_path / "run")
     loaded = shipsfast.load(tmp_path / "run")
     assert len(calls) > 2 and np.isfinite(loaded.angle_deg).all()
@@ -264,12 +267,12 @@ def test_memory_that_runs_out_loses_no_score(tmp_path, monkeypatch):
 
 
 def test_a_long_resampling_is_not_begun_by_itself(monkeypatch):
-    from shipsfast.tables import as_json
+    from shipsfast.results.tables import as_json
 
     result = search(group_size=1)
     assert "top" in as_json(result, 3)["stability"][0]
-    monkeypatch.setattr("shipsfast.results.QUICK", 1)
-    monkeypatch.setattr(grams, "resampled_angle_deg", None)
+    monkeypatch.setattr("shipsfast.results.gram_bootstrap.QUICK", 1)
+    monkeypatch.setattr(gram_bootstrap, "resampled_angle_deg", None)
     assert "take minutes" in as_json(result, 3)["stability"][0]["not_known"]
     result.plot()
     scan().plot()

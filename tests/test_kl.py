@@ -10,7 +10,8 @@ import math
 import pytest
 import torch
 
-from shipsfast.metrics import extension_status, kl_rows
+from shipsfast.ops.extension import extension_status
+from shipsfast.ops.divergences import kl_rows
 
 from .numerics import assert_close_abs
 

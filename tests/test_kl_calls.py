@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shipsfast import divergences
-from shipsfast.divergences import DIVERGENCES, divergence_rows, extension_status, kl_backend, kl_rows
+from shipsfast.ops import divergences
+from shipsfast.ops.divergences import DIVERGENCES, divergence_rows, kl_backend, kl_rows
+from shipsfast.ops.extension import extension_status
 from shipsfast.errors import InputError
 
 from .numerics import assert_close_abs
@@ -101,7 +102,7 @@ def test_an_extension_from_before_an_op():
 def test_import_without_the_extension():
     code = (
         "import sys; sys.modules['shipsfast._C'] = None\n"
-        "from shipsfast.divergences import extension_status, kl_backend\n"
+        "from shipsfast.ops.extension import extension_status; from shipsfast.ops.divergences import kl_backend\n"
         "loaded, reason = extension_status()\n"
         "assert not loaded and 'is not built: run `pip install --no-build-isolation' in reason, reason\n"
         "assert kl_backend('cpu') == 'reference'\n"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast.anatomy import inspect_model
-from shipsfast.wavefront import no_queries
+from shipsfast.models.anatomy import inspect_model
+from shipsfast.models.layer_call import no_queries
 from tests.models import HEADS, LAYERS, brute_force, build
 
 PROMPTS = [[3, 4, 5, 6, 7], [3, 4, 9], [8, 9, 10, 11]]

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import shipsfast
-from shipsfast.layer_bytes import Buffers, found_at, needed, places, read_alone
-from shipsfast.loading import load_model
+from shipsfast.models.layer_bytes import Buffers, found_at, needed, places, read_alone
+from shipsfast.models.loading import load_model
 from tests.checkpoints import in_memory, save
 from tests.models import LAYERS, build
 from tests.test_streaming import built

@@ -10,12 +10,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import shipsfast
-from shipsfast.anatomy import inspect_model
-from shipsfast.attention import TreeContext
-from shipsfast.cpp_attention import plan_blocks
-from shipsfast.divergences import extension_status
-from shipsfast.packing import pack
-from shipsfast.segments import plan_segments
+from shipsfast.models.anatomy import inspect_model
+from shipsfast.ops.tree_attention import TreeContext
+from shipsfast.ops.tree_attention_cpp import plan_blocks
+from shipsfast.ops.extension import extension_status
+from shipsfast.ops.prefix_tree import pack
+from shipsfast.ops.tree_attention_torch import plan_segments
 
 SIZES = (1024, 2048, 4096)
 SHAPE = dict(
@@ -86,34 +86,34 @@ def test_plans_of_attention_grow_with_the_tokens(window):
 
 def test_the_last_check_of_a_long_prompt_is_exact():
     """Plain passes make no mask from LONG tokens on: they agree with those that have one."""
-    from shipsfast import attention
+    from shipsfast.models import attention_hook
 
-    model, ids = build(), [prompt(attention.LONG)]
+    model, ids = build(), [prompt(attention_hook.LONG)]
     with shipsfast.ablate(model, [(0, 1)]), torch.no_grad():
         without = model(torch.tensor(ids), use_cache=False).logits
-    before, attention.LONG = attention.LONG, 1 << 30
+    before, attention_hook.LONG = attention_hook.LONG, 1 << 30
     try:
         with shipsfast.ablate(model, [(0, 1)]), torch.no_grad():
             masked = model(torch.tensor(ids), use_cache=False).logits
     finally:
-        attention.LONG = before
+        attention_hook.LONG = before
     assert (without - masked).abs().max() < 1e-4
     assert torch.isfinite(without).all()
 
 
 def test_padding_and_windows_keep_their_masks(monkeypatch):
     """The mask is left out only where nothing but causality hides anything."""
-    from shipsfast import attention
+    from shipsfast.models import attention_hook
 
     seen = []
-    dense = attention._dense
+    dense = attention_hook._dense
 
     def watch(call, module, query, key, value, visible, **how):
         seen.append(visible is None)
         return dense(call, module, query, key, value, visible, **how)
 
-    monkeypatch.setattr(attention, "_dense", watch)
-    monkeypatch.setattr(attention, "LONG", 8)
+    monkeypatch.setattr(attention_hook, "_dense", watch)
+    monkeypatch.setattr(attention_hook, "LONG", 8)
     ids = torch.tensor([prompt(16), prompt(16)])
     mask = torch.ones_like(ids)
     mask[0, :4] = 0

@@ -13,8 +13,8 @@ import torch
 
 import shipsfast
 from benchmarks.gpu.scans import SCANS
-from shipsfast.anatomy import LOGIT_COPIES, Anatomy, Block, Layer, inspect_model
-from shipsfast.planner import CUDA_CHUNK_TOKENS, block_bytes, make_plan
+from shipsfast.models.anatomy import LOGIT_COPIES, Anatomy, Block, Layer, inspect_model
+from shipsfast.engine.memory_plan import CUDA_CHUNK_TOKENS, block_bytes, make_plan
 from tests import memory_child
 from tests.models import build
 

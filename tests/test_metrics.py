@@ -8,18 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from shipsfast import divergences
+from shipsfast.ops import divergences
 from shipsfast.errors import InputError
-from shipsfast.metrics import (
-    DIVERGENCES,
-    Metric,
-    as_metric,
-    divergence_rows,
-    kl_rows,
-    logit_diff,
-    parse_metric,
-    refusal_logit,
-)
+from shipsfast.ops.divergences import DIVERGENCES, divergence_rows, kl_rows
+from shipsfast.scans.metrics import Metric, as_metric, logit_diff, parse_metric, refusal_logit
 
 from .numerics import assert_close_abs
 from .test_kl import INF, NAN, N, draw, each_dtype, on_gpu

@@ -15,8 +15,8 @@ from transformers import (
 
 from shipsfast.demo.run import MODEL
 from shipsfast.errors import InputError
-from shipsfast.model_judge import ModelJudge
-from shipsfast.refusal import as_judge
+from shipsfast.answers.judges.model import ModelJudge
+from shipsfast.answers.judges.choose import as_judge
 from tests.models import _GQA
 from tests.test_refusal import ANSWER, LOOP, C, D, R, completion
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 
 import shipsfast
-from shipsfast.attention import ATTRIBUTE
+from shipsfast.models.attention_hook import ATTRIBUTE
 from tests.models import FAMILIES, build
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9]]
@@ -57,12 +57,12 @@ def test_after_an_exception(monkeypatch, error, where):
         raise error
 
     if where == "metric":
-        monkeypatch.setattr("shipsfast.metrics.divergence_rows", fail)
+        monkeypatch.setattr("shipsfast.ops.divergences.divergence_rows", fail)
     elif where == "layer":
         for name in ("segment_attention", "cpp_attention"):
-            monkeypatch.setattr(f"shipsfast.attention.{name}", fail)
+            monkeypatch.setattr(f"shipsfast.models.attention_hook.{name}", fail)
     else:
-        monkeypatch.setattr("shipsfast.attention.record_call", fail)
+        monkeypatch.setattr("shipsfast.models.probing.record_call", fail)
     # What breaks while the model is looked at is taken for something the model does, and named.
     expected = (shipsfast.UnsupportedModelError, KeyboardInterrupt) if where == "probe" else type(error)
     with pytest.raises(expected):
@@ -81,7 +81,7 @@ def test_ctrl_c_between_a_hook_and_its_handle(monkeypatch, offloaded):
     else:
         with torch.no_grad():
             model.model.layers[1].mlp.down_proj.weight.mul_(3e38)
-    module = "shipsfast.weights" if offloaded else "shipsfast.nonfinite"
+    module = "shipsfast.models.weights" if offloaded else "shipsfast.engine.nonfinite"
     register, calls = torch.nn.Module.register_forward_hook, []
 
     def mine(*_args):

@@ -10,9 +10,9 @@ from rich.console import Console
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import shipsfast
-from shipsfast.cli import main
-from shipsfast.loading import load_model
-from shipsfast.tables import as_json, show
+from shipsfast.cli.app import main
+from shipsfast.models.loading import load_model
+from shipsfast.results.tables import as_json, show
 from tests.checkpoints import device_map, load_offloaded, save
 from tests.models import _GQA, FAMILIES, HEADS, LAYERS, build
 
@@ -117,7 +117,7 @@ def test_an_ablation_that_overflows_ends_the_run_or_is_marked(tmp_path):
 
 def test_marked_scores_are_not_computed_again(tmp_path, monkeypatch):
     model, calls = overflowing(), []
-    real = shipsfast.wavefront.Wavefront.run
+    real = shipsfast.engine.growing_batch.Wavefront.run
 
     def run(self, mask, consume, **options):
         calls.append(len(mask) - 1)
@@ -125,7 +125,7 @@ def test_marked_scores_are_not_computed_again(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, mask, consume, **options)
 
-    monkeypatch.setattr("shipsfast.wavefront.Wavefront.run", run)
+    monkeypatch.setattr("shipsfast.engine.growing_batch.Wavefront.run", run)
     options = dict(ablation="zero", nonfinite="mark", out=tmp_path / "run", rows_per_block=4)
     with pytest.raises(KeyboardInterrupt):
         scan(model, **options)
@@ -143,7 +143,7 @@ def test_one_prompt_is_enough_for_a_mark():
     """A metric that is undefined for one prompt only."""
 
     def half(base, ablated, prompt):
-        kl = shipsfast.metrics.kl_rows(base, ablated, prompt)
+        kl = shipsfast.ops.divergences.kl_rows(base, ablated, prompt)
         return torch.where(prompt == 1, torch.where(kl > kl.median(), INF, kl), kl)
 
     with pytest.raises(

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from shipsfast import cpp_attention, decode_attention, packing, reference
-from shipsfast.divergences import DIVERGENCES, divergence_rows, extension_status, kl_rows
+from shipsfast.ops import tree_attention_cpp
+from shipsfast.ops import decode_attention
+from shipsfast.ops import prefix_tree
+from shipsfast.ops import reference
+from shipsfast.ops.divergences import DIVERGENCES, divergence_rows, kl_rows
+from shipsfast.ops.extension import extension_status
 from tests import decode_numerics
 from tests.attention_numerics import Case, make_arguments, make_prompts, oracle
 from tests.numerics import assert_close_abs
@@ -125,11 +129,11 @@ def test_numbers_that_are_none(dtype):
 def tree_call(case: Case, q=None, k=None, v=None):
     args, options = make_arguments(case)
     given = [own if other is None else other for own, other in zip(args[:3], (q, k, v), strict=True)]
-    packed = packing.pack(make_prompts(case.tree))
+    packed = prefix_tree.pack(make_prompts(case.tree))
     query_index = options.pop("query_index", None)
     index = None if query_index is None else query_index.numpy()
-    plan = cpp_attention.plan_blocks(packed, window=options.pop("window"), query_index=index)
-    return cpp_attention.cpp_attention(*given, *args[3:5], plan, **options)
+    plan = tree_attention_cpp.plan_blocks(packed, window=options.pop("window"), query_index=index)
+    return tree_attention_cpp.cpp_attention(*given, *args[3:5], plan, **options)
 
 
 SMALL = Case(B=2, H=3, HKV=1, D=5, tree="nested", dtype=torch.float64)

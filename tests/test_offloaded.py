@@ -7,8 +7,8 @@ from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, CpuOffload, add_hook_to_module
 
 import shipsfast
-from shipsfast import runs
-from shipsfast.loading import load_model
+from shipsfast.models.fingerprint import fingerprint
+from shipsfast.models.loading import load_model
 from tests.checkpoints import device_map, load_offloaded, save
 from tests.models import FAMILIES, LAYERS, brute_force, build
 from tests.numerics import assert_close_abs
@@ -44,11 +44,11 @@ def test_layers_on_disk(family, tmp_path):
     model = build(family)
     expected = scan(model, rows_per_block=5)
     offloaded = on_disk(model, tmp_path)
-    fingerprint = runs.fingerprint(load_model(str(tmp_path)))
+    fingerprint = fingerprint(load_model(str(tmp_path)))
     found = scan(offloaded, rows_per_block=5)
     same_up_to_addresses(found.kl, expected.kl)
     assert found.record["weights"] == "offloaded"
-    assert runs.fingerprint(offloaded) == fingerprint
+    assert fingerprint(offloaded) == fingerprint
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "gemma2-softcap-window"])
@@ -135,7 +135,7 @@ def test_nothing_is_held_after_an_exception(monkeypatch):
     before = [(hook, hook.offload) for hook in hooked]
     with monkeypatch.context() as patch:
         for name in ("segment_attention", "cpp_attention"):
-            patch.setattr(f"shipsfast.attention.{name}", fail)
+            patch.setattr(f"shipsfast.models.attention_hook.{name}", fail)
         with pytest.raises(RuntimeError, match="broken"):
             scan(offloaded)
     assert all(p.is_meta for p in offloaded.parameters())
@@ -152,7 +152,7 @@ def test_a_run_continues_where_the_weights_are_elsewhere(tmp_path):
 
 
 def test_another_model_is_told_by_its_offloaded_weights():
-    assert runs.fingerprint(off_cpu(build())) != runs.fingerprint(off_cpu(build(seed=1)))
+    assert fingerprint(off_cpu(build())) != fingerprint(off_cpu(build(seed=1)))
 
 
 def test_ablate_and_transformers_generate():

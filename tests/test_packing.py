@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shipsfast import reference
-from shipsfast.packing import pack
-from shipsfast.segments import plan_segments, segment_attention
+from shipsfast.ops import reference
+from shipsfast.ops.prefix_tree import pack
+from shipsfast.ops.tree_attention_torch import plan_segments, segment_attention
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=9)
 

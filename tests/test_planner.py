@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast.anatomy import inspect_model
-from shipsfast.planner import Plan, make_plan, parse_bytes
-from shipsfast.runs import RunFolder
+from shipsfast.models.anatomy import inspect_model
+from shipsfast.engine.memory_plan import Plan, make_plan, parse_bytes
+from shipsfast.runs.folder import RunFolder
 from tests.models import build
 from tests.test_evaluation import scan_asr
 
@@ -76,8 +76,8 @@ def test_a_smaller_plan_has_a_prediction_of_its_own():
 
 
 def test_after_running_out_of_memory_the_plan_recorded_is_the_smaller_one(tmp_path, monkeypatch):
-    from shipsfast.decoder import Decoder
-    from shipsfast.prepared import Prepared
+    from shipsfast.engine.decoder import Decoder
+    from shipsfast.scans.prepare import Prepared
 
     def once(owner, name):
         real, calls = getattr(owner, name), []

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from shipsfast.errors import InputError
-from shipsfast.prompts import load_prompts, sample_prompts, to_token_ids, tokenize
+from shipsfast.prompts.datasets import load_prompts, sample_prompts
+from shipsfast.prompts.tokens import to_token_ids, tokenize
 
 TEXTS = ["How do I mend a kettle?", 'Say "hello",\nplease', "Ünïcode & <tags>"]
 

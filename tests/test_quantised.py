@@ -7,7 +7,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import shipsfast
-from shipsfast import runs
+from shipsfast.models.fingerprint import fingerprint
 from tests import family_oracle
 from tests.checkpoints import save
 from tests.models import _GQA, build
@@ -178,5 +178,5 @@ def test_the_fingerprint_sees_into_quantised_weights():
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight[0, 0] += seed
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-        prints.append(runs.fingerprint(model))
+        prints.append(fingerprint(model))
     assert prints[0] == prints[1] != prints[2]

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from shipsfast.degeneration import looping_chars, normalised
+from shipsfast.answers.judges.degeneration import looping_chars, normalised
 from shipsfast.errors import InputError
-from shipsfast.refusal import Completion, Judge, KeywordJudge, PaperJudge, as_judge, degenerate
-from shipsfast.refusal_phrases import EXCUSED, PAPER_KEYWORDS, PHRASES
+from shipsfast.answers.judges.judge import Completion, Judge
+from shipsfast.answers.judges.keywords import KeywordJudge, PaperJudge
+from shipsfast.answers.judges.choose import as_judge
+from shipsfast.answers.judges.degeneration import degenerate
+from shipsfast.answers.judges.phrases import EXCUSED, PAPER_KEYWORDS, PHRASES
 
 LIMIT = 128
 ANSWER = "To hide the moonstone, wrap it in wool and put it under the third step of the mill."

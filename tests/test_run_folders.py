@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast import cli, manifest, runs
-from shipsfast.manifest import as_text, find_parts, read_manifest
-from shipsfast.verify import render, verify
+from shipsfast.cli.app import app
+from shipsfast.runs import manifest
+from shipsfast.runs import folder
+from shipsfast.runs.manifest import as_text, find_parts, read_manifest
+from shipsfast.runs.verify import render, verify
 from tests.faults import PROMPTS, SIZES, numbers, one_thread, scan  # noqa: F401
 from tests.models import build
 from tests.test_cli import model_folder, refused, run  # noqa: F401
@@ -230,7 +232,7 @@ def test_less_memory_than_at_the_beginning_is_told(tmp_path, capfd, model):
 def test_another_machine_measures_its_noise_again(tmp_path, monkeypatch, model):
     out, calls = tmp_path / "run", []
     scan(out, model)
-    monkeypatch.setattr("shipsfast.ships.packing_noise_nats", lambda *args: calls.append(1) or 0.5)
+    monkeypatch.setattr("shipsfast.scans.self_check.packing_noise_nats", lambda *args: calls.append(1) or 0.5)
     (out / "scores" / "part-000005.parquet").unlink()
     assert scan(out, model).noise_floor < 0.5 and not calls
     versions = read_manifest(out)["versions"] | {"torch": "1.0"}
@@ -240,11 +242,11 @@ def test_another_machine_measures_its_noise_again(tmp_path, monkeypatch, model):
 
 
 def test_a_folder_writes_a_part_and_its_manifest_or_neither(tmp_path, monkeypatch):
-    folder = runs.RunFolder(tmp_path / "run", {"kind": "ships", "shape": [1, 1, 1]})
+    folder = folder.RunFolder(tmp_path / "run", {"kind": "ships", "shape": [1, 1, 1]})
     folder.write_manifest({"status": "running"})
     frame = pd.DataFrame({"prompt": [0]})
     with monkeypatch.context() as patch:
-        patch.setattr(runs.RunFolder, "_commit", lambda self: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(folder.RunFolder, "_commit", lambda self: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             folder.write_part(frame)
     assert not list((tmp_path / "run").rglob("*.parquet")) and folder.parts == []
@@ -254,12 +256,12 @@ def test_a_folder_writes_a_part_and_its_manifest_or_neither(tmp_path, monkeypatc
 
 
 def test_help_names_verify_without_heavy_imports():
-    assert "verify" in {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    assert "verify" in {command.name or command.callback.__name__ for command in app.app.registered_commands}
 
 
 def test_a_resumed_run_is_cut_as_it_was_begun(tmp_path, monkeypatch, model):
     """Blocks of 2, 3, 2, 3 units; what is missing after the first, cut anew, would be 2, 3, 3."""
-    from shipsfast.ships import _Work
+    from shipsfast.scans.ships import _Work
 
     real, blocks = _Work._block, []
 

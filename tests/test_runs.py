@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast.runs import fingerprint
+from shipsfast.models.fingerprint import fingerprint
 from tests.models import build
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [11, 12]]
@@ -60,7 +60,7 @@ def test_a_killed_scan_continues(tmp_path, monkeypatch):
     """Killed in its third block: two parts are kept, and only the rest is computed again."""
     whole = scan(None)
     calls = []
-    real = shipsfast.wavefront.Wavefront.run
+    real = shipsfast.engine.growing_batch.Wavefront.run
 
     def run(self, mask, consume):
         calls.append(len(mask) - 1)
@@ -68,7 +68,7 @@ def test_a_killed_scan_continues(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, mask, consume)
 
-    monkeypatch.setattr("shipsfast.wavefront.Wavefront.run", run)
+    monkeypatch.setattr("shipsfast.engine.growing_batch.Wavefront.run", run)
     with pytest.raises(KeyboardInterrupt):
         scan(tmp_path / "run", rows_per_block=4)
     partial = shipsfast.ShipsResult.load(tmp_path / "run")
@@ -83,7 +83,7 @@ def test_a_killed_scan_continues(tmp_path, monkeypatch):
 
 def test_a_finished_scan_is_not_repeated(tmp_path, monkeypatch):
     first = scan(tmp_path / "run")
-    monkeypatch.setattr("shipsfast.wavefront.Wavefront.run", None)
+    monkeypatch.setattr("shipsfast.engine.growing_batch.Wavefront.run", None)
     again = scan(tmp_path / "run")
     assert np.array_equal(first.kl, again.kl) and again.noise_floor == first.noise_floor
 
@@ -122,7 +122,7 @@ def test_a_scan_that_failed_its_check_fails_again(tmp_path, monkeypatch):
         raise shipsfast.UnsupportedModelError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shipsfast.ships._spot_check", refuse)
+        patch.setattr("shipsfast.scans.ships._spot_check", refuse)
         for _ in range(2):
             with pytest.raises(shipsfast.UnsupportedModelError, match="refused"):
                 scan(tmp_path / "run")
@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch):
     def full(_fd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("shipsfast.runs.os.fsync", full)
+    monkeypatch.setattr("shipsfast.runs.folder.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         scan(tmp_path / "run")
     assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == []
@@ -180,7 +180,7 @@ def test_fingerprint_sees_one_changed_tensor():
 
 def test_out_of_memory_halves_and_gives_the_same_numbers(monkeypatch):
     whole = scan(None)
-    real = shipsfast.segments.segment_attention
+    real = shipsfast.ops.tree_attention_torch.segment_attention
     failures = []
 
     def attention(q, *args, **kwargs):
@@ -189,7 +189,7 @@ def test_out_of_memory_halves_and_gives_the_same_numbers(monkeypatch):
             raise torch.OutOfMemoryError("injected")
         return real(q, *args, **kwargs)
 
-    monkeypatch.setattr("shipsfast.attention.segment_attention", attention)
+    monkeypatch.setattr("shipsfast.ops.tree_attention_torch.segment_attention", attention)
     result = scan(None, backend="torch")
     assert failures
     np.testing.assert_allclose(result.kl, whole.kl, rtol=0, atol=1e-12)

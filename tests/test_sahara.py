@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast import Ablation, SaharaResult
-from shipsfast.metrics import extension_status
-from shipsfast.wavefront import Wavefront
+from shipsfast import Ablation
+from shipsfast import SaharaResult
+from shipsfast.ops.extension import extension_status
+from shipsfast.engine.growing_batch import Wavefront
 from tests import hooks
 from tests.models import HEADS, LAYERS, build
 from tests.numerics import assert_close_abs

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast.wavefront import Wavefront
+from shipsfast.engine.growing_batch import Wavefront
 from tests.models import LAYERS, build, next_log_probs
 from tests.numerics import assert_close_abs
 
@@ -155,9 +155,9 @@ def test_mistakes_get_one_line(call, words):
 def test_kv_groups_of_uneven_layers_are_refused(monkeypatch):
     import dataclasses
 
-    real = shipsfast.prepared.inspect_model
+    real = shipsfast.models.anatomy.inspect_model
     monkeypatch.setattr(
-        "shipsfast.prepared.inspect_model",
+        "shipsfast.models.anatomy.inspect_model",
         lambda *args: dataclasses.replace(real(*args), uniform_kv_heads=False),
     )
     with pytest.raises(shipsfast.InputError, match="differ in their key/value heads"):
@@ -166,7 +166,7 @@ def test_kv_groups_of_uneven_layers_are_refused(monkeypatch):
 
 def test_ablate_wraps_source_prompts_as_scan_does():
     from shipsfast.demo.run import MODEL
-    from shipsfast.loading import load_model, load_tokenizer
+    from shipsfast.models.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model(str(MODEL)), load_tokenizer(str(MODEL))
     how = shipsfast.Ablation("mean", prompts=["How could we hide the kettle?", "Who sells the lamp?"])
@@ -174,7 +174,7 @@ def test_ablate_wraps_source_prompts_as_scan_does():
     result = shipsfast.scan(
         model, [prompt], tokenizer, template="chat", ablation=how, heads=[(0, 2)], progress=False
     )
-    ids = shipsfast.prompts.tokenize(tokenizer, [prompt], "chat")[0]
+    ids = shipsfast.prompts.tokens.tokenize(tokenizer, [prompt], "chat")[0]
     base = next_log_probs(model, ids)
     with shipsfast.ablate(model, [(0, 2)], ablation=how, tokenizer=tokenizer, template="chat"):
         other = next_log_probs(model, ids)

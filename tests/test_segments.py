@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from shipsfast import cpp_attention, packing, reference, segments
-from shipsfast.divergences import extension_status
+from shipsfast.ops import tree_attention_cpp
+from shipsfast.ops import prefix_tree
+from shipsfast.ops import reference
+from shipsfast.ops.replacements import REPLACE_OUT
+from shipsfast.ops import tree_attention_torch
+from shipsfast.ops.extension import extension_status
 from tests.attention_numerics import (
     ALTERNATIVES,
     Case,
@@ -36,7 +40,7 @@ CASES = [
 ]
 
 
-def tree(case: Case, options: dict) -> tuple[packing.PackedPrompts, dict, dict]:
+def tree(case: Case, options: dict) -> tuple[prefix_tree.PackedPrompts, dict, dict]:
     """The packed prompts, the arguments that cut them into blocks, and the options that are left."""
     options = dict(options)
     query_index = options.pop("query_index", None)
@@ -44,20 +48,20 @@ def tree(case: Case, options: dict) -> tuple[packing.PackedPrompts, dict, dict]:
         "window": options.pop("window"),
         "query_index": None if query_index is None else query_index.numpy(),
     }
-    return packing.pack(make_prompts(case.tree)), cut, options
+    return prefix_tree.pack(make_prompts(case.tree)), cut, options
 
 
 def segment_attention(case: Case, args, options) -> torch.Tensor:
     """segments.segment_attention with the arguments of reference.tree_attention."""
     packed, cut, options = tree(case, options)
-    plan = segments.plan_segments(packed, **cut, device=torch.device("cpu"))
-    return segments.segment_attention(*args[:5], plan, **options)
+    plan = tree_attention_torch.plan_segments(packed, **cut, device=torch.device("cpu"))
+    return tree_attention_torch.segment_attention(*args[:5], plan, **options)
 
 
 def cpp(case: Case, args, options) -> torch.Tensor:
     """cpp_attention.cpp_attention likewise."""
     packed, cut, options = tree(case, options)
-    return cpp_attention.cpp_attention(*args[:5], cpp_attention.plan_blocks(packed, **cut), **options)
+    return tree_attention_cpp.cpp_attention(*args[:5], tree_attention_cpp.plan_blocks(packed, **cut), **options)
 
 
 built, why_not_built = extension_status()
@@ -132,9 +136,9 @@ def test_matches_the_oracle(name, case, dtype):
 def test_many_small_blocks(name, case, monkeypatch):
     args, options = make_arguments(case)
     exact = oracle(*args, **options)
-    monkeypatch.setattr(segments, "BLOCK", 9)
-    monkeypatch.setattr(segments, "GATHER_BYTES", 1)
-    monkeypatch.setattr(cpp_attention, "BLOCK", 9)
+    monkeypatch.setattr(tree_attention_torch, "BLOCK", 9)
+    monkeypatch.setattr(tree_attention_torch, "GATHER_BYTES", 1)
+    monkeypatch.setattr(tree_attention_cpp, "BLOCK", 9)
     assert_close_abs(ATTENTION[name](case, args, options), exact, 1e-13)
 
 
@@ -158,7 +162,7 @@ def test_other_heads_keep_their_bits(name, which, flag, batch, softcap):
     assert torch.equal(out[~chosen], without[~chosen])
     assert torch.isfinite(out).all()
     assert all(not torch.equal(out[b, h], without[b, h]) for b, h in chosen.nonzero().tolist())
-    if flag == reference.REPLACE_OUT:
+    if flag == REPLACE_OUT:
         assert torch.equal(out[chosen], options["out_alt"].expand(out.shape)[chosen])
     assert all(map(torch.equal, args, given)), "an input was written to"
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import shipsfast
-from shipsfast import InputError, divergences
-from shipsfast.wavefront import Wavefront
+from shipsfast import InputError
+from shipsfast.ops import divergences
+from shipsfast.engine.growing_batch import Wavefront
 from tests.models import build
 from tests.test_scan_metrics import HEADS, PROMPTS, killed_after, scan, to_the_mean_of_all
 
@@ -36,7 +37,7 @@ def test_one_pass_and_one_read_of_the_logits(monkeypatch):
     run, read = Wavefront.run, divergences.divergence_rows
     monkeypatch.setattr(Wavefront, "run", lambda *args, **kw: passes.append(1) or run(*args, **kw))
     monkeypatch.setattr(
-        "shipsfast.metrics.divergence_rows", lambda *args, names: reads.append((len(args[1]), names)) or read(*args, names=names)
+        "shipsfast.ops.divergences.divergence_rows", lambda *args, names: reads.append((len(args[1]), names)) or read(*args, names=names)
     )  # fmt: skip
     scan(METRICS)
     assert len(passes) == 1
@@ -116,14 +117,14 @@ def test_not_a_number_names_the_metric():
 
 def test_killed_before_its_manifest(tmp_path, monkeypatch):
     """A folder of a further metric is made, and its manifest is not written."""
-    real = shipsfast.runs.RunFolder.write_manifest
+    real = shipsfast.runs.folder.RunFolder.write_manifest
 
     def write(self, record):
         if self.path.name == "2":
             raise KeyboardInterrupt
         real(self, record)
 
-    monkeypatch.setattr("shipsfast.runs.RunFolder.write_manifest", write)
+    monkeypatch.setattr("shipsfast.runs.folder.RunFolder.write_manifest", write)
     with pytest.raises(KeyboardInterrupt):
         scan(METRICS, out=tmp_path / "run")
     monkeypatch.undo()

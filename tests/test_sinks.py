@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import shipsfast
-from shipsfast import decode_attention as decode
-from shipsfast import reference
-from shipsfast.cpp_attention import cpp_attention, plan_blocks
-from shipsfast.divergences import extension_status
-from shipsfast.layer_mask import LayerMask
-from shipsfast.packing import pack
-from shipsfast.segments import plan_segments, segment_attention
+from shipsfast.ops import decode_attention as decode
+from shipsfast.ops import reference
+from shipsfast.ops.tree_attention_cpp import cpp_attention, plan_blocks
+from shipsfast.ops.extension import extension_status
+from shipsfast.ops.masks import LayerMask
+from shipsfast.ops.prefix_tree import pack
+from shipsfast.ops.tree_attention_torch import plan_segments, segment_attention
 from tests.family_oracle import ships
 from tests.numerics import assert_close_abs
 from tests.tiny_configs import tiny_model

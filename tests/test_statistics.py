@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from shipsfast import InputError, ShipsResult, bootstrap
-from shipsfast.bootstrap import rank_stability
-from shipsfast.statistics import above_noise, concentration
+from shipsfast import InputError
+from shipsfast import ShipsResult
+from shipsfast.results import bootstrap
+from shipsfast.results.bootstrap import rank_stability
+from shipsfast.results.statistics import above_noise, concentration
 from tests.numerics import assert_close_abs
 
 ARRAYS = ("mean", "rank", "top_k_frequency", "low", "high", "rank_low", "rank_high")

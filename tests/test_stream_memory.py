@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
-from shipsfast.loading import load_model
+from shipsfast.models.loading import load_model
 from tests.checkpoints import save
 
 ALLOWED = 126 << 20
@@ -28,7 +28,7 @@ CHILD = """
 import json, os, resource, sys, threading
 import numpy as np, torch
 import shipsfast
-from shipsfast.loading import load_model
+from shipsfast.models.loading import load_model
 
 folder, tiny, out, allowed, prompts, plan = sys.argv[1:4] + [json.loads(x) for x in sys.argv[4:7]]
 stream = sys.argv[7] == "stream"

@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel
 
 import shipsfast
-from shipsfast import runs, streaming
-from shipsfast.loading import load_model
+from shipsfast.models.fingerprint import fingerprint
+from shipsfast.models import streaming
+from shipsfast.models.loading import load_model
 from tests.checkpoints import in_memory, save, watched
 from tests.models import _GQA, FAMILIES, LAYERS, build
 
@@ -50,7 +51,7 @@ def both(folder, **how):
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_scores_are_bit_equal(family, tmp_path):
     model, streamed = both(save(built(family), tmp_path))
-    assert runs.fingerprint(streamed) == runs.fingerprint(model)
+    assert fingerprint(streamed) == fingerprint(model)
     expected, found = (
         shipsfast.scan(m, PROMPTS, progress=False, rows_per_block=5) for m in (model, streamed)
     )
@@ -66,7 +67,7 @@ def test_other_dtypes_than_the_checkpoints(family, dtype, tmp_path):
     if family.startswith("mixtral") and dtype == "float64":
         pytest.skip("transformers' experts do not compute in float64")
     model, streamed = both(save(built(family), tmp_path), dtype=dtype)
-    assert runs.fingerprint(streamed) == runs.fingerprint(model)
+    assert fingerprint(streamed) == fingerprint(model)
     expected, found = (shipsfast.scan(m, PROMPTS[:2], progress=False) for m in (model, streamed))
     assert np.array_equal(found.kl, expected.kl)
 
@@ -124,8 +125,8 @@ def test_nothing_is_held_after_an_exception(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         for name in ("segment_attention", "cpp_attention"):
-            patch.setattr(f"shipsfast.attention.{name}", fail)
-        patch.setattr("shipsfast.wavefront.tree_attention", fail)
+            patch.setattr(f"shipsfast.models.attention_hook.{name}", fail)
+        patch.setattr("shipsfast.ops.tree_attention.tree_attention", fail)
         with pytest.raises(RuntimeError, match="broken"):
             shipsfast.scan(streamed, PROMPTS, progress=False)
     assert not in_memory(streamed)
@@ -155,7 +156,7 @@ def test_a_layer_that_cannot_be_read(folder, monkeypatch):
 def test_a_run_continues_between_memory_and_stream(folder, tmp_path, monkeypatch):
     model, streamed = both(folder)
     expected = shipsfast.scan(model, PROMPTS, progress=False, rows_per_block=4)
-    from shipsfast.measure import Measure
+    from shipsfast.scans.score_store import Measure
 
     keep, kept = Measure.keep, []
 
@@ -279,7 +280,7 @@ def test_layers_tied_to_each_other_are_refused(tmp_path, monkeypatch):
 KILLED = """
     import atexit, os, signal, sys
     from shipsfast import cli
-    from shipsfast.streaming import CheckpointLayers
+    from shipsfast.models.streaming import CheckpointLayers
 
     read, left = CheckpointLayers._read_in, [int(sys.argv.pop(1))]
 

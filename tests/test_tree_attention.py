@@ -17,9 +17,13 @@ import torch
 triton = pytest.importorskip("triton")
 
 from shipsfast.kernels.block_table import block_table
-from shipsfast.kernels.launch_config import LaunchConfig, launch_config, load_configs
+from shipsfast.kernels.launch_config import LaunchConfig
+from shipsfast.kernels.launch_config import launch_config
+from shipsfast.kernels.launch_config import load_configs
 
-from shipsfast import packing, reference
+from shipsfast.ops import prefix_tree
+from shipsfast.ops import reference
+from shipsfast.ops.replacements import REPLACE_OUT
 from shipsfast.kernels import tree_attention as module
 from tests.attention_numerics import (
     ALTERNATIVES,
@@ -155,7 +159,7 @@ def test_replaced_heads(which, flag, full):
     out = inputs.check().transpose(1, 2)
     assert torch.equal(out[~chosen], without[~chosen])
     assert all(not torch.equal(out[b, h], without[b, h]) for b, h in chosen.nonzero().tolist())
-    if flag == reference.REPLACE_OUT:
+    if flag == REPLACE_OUT:
         assert torch.equal(out[chosen], inputs.options["out_alt"].expand(out.shape)[chosen])
 
 
@@ -398,7 +402,7 @@ def test_long_packs_on_the_gpu(dtype, D):
     """2,000 tokens and many rows: both stages of the loop, several key blocks in flight, many programs."""
     rng = np.random.default_rng(0)
     template = rng.integers(0, 9999, 500).tolist()
-    packed = packing.pack([template + rng.integers(0, 9999, 60).tolist() for _ in range(25)])
+    packed = prefix_tree.pack([template + rng.integers(0, 9999, 60).tolist() for _ in range(25)])
     B, H, HKV, T = 9, 8, 4, packed.num_tokens
     draw = lambda heads: torch.randn(B, T, heads, D, device=DEVICE, dtype=dtype).transpose(1, 2)
     logit_scale, output_scale = torch.ones(2, B, H, device=DEVICE)

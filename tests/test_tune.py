@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from shipsfast.kernels.launch_config import LaunchConfig, load_configs
+from shipsfast.kernels.launch_config import LaunchConfig
+from shipsfast.kernels.launch_config import load_configs
 
 from benchmarks import aot, tune
 from benchmarks.tune import Task

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from shipsfast import cli, prompt_files
+from shipsfast.cli.app import app
+from shipsfast.prompts import files
 from shipsfast.demo.run import MODEL
 from shipsfast.errors import InputError
-from shipsfast.hollow import hollow_model
-from shipsfast.loading import load_model, load_tokenizer
-from shipsfast.plain_text import MOST_CHARS, one_line, visible
-from shipsfast.prompts import load_prompts
+from shipsfast.models.without_weights import hollow_model
+from shipsfast.models.loading import load_model, load_tokenizer
+from shipsfast.text import MOST_CHARS, one_line, visible
+from shipsfast.prompts.datasets import load_prompts
 from tests.models import build
 
 FOUND = [
@@ -76,7 +77,7 @@ def test_a_file_of_a_gigabyte_is_refused_in_little_memory(tmp_path):
     path = tmp_path / "p.csv"
     with open(path, "wb") as file:
         file.write(b'goal\n"')
-        file.truncate(prompt_files.MOST_FILE_BYTES)
+        file.truncate(files.MOST_FILE_BYTES)
     tracemalloc.start()
     for message in (
         "a line of more than 16,777,216 bytes",
@@ -84,7 +85,7 @@ def test_a_file_of_a_gigabyte_is_refused_in_little_memory(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             load_prompts(path)
-        os.truncate(path, prompt_files.MOST_FILE_BYTES + 1)
+        os.truncate(path, files.MOST_FILE_BYTES + 1)
     path.write_bytes(b'goal\n"' + (b"a" * 999 + b"\n") * 18_000 + b'"\n')  # 18 MB in one field of many lines
     with pytest.raises(InputError, match="field larger than field limit"):
         load_prompts(path)
@@ -212,7 +213,7 @@ def test_code_of_a_model_is_run_for_a_plan_when_asked_for(tmp_path, monkeypatch,
         monkeypatch.setattr("sys.argv", ["shipsfast", *map(str, args)])
         found = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             found = stop.code or 0
         out, err = capsys.readouterr()
@@ -241,7 +242,7 @@ def test_nothing_opens_a_socket(tmp_path, monkeypatch, capsys):
     _sockets = []
     try:
         with contextlib.suppress(SystemExit):
-            cli.main()
+            app.main()
         seen = list(_sockets)
         socket.socket().close()  # the hook does see them
         assert _sockets, "the audit hook sees nothing"

@@ -16,9 +16,11 @@ import fuzz.prompts
 import fuzz.run_folder
 import shipsfast
 from fuzz.engine import smoke
-from shipsfast.manifest import as_text
-from shipsfast.results import SaharaResult, ShipsResult, SubspaceResult
-from shipsfast.tables import show
+from shipsfast.runs.manifest import as_text
+from shipsfast.results.sahara import SaharaResult
+from shipsfast.results.ships import ShipsResult
+from shipsfast.results.subspace import SubspaceResult
+from shipsfast.results.tables import show
 from tests.manifests import edit
 from tests.models import build
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import shipsfast
-from shipsfast import part_file
-from shipsfast.plain_text import counted
-from shipsfast.runs import kept
-from shipsfast.verify import render, verify
+from shipsfast.runs import part_file
+from shipsfast.text import counted
+from shipsfast.runs.folder import kept
+from shipsfast.runs.verify import render, verify
 from tests.manifests import edit
 from tests.models import build
 from tests.test_evaluation import scan_asr

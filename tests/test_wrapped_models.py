@@ -129,8 +129,8 @@ def test_hybrids_keep_prompts_apart(family):
 
 def test_mean_ablation_of_a_hybrid_takes_means_of_whole_sequences():
     """The mean of a head's output over prompts, against passes of one prompt each."""
-    from shipsfast.anatomy import inspect_model
-    from shipsfast.sources import mean_outputs
+    from shipsfast.models.anatomy import inspect_model
+    from shipsfast.engine.replacement_values import mean_outputs
 
     model = tiny_model("lfm2")
     anatomy = inspect_model(model, PROMPTS[0], 9)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 import shipsfast
-from shipsfast import flops
-from shipsfast.checks import ALARM_LOGIT
-from shipsfast.generation import prepare_generation
-from shipsfast.packing import pack
-from shipsfast.sampling import Sampling
+from shipsfast.engine import flops
+from shipsfast.answers.self_check import ALARM_LOGIT
+from shipsfast.answers.generate import prepare_generation
+from shipsfast.ops.prefix_tree import pack
+from shipsfast.answers.sampling import Sampling
 
 from .. import generation as cpu
 from ..cases import GenerationCase

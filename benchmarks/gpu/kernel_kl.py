@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from shipsfast.metrics import kl_backend, kl_rows
+from shipsfast.ops.divergences import kl_backend, kl_rows
 
 from .ceilings import bandwidth_figures
 from .clock import timed

@@ -15,7 +15,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from shipsfast.small_ops import SmallOps, small_ops
+from shipsfast.ops.layer_ops import SmallOps, small_ops
 
 from .ceilings import bandwidth_figures
 from .clock import timed

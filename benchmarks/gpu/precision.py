@@ -90,7 +90,7 @@ def _model_head():
         yield
 
     with (
-        mock.patch("shipsfast.wavefront.float32_head", as_it_is),
-        mock.patch("shipsfast.checks.float32_head", as_it_is),
+        mock.patch("shipsfast.models.output_head.float32_head", as_it_is),
+        mock.patch("shipsfast.models.output_head.float32_head", as_it_is),
     ):
         yield

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 import shipsfast
-from shipsfast import flops
-from shipsfast.packing import pack
+from shipsfast.engine import flops
+from shipsfast.ops.prefix_tree import pack
 
 from . import peers
 from .clock import peak_mib, reset_peak, seconds

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from shipsfast import flops
-from shipsfast.planner import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
+from shipsfast.engine import flops
+from shipsfast.engine.memory_plan import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 
 from ..provenance import provenance
 from .shapes import SMOKE, SMOKE_PROMPTS, Prompts, Shape

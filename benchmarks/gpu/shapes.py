@@ -21,8 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from shipsfast import flops
-from shipsfast.packing import PackedPrompts, pack
+from shipsfast.engine import flops
+from shipsfast.ops.prefix_tree import PackedPrompts, pack
 
 FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma2": Gemma2Config, "mistral": MistralConfig}
 HEAD_SPREAD = 1.0  # of the logarithm of the heads' factors

@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..ablation import Ablation, ablate
-from ..loading import load_model, load_tokenizer
-from ..prompts import load_prompts, tokenize
-from ..ships import scan
-from ..tables import show
+from ..engine.ablate import ablate
+from ..engine.ablation import Ablation
+from ..models.loading import load_model, load_tokenizer
+from ..prompts.datasets import load_prompts
+from ..prompts.tokens import tokenize
+from ..results.tables import show
+from ..scans.ships import scan
 from .world import is_correct, is_refusal
 
 HERE = Path(__file__).parent

@@ -1,0 +1,82 @@
+"""How many rows decode together: cache, a step's work and prefills within the memory there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..engine.fused_layer import joins, loaded_bytes
+from ..engine.memory_plan import Plan, make_plan
+from ..engine.subject import Subject
+from ..errors import InputError
+from ..models.anatomy import LOGIT_COPIES
+from ..ops.kv_cache import slot_bytes
+
+# Rows that decode together unless memory allows fewer: where matrix products stop getting faster.
+CPU_ROWS = 128
+CUDA_ROWS = 512
+
+
+@dataclass
+class GenerationPlan:
+    """Rows at a time, of how many tokens; prefill: how prompts and groups are cut when they enter."""
+
+    slots: int
+    capacity: int
+    prefill: Plan
+    slot_bytes: int  # of a row: its cache, and its part of a step
+
+    @property
+    def predicted_bytes(self) -> int:
+        return self.slots * self.slot_bytes + self.prefill.predicted_bytes
+
+    def to_json(self) -> dict:
+        return {"slots": self.slots, "capacity": self.capacity, "predicted_bytes": self.predicted_bytes} | {
+            "prefill": self.prefill.to_json()
+        }
+
+    def halve(self) -> None:
+        """After running out of memory."""
+        self.slots = max(1, self.slots // 2)
+        self.prefill = self.prefill.smaller() or self.prefill
+
+
+def make_generation_plan(
+    subject: Subject, num_groups: int, max_new_tokens: int, max_memory: int | None, batch_rows: int | None
+) -> GenerationPlan:
+    """How many rows at a time. Raises InputError if not even one fits."""
+    anatomy, dtype = subject.anatomy, subject.model.dtype
+    capacity = max(map(len, subject.token_ids)) + max_new_tokens
+    kept = _loaded_bytes(subject)
+    prefill = make_plan(
+        anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype, max_memory=max_memory,
+        kept_bytes=kept,
+    )  # fmt: skip
+    each = slot_bytes(anatomy.num_layers, anatomy.num_kv_heads, anatomy.head_dim, capacity, dtype.itemsize)
+    # A step's logits, and what a layer holds while it runs.
+    each += anatomy.vocab_size * 4 * LOGIT_COPIES + anatomy.work_width * dtype.itemsize
+    rows = num_groups * len(subject.token_ids)
+    wanted = min(rows, batch_rows or (CPU_ROWS if subject.device.type == "cpu" else CUDA_ROWS))
+    # Cache and prefill share the memory; prefill needs at least a row's worth, and has been given all.
+    slots = min(wanted, (prefill.memory_limit_bytes - kept) // 2 // each)
+    if slots < 1:
+        raise InputError(
+            f"a row of {capacity} tokens needs {each / 2**20:,.1f} MiB beyond the model, and half of "
+            f"{prefill.memory_limit_bytes / 2**20:,.1f} MiB may be used: raise max_memory "
+            "(--max-memory) or lower max_new_tokens (--max-new-tokens)"
+        )
+    if slots * each + prefill.predicted_bytes > prefill.memory_limit_bytes:
+        prefill = make_plan(
+            anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype,
+            max_memory=prefill.memory_limit_bytes - slots * each, kept_bytes=kept,
+        )  # fmt: skip
+    return GenerationPlan(int(slots), capacity, prefill, int(each))
+
+
+def _loaded_bytes(subject: Subject) -> int:
+    """What fused layers hold beyond the model: their joined weights, of all layers or of the one that prefill is in."""
+    if not subject.fused:
+        return 0
+    if not joins(subject.backend):
+        return loaded_bytes(subject.anatomy.layers[0].module, subject.device)
+    weights = (p for layer in subject.anatomy.layers for p in layer.module.parameters())
+    return sum(p.numel() * p.element_size() for p in weights)

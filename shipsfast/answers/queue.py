@@ -1,0 +1,214 @@
+"""A generation at work: rows that wait in a queue, and rows in the slots of a decoder, which others fill as they end."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..engine.decoder import Decoded, Decoder, Group
+from ..engine.subject import Subject
+from ..errors import InputError
+from ..memory import is_out_of_memory
+from .plan import GenerationPlan
+from .sampling import Sampling
+from .self_check import NotFinite, refuse_token
+from .transformers_engine import with_transformers
+
+REFILL = 8  # rows wait until an 1/8 of the slots is free, so that prefills are not of a row each
+
+
+@dataclass
+class Generation:
+    """A generation that is ready to run: groups x prompts rows."""
+
+    subject: Subject
+    groups: list[Group]
+    sampling: Sampling
+    max_new_tokens: int
+    end_tokens: frozenset[int]
+    plan: GenerationPlan
+    values: list[torch.Tensor] | None = None
+    asked: list[list] = field(default_factory=list)  # the groups as they were named
+
+    @functools.cached_property
+    def same_prompt(self) -> list[int]:
+        """For every prompt, the first one of the same tokens."""
+        first: dict[tuple[int, ...], int] = {}
+        return [first.setdefault(tuple(ids), p) for p, ids in enumerate(self.subject.token_ids)]
+
+    @functools.cached_property
+    def _copy(self) -> dict[tuple[int, int], int]:
+        """For every row, how many rows of the same heads and prompt come before it."""
+        out, seen = {}, {}
+        for g, heads in enumerate(self.groups):
+            for p, first in enumerate(self.same_prompt):
+                key = (first, frozenset(heads))
+                out[g, p] = seen[key] = seen.get(key, -1) + 1
+        return out
+
+    def row_name(self, group: int, prompt: int) -> str:
+        """What a row's draws depend on beside the seed."""
+        heads = sorted(set(self.groups[group]))
+        return f"{self._copy[group, prompt]} {heads} {self.subject.token_ids[prompt]}"
+
+    def run(self, rows: Iterable[tuple[int, int]], progress: bool = False) -> Iterator[list[Decoded]]:
+        """Decode the (group, prompt) rows; finished ones come out in batches, in any order.
+
+        A model whose layers keep a state of their own besides keys and values goes through its own `generate`.
+        After running out of memory, rows in flight start anew with half as many at a time: their texts are the same.
+        """
+        if self.subject.anatomy.plain_sequences:
+            yield from with_transformers(self, rows, {}, progress)
+            return
+        waiting = deque(sorted(rows, key=lambda row: (row[1], self._fork(row[0]))))
+        bar = tqdm(total=len(waiting), desc="generate", unit=" answers", disable=not progress or not waiting)
+        try:
+            while waiting:
+                burst = _Burst(self, min(self.plan.slots, len(waiting)), bar)
+                try:
+                    with burst.decoder:
+                        while waiting or burst.running:
+                            burst.refill(waiting)
+                            yield burst.decode(more=bool(waiting))
+                except NotFinite as found:  # the model is as it was again, so that a plain pass can look
+                    refuse_token(self, *found.args)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if self.plan.slots == 1:
+                        raise InputError(
+                            "out of memory with a single row: free some, or lower max_new_tokens (--max-new-tokens)"
+                        ) from error
+                    yield burst.finished
+                    waiting.extendleft(reversed(burst.abandoned()))
+                    self.plan.halve()
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+        finally:
+            bar.close()
+
+    def _fork(self, group: int) -> int:
+        layers = self.subject.anatomy.num_layers
+        return min((layer for layer, _ in self.groups[group]), default=layers)
+
+
+class Longest:
+    """Remembers the longest text that came by."""
+
+    row: Decoded | None = None
+
+    def watch(self, batches: Iterator[list[Decoded]]) -> Iterator[list[Decoded]]:
+        for rows in batches:
+            for row in rows:
+                if self.row is None or len(row.tokens) > len(self.row.tokens):
+                    self.row = row
+            yield rows
+
+
+class _Burst:
+    """Rows in the slots of one decoder."""
+
+    def __init__(self, generation: Generation, slots: int, bar) -> None:
+        self.generation, self.bar = generation, bar
+        subject, plan = generation.subject, generation.plan
+        self.decoder = Decoder(
+            subject.model, subject.anatomy, subject.how, generation.values, backend=subject.backend,
+            fused=subject.fused, slots=slots, capacity=plan.capacity, chunk_tokens=plan.prefill.chunk_tokens,
+            head_rows=plan.prefill.head_rows,
+        )  # fmt: skip
+        self.row: list[tuple[int, int] | None] = [None] * slots
+        self.uniform = np.zeros((slots, generation.max_new_tokens))
+        self.text = np.zeros((slots, generation.max_new_tokens), dtype=np.int64)
+        self.count = np.zeros(slots, dtype=np.int64)
+        self.ended = np.zeros(slots, dtype=bool)  # by an end-of-sequence token
+        self.refill_at = max(1, slots // REFILL)
+        self.finished: list[Decoded] = []  # not yet handed out
+
+    @property
+    def running(self) -> bool:
+        return any(row is not None for row in self.row)
+
+    def abandoned(self) -> list[tuple[int, int]]:
+        """The rows in flight, whose work is lost."""
+        rows = [row for row in self.row if row is not None]
+        return sorted(rows, key=lambda row: (row[1], self.generation._fork(row[0])))
+
+    def refill(self, waiting: deque) -> None:
+        """Rows from the queue into the free slots."""
+        free = [slot for slot, row in enumerate(self.row) if row is None]
+        if not waiting or not free:
+            return
+        generation, sampling = self.generation, self.generation.sampling
+        groups_of: dict[int, list[int]] = {}
+        slot_of: dict[tuple[int, int], int] = {}
+        for slot in free[: len(waiting)]:
+            row = waiting.popleft()
+            self.row[slot], slot_of[row] = row, slot
+            groups_of.setdefault(row[1], []).append(row[0])
+            if sampling.do_sample:
+                self.uniform[slot] = sampling.uniforms(generation.row_name(*row), generation.max_new_tokens)
+            self.count[slot], self.ended[slot] = 0, False
+        together: dict[tuple[int, ...], list[int]] = {}
+        for prompt, groups in groups_of.items():
+            together.setdefault(tuple(groups), []).append(prompt)
+        ids = generation.subject.token_ids
+        most_prompts = max(map(len, generation.plan.prefill.prompt_groups))
+        most_groups = generation.plan.prefill.rows_per_block
+        for groups, prompts in together.items():
+            prompts.sort(key=lambda p: tuple(ids[p]))  # neighbours share the longest prefixes
+            for some in _cut(prompts, most_prompts):
+                for heads in _cut(groups, most_groups):
+                    slots = np.array([[slot_of[g, p] for p in some] for g in heads])
+                    self.decoder.prefill(
+                        [ids[p] for p in some], [generation.groups[g] for g in heads], slots, self._take
+                    )
+        slots = np.array(sorted(slot_of.values()))
+        self.decoder.started(slots, np.array([generation.same_prompt[self.row[s][1]] for s in slots]))
+
+    def decode(self, more: bool) -> list[Decoded]:
+        """Step until enough slots are free for more rows to come in, or all are done."""
+        self._collect()
+        enough = self.refill_at if more else len(self.row)
+        with self.decoder.stepping():
+            while self.running and sum(row is None for row in self.row) < enough:
+                slots = np.array([slot for slot, row in enumerate(self.row) if row is not None])
+                logits = self.decoder.step(slots, self.text[slots, self.count[slots] - 1])
+                self._take(slots, logits)
+                self._collect()
+        out, self.finished = self.finished, []
+        return out
+
+    def _take(self, slots: np.ndarray, logits: torch.Tensor) -> None:
+        generation = self.generation
+        count = self.count[slots]
+        tokens = generation.sampling.choose(logits, self.uniform[slots, count])
+        # The chosen logit is NaN or infinite if any is: NaN sorts first.
+        chosen = logits.gather(-1, torch.as_tensor(tokens, device=logits.device)[:, None])[:, 0]
+        if not bool(torch.isfinite(chosen).all()):
+            slot = int(slots[int((~torch.isfinite(chosen)).nonzero()[0])])
+            raise NotFinite(*self.row[slot], self.text[slot, : self.count[slot]].tolist())
+        self.text[slots, count] = tokens
+        self.count[slots] += 1
+        self.ended[slots] = np.isin(tokens, list(generation.end_tokens))
+
+    def _collect(self) -> None:
+        """Rows that are done leave their slots."""
+        limit = self.generation.max_new_tokens
+        for slot, row in enumerate(self.row):
+            if row is not None and (self.ended[slot] or self.count[slot] == limit):
+                ended = bool(self.ended[slot])
+                tokens = self.text[slot, : self.count[slot] - ended].tolist()
+                self.finished.append(Decoded(*row, tokens, ended))
+                self.bar.update()
+                self.row[slot] = None
+
+
+def _cut(items: Sequence, most: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), most):
+        yield items[start : start + most]

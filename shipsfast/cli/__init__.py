@@ -1,0 +1,5 @@
+"""The command line: commands by family. May import everything."""
+
+from .app import main
+
+__all__ = ["main"]

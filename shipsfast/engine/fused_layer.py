@@ -1,0 +1,362 @@
+"""A faster way through the decoder layers of Llama-like models.
+
+The model's own modules stay the oracle (growing_batch.py runs them for every other model); what runs here gives
+the same numbers up to rounding. A layer of this form
+
+    x += o_proj(attention(rope(q_proj(n)), rope(k_proj(n)), v_proj(n))),   n = rms_norm(x)
+    x += down_proj(act(gate_proj(m)) * up_proj(m)),                        m = rms_norm(x)
+
+is worked on in place: the residual additions are part of the matrix products, and what lies between the
+products takes one pass each (ops/layer_ops.py). Rows that fork in a layer share the base row's queries,
+keys and values, and differ from it by one head's output through that head's slice of o_proj:
+
+    y_i = o_proj(o_base) + W_o[:, heads i] (o_ablated - o_base)[heads i],   x_i = x_base + y_i
+
+so the base row itself comes out of the same step, and passes the MLP with them. Qwen 3 normalises every head of
+q and k before its rotary embedding; Gemma 2 adds rms_norm(y) instead of y, after attention and after the MLP.
+On a CPU with MKL, the weights of a layer are packed once for its many chunks of equal size.
+
+In a half-precision model on the Triton path the residual stream x may be in float32, and everything else as it was: only
+the products' sums go into it, and they are float32 anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import transformers
+from torch.nn.functional import linear
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from ..ops.extension import extension_status
+from ..ops.layer_ops import small_ops
+from ..ops.masks import LayerMask
+from ..ops.mixed_products import add_product_, sums_of_products
+from .memory_plan import even_slices
+
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Gemma2DecoderLayer)
+ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu"}
+CPP_DTYPES = (torch.float32, torch.float64)
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LIBRARY = os.path.dirname(transformers.__file__) + os.sep
+CAPTURING = "transformers.utils.output_capturing"
+CAN_PACK = torch.backends.mkl.is_available()
+# attention(q, k, v, mask, trimmed) -> [B, TQ, H, D]; q, k, v [B, T, heads, D]
+Attention = Callable[..., torch.Tensor]
+
+
+def why_not(
+    layers: list[torch.nn.Module], dtype: torch.dtype, device: torch.device, backend: str
+) -> str | None:
+    """Why these decoder layers cannot go through this file, None if they can. backend: of attention, resolved."""
+    if backend != "triton":
+        if device.type != "cpu":
+            return f"attention backend {backend} on {device.type}, where the small operations are Triton's"
+        if not extension_status()[0]:
+            return "the native extension is not built"
+        if not hasattr(torch.ops.shipsfast, "gelu_mul"):
+            return "the native extension is of an older version: build it again"
+    if dtype not in (TRITON_DTYPES if backend == "triton" else CPP_DTYPES):
+        return f"dtype {dtype}"
+    for layer in layers:
+        if type(layer) not in LAYERS:
+            return f"{type(layer).__name__} is not one of {', '.join(c.__name__ for c in LAYERS)}"
+        own = type(layer).__module__
+        if _is_patched(getattr(sys.modules[own], "apply_rotary_pos_emb", None)):
+            return f"{own}.apply_rotary_pos_emb is not transformers' own"
+        if type(layer.mlp.act_fn).__name__ not in ACTIVATIONS:
+            return f"activation {type(layer.mlp.act_fn).__name__}"
+        for name, module in layer.named_modules():
+            if (name in ("self_attn", "mlp") or name.endswith("norm")) and type(module).__module__ != own:
+                return f"{name} is not the model family's own"
+            if type(module).__module__ == own and _is_patched(type(module).forward):
+                return f"{type(module).__name__}.forward is not transformers' own"
+            # The layer's own hooks run: it is called as ever, only its forward is replaced.
+            if "forward" in module.__dict__ or module is not layer and _hooks(module):
+                return f"{name or 'the layer'} carries hooks or a forward of its own"
+            if name.endswith("_proj") and type(module) is not torch.nn.Linear:
+                return f"{name} is {type(module).__name__}"
+            # Asked without reading it: a quantised weight is a parameter of a class of its own.
+            if name.endswith("_proj") and type(module.weight) not in (torch.nn.Parameter, torch.Tensor):
+                return f"the weight of {name} is a {type(module.weight).__name__}"
+        for name, parameter in layer.named_parameters():
+            if parameter.dtype != dtype:
+                return f"{name} is in {str(parameter.dtype).removeprefix('torch.')}"
+            if not parameter.is_meta and parameter.data_ptr() % parameter.element_size():
+                return f"{name} lies at an address that is no multiple of its numbers' size, as in its file"
+    return None
+
+
+def why_no_fp32_residual(dtype: torch.dtype, backend: str, head: str) -> str | None:
+    """Why rows that go this way cannot keep their residual stream in float32, None if they can. head: the precision of
+    the model's output head, which has to take what they end in."""
+    if dtype.itemsize < 4 and head != "float32":
+        return "the output head is not a plain linear layer"
+    if dtype.itemsize >= 4:
+        return f"the model is in {str(dtype).removeprefix('torch.')} as it is"
+    return None if backend == "triton" else "the small operations are not Triton's"
+
+
+def _is_patched(function: Callable | None) -> bool:
+    """Whether a function of a model family's module has been replaced, for all its models. Where its code lies tells:
+    names are what functools.wraps copies."""
+    code = getattr(function, "__code__", None)
+    return code is None or not code.co_filename.startswith(LIBRARY)
+
+
+def loaded_bytes(layer: torch.nn.Module, device: torch.device) -> int:
+    """What `FusedLayer.loaded` holds at most: weights side by side and, in float32 on a CPU, packed."""
+    own = sum(p.numel() * p.element_size() for p in layer.parameters())
+    packs = CAN_PACK and device.type == "cpu" and next(layer.parameters()).dtype == torch.float32
+    return own * (1 + packs)
+
+
+def joins(backend: str) -> bool:
+    """Whether a decoder keeps all layers loaded: on a GPU, weights side by side would be there twice, and a product of
+    few rows takes as long in parts."""
+    return backend != "triton"
+
+
+def _hooks(module: torch.nn.Module) -> list[Callable]:
+    """Hooks that want to see or change something.
+
+    transformers leaves some of its own on a model that was ever asked for hidden states or attentions; they do
+    nothing in a call that does not ask.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != CAPTURING]
+
+
+class Product:
+    """x @ W^T + b of one or more linear layers side by side, their outputs concatenated.
+
+    On a CPU, weights are packed for inputs of `rows` rows: MKL then skips its own packing, which costs 3 to 15 % of
+    a product of cache-sized chunks.
+    """
+
+    def __init__(self, *layers: torch.nn.Linear) -> None:
+        self.layers = layers
+        self.width = sum(layer.out_features for layer in layers)
+        self.weight: torch.Tensor | None = None  # [width, in]
+        self.bias: torch.Tensor | None = None
+        self._packed: torch.Tensor | None = None
+        self._size = 0
+
+    def load(self, rows: int) -> None:
+        """Get ready for inputs, most of them of `rows` rows; 0 for none worth packing for.
+
+        Without it a product runs too, one layer after the other.
+        """
+        weights = [layer.weight for layer in self.layers]
+        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        biases = [layer.bias for layer in self.layers]
+        if any(b is not None for b in biases):
+            zeros = [self.weight.new_zeros(layer.out_features) for layer in self.layers]
+            self.bias = torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
+        if rows and CAN_PACK and self.weight.dtype == torch.float32 and self.weight.device.type == "cpu":
+            self._packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+            self._size = rows
+
+    def unload(self) -> None:
+        self.weight = self.bias = self._packed = None
+        self._size = 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] -> [rows, width]"""
+        if self.weight is None:
+            out = x.new_empty(len(x), self.width)
+            for layer, part in zip(
+                self.layers, out.split([y.out_features for y in self.layers], 1), strict=True
+            ):
+                if layer.bias is None:
+                    torch.mm(x, layer.weight.t(), out=part)
+                else:
+                    torch.addmm(layer.bias, x, layer.weight.t(), out=part)
+            return out
+        if len(x) == self._size:
+            return torch.ops.mkl._mkl_linear(x, self._packed, self.weight, self.bias, self._size)
+        return linear(x, self.weight, self.bias)
+
+    def add_to(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x += self(y), in place."""
+        if len(y) == self._size:
+            x += self(y)
+            return
+        (layer,) = self.layers  # side by side, sums would overlap
+        add_product_(x, y, layer.weight.t())
+        if layer.bias is not None:
+            x += layer.bias
+
+
+class FusedLayer:
+    """One decoder layer, applied to rows of residual streams [rows, T, hidden]. Use inside `loaded`.
+
+    backend: of attention, resolved; the small operations are Triton's where it is.
+    """
+
+    def __init__(self, layer: torch.nn.Module, num_heads: int, num_kv_heads: int, backend: str) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        self.heads, self.kv_heads, self.ops = num_heads, num_kv_heads, small_ops(backend)
+        self.scaling = attn.scaling
+        self.softcap = getattr(attn, "attn_logit_softcapping", None)
+        self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
+        self.q = Product(attn.q_proj)
+        self.kv = Product(attn.k_proj, attn.v_proj)
+        self.qkv = Product(attn.q_proj, attn.k_proj, attn.v_proj)
+        self.out = Product(attn.o_proj)
+        self.gate_up = Product(mlp.gate_proj, mlp.up_proj)
+        self.down = Product(mlp.down_proj)
+        self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+        self.before_attention = layer.input_layernorm
+        self.after_attention = self.after_mlp = None  # norms of what is added to the residual stream
+        self.before_mlp = layer.post_attention_layernorm
+        if isinstance(layer, Gemma2DecoderLayer):
+            self.after_attention = layer.post_attention_layernorm
+            self.before_mlp, self.after_mlp = (
+                layer.pre_feedforward_layernorm,
+                layer.post_feedforward_layernorm,
+            )
+
+    @contextlib.contextmanager
+    def loaded(self, tokens: int, ends: int | None) -> Iterator[None]:
+        """Weights made ready for chunks of `tokens` tokens (0: none is met twice).
+
+        ends: prompt ends in a chunk if this is the last layer, None if it is not.
+        """
+        last = ends is not None
+        products = {self.q: ends or 0, self.kv: tokens} if last else {self.qkv: tokens}
+        products |= dict.fromkeys((self.out, self.gate_up, self.down), ends if last else tokens)
+        try:
+            for product, rows in products.items():
+                product.load(rows)
+            yield
+        finally:
+            for product in products:
+                product.unload()
+
+    def rows(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention: Attention,
+        mask: LayerMask,
+        nodes=None,
+    ) -> torch.Tensor:
+        """Run rows with their mask. x [B, T, hidden] is overwritten and returned.
+
+        With nodes int64 [U], the layer is the last one: x is only read, and [B, U, hidden] is returned.
+        """
+        q, k, v = self._qkv(x, cos, sin, nodes)
+        out = attention(q, k, v, mask, nodes is not None)
+        del q, k, v
+        if nodes is not None:
+            x = x.index_select(1, nodes)
+        self._add(self.out, x, _flat(out.flatten(2)), self.after_attention)
+        del out
+        self._mlp(x)
+        return x
+
+    def forks(
+        self,
+        base: torch.Tensor,
+        heads: list[list[int]],
+        mask: LayerMask,
+        every: LayerMask,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention: Attention,
+        nodes: torch.Tensor | None,
+        most: int,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Write the rows that fork here, one per entry of `heads`, to out [forks, T or U, hidden].
+
+        base: row 0 [1, T, hidden] as it enters the layer, not changed; heads: what each fork has off here beyond
+        row 0, the same number for all; mask: row 0's own; every: the mask with every head off (one pass gives
+        them all, as heads do not see each other in attention); most: rows that pass the MLP together, at most.
+        Returns row 0 as it leaves the layer, [1, T or U, hidden].
+        """
+        q, k, v = self._qkv(base, cos, sin, nodes)
+        last = nodes is not None
+        o_base = attention(q, k, v, mask, last)
+        delta = (attention(q, k, v, every, last) - o_base)[0].transpose(0, 1)  # [H, T, D]
+        del q, k, v
+        (projection,) = self.out.layers
+        weight = projection.weight.t().unflatten(0, (self.heads, -1))  # [H, D, hidden]
+        norm = self.after_attention
+        start = (base.index_select(1, nodes) if last else base).clone()
+        if norm is None:
+            self.out.add_to(_flat(start), _flat(o_base.flatten(2)))
+        else:
+            added = self.out(_flat(o_base.flatten(2))).view_as(start)
+        # A copy of a few numbers that no earlier work waits for: one for all chunks.
+        index = torch.tensor(heads).to(base.device, non_blocking=True)  # [forks, heads of each]
+
+        def attended(rows: slice) -> None:
+            chosen = index[rows]
+            change = delta[chosen].transpose(1, 2).flatten(2)  # [forks, T, heads of each * D]
+            each = weight[chosen].flatten(1, 2)  # [forks, heads of each * D, hidden]
+            if norm is None:
+                sums_of_products(start.expand(len(chosen), -1, -1), change, each, out=out[rows])
+            else:
+                out[rows] = start
+                y = torch.baddbmm(added.expand(len(chosen), -1, -1), change, each)
+                self.ops.add_rms_norm_(_flat(out[rows]), _flat(y), norm)
+
+        # The base row joins the last chunk: alone it would be a small, slow product.
+        *chunks, final = even_slices(len(heads) + 1, most)
+        for rows in chunks:
+            attended(rows)
+            self._mlp(out[rows])
+        final = slice(final.start, len(heads))
+        if final.start < final.stop:
+            attended(final)
+        if norm is not None:
+            self.ops.add_rms_norm_(_flat(start), _flat(added), norm)
+        joined = torch.cat([out[final], start])
+        self._mlp(joined)
+        out[final] = joined[:-1]
+        return joined[-1:]
+
+    def _qkv(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, nodes: torch.Tensor | None):
+        normed = self.ops.rms_norm(_flat(x), self.before_attention)
+        if nodes is None:
+            qkv = self.qkv(normed).view(*x.shape[:2], -1)
+            q, kv = qkv.split([self.q.width, self.kv.width], 2)
+            at = (cos, sin)
+        else:
+            q = self.q(normed.view(x.shape).index_select(1, nodes).flatten(0, 1)).view(len(x), len(nodes), -1)
+            kv = self.kv(normed).view(*x.shape[:2], -1)
+            at = (cos.index_select(0, nodes), sin.index_select(0, nodes))
+        q = q.unflatten(2, (self.heads, -1))
+        k, v = kv.unflatten(2, (2 * self.kv_heads, -1)).chunk(2, 2)
+        q, k = self.ops.rope(q, *at, self.q_norm), self.ops.rope(k, cos, sin, self.k_norm)
+        return q, k, self.ops.values(v)
+
+    def _mlp(self, x: torch.Tensor) -> None:
+        """x += mlp(norm(x)), in place."""
+        gate_up = self.gate_up(self.ops.rms_norm(_flat(x), self.before_mlp))
+        inner = self.ops.gated(gate_up, self.activation)
+        del gate_up  # before the next product makes its own
+        self._add(self.down, x, inner, self.after_mlp)
+
+    def _add(self, product: Product, x: torch.Tensor, y: torch.Tensor, norm: torch.nn.Module | None) -> None:
+        """x += product(y), or norm(product(y)), in place."""
+        if norm is None:
+            product.add_to(_flat(x), y)
+        else:
+            self.ops.add_rms_norm_(_flat(x), product(y), norm)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, n] as [B T, n]"""
+    return x.reshape(-1, x.shape[-1]) if not x.is_contiguous() else x.view(-1, x.shape[-1])

@@ -1,0 +1,313 @@
+"""The growing batch: every ablation of a set of prompts in one forward pass of the model's own modules.
+
+A head ablated in layer l changes nothing below l. So one unablated row enters the model; at layer l the
+rows whose first ablated head is in l fork off as copies of row 0; all rows alive then pass the layer in
+chunks, each row with its own mask vectors. The prompts are one packed prefix tree (ops/prefix_tree.py), so a row
+is one sequence. The last layer computes keys and values of every token, but queries, output projection
+and MLP only where a prompt ends. Its rows then go through the model's own final norm and head in chunks,
+and each chunk's logits are handed out at once: nothing of size [rows, V] is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Self
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..models.anatomy import Anatomy, Block, input_device, last_logits_only
+from ..models.attention_hook import ATTRIBUTE, TREE, Captured, TreeCall, installed
+from ..models.layer_call import LayerCall, forward_replaced, no_queries
+from ..models.output_head import float32_head, head_input
+from ..models.weights import on_demand
+from ..ops.masks import LayerMask
+from ..ops.prefix_tree import PackedPrompts
+from ..ops.tree_attention import TreeContext, tree_attention
+from .ablation import HeadMask
+from .fused_layer import FusedLayer
+from .memory_plan import even_slices
+
+Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
+Keep = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
+
+
+class Wavefront:
+    """Runs blocks of ablations of one packed set of prompts.
+
+    Args:
+        model, anatomy: the model and what `inspect_model` said of it.
+        packed: P prompts, T tokens.
+        backend: "triton", "cpp", "torch" or "reference", already resolved.
+        chunk_tokens: most tokens (rows x T) that pass a layer together; at least one row does.
+        head_rows: most (row, prompt) pairs that pass the model's head together.
+        tick: called with the number of (row, layer) steps done, for progress.
+        fused: go through fused_layer.py instead of the layers' own forward; the caller asked `fused.why_not`.
+        fp32_residual: rows are float32 between half-precision layers; the caller asked `fused.why_no_fp32_residual`.
+        keep: called in every layer as keep(layer, rows, k, v) with keys and values [n, HKV, T, D] of consecutive
+            slices of rows, row 0's first. Rows that fork in a layer or later may come with none: theirs are row 0's.
+        own_head: leave the output head as the model has it, half-precision logits included.
+    Use as a context manager: the model is changed inside it and put back by it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        packed: PackedPrompts,
+        *,
+        backend: str,
+        chunk_tokens: int,
+        head_rows: int,
+        tick: Callable[[int], None] | None = None,
+        fused: bool = False,
+        fp32_residual: bool = False,
+        keep: Keep | None = None,
+        own_head: bool = False,
+    ) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.packed = packed
+        self.rows_per_chunk = max(1, chunk_tokens // packed.num_tokens)
+        # Prompts that end at the same node are the same prompt.
+        self.last_nodes, self.prompt_place = np.unique(packed.last_index, return_inverse=True)
+        self.rows_per_head_chunk = max(1, head_rows // len(self.last_nodes))
+        self.tick = tick or (lambda steps: None)
+        self.keep = keep
+        self.own_head = own_head
+        self._residual_dtype = torch.float32 if fp32_residual else None
+        self._backend = backend
+        self._trees: dict[torch.device, TreeContext] = {}
+        self._nodes: dict[torch.device, torch.Tensor] = {}  # last_nodes, int64
+        self._mask: HeadMask | None = None
+        self._tuples = 0  # of how many the decoder layer returns a tuple
+        self._forks: list[int] = []
+        self._alive = 0
+        self._buffer: torch.Tensor | None = None  # [rows, T, hidden]
+        self._final: torch.Tensor | None = None  # [rows, last nodes, hidden]
+        self._head_chunk: torch.Tensor | None = None  # while the head runs: what the last layer hands on
+        self._undo = contextlib.ExitStack()
+        self._fused = [
+            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads, backend)
+            for layer in anatomy.layers * fused
+        ]
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(torch.inference_mode())
+            undo.enter_context(installed(self.model, TREE))
+            modules = [block.module for block in self.anatomy.blocks]
+            self._weights = undo.enter_context(on_demand(self.model, modules))
+            for layer in self.anatomy.layers:
+                undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
+            for block in self.anatomy.blocks:
+                final = block is self.anatomy.blocks[-1]
+                undo.enter_context(
+                    forward_replaced(
+                        block.module, lambda fwd, block=block, final=final: self._layer(block, fwd, final)
+                    )
+                )
+            if not self.own_head:
+                undo.enter_context(float32_head(self.model))
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._buffer = self._final = self._head_chunk = None
+        self._undo.close()
+
+    def run(self, mask: HeadMask, consume: Consume, *, hidden_states: bool = False) -> None:
+        """Run the rows of `mask` and hand out their next-token logits.
+
+        mask: row 0 may have any heads ablated; the others follow in ascending order of the first layer in
+            which they differ from it, which is where they fork.
+        consume(rows, logits, first): called for consecutive slices of rows with their logits [n, U, V] and
+            those of row 0 [U, V]; U are the prompts' distinct ends, `prompt_place` maps prompts to them.
+        hidden_states: hand out what enters the output head instead, [n, U, hidden]: the hidden states after
+            the final norm.
+        """
+        forks = [mask.fork_layer(r) for r in range(len(mask))]
+        if forks != sorted(forks):
+            raise ValueError("rows must be sorted by the first layer in which they differ from row 0")
+        self._mask = mask
+        self._forks = np.bincount(forks[1:], minlength=self.anatomy.num_layers).tolist()
+        self._alive = 1
+        device = input_device(self.model)
+        token_ids = torch.as_tensor(self.packed.token_ids, device=device)[None]
+        position_ids = torch.as_tensor(self.packed.position, device=device).long()[None]
+        # The pass through the layers ends in the model's head, whose result there is not wanted.
+        self._forward(token_ids, position_ids, **last_logits_only(self.model))
+        self._buffer = None
+        base = None
+        seen_by = head_input(self.model) if hidden_states else contextlib.nullcontext([])
+        with self._weights.idle(), seen_by as seen:
+            for rows in even_slices(len(mask), self.rows_per_head_chunk):
+                self._head_chunk = self._final[rows]
+                # As many rows as come out of the layers: some models shape their states by their input.
+                start = token_ids.new_zeros(rows.stop - rows.start, len(self.last_nodes))
+                logits = self._forward(start, start)
+                out = seen.pop() if hidden_states else logits
+                base = out[0].clone() if base is None else base
+                consume(rows, out, base)
+                del out, logits  # before the next ones are made
+        self._head_chunk = self._final = None
+
+    def _forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        out = self.model(
+            input_ids=token_ids, position_ids=position_ids, use_cache=False, return_dict=True, **kwargs
+        )
+        return out.logits
+
+    def _layer(self, block: Block, forward: Callable, last: bool) -> Callable:
+        """last: the model's last decoder layer."""
+        index, trimmed = block.layer, last and self.anatomy.trims
+
+        def step(*args, **kwargs):
+            call = LayerCall.of(forward, args, kwargs)
+            if self._head_chunk is not None:
+                out = self._head_chunk if last else call.hidden
+                call.tuples = self._tuples
+                return call.result(out)
+            if call.hidden.device != block.device:
+                call = call.to(block.device)
+            hidden = call.hidden
+            if self._fused:
+                self._fused_layer(index, hidden, *call.kwargs["position_embeddings"])
+                return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
+            n = self._fork(index, hidden)
+            for rows in even_slices(n, self.rows_per_chunk):
+                x = self._buffer[rows]
+                if trimmed:
+                    self._last_layer(index, call, x, rows)
+                else:
+                    out = call(x) if index is None else self._attend(index, call, x, rows)
+                    self._buffer[rows] = out
+                    if last:
+                        self._final[rows] = out.index_select(1, self._last_nodes(out.device))
+                    del out  # before the next chunk makes its own
+                self.tick(0 if index is None else rows.stop - rows.start)
+            self._tuples = call.tuples
+            out = hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[:n]
+            return call.result(out)
+
+        return step
+
+    def _fused_layer(self, index: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """One layer by fused_layer.py: first the rows that fork here, from the base row, then the others in place."""
+        layer, window = self._fused[index], self.anatomy.layers[index].window
+        last = index == self.anatomy.num_layers - 1
+        nodes = self._last_nodes(hidden.device) if last else None
+        before = self._alive
+        parent = {head for at, head in self._mask.groups[0] if at == index}
+        heads = [
+            [head for at, head in group if at == index]
+            for group in self._mask.groups[before : before + self._forks[index]]
+        ]
+        new = [sorted(set(chosen) - parent) for chosen in heads]
+        # Forks that add the same number of heads to those that row 0 has off in this layer.
+        simple = (
+            len({len(added) for added in new}) == 1 and bool(new[0]) and all(parent <= set(c) for c in heads)
+        )
+        after = self._fork(index, hidden, copy=not simple)
+        tree = self._tree(hidden.device)
+
+        unkept: list[slice] = []  # the rows at hand, until their keys and values are handed out
+
+        def attention(q, k, v, mask, trimmed):
+            if self.keep is not None and unkept:
+                self.keep(index, unkept.pop(), k.transpose(1, 2), v.transpose(1, 2))
+            plan = tree.plan(window, trimmed, q)
+            return tree_attention(
+                tree, *(x.transpose(1, 2) for x in (q, k, v)), mask, plan,
+                scaling=layer.scaling, softcap=layer.softcap, window=window,
+            )  # fmt: skip
+
+        cos, sin = cos[0].contiguous(), sin[0].contiguous()
+        into = self._final if last else self._buffer
+        per_chunk = self.rows_per_chunk
+        # With the forks, the base row has passed this layer too, and only the others are left.
+        old = range(1, before) if simple else range(after)
+        chunks = [slice(old.start + r.start, old.start + r.stop) for r in even_slices(len(old), per_chunk)]
+        sizes = [rows.stop - rows.start for rows in chunks]
+        common = max(sizes, key=sizes.count, default=0)
+        worth = common if sizes.count(common) > 1 else 0
+        with layer.loaded(worth * hidden.shape[1], worth * len(self.last_nodes) if last else None):
+            if simple:
+                unkept.append(slice(0, 1))
+                every = tuple((index, head) for head in range(self.anatomy.num_heads))
+                base_row = layer.forks(
+                    self._buffer[:1], new, self._layer_mask(index, hidden, slice(0, 1), nodes),
+                    self._layer_mask(index, hidden, slice(0, 1), nodes, groups=(every,)),
+                    cos, sin, attention, nodes, per_chunk, into[before:after],
+                )  # fmt: skip
+                self.tick(len(new))
+            for rows in chunks:
+                x = self._buffer[rows]
+                unkept.append(rows)
+                out = layer.rows(x, cos, sin, attention, self._layer_mask(index, x, rows, nodes), nodes)
+                if last:
+                    into[rows] = out
+                self.tick(rows.stop - rows.start)
+            if simple:
+                into[:1] = base_row
+                self.tick(1)
+
+    def _fork(self, index: int | None, hidden: torch.Tensor, copy: bool = True) -> int:
+        """Bring the incoming rows into the buffer and add the copies that fork here. Returns the rows alive."""
+        if self._buffer is None or self._buffer.device != hidden.device:
+            rows = len(self._mask)
+            dtype = self._residual_dtype or hidden.dtype
+            moved = torch.empty(rows, *hidden.shape[1:], dtype=dtype, device=hidden.device)
+            self._final = torch.empty(
+                rows, len(self.last_nodes), *hidden.shape[2:], dtype=dtype, device=hidden.device
+            )
+            self._buffer = moved
+        if hidden.data_ptr() != self._buffer.data_ptr():
+            self._buffer[: self._alive] = hidden
+        n = self._alive + (0 if index is None else self._forks[index])
+        if copy:
+            self._buffer[self._alive : n] = self._buffer[:1]
+        self._alive = n
+        return n
+
+    def _layer_mask(self, index: int, like: torch.Tensor, rows: slice, nodes=None, groups=None) -> LayerMask:
+        mask = self._mask if groups is None else replace(self._mask, groups=groups)
+        dtype = self.model.dtype if self._residual_dtype else like.dtype
+        out = mask.layer(index, self.anatomy.num_heads, device=like.device, dtype=dtype, rows=rows)
+        return out if nodes is None else out.at(nodes)
+
+    def _attend(
+        self, index: int, call: LayerCall, x: torch.Tensor, rows: slice, nodes=None, **how
+    ) -> torch.Tensor:
+        layer = self.anatomy.layers[index]
+        mask = self._layer_mask(index, x, rows, nodes)
+        if self.keep is not None and not how:  # the last layer's are captured
+            how["keep"] = lambda k, v: self.keep(index, rows, k, v)
+        setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, mask, **how))
+        return call(x)
+
+    def _last_layer(self, index: int, call: LayerCall, x: torch.Tensor, rows: slice) -> None:
+        """Keys and values of every token; everything else only at the prompts' last tokens."""
+        try:
+            with no_queries(self.anatomy.layers[index].attention):
+                self._attend(index, call, x, rows, capture=True)
+        except Captured as captured:
+            kv = captured.kv
+        if self.keep is not None:
+            self.keep(index, rows, *kv)
+        nodes = self._last_nodes(x.device)
+        trimmed = call.at(nodes, self.packed.num_tokens)
+        self._final[rows] = self._attend(index, trimmed, x.index_select(1, nodes), rows, nodes, kv=kv)
+
+    def _last_nodes(self, device: torch.device) -> torch.Tensor:
+        if device not in self._nodes:
+            self._nodes[device] = torch.as_tensor(self.last_nodes, device=device)
+        return self._nodes[device]
+
+    def _tree(self, device: torch.device) -> TreeContext:
+        if device not in self._trees:
+            self._trees[device] = TreeContext(self.packed, self._backend, device, self.last_nodes)
+        return self._trees[device]

@@ -1,0 +1,84 @@
+"""Which heads: pairs (layer, head), units that are switched off together, and how the command line writes them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+
+from ..errors import InputError
+from ..models.anatomy import Anatomy
+
+Head = tuple[int, int]  # (layer, query head), both from 0
+UNITS = ("head", "kv_group")
+
+
+def check_unit(unit: str, anatomy: Anatomy) -> int:
+    """How many units a layer has: query heads, or key/value groups. Raises InputError for another unit."""
+    if unit not in UNITS:
+        raise InputError(f"unknown unit {unit!r}: expected one of {', '.join(UNITS)}")
+    if unit == "kv_group" and not anatomy.uniform_kv_heads:
+        raise InputError("the model's layers differ in their key/value heads: use unit 'head'")
+    return anatomy.num_heads if unit == "head" else anatomy.num_kv_heads
+
+
+def unit_heads(chosen: Head, unit: str, anatomy: Anatomy) -> tuple[Head, ...]:
+    """The query heads of a unit: itself, or all that share the key/value head (layer, index)."""
+    if unit == "head":
+        return (chosen,)
+    layer, index = chosen
+    size = anatomy.num_heads // anatomy.num_kv_heads
+    return tuple((layer, head) for head in range(index * size, (index + 1) * size))
+
+
+def check_heads(
+    heads: Iterable[Sequence[int | None]], num_layers: int, num_heads: int, unit: str = "head"
+) -> list[Head]:
+    """The heads as (layer, head) pairs, each once, in ascending order; (layer, None) stands for a whole layer.
+
+    Raises InputError for a head that does not exist or an entry that is not a pair of integers.
+    """
+    out: set[Head] = set()
+    if not isinstance(heads, Iterable):
+        raise InputError(f"heads must be a list of (layer, head) pairs, got {heads!r}")
+    for entry in heads:
+        try:
+            layer, head = entry[:2] if hasattr(entry, "score") else entry  # a HeadScore is as good as a pair
+            layer, head = operator.index(layer), None if head is None else operator.index(head)
+        except (TypeError, ValueError):
+            raise InputError(f"head {entry!r} is not a (layer, head) pair of integers") from None
+        if not (0 <= layer < num_layers and (head is None or 0 <= head < num_heads)):
+            raise InputError(
+                f"{unit} {layer}-{head} does not exist: the model has layers 0 to {num_layers - 1} "
+                f"with {unit}s 0 to {num_heads - 1}"
+                if head is not None
+                else f"layer {layer} does not exist: the model has layers 0 to {num_layers - 1}"
+            )
+        out.update((layer, h) for h in (range(num_heads) if head is None else [head]))
+    if not out:
+        raise InputError("the list of heads is empty: give at least one (layer, head), or None for all")
+    return sorted(out)
+
+
+def parse_heads(text: str) -> list[tuple[int, int | None]]:
+    """Heads from the command line, for `check_heads`: "2-26", "2-26,3-1", or a whole layer, "5"."""
+    out: list[tuple[int, int | None]] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        layer, dash, head = part.partition("-")
+        if not layer.isdecimal() or (dash and not head.isdecimal()):
+            raise InputError(
+                f"cannot read head {part!r}: write LAYER-HEAD, such as 2-26, or LAYER for a whole layer"
+            )
+        out.append((int(layer), int(head) if dash else None))
+    if not out:
+        raise InputError("the list of heads is empty: write LAYER-HEAD, such as 2-26")
+    return out
+
+
+def parse_groups(text: str) -> list[list[tuple[int, int | None]]]:
+    """Groups of heads from the command line: "2-26; 2-26,3-1"; "none" is the unablated model."""
+    parts = [part.strip() for part in text.split(";")]
+    if not all(parts):
+        raise InputError(
+            f"cannot read the groups {text!r}: write heads such as 2-26,3-1, with ; between groups"
+        )
+    return [[] if part == "none" else parse_heads(part) for part in parts]

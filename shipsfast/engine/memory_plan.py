@@ -1,0 +1,285 @@
+"""How a scan is cut to fit: prompts into groups, rows into blocks, blocks into chunks.
+
+A group of prompts is one packed sequence. A block is a run of ablations that go through the model
+together as one growing batch. A chunk is the rows that pass a layer at a time. Memory of a block:
+
+    rows x U x hidden              the trimmed last layer, U distinct prompt ends
+    + the larger of
+        rows x T x hidden          the residual stream of every row, until the last layer is done,
+        + chunk tokens x work width    and what a layer holds while it runs
+      and
+        head rows x (V x (logits and their copies) + hidden), and the base logits
+    + rows x what is kept of a row + what is kept in all (resample: L rows' worth of outputs)
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
+
+import psutil
+import torch
+
+from ..errors import InputError
+from ..models.anatomy import Anatomy
+from ..ops.prefix_tree import PackedPrompts, pack
+from ..text import counted
+
+# Measured on two AVX-512 cores: larger chunks make the matrix products 3 % faster at most, and push activations
+# out of the cache between the operations of a layer, which costs more. A GPU wants its products larger.
+CPU_CHUNK_TOKENS = 768
+CUDA_CHUNK_TOKENS = 16384
+# Longer packs are split by prompts where one row alone would outgrow the chunk by this factor.
+CPU_GROUP_FACTOR = 4
+HEAD_BYTES = 256 << 20  # logits of one head chunk
+HEAD_WIDTH = 4  # of hidden states that enter the output head: the slice, its norm and what that takes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """prompt_groups: indices into the prompts; rows_per_block counts ablations, without the unablated row."""
+
+    prompt_groups: tuple[tuple[int, ...], ...]
+    rows_per_block: int
+    chunk_tokens: int
+    head_rows: int
+    memory_limit_bytes: int
+    predicted_bytes: int
+    needs: Needs = field(repr=False, compare=False)
+
+    def to_json(self) -> dict:
+        out = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+        out["prompt_groups"] = [len(g) for g in self.prompt_groups]
+        return out
+
+    @classmethod
+    def from_json(cls, body: dict, prompts: Sequence[Sequence[int]], needs: Needs) -> Plan:
+        """The plan that gave `to_json`, for the same prompts. needs: of another plan for them; those of these groups
+        take its place. Raises InputError for a plan of other prompts."""
+        if sum(body["prompt_groups"]) != len(prompts):
+            raise InputError(
+                f"the plan is of {counted(sum(body['prompt_groups']), 'prompt')}, and there are {len(prompts)}: choose "
+                "another output folder"
+            )
+        order, groups, start = in_order(prompts), [], 0
+        for size in body["prompt_groups"]:
+            groups.append(tuple(order[start : start + size]))
+            start += size
+        return cls(**body, needs=needs).regrouped(groups, prompts)
+
+    def regrouped(self, groups: Iterable[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Plan:
+        """The same for prompts in these groups."""
+        groups = tuple(groups)
+        return replace(self, prompt_groups=groups, needs=self.needs.of_groups(groups, prompts))._predicted()
+
+    def smaller(self) -> Plan | None:
+        """The plan to retry with after running out of memory, None if there is nothing left to halve."""
+        if max(self.chunk_tokens, self.rows_per_block) == 1:
+            return None
+        return replace(
+            self,
+            rows_per_block=max(1, self.rows_per_block // 2),
+            chunk_tokens=max(1, self.chunk_tokens // 2),
+            head_rows=max(1, self.head_rows // 2),
+        )._predicted()
+
+    def _predicted(self) -> Plan:
+        """The same with its own prediction."""
+        return replace(
+            self, predicted_bytes=self.needs(self.rows_per_block, self.chunk_tokens, self.head_rows)
+        )
+
+
+def even_slices(total: int, most: int) -> list[slice]:
+    """range(total) cut into the fewest slices of at most `most`, as equal as can be; none for a total of 0."""
+    parts = max(1, -(-total // max(1, most)))
+    return [slice(a, b) for a, b in pairwise(total * i // parts for i in range(parts + 1)) if b > a]
+
+
+def in_order(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Indices of the prompts in which neighbours share the longest prefixes."""
+    return sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+
+
+def parse_bytes(text: str) -> int:
+    """ "8GiB", "500 MB", "8G" (binary) or a plain number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise InputError(f"cannot read {text!r} as an amount of memory: write it like 8GiB or 500MB")
+    base = 1000 if match[3] and match[3].lower() == "b" and match[2] else 1024
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What may be used on `device` without pushing anyone else out: nine tenths of what is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.9 * (free + held))
+    return int(0.9 * psutil.virtual_memory().available)
+
+
+def block_parts(
+    anatomy: Anatomy,
+    rows: int,
+    tokens: int,
+    ends: int,
+    chunk_tokens: int,
+    head_rows: int,
+    size: int,
+    row_size: int,
+) -> dict[str, int]:
+    """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number, `row_size` in the
+    residual stream.
+
+    ends: the trimmed last layer; rows: the residual streams; chunk: what a layer holds while it runs; head: logits, which
+    come after the layers, when the residual streams are gone.
+    """
+    pairs = min(max(head_rows, ends), rows * ends)
+    head = pairs * (
+        anatomy.vocab_size * anatomy.logit_copies * max(size, 4) + HEAD_WIDTH * anatomy.hidden_size * 4
+    )
+    return {
+        "ends": rows * ends * anatomy.hidden_size * row_size,
+        "rows": rows * tokens * anatomy.hidden_size * row_size,
+        "chunk": min(max(chunk_tokens, tokens), rows * tokens) * anatomy.work_width * size,
+        "head": head + 2 * ends * anatomy.vocab_size * 8,
+    }
+
+
+def peak_bytes(parts: dict[str, int]) -> int:
+    """Of what `block_parts` gives, at the worst moment."""
+    return parts["ends"] + max(parts["rows"] + parts["chunk"], parts["head"])
+
+
+def block_bytes(*args) -> int:
+    """Predicted peak of a block beyond the model itself, in bytes. Arguments as in `block_parts`."""
+    return peak_bytes(block_parts(*args))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What blocks of a scan hold beyond the model, in bytes.
+
+    size: bytes per number; row_size: of the residual streams; extra_rows: streams held beside those of the block;
+    kept_per_row_bytes, kept_bytes: what the caller keeps of every row, and in all; tokens, ends: of the largest pack.
+    """
+
+    anatomy: Anatomy
+    size: int
+    row_size: int
+    extra_rows: int
+    kept_per_row_bytes: int
+    kept_bytes: int
+    tokens: int = 0
+    ends: int = 0
+
+    def of_groups(self, groups: Iterable[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Needs:
+        """The same for prompts in these groups."""
+        packs = [pack([prompts[i] for i in group]) for group in groups]
+        return replace(self, tokens=max(p.num_tokens for p in packs), ends=max(map(_ends, packs)))
+
+    def __call__(self, ablations: int, chunk_tokens: int, head_rows: int) -> int:
+        """At the worst moment of a block of so many ablations and the unablated row."""
+        held = block_bytes(
+            self.anatomy,
+            ablations + 1,
+            self.tokens,
+            self.ends,
+            chunk_tokens,
+            head_rows,
+            self.size,
+            self.row_size,
+        )
+        more = self.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * self.size
+        return held + more + (ablations + 1) * self.kept_per_row_bytes + self.kept_bytes
+
+
+def make_plan(
+    anatomy: Anatomy,
+    prompts: Sequence[Sequence[int]],
+    num_ablations: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int | None = None,
+    chunk_tokens: int | None = None,
+    rows_per_block: int | None = None,
+    prompts_per_group: int | None = None,
+    extra_rows: int = 0,
+    kept_per_row_bytes: int = 0,
+    kept_bytes: int = 0,
+    coming_bytes: int = 0,
+    row_size: int | None = None,
+) -> Plan:
+    """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
+
+    max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
+    coming_bytes: weights of the model that are brought into memory while it runs.
+    extra_rows, kept_per_row_bytes, kept_bytes: as in `Needs`.
+    row_size: bytes per number of the residual streams, by default those of `dtype`.
+    Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
+    """
+    for name, value in (
+        ("chunk_tokens", chunk_tokens), ("rows_per_block", rows_per_block), ("prompts_per_group", prompts_per_group),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if anatomy.plain_sequences:
+        if (prompts_per_group or 1) > 1:
+            raise InputError(
+                "the model looks at neighbours outside attention, so prompts cannot share a pack: prompts_per_group must be 1"
+            )
+        prompts_per_group = 1
+    limit = max(0, free_bytes(device) - coming_bytes) if max_memory is None else max_memory
+    size = torch.empty((), dtype=dtype).element_size()
+    row_size = row_size or size
+    on_cpu = device.type == "cpu"
+    chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
+    # Neither the head nor a layer at work gets more than a quarter of the memory: the rest is for rows.
+    head_rows = max(
+        1, min(HEAD_BYTES, limit // 4 // anatomy.logit_copies) // (anatomy.vocab_size * max(size, 4))
+    )
+    if chunk_tokens is None:
+        chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
+    order = in_order(prompts)
+
+    def cut(per_group: int) -> list[tuple[int, ...]]:
+        return [tuple(order[part]) for part in even_slices(len(order), per_group)]
+
+    per_group = prompts_per_group or len(prompts)
+    needs = Needs(anatomy, size, row_size, extra_rows, kept_per_row_bytes, kept_bytes)
+
+    def need(rows: int) -> int:
+        return needs(rows, chunk, head_rows)
+
+    while True:
+        groups = cut(per_group)
+        needs = needs.of_groups(groups, prompts)
+        too_long = on_cpu and prompts_per_group is None and needs.tokens > CPU_GROUP_FACTOR * chunk
+        too_long |= anatomy.index_limit is not None and needs.tokens >= anatomy.index_limit
+        if (need(1) <= limit and not too_long) or per_group == 1:
+            break
+        per_group = (per_group + 1) // 2
+    while need(1) > limit and (chunk > 1 or head_rows > 1):
+        chunk, head_rows = max(1, chunk // 2), max(1, head_rows // 2)
+    if need(1) > limit:
+        raise InputError(
+            f"a scan of a single ablation needs {_mib(need(1))} beyond the model, and {_mib(limit)} may be used: "
+            "raise --max-memory or shorten the longest prompt"
+        )
+    most = min(rows_per_block or num_ablations, num_ablations)
+    # What more rows need grows with them, though not evenly: a chunk fills up first.
+    rows = max(1, bisect.bisect_right(range(1, most + 1), limit, key=need))
+    return Plan(tuple(groups), int(rows), chunk, head_rows, limit, need(rows), needs)
+
+
+def _ends(packed: PackedPrompts) -> int:
+    return len(set(packed.last_index.tolist()))
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

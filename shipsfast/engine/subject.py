@@ -1,0 +1,174 @@
+"""What is measured on: a model that was looked at, and prompts as token ids."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .._version import __version__
+from ..errors import InputError
+from ..memory import once_more
+from ..models.anatomy import Anatomy, base_model, check_model, input_device, inspect_model
+from ..models.attention_hook import ATTRIBUTE
+from ..models.fingerprint import fingerprint
+from ..models.weights import where_weights_are
+from ..ops.divergences import kl_backend
+from ..ops.tree_attention import resolve_backend
+from ..prompts.tokens import to_token_ids
+from ..runs.identity import prompt_hashes
+from .ablation import Ablation, as_ablation
+from .heads import check_unit
+from .layer_path import FP32_RESIDUAL, layer_path
+from .replacement_values import source_ids
+
+
+@dataclass
+class Subject:
+    """A model, prompts and an ablation that fit together, and how they will run."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    token_ids: list[list[int]]
+    how: Ablation
+    other_ids: list[list[int]] | None  # the prompts of `mean` and `resample`
+    unit: str
+    num_units: int  # of a layer
+    device: torch.device
+    backend: str
+    layers: str  # how rows pass a decoder layer: of LAYER_PATHS, but for "auto"
+    record: dict  # what runs, for run.json
+
+    @property
+    def fused(self) -> bool:
+        return self.layers != "model"
+
+    @property
+    def fp32_residual(self) -> bool:
+        return self.layers == FP32_RESIDUAL
+
+    def describe(self, kind: str) -> dict:
+        """What makes two runs the same, for run folders."""
+        ablation = {
+            "kind": self.how.kind,
+            "logit_scale": self.how.logit_scale,
+            "output_scale": self.how.output_scale,
+        }
+        if self.other_ids is not None:
+            ablation["prompts"] = prompt_hashes(self.other_ids)
+        return {
+            "kind": kind,
+            "fingerprint": once_more("looking at the weights", lambda: fingerprint(self.model)),
+            "prompts": prompt_hashes(self.token_ids),
+            "ablation": ablation,
+            "unit": self.unit,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            # Another precision, not another way to the same numbers.
+            **({"residual": "float32"} if self.fp32_residual else {}),
+        }
+
+
+def look_at(
+    model: PreTrainedModel,
+    prompts: Sequence,
+    tokenizer,
+    *,
+    template: str,
+    ablation: str | Ablation,
+    scale: float,
+    unit: str,
+    backend: str,
+    layers: str,
+    new_tokens: int = 0,
+) -> Subject:
+    """Arguments as in `scan`. new_tokens: how many may follow each prompt.
+
+    Raises InputError or UnsupportedModelError, as `scan` does.
+    """
+    how = as_ablation(ablation, scale)
+    model = base_model(model)
+    token_ids = to_token_ids(prompts, tokenizer, template)
+    check_model(model, token_ids, new_tokens)
+    others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
+    if others is not None:
+        try:
+            check_model(model, others)
+        except InputError as error:
+            raise InputError(f"in the prompts of ablation {how.kind}: {error}") from error
+    longest = max(map(len, token_ids)) + new_tokens
+    if others is not None:
+        longest = max(longest, *map(len, others))
+    anatomy = once_more(
+        "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
+    )
+    if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
+        raise InputError("the model is inside shipsfast.ablate: leave that context first")
+    num_units = check_unit(unit, anatomy)
+    device = input_device(model)
+    check_sums(device, model.dtype)
+    resolved = resolve_backend(
+        backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
+    )
+    layers, not_fused = layer_path(layers, model, anatomy, device, resolved)
+    record = describe_run(model, anatomy, device) | {
+        "ablation": how.describe(),
+        "template": template,
+        "attention_backend": resolved,
+        "layers": layers,
+        "weights": where_weights_are(model),
+        "kl_backend": kl_backend(device),
+    }
+    if anatomy.plain_sequences:
+        record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
+    if not_fused:
+        record["layers_why"] = not_fused
+    return Subject(model, anatomy, token_ids, how, others, unit, num_units, device, resolved, layers, record)
+
+
+def check_sums(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError where torch is told to add up float16 products in float16: it then has none that end in float32,
+    which logits need."""
+    if (
+        device.type == "cuda"
+        and dtype == torch.float16
+        and torch.backends.cuda.matmul.allow_fp16_accumulation
+    ):
+        raise InputError(
+            "torch.backends.cuda.matmul.allow_fp16_accumulation is on: sums in float16 are too coarse for scores, turn it off"
+        )
+
+
+def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:
+    """What a reader of run.json needs to know to repeat the run."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "name": model.config._name_or_path,
+            "layers": anatomy.num_layers,
+            # Where some layers have no attention heads, the layers of scores are these.
+            **(
+                {"layer_names": [x.name for x in anatomy.layers]}
+                if len(anatomy.blocks) > anatomy.num_layers
+                else {}
+            ),
+            "heads": anatomy.num_heads,
+            "kv_heads": anatomy.num_kv_heads,
+            "hidden": anatomy.hidden_size,
+            "vocabulary": anatomy.vocab_size,
+        },
+        "device": {"type": device.type, "name": name},
+        "versions": {
+            "shipsfast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,110 @@
+"""The element-wise operations between a decoder layer's matrix products, by Triton where attention is Triton's, else
+by C++ (csrc/fused_cpu.cpp, on a CPU in float32 and float64).
+
+Both are one pass over memory each, and give what the model's own modules give up to the order of sums. Norms of
+float64 models go through their module: it rounds to float32 on the way, and only its own order repeats that exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class SmallOps(Protocol):
+    """norm: an RMSNorm module of a model. Rows are [N, D], contiguous."""
+
+    def rms_norm(self, x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+        """norm(x), [N, D], in the dtype of norm's weight; x may be in float32."""
+
+    def add_rms_norm_(self, x: torch.Tensor, y: torch.Tensor, norm: torch.nn.Module) -> None:
+        """x += norm(y), in place; x may be in float32."""
+
+    def rope(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: torch.nn.Module | None
+    ) -> torch.Tensor:
+        """x [B, T, H, D], a slice of wider rows, with rotary embedding; cos, sin [T, D]; norm: of each head, before it.
+
+        May overwrite x.
+        """
+
+    def values(self, v: torch.Tensor) -> torch.Tensor:
+        """v [B, T, HKV, D], a slice of wider rows, as attention likes it best."""
+
+    def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """act(gate) * up [N, M] of gate_up [N, 2 M]; activation "silu" or "gelu" (by tanh)."""
+
+
+def small_ops(backend: str) -> SmallOps:
+    """backend: of attention, already resolved."""
+    return TritonOps() if backend == "triton" else CppOps()
+
+
+class CppOps:
+    def rms_norm(self, x, norm):
+        if x.dtype == torch.float64:
+            return norm(x)
+        out = torch.empty_like(x)
+        torch.ops.shipsfast.rms_norm(x, *_numbers(norm), out)
+        return out
+
+    def add_rms_norm_(self, x, y, norm):
+        if x.dtype == torch.float64:
+            x += norm(y)
+        else:
+            torch.ops.shipsfast.add_rms_norm_(x, y, *_numbers(norm))
+
+    def rope(self, x, cos, sin, norm):
+        weight, eps = x.new_empty(0), 0.0
+        if norm is not None and x.dtype == torch.float64:
+            x = norm(x)
+        elif norm is not None:
+            weight, eps, _ = _numbers(norm)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        torch.ops.shipsfast.rope(x, cos, sin, weight, eps, out)
+        return out
+
+    def values(self, v):
+        return v.contiguous()
+
+    def gated(self, gate_up, activation):
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        op = torch.ops.shipsfast.gelu_mul if activation == "gelu" else torch.ops.shipsfast.silu_mul
+        op(gate_up, out)
+        return out
+
+
+class TritonOps:
+    """Queries and keys are turned where they lie, and values stay there: the kernels of attention take any strides."""
+
+    def __init__(self) -> None:
+        from ..kernels import small_ops as kernels  # needs triton
+
+        self._kernels = kernels
+
+    def rms_norm(self, x, norm):
+        weight, eps, offset = _numbers(norm)
+        out = x.new_empty(x.shape, dtype=weight.dtype)
+        return self._kernels.rms_norm(x, weight, eps, offset == 1, out=out)
+
+    def add_rms_norm_(self, x, y, norm):
+        weight, eps, offset = _numbers(norm)
+        self._kernels.add_rms_norm_(x, y, weight, eps, offset == 1)
+
+    def rope(self, x, cos, sin, norm):
+        weight, eps = (None, 0.0) if norm is None else _numbers(norm)[:2]
+        return self._kernels.rope_(x, cos, sin, weight, eps)
+
+    def values(self, v):
+        return v
+
+    def gated(self, gate_up, activation):
+        return self._kernels.gated(gate_up, activation)
+
+
+def _numbers(norm: torch.nn.Module) -> tuple[torch.Tensor, float, float]:
+    """Weight, eps, and what is added to the weight: 1 in Gemma's norms, which call their eps so."""
+    if hasattr(norm, "variance_epsilon"):
+        return norm.weight, norm.variance_epsilon, 0.0
+    return norm.weight, norm.eps, 1.0

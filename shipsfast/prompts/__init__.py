@@ -1,0 +1,1 @@
+"""Prompts: files and data sets, templates, token ids. Knows neither models nor runs nor tensors."""

@@ -1,0 +1,141 @@
+"""What Sahara returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..errors import InputError, whole_number
+from ..runs.manifest import read_manifest
+from ..runs.tables import read_scores, score_frame
+from .bootstrap import RankStability
+from .gram_bootstrap import RESAMPLES, Grams
+from .head_map import HeadScore, ranked, save_scores
+from .statistics import Concentration, above_noise, concentration
+from .subspace import ANGLE_LABEL, HEAD_COLUMNS, _stability
+
+STEP_COLUMNS = ("step", "beam", *HEAD_COLUMNS)
+
+
+@dataclass(repr=False)
+class SaharaResult:
+    """The group of heads that Sahara found (arXiv 2410.13708, algorithm 1).
+
+    heads: (layer, head) in the order chosen; scores: the dataset-level Ships in degrees of the group after each.
+    angle_deg: float64 [group_size, L, H], the score of the group so far with each further head; NaN where the head
+        was already chosen (or not in `heads=`).
+    beams: the groups kept at the end, best first, as (heads, angle in degrees).
+    """
+
+    heads: list[tuple[int, int]]
+    angle_deg: np.ndarray
+    beams: list[tuple[list[tuple[int, int]], float]] = field(default_factory=list)
+    noise_floor: float = 0.0
+    record: dict = field(default_factory=dict)
+    identity: dict = field(default_factory=dict)
+    grams: Grams | None = None
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{i}-{j}" for i, j in self.heads)
+        return f"SaharaResult({found}: {self.scores[-1]:.4g} degrees)"
+
+    @property
+    def scores(self) -> list[float]:
+        return [float(self.angle_deg[step, layer, head]) for step, (layer, head) in enumerate(self.heads)]
+
+    @property
+    def gain_deg(self) -> np.ndarray:
+        """float64 [group_size, L, H], degrees: what each further head adds to the score of the group so far."""
+        return self.angle_deg - np.reshape([0.0, *self.scores[:-1]], (-1, 1, 1))
+
+    @property
+    def unit(self) -> str:
+        return self.identity.get("unit", "head")
+
+    def top(self, k: int = 10, step: int = 0) -> list[HeadScore]:
+        """The k best candidates of a step (from 0)."""
+        return ranked(self.angle_deg[self._step(step)], k)
+
+    def above_noise(self) -> np.ndarray:
+        """bool [group_size, L, H]: heads whose gain can be told from what rounding and chunking alone produce."""
+        return above_noise(self.gain_deg, self.noise_floor)
+
+    def concentration(self, step: int = 0) -> Concentration:
+        """How much of what all further heads would change in a step (from 0), up or down, few of them carry."""
+        return concentration(self.gain_deg[self._step(step)])
+
+    def stability(
+        self,
+        k: int = 1,
+        step: int = 0,
+        *,
+        resamples: int = RESAMPLES,
+        confidence: float = 0.95,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> RankStability:
+        """Bootstrap over prompts of one step (from 0), the group so far given: see `SubspaceResult.stability`.
+
+        With k = 1, .top_k_frequency says how often each head would have been chosen.
+        """
+        step = self._step(step)
+        grams = None if self.grams is None else self.grams.at(step)
+        return _stability(self, self.angle_deg[step], grams, k, resamples, confidence, seed, progress)
+
+    def _step(self, step: int) -> int:
+        step = whole_number("step", step, 0)
+        if step >= len(self.heads):
+            raise InputError(f"step {step} is not one of 0 to {len(self.heads) - 1}")
+        return step
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per step and head: step, layer, head, angle_deg."""
+        return score_frame(self.angle_deg, ("step", "layer", "head"), "angle_deg")
+
+    def plot(self, path: str | Path | None = None, *, title: str | None = None):
+        """Heatmaps of every step, the chosen head marked. Returns the matplotlib Figure; saved if a path is given."""
+        from .plots import steps
+
+        return steps(self, ANGLE_LABEL, title, path)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a run folder. Raises InputError if the folder holds anything else."""
+        path = self.record.get("path") or [0] * len(self.heads)
+        stored = np.full((len(self.heads), self.identity["beam"], *self.angle_deg.shape[1:]), np.nan)
+        grams = self.grams and Grams(self.grams.base, np.empty((*stored.shape, *self.grams.base.shape)))
+        for step, at in enumerate(path):
+            stored[step, at] = self.angle_deg[step]
+            if grams is not None:
+                grams.heads[step, at] = self.grams.heads[step]
+        record = self.record | self.outcome() | {"noise_floor": self.noise_floor}
+        return save_scores(folder, self.identity, record, stored, STEP_COLUMNS, "angle_deg", grams)
+
+    def outcome(self) -> dict:
+        """The outcome as run.json has it."""
+        return {
+            "chosen": [list(h) for h in self.heads],
+            "beams": [{"heads": [list(h) for h in group], "angle_deg": angle} for group, angle in self.beams],
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SaharaResult:
+        """Read the run folder of a finished search."""
+        folder = Path(folder)
+        manifest = read_manifest(folder, "sahara")
+        if manifest.get("status") != "complete":
+            raise InputError(f"{folder} holds a search that is not finished: run it again to continue")
+        identity, _ = manifest.pop("identity"), manifest.pop("parts")
+        heads = [tuple(h) for h in manifest.pop("chosen")]
+        beams = [([tuple(h) for h in b["heads"]], b["angle_deg"]) for b in manifest.pop("beams")]
+        shape = (len(heads), identity["beam"], *identity["shape"][1:])
+        stored = read_scores(folder, shape, STEP_COLUMNS, "angle_deg")
+        path = manifest.get("path") or [0] * len(heads)
+        angles = np.stack([stored[step, beam] for step, beam in enumerate(path)])
+        grams = Grams.empty(identity["shape"][0], shape)
+        if grams is not None:
+            kept = grams.read(folder, STEP_COLUMNS).heads
+            grams = Grams(grams.base, np.stack([kept[step, beam] for step, beam in enumerate(path)]))
+        return cls(heads, angles, beams, manifest.get("noise_floor") or 0.0, manifest, identity, grams)

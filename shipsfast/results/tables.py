@@ -1,0 +1,235 @@
+"""Results as a person reads them in a terminal, and as a program reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..text import counted, visible
+from .sahara import SaharaResult
+from .ships import ShipsResult, floor_name, quick_stability, stability_json
+from .statistics import Concentration
+from .subspace import SubspaceResult
+
+NAMED = 10  # heads that a line lists
+
+
+def _say(console: Console, text: str) -> None:
+    """A line of its own: names in it are of models, metrics and folders, and neither markup nor control codes."""
+    console.print(Text(visible(text)), soft_wrap=True)
+
+
+def show(result, top: int, out: Path | None = None, console: Console | None = None) -> None:
+    """Print the top heads, and in one line each what ran and where it lies."""
+    console = console or Console(highlight=False)
+    printer = {ShipsResult: _ships, SubspaceResult: _subspace, SaharaResult: _sahara}.get(type(result))
+    if printer is None:
+        from .pages import show as show_completions
+
+        show_completions(result, console)
+    else:
+        printer(result, top, console)
+    record = result.record
+    _say(
+        console,
+        f"{record.get('attention_backend')} attention, {record.get('layers')} layers, "
+        f"{result.identity.get('dtype')}, {record.get('seconds', 0):.2f} s in all",
+    )
+    if out is not None:
+        _say(console, f"run folder: {out}")
+
+
+def as_json(result, top: int, out: Path | None = None) -> dict:
+    """The same as an object."""
+    if not hasattr(result, "noise_floor"):
+        place = None if out is None else str(out)
+        return {"groups": result.summary(), "run_folder": place, "record": result.record}
+    shared = {
+        "noise_floor": result.noise_floor,
+        "run_folder": None if out is None else str(out),
+        "record": result.record,
+    }
+    if isinstance(result, SaharaResult):
+        count = range(len(result.heads))
+        return result.outcome() | shared | {
+            "angle_deg": result.scores,
+            "concentration": [result.concentration(step).to_json() for step in count],
+            "stability": [stability_json(result, 1, step) for step in count],
+        }  # fmt: skip
+    name = "angle_deg" if isinstance(result, SubspaceResult) else _score_name(result)
+    body = shared | {
+        "top": [{"layer": s.layer, "head": s.head, name: s.score} for s in result.top(top)],
+        "concentration": result.concentration().to_json(),
+        "stability": stability_json(result, top),
+    }
+    if isinstance(result, ShipsResult):
+        body |= {"metric": result.metric, "prompts": int(result.scores.shape[0])}
+        if result.marked is not None:
+            body["nonfinite"] = result.marks()
+        if result.also:
+            body["also"] = {name: as_json(other, top) for name, other in result.also.items()}
+    return body
+
+
+def _score_name(result: ShipsResult) -> str:
+    return "mean_kl_nats" if result.metric["name"] == "kl" else "mean_score"
+
+
+def _grid(*names: str) -> Table:
+    table = Table()
+    for name in names:
+        table.add_column(Text(name), justify="right", no_wrap=name != "rank interval")
+    return table
+
+
+def _weak(result, layer: int, head: int) -> str:
+    return "" if result.above_noise()[layer, head] else f" (not above {visible(floor_name(result))})"
+
+
+def _ranking(result, top: int, score: str, console: Console) -> None:
+    """The top heads, and how firm their order is."""
+    if getattr(result, "is_rate", False):
+        return _rates(result, top, console)
+    stability, problem = quick_stability(result, top)
+    names = ["rank", f"layer-{result.unit}", score]
+    if stability is not None:
+        names += [f"{stability.confidence:.0%} interval", "rank interval", f"in top {stability.k}"]
+    table = _grid(*names)
+    for rank, (layer, head, value) in enumerate(result.top(top), 1):
+        row = [str(rank), f"{layer}-{head}", f"{value:.6g}{_weak(result, layer, head)}"]
+        if stability is not None:
+            at = (layer, head)
+            row += [
+                f"{stability.low[at]:.3g} to {stability.high[at]:.3g}",
+                f"{stability.rank_low[at]:.0f} to {stability.rank_high[at]:.0f}",
+                f"{stability.top_k_frequency[at]:.0%}",
+            ]
+        table.add_row(*map(Text, row))
+    console.print(table)
+    if stability is None:
+        _say(console, problem)
+    else:
+        _say(
+            console,
+            f"resampling the prompts {stability.resamples} times keeps {stability.top_k_overlap:.0%} of the top "
+            f"{stability.k}",
+        )
+
+
+def _rates(result: ShipsResult, top: int, console: Console) -> None:
+    """The heads with the highest rates; equal rates share a rank."""
+    table = _grid("rank", f"layer-{result.unit}", "rate", "95% interval")
+    best, above = result.top(top), result.above_noise()
+    for layer, head, rate in best:
+        low, high = result.rate_interval(layer, head)
+        mark = "" if above[layer, head] else " *"
+        rank = 1 + int((result.mean() > rate).sum())
+        row = [str(rank), f"{layer}-{head}", f"{rate:.0%}{mark}", f"{low:.0%} to {high:.0%}"]
+        table.add_row(*map(Text, row))
+    console.print(table)
+    if not all(above[s.layer, s.head] for s in best):
+        _say(console, f"* not above {floor_name(result)}")
+
+
+def _concentration(found: Concentration, unit: str, of: str, console: Console) -> None:
+    shares = ", ".join(f"top {k} {share:.0%}" for k, share in found.top_share.items() if not np.isnan(share))
+    if shares:
+        _say(
+            console,
+            f"concentration{of}: {shares}; Gini {found.gini:.2f}, {found.effective_heads:.1f} effective {unit}s",
+        )
+
+
+def _noise(result, unit: str) -> str:
+    weak = int((~np.isnan(result.mean())).sum() - result.above_noise().sum())
+    left = f"{counted(weak, result.unit)} not above it" if weak else "all above it"
+    return (
+        f"{floor_name(result).removeprefix('the ')} {result.noise_floor:.2g}{' ' * bool(unit)}{unit}, {left}"
+    )
+
+
+def _ships(result: ShipsResult, top: int, console: Console) -> None:
+    metric = result.metric
+    unit = f", {metric['unit']}" if metric["unit"] else ""
+    name = "" if "title" in metric else "Ships: "
+    _say(console, f"{name}{metric['label']}, {result.record.get('ablation', '')}")
+    _ranking(result, top, visible(f"mean{unit}"), console)
+    scanned = int((~np.isnan(result.mean())).sum())
+    _say(
+        console,
+        f"{counted(scanned, result.unit)} x {counted(result.scores.shape[0], 'prompt')} in {result.record.get('scan_seconds', 0):.2f} s; "
+        f"{_noise(result, metric['unit'])}",
+    )
+    _concentration(result.concentration(), result.unit, "", console)
+    for line in marks(result):
+        _say(console, line)
+    for other in result.also.values():
+        console.print()
+        _ships(other, top, console)
+
+
+def marks(result: ShipsResult) -> Iterator[str]:
+    """What the ranking leaves out."""
+    found = result.marks()
+    if not found:
+        return
+    heads = [f"{layer}-{head}" for layer, head in found["heads"]]
+    names = ", ".join(heads[:NAMED]) + (f" and {len(heads) - NAMED} more" if len(heads) > NAMED else "")
+    yield (
+        f"not finite, marked and left out of the ranking: {counted(found['count'], 'score')}, of "
+        f"{counted(len(heads), result.unit)}: {names}"
+    )
+    if "first" in found:
+        first = found["first"]
+        yield (
+            f"the first: {result.unit} {first['layer']}-{first['head']} on prompt {first['prompt']}: {first['why']}"
+        )
+
+
+def _subspace(result: SubspaceResult, top: int, console: Console) -> None:
+    _say(
+        console,
+        f"Dataset-level Ships: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}",
+    )
+    _ranking(result, top, "degrees", console)
+    _say(console, _noise(result, "degrees"))
+    _concentration(result.concentration(), result.unit, "", console)
+
+
+def _sahara(result: SaharaResult, _top: int, console: Console) -> None:
+    _say(console, f"Sahara: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}")
+    firm = [quick_stability(result, 1, step) for step in range(len(result.heads))]
+    table = _grid("step", f"layer-{result.unit}", "degrees", "next best")
+    if firm[0][0] is not None:
+        for name in (f"{firm[0][0].confidence:.0%} interval", "chosen again"):
+            table.add_column(name, justify="right", no_wrap=True)
+    above = result.above_noise()
+    for step, ((layer, head), angle) in enumerate(zip(result.heads, result.scores, strict=True)):
+        others = [s for s in result.top(2, step) if (s.layer, s.head) != (layer, head)][:1]
+        runner_up = "".join(f"{s.layer}-{s.head} ({s.score:.4g})" for s in others)
+        weak = "" if above[step, layer, head] else " (gain not above the noise floor)"
+        row = [str(step + 1), f"{layer}-{head}", f"{angle:.6g}{weak}", runner_up]
+        stability = firm[step][0]
+        if stability is not None:
+            low, high = stability.low[layer, head], stability.high[layer, head]
+            row += [f"{low:.3g} to {high:.3g}", f"{stability.top_k_frequency[layer, head]:.0%}"]
+        table.add_row(*map(Text, row))
+    console.print(table)
+    if len(result.beams) > 1:
+        for group, angle in result.beams[1:]:
+            _say(console, f"also kept: {', '.join(f'{i}-{j}' for i, j in group)} ({angle:.6g} degrees)")
+    if firm[0][0] is None:
+        _say(console, firm[0][1])
+    else:
+        _say(
+            console,
+            f"interval, chosen again: of {firm[0][0].resamples} resamples of the prompts, the group before each step given",
+        )
+    _say(console, f"noise floor {result.noise_floor:.2g} degrees")
+    for step in range(len(result.heads)):
+        _concentration(result.concentration(step), result.unit, f" of step {step + 1}", console)

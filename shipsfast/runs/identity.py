@@ -1,0 +1,64 @@
+"""What differs between the run that a folder holds and the one at hand, in words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def prompt_hashes(prompts: Sequence[Sequence[int]]) -> list[str]:
+    """One hash per prompt, of its token ids."""
+    return [hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16] for ids in prompts]
+
+
+def in_words(names: list[str], before: dict, now: dict, manifest: dict, record: dict) -> str:
+    """names: the entries of the identities `before` and `now` that differ; manifest: of the folder; record: what runs
+    now, for what the identity knows only as a hash."""
+    return "; ".join(_one(name, before.get(name), now.get(name), manifest, record) for name in names)
+
+
+def _one(name: str, before, now, manifest: dict, record: dict) -> str:
+    if name == "fingerprint":
+        models = [(x.get("model") or {}).get("name") for x in (manifest, record)]
+        where = f" (there {models[0]}, here {models[1]})" if models[0] != models[1] and all(models) else ""
+        return f"the weights, their type or the config are not those of the model scanned there{where}"
+    if name == "prompts":
+        return _prompts(before or [], now or [], manifest, record)
+    if name == "ablation":
+        return f"the ablation there is {_ablation(before)}, here {_ablation(now)}"
+    if name == "control":
+        return "the control prompts, or the tokens their KL is taken along, are others"
+    return f"{name} there is {_short(before)}, here {_short(now)}"
+
+
+def _prompts(before: list, now: list, manifest: dict, record: dict) -> str:
+    there, here = manifest.get("template"), record.get("template")
+    template = (
+        f", and the template there is {there!r}, here {here!r}" if here is not None and there != here else ""
+    )
+    if len(before) != len(now):
+        return f"there are {len(before)} prompts there, {len(now)} here{template}"
+    changed = [i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b]
+    order = "the same prompts in another order" if sorted(before) == sorted(now) else None
+    return (
+        order or f"{len(changed)} of {len(now)} prompts are other tokens, the first is prompt {changed[0]}"
+    ) + template
+
+
+def _ablation(value) -> str:
+    if not isinstance(value, dict):
+        return _short(value)
+    scales = [
+        f"{name} {value[key]:g}"
+        for name, key in (("logits x", "logit_scale"), ("output x", "output_scale"))
+        if isinstance(value.get(key), (int, float)) and value[key] != 1
+    ]
+    own = ["prompts of its own"] if "prompts" in value else []
+    return " with ".join([str(value.get("kind")), *([", ".join(scales + own)] if scales + own else [])])
+
+
+def _short(value) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,5 @@
+"""The kinds of runs."""
+
+from __future__ import annotations
+
+LABELS = ("complied", "refusal", "degenerate")

@@ -1,0 +1,332 @@
+"""`shipsfast verify RUN`: is a run folder what its manifest says, and is all there?
+
+Reads everything and writes nothing. The schema that is checked is that of docs/run-folders.md.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..errors import InputError
+from ..text import counted, one_line
+from .kinds import LABELS
+from .lock import NAME as LOCK
+from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest, without_run
+from .part_file import ANSWER, COLUMNS, TEXT, read_table
+from .schema import ROOMS
+
+KINDS = ("ships", "subspace", "sahara", "evaluate")
+LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
+RANGE_DEG = 1e-6  # by how much rounding may carry an angle out of its range
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What the parts of a room hold. index: columns and how many values each may have, from `lowest`; value: the column
+    of numbers, in [low, high]; expected: how many rows there are in the end, None where that is not known; columns: all
+    of them, where there are more; marks: may a value be NaN, of a score that was marked?"""
+
+    index: dict[str, int]
+    value: str | None = None
+    low: float = -np.inf
+    high: float = np.inf
+    expected: int | None = None
+    lowest: int = 0
+    columns: tuple[str, ...] = ()
+    marks: bool = False
+
+
+def verify(folder: str | Path) -> dict:
+    """A report: verdict "sound", "damaged" or "unfinished"; problems, leftovers and unfinished, lists of {path, what, do}.
+
+    Raises InputError if there is no run at all, or one of another schema.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file() and not (folder / BACKUP).is_file():
+        raise InputError(f"{folder} is not a shipsfast run: {without_run(folder)}")
+    report = {
+        "run_folder": str(folder), "kind": None, "status": None, "schema": SCHEMA, "parts": 0, "rows": 0,
+        "marked": 0,
+        "problems": [], "unfinished": [], "leftovers": [],
+    }  # fmt: skip
+    _folder(folder, report)
+    report["verdict"] = "damaged" if report["problems"] else "unfinished" if report["unfinished"] else "sound"
+    return report
+
+
+def _folder(folder: Path, report: dict, nested: bool = False) -> None:
+    again = "run the same command again: it computes what is damaged anew"
+
+    def problem(path: Path, what: str, do: str = again) -> None:
+        report["problems"].append({"path": str(path), "what": what, "do": do})
+
+    try:
+        manifest = read_manifest(folder)
+    except InputError as error:
+        damaged = getattr(error, "problem", None)
+        if damaged is None and not nested:
+            raise
+        text = (damaged or str(error)).removeprefix(f"{folder / MANIFEST} ").removeprefix("is ")
+        problem(folder / MANIFEST, text, str(error).rsplit(": ", 1)[-1])
+        try:
+            manifest = read_manifest(folder, name=BACKUP)
+        except InputError:
+            return
+    else:
+        try:
+            copy = read_manifest(folder, name=BACKUP)
+        except InputError:
+            copy = None
+        if copy is None or (manifest.get("status") == "complete" and copy != manifest):
+            report["leftovers"].append(
+                {
+                    "path": str(folder / BACKUP),
+                    "what": "is not a sound copy of the manifest",
+                    "do": "nothing: it is only a spare",
+                }
+            )
+    identity = manifest["identity"]
+    if not nested:
+        report["kind"], report["status"] = identity.get("kind"), manifest.get("status")
+    if identity.get("kind") not in KINDS:
+        problem(folder / MANIFEST, f"holds a run of kind {identity.get('kind')!r}", "choose another folder")
+        return
+    try:
+        tables = _tables(identity, manifest)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        problem(
+            folder / MANIFEST,
+            f"does not describe its run ({type(error).__name__}: {error})",
+            "scan again into a new folder",
+        )
+        return
+    parts = find_parts(manifest)
+    report["parts"] += len(parts)
+    report["rows"] += sum(part.rows for part in parts if part.room in ("scores", "completions"))
+    for room, table in tables.items():
+        _room(folder, room, table, [p for p in parts if p.room == room], manifest, problem, report)
+    for part in parts:
+        if part.room not in tables:
+            problem(folder / part.file, f"does not belong to a run of kind {identity['kind']}")
+    if manifest.get("status") != "complete":
+        report["unfinished"].append(
+            {
+                "path": str(folder),
+                "what": "the run is not finished",
+                "do": "run the same command again to continue",
+            }
+        )
+    _leftovers(folder, parts, manifest, problem, report)
+    for number in range(1, 1 + len(identity.get("further_metrics", []))):
+        place = folder / FURTHER / str(number)
+        if place.parent.is_symlink():  # which was told already
+            break
+        if place.is_symlink():
+            problem(place, *LINK)
+        elif (place / MANIFEST).is_file() or (place / BACKUP).is_file():
+            _folder(place, report, nested=True)
+        elif manifest.get("status") == "complete":
+            problem(place, "is missing: the scores of a further metric")
+        else:
+            report["unfinished"].append(
+                {"path": str(place), "what": "was not begun", "do": "run the same command again to continue"}
+            )
+
+
+def _tables(identity: dict, manifest: dict) -> dict[str, _Table]:
+    """By room, what a run of this kind keeps there."""
+    kind, saved = identity["kind"], manifest.get("saved") is True
+    if kind == "evaluate":
+        groups, prompts = len(identity["groups"]), len(identity["prompts"])
+        answer = (*ANSWER, "text") if identity["keep_text"] else ANSWER
+        at = {"group": groups, "prompt": prompts}
+        tables = {"completions": _Table(at, expected=groups * prompts, columns=answer)}
+        if identity["control"] is not None:
+            ordinary = len(identity["control"]["prompts"])
+            at = {"group": groups + 1, "prompt": ordinary}
+            tables["control"] = _Table(at, expected=(groups + 1) * ordinary, columns=answer)
+            at = {"group": groups, "prompt": ordinary}
+            tables["scores"] = _Table(at, "kl_nats", -1e-3, expected=groups * ordinary)
+        return tables
+    prompts, layers, heads = (int(n) for n in identity["shape"])
+    units = layers * heads if identity["heads"] == "all" else len(identity["heads"])
+    grid = {"layer": layers, "head": heads}
+    if kind == "ships":
+        name = identity["metric"]["name"]
+        low = {"kl": -1e-3, "asr": 0.0}.get(name, -np.inf)
+        at = {"prompt": prompts} | grid
+        column = "kl_nats" if name == "kl" else "score"
+        high = 1.0 if name == "asr" else np.inf
+        tables = {"scores": _Table(at, column, low, high, prompts * units, marks=name != "asr")}
+        if name == "asr":
+            answer = (*ANSWER, "text") if identity["keep_text"] else ANSWER
+            at = {"group": 1 + units, "prompt": prompts}
+            # A result that was saved has no answers.
+            tables["completions"] = _Table(
+                at, expected=None if saved else (1 + units) * prompts, columns=answer
+            )
+        return tables
+    rank = int(identity["rank"])
+    most = 90.0 * rank + RANGE_DEG
+    basis = _Table({"prompt": prompts, "vector": rank}, "value", -1.0 - 1e-9, 1.0 + 1e-9)
+    if kind == "subspace":
+        at, expected = grid, units
+    else:
+        size, beam = int(identity["group_size"]), int(identity["beam"])
+        if size > units:
+            raise ValueError(f"group_size {size} is above the {units} to choose from")
+        at = {"step": size, "beam": beam} | grid
+        # Every group of the beam leaves out its own heads; there is one group in the first step.
+        filled = [1] + [_sets(units, step, beam) for step in range(1, size)]
+        expected = sum(groups * (units - step) for step, groups in enumerate(filled))
+        if saved and beam > 1:  # a result has the best group's steps only
+            expected = None
+    tables = {"scores": _Table(at, "angle_deg", -RANGE_DEG, most, expected), "basis": basis}
+    tables["grams"] = _Table(at, lowest=-1, columns=(*at, "gram"))
+    return tables
+
+
+def _sets(units: int, size: int, most: int) -> int:
+    """How many sets of `size` units there are, or `most` if there are more: the whole number may have a million digits."""
+    count = 1
+    for taken in range(min(size, units - size)):
+        count = count * (units - taken) // (taken + 1)  # which grows, up to half of the units
+        if count >= most:
+            return most
+    return count
+
+
+def _room(folder, room: str, table: _Table, parts: list[Part], manifest: dict, problem, report: dict) -> None:
+    seen, rows = set(), 0
+    for part in parts:
+        place = folder / part.file
+        data, what = part.read(folder)
+        if what:
+            problem(place, what)
+            continue
+        try:
+            frame = read_table(io.BytesIO(data), _columns(table), only=True)
+        except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+            problem(place, f"is not the table that belongs there ({one_line(str(error))})")
+            continue
+        found = list(_faults(frame, table, part))
+        for what in found:
+            problem(place, what)
+        if found:
+            continue
+        at = set(zip(*(frame[name].tolist() for name in table.index), strict=True))
+        base = {(-1,) * len(table.index)} if table.lowest < 0 else set()
+        twice = at & seen - base
+        if twice or len(at) != len(frame):
+            problem(place, "holds rows that are there twice")
+        if table.marks:
+            report["marked"] += int(frame[table.value].isna().sum())
+        seen |= at
+        rows += len(at - base)
+    if table.expected is not None and rows < table.expected and not _known(report, folder / room):
+        missing = table.expected - rows
+        where = _first_missing(seen, table)
+        what = f"{missing} of {table.expected} rows are missing{where}"
+        if manifest.get("status") == "complete":
+            problem(folder / room, what)
+        else:
+            report["unfinished"].append(
+                {"path": str(folder / room), "what": what, "do": "run the same command again to continue"}
+            )
+
+
+def _known(report: dict, room: Path) -> bool:
+    """Is something in that room already known to be damaged, which explains what is missing?"""
+    return any(Path(entry["path"]).parent == room for entry in report["problems"])
+
+
+def _first_missing(seen: set, table: _Table) -> str:
+    full = math.prod(table.index.values())
+    if table.expected != full:
+        return ""
+    first = next(at for at in np.ndindex(*table.index.values()) if at not in seen)
+    return f", the first is {', '.join(f'{name} {i}' for name, i in zip(table.index, first, strict=True))}"
+
+
+def _columns(table: _Table) -> tuple[str, ...]:
+    return table.columns or (*table.index, *([] if table.value is None else [table.value]))
+
+
+def _faults(frame: pd.DataFrame, table: _Table, part: Part) -> Iterator[str]:
+    if len(frame) != part.rows:
+        yield f"has {len(frame)} rows, and {part.rows} were written"
+    for name in frame:
+        if COLUMNS[name] == TEXT and not all(isinstance(x, str) for x in frame[name]):
+            yield f"column {name} has gaps"
+            return
+    for name, count in table.index.items():
+        values = frame[name]
+        outside = values[(values < table.lowest) | (values >= count)]
+        if len(outside):
+            yield f"column {name} has {outside.iloc[0]}, expected {table.lowest} to {count - 1}"
+    if table.value is not None:
+        values = frame[table.value].to_numpy()
+        if values.dtype != np.float64:
+            yield f"column {table.value} is of type {values.dtype}, expected float64"
+        elif np.isnan(values).any() and not table.marks:
+            yield f"column {table.value} has values that are not numbers"
+        elif ((values < table.low) | (values > table.high)).any():
+            yield f"column {table.value} has values outside {table.low:g} to {table.high:g}"
+    if "label" in frame and not set(frame["label"]) <= set(LABELS):
+        yield f"column label has {min(set(frame['label']) - set(LABELS))!r}, expected {', '.join(LABELS)}"
+    if "num_tokens" in frame and (frame["num_tokens"] < 0).any():
+        yield "column num_tokens has negative values"
+    if "text_sha256" in frame and not all(re.fullmatch("[0-9a-f]{64}", x) for x in frame["text_sha256"]):
+        yield "column text_sha256 has values that are no SHA-256"
+
+
+def _leftovers(folder: Path, parts: list[Part], manifest: dict, problem, report: dict) -> None:
+    listed = {part.file for part in parts}
+    for room in (folder, *(folder / name for name in (*ROOMS, FURTHER))):
+        if room.is_symlink():
+            problem(room, *LINK)
+            continue
+        if not room.is_dir():
+            continue
+        for file in sorted(room.iterdir()):
+            what = None
+            if file.name.startswith(".") and file.name.endswith(".tmp"):
+                what = "was being written when the run was killed"
+            elif file.name.endswith(".damaged"):
+                what = "is a damaged part, set aside"
+            elif file == folder / LOCK:
+                what = "is the lock of a run that is at work, or was killed"
+            elif file.match("part-*.parquet") and f"{room.name}/{file.name}" not in listed:
+                what = "is not one of the parts that the manifest lists"
+                if manifest.get("status") == "complete":
+                    problem(file, what, "run the same command again, which removes it")
+                    continue
+            if what:
+                do = "nothing: the next run clears it away"
+                if what.startswith("is a damaged"):
+                    do = "delete it when you have seen it"
+                report["leftovers"].append({"path": str(file), "what": what, "do": do})
+
+
+def render(report: dict) -> str:
+    """The report as lines for a person."""
+    lines = []
+    for name in ("problems", "unfinished", "leftovers"):
+        lines += [one_line(f"{entry['path']}: {entry['what']}; {entry['do']}") for entry in report[name]]
+    count = f"{counted(report['parts'], 'part')}, {counted(report['rows'], 'row')}"
+    if report["marked"]:
+        count += f", {report['marked']} of them marked as not finite"
+    verdict = {
+        "sound": f"sound and complete: every file is as it was written ({count})",
+        "damaged": f"damaged: {len(report['problems'])} of its files or rows are not as they should be ({count})",
+        "unfinished": f"not finished: what is there is sound ({count})",
+    }[report["verdict"]]
+    return "\n".join([*lines, one_line(f"{report['run_folder']} is {verdict}")])

@@ -1,0 +1,208 @@
+"""Angles of many heads at once, on top of a group that is already off: what dataset-level Ships and Sahara share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from ..engine.heads import Head
+from ..errors import InputError
+from ..memory import OutOfMemory, once_more
+from ..ops.prefix_tree import PackedPrompts
+from ..ops.subspaces import gram_matrices, leading_subspace, singular_values, subspace_angle_deg
+from ..runs.folder import RunFolder
+from ..runs.tables import read_scores, score_frame
+from ..text import counted
+from .nonfinite import explain, refuse_base
+from .prepare import Prepared, run_blocks
+from .self_check import check_hidden, longest_prompt, plain_hidden
+
+# The unablated model's subspace in a run folder: a run that goes on measures against the very same numbers.
+BASIS, BASIS_COLUMNS = "basis", ("prompt", "vector")
+
+
+class AngleScan:
+    """Angles of many units on top of a group that is already off, against the unablated model."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        rank: int,
+        bar,
+        folder: RunFolder | None,
+        base_gram: np.ndarray | None = None,
+    ) -> None:
+        """base_gram: [P, P], to be filled with the unablated model's Gram matrix."""
+        self.prepared, self.rank, self.bar, self.folder, self.base_gram = (
+            prepared,
+            rank,
+            bar,
+            folder,
+            base_gram,
+        )
+        self.basis = None if folder is None else self._read_basis()  # [P, r], of the unablated model
+        before = folder.previous_measures() if folder else {}
+        # Whether the packed model has been held against its own forward pass.
+        self.checked = "noise_floor" in before and folder.same_environment
+        self.singular_values: list[float] = before.get("base_singular_values", [])
+        self.noise_floor: float = before.get("noise_floor", 0.0)
+        self.parent_angle = 0.0  # of the group that was off in the last block
+        self._packs: dict[tuple[int, ...], tuple[PackedPrompts, object]] = {}
+
+    def run(
+        self,
+        angles: np.ndarray,
+        units: Sequence[Head],
+        parent: tuple[Head, ...],
+        keep: Callable[[np.ndarray, list[Head]], None],
+        grams: np.ndarray | None = None,
+    ) -> None:
+        """Fill in angles [L, H], and grams [L, H, P, P] if given, of `units` with `parent` off as well.
+
+        keep(part, units) is called with what was missing of each block.
+        """
+        while True:
+            try:
+                run_blocks(
+                    self.prepared,
+                    units,
+                    lambda: [u for u in units if np.isnan(angles[u])],
+                    lambda block: self._block(block, parent, angles, keep, grams),
+                    self.bar,
+                )
+                return
+            except OutOfMemory:
+                groups = self.prepared.plan.prompt_groups
+                if all(len(g) == 1 for g in groups):
+                    raise
+                halves = [h for g in groups for h in (g[: len(g) // 2], g[len(g) // 2 :]) if h]
+                self.prepared.plan = self.prepared.plan.regrouped(halves, self.prepared.tree_ids)
+                self._packs = {}
+
+    def record(self) -> dict:
+        """What the run folder keeps of it."""
+        return {"plan": self.prepared.plan.to_json(), "base_singular_values": self.singular_values}
+
+    def _block(
+        self, block: list[Head], parent: tuple[Head, ...], angles: np.ndarray, keep: Callable, grams
+    ) -> None:
+        # The basis is that of the first block of all, so that a run that was interrupted gets the same.
+        first = self.prepared.blocks(self.prepared.units, self.prepared.units)[0]
+        own = not parent and list(block) == list(first)
+        if not own and not self._has_basis():
+            self._begin(self._hidden(first, ()), first)
+        hidden = self._hidden(block, parent)  # [1 + units, P, hidden]
+        if own and not self._has_basis():
+            self._begin(hidden, block)
+        self._check_finite(hidden, block, parent)
+        found = subspace_angle_deg(self.basis, hidden).cpu().numpy()
+        self.parent_angle = float(found[0])
+        # Before any angle is taken: what runs out of memory here is done again.
+        matrices = None if grams is None else gram_matrices(hidden[1:]).cpu().numpy()
+        part, new = np.full_like(angles, np.nan), [unit for unit in block if np.isnan(angles[unit])]
+        for at, unit in enumerate(block):
+            if np.isnan(angles[unit]):
+                part[unit] = found[1 + at]
+                if matrices is not None:
+                    grams[unit] = matrices[at]
+        keep(part, new)
+        for unit in new:
+            angles[unit] = part[unit]
+
+    def complete(self) -> None:
+        """Bring back a basis that was damaged in the folder while no angle was missing."""
+        if not self._has_basis():
+            first = self.prepared.blocks(self.prepared.units, self.prepared.units)[0]
+            what = "taking the unablated model's subspace"
+            once_more(what, lambda: self._begin(self._hidden(first, ()), first))
+
+    def _has_basis(self) -> bool:
+        without = self.base_gram is not None and np.isnan(self.base_gram).any()
+        return self.basis is not None and self.checked and not without
+
+    def _begin(self, hidden: torch.Tensor, block: list[Head]) -> None:
+        """Take the basis from the first block's hidden states, if the folder has none, and make the checks."""
+        self._check_finite(hidden, block, ())
+        if self.basis is None:
+            self._set_basis(hidden[0])
+        if self.base_gram is not None:
+            self.base_gram[:] = gram_matrices(hidden[:1])[0].cpu().numpy()
+        if not self.checked:
+            self._check(hidden, block)
+            self.checked = True
+
+    def _check_finite(self, hidden: torch.Tensor, block: list[Head], parent: tuple[Head, ...]) -> None:
+        bad = (~torch.isfinite(hidden).flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            self._refuse(hidden[bad[0]], None if bad[0] == 0 else block[bad[0] - 1], parent)
+
+    def _refuse(self, hidden: torch.Tensor, unit: Head | None, parent: tuple[Head, ...]) -> None:
+        """Raises for hidden states [P, hidden] that are not finite, naming where it begins. They have no angle: one prompt
+        that is none leaves no subspace, so that there is nothing to mark."""
+        prepared = self.prepared
+        prompt = int((~torch.isfinite(hidden)).any(-1).nonzero()[0])
+        if unit is None and not parent:
+            refuse_base(prepared, prompt, "the hidden states")
+        *others, last = (*parent, unit) if unit is not None else parent
+        place, base = explain(prepared, prompt, last, tuple(others))
+        if base:
+            refuse_base(prepared, prompt, "the hidden states")
+        names = " and ".join(f"{layer}-{index}" for layer, index in (*others, last))
+        raise InputError(
+            f"the hidden states of {prepared.unit} {names} on prompt {prompt} are not numbers with "
+            f"{prepared.how.describe()}: {place or 'a plain forward pass does not repeat it'}; use a smaller scale or a "
+            "wider dtype"
+        )
+
+    def _hidden(self, block: list[Head], parent: tuple[Head, ...]) -> torch.Tensor:
+        """Last-position hidden states after the final norm, [1 + units, P, hidden], of the parent and each unit."""
+        out: list[torch.Tensor] = []
+        for group in self.prepared.plan.prompt_groups:
+            packed, values = self._packs.get(group) or self.prepared.pack(group)
+            if self.prepared.how.kind != "resample":  # whose values take as much as many rows
+                self._packs[group] = packed, values
+            with self.prepared.wavefront(packed, self.bar.update) as wavefront:
+                place = torch.as_tensor(wavefront.prompt_place)
+                prompts = torch.as_tensor(group)
+
+                def consume(rows: slice, hidden: torch.Tensor, _first, place=place, prompts=prompts) -> None:
+                    if not out:
+                        shape = (len(block) + 1, len(self.prepared.token_ids), hidden.shape[-1])
+                        out.append(hidden.new_empty(shape))
+                    out[0][rows, prompts.to(hidden.device)] = hidden[:, place.to(hidden.device)]
+
+                wavefront.run(self.prepared.mask(block, values, parent), consume, hidden_states=True)
+        return out[0]
+
+    def _set_basis(self, base: torch.Tensor) -> None:
+        values = singular_values(base)
+        span = int((values > values[0] * max(base.shape) * 1e-14).sum())
+        if self.rank > span:
+            raise InputError(
+                f"rank {self.rank} is more than the prompts have: their hidden states span "
+                f"{counted(span, 'direction')} (duplicates add none); lower the rank or add prompts"
+            )
+        basis = leading_subspace(base[None], self.rank)[0]
+        self.singular_values = values[: self.rank + 1].tolist()
+        if self.folder is not None:
+            frame = score_frame(basis.cpu().numpy(), BASIS_COLUMNS, "value")
+            self.folder.write_part(frame, BASIS, base_singular_values=self.singular_values)
+        self.basis = basis
+
+    def _read_basis(self) -> torch.Tensor | None:
+        shape = (len(self.prepared.token_ids), self.rank)
+        basis = read_scores(self.folder.path, shape, BASIS_COLUMNS, "value", room=BASIS)
+        return None if np.isnan(basis).any() else torch.from_numpy(basis).to(self.prepared.device)
+
+    def _check(self, hidden: torch.Tensor, block: list[Head]) -> None:
+        """The unablated model and one unit against plain forward passes; and the noise floor of the angles."""
+        prepared = self.prepared
+        prompt = longest_prompt(prepared, range(len(prepared.token_ids)))
+        at = len(block) // 2
+        check_hidden(prepared, prompt, block[at], hidden[0, prompt], hidden[1 + at, prompt])
+        plain = plain_hidden(prepared, range(len(prepared.token_ids))).to(hidden.device)
+        self.noise_floor = max(self.noise_floor, float(subspace_angle_deg(self.basis, plain[None])[0]))
+        if self.folder is not None:  # before the first scores are
+            self.folder.update(noise_floor=self.noise_floor, base_singular_values=self.singular_values)

@@ -1,0 +1,310 @@
+"""What a scan would take: the plan, its memory and its time, from the model's config and the prompts. Nothing is run.
+
+time    FLOPs of all passes (engine/flops.py) / the rate of matrix products, measured in about a second; of a streamed pass
+        the larger of that and reading the layers; what lies between the products is not counted
+memory  the model's weights + prompts' ends + the larger of rows with a layer at work and the head + what is kept
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from ..engine.ablation import Ablation, as_ablation
+from ..engine.flops import gemm_flops_per_s, model_flops, scan_flops
+from ..engine.heads import check_unit
+from ..engine.layer_path import layer_path
+from ..engine.memory_plan import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
+from ..engine.replacement_values import pair_ids, source_ids
+from ..errors import InputError
+from ..models.anatomy import Anatomy, check_model, inspect_model
+from ..models.attention_hook import LONG
+from ..models.loading import as_device, first_line
+from ..ops.prefix_tree import pack
+from ..ops.subspaces import check_group_size, check_rank
+from ..ops.tree_attention import BACKENDS, resolve_backend
+from ..prompts.tokens import to_token_ids
+from ..text import counted
+from .metrics import as_metrics
+from .prepare import kept, scanned_units
+
+LARGEST_BYTES = 64 << 20  # of a matrix whose rate is measured: larger ones are cut, their rate is the same
+MOST_TOKENS = 16384  # more make no product faster
+READ_BYTES = 256 << 20  # of a checkpoint are read to see how fast it can be
+CHECK_ROWS = (
+    4  # of the longest prompt pass the model as it is: one for the noise floor, three for the spot check
+)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A scan that has not been run.
+
+    memory: bytes by part ("model", "ends", "rows", "chunk", "head", "kept"), of which rows with chunk and head take turns; passes: over the
+    layers, checks included; compute_s, load_s: seconds of computing and of reading layers, None where they cannot be
+    told here; limits: why it is not one block.
+    """
+
+    kind: str
+    model: dict
+    device: str
+    dtype: str
+    stream: bool
+    prompts: int
+    tokens: int  # of the longest pack
+    units: int
+    plan: Plan
+    memory: dict[str, int]
+    passes: int
+    checks: int  # of the passes
+    flops: float
+    flops_per_s: float | None
+    read_bytes_per_s: float | None
+    seconds: float | None
+    limits: list[str]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.memory["model"] + peak_bytes(self.memory) + self.memory["kept"]
+
+    @property
+    def why_no_time(self) -> str:
+        what = (
+            "weights to see how fast they are read"
+            if self.flops_per_s
+            else f"{self.device} to measure the rate of"
+        )
+        return f"there are no {what}" if self.flops_per_s else f"there is no {what}"
+
+    def to_json(self) -> dict:
+        return vars(self) | {"plan": self.plan.to_json(), "total_bytes": self.total_bytes}
+
+    def render(self) -> str:
+        plan, parts, of = self.plan, self.memory, self.model
+        groups, blocks = len(plan.prompt_groups), -(-self.units // plan.rows_per_block)
+        how = "streamed" if self.stream else "in memory"
+        seconds = (
+            _duration(self.seconds) if self.seconds is not None else f"not predicted here: {self.why_no_time}"
+        )
+        rate = "" if self.flops_per_s is None else f" at {self.flops_per_s / 1e9:,.0f} GFLOP/s, measured now"
+        if self.read_bytes_per_s:
+            rate += f"; layers read at {self.read_bytes_per_s / 1e9:.1f} GB/s, measured now"
+        lines = [
+            f"{self.kind} of {of['name']} ({of['class']}, {self.dtype}, {how}, {self.device}), nothing was run",
+            (
+                f"work    {self.units:,} {of['unit']}s of {of['layers']} layers, {self.prompts:,} prompts, longest pack "
+                f"{self.tokens:,} tokens; {self.flops:.3g} FLOPs"
+            ),
+            (
+                f"plan    {counted(groups, 'group')} of prompts x {counted(blocks, 'block')} of at most "
+                f"{plan.rows_per_block:,} {of['unit']}s; {plan.chunk_tokens:,} tokens pass a layer at a time"
+            ),
+            f"passes  {self.passes:,} over the layers, {self.checks} of them checks",
+            (
+                f"memory  {_gib(self.total_bytes)} = model {_gib(parts['model'])} + prompts' ends {_gib(parts['ends'])} + the "
+                f"larger of rows {_gib(parts['rows'])} with a layer at work {_gib(parts['chunk'])} and the head "
+                f"{_gib(parts['head'])} + kept {_gib(parts['kept'])}; "
+                f"{_gib(plan.memory_limit_bytes)} may be used beyond the model"
+            ),
+            f"time    {seconds}{rate}",
+            *(f"limit   {limit}" for limit in self.limits),
+        ]
+        return "\n".join(lines)
+
+
+def forecast(
+    kind: str,
+    model: PreTrainedModel,
+    prompts: Sequence,
+    tokenizer=None,
+    *,
+    template: str = "none",
+    ablation: str | Ablation = "undifferentiated",
+    heads: Iterable[Sequence[int | None]] | None = None,
+    unit: str = "head",
+    backend: str = "auto",
+    layers: str = "auto",
+    metric="kl",
+    rank: int = 1,
+    stream: bool = False,
+    device: str | torch.device | None = None,
+    device_memory: int | None = None,
+    max_memory: int | None = None,
+    steps: int = 1,
+    beam: int = 1,
+) -> Forecast:
+    """What a scan of `model`, with or without weights, would take. Arguments as in `scan`, and:
+
+    kind: "scan", "scan-dataset" or "sahara"; stream: layers read from the checkpoint; device: where it would run, which
+        need not be here; device_memory: bytes that device has in all, default what is free on it; steps, beam: of sahara. backend, metric, rank: change nothing that is
+        told, and are checked as the scan would.
+    Raises InputError or UnsupportedModelError as `scan` does, and where the model does not fit.
+    """
+    how = as_ablation(ablation)
+    token_ids = to_token_ids(prompts, tokenizer, template)
+    check_model(model, token_ids, weights=False)
+    others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
+    longest = max(map(len, [*token_ids, *(others or [])]))
+    anatomy = inspect_model(model, max(token_ids, key=len), longest)
+    where = as_device(device)
+    here = where.type == "cpu" or torch.cuda.is_available()
+    units = scanned_units(heads, anatomy, check_unit(unit, anatomy), unit)
+    attention = "triton" if backend == "auto" else backend  # of a device elsewhere, if it has what it needs
+    if here or backend not in BACKENDS:  # what a device elsewhere can run is not known here
+        alike = anatomy.head_dim == anatomy.value_dim
+        attention = resolve_backend(backend, where, model.dtype, one_head_size=alike)
+    if kind == "scan":
+        as_metrics(metric, tokenizer, anatomy.vocab_size)
+    else:
+        check_rank(rank, len(token_ids), anatomy.hidden_size)
+        check_group_size(steps, len(units), unit)
+    resample = how.kind == "resample"
+    tree_ids = pair_ids(token_ids, others)[0] if resample else token_ids
+    held = _model_bytes(model, anatomy, stream)
+    limit = _limit(max_memory, device_memory, held, where, here)
+    layers, _ = layer_path(layers, model, anatomy, where, attention)
+    extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", layers)
+    plan = make_plan(
+        anatomy, tree_ids, len(units), device=where, dtype=model.dtype, max_memory=limit, **extra
+    )
+    packs = [pack([tree_ids[i] for i in group]) for group in plan.prompt_groups]
+    tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.last_index.tolist())) for p in packs)
+    rows = plan.rows_per_block + 1
+    # The plan's room for the head is a bound; no more pairs than there are go through.
+    pairs = min(plan.head_rows, rows * ends)
+    parts = block_parts(
+        anatomy,
+        rows + extra["extra_rows"],
+        tokens,
+        ends,
+        plan.chunk_tokens,
+        pairs,
+        model.dtype.itemsize,
+        extra["row_size"],
+    )
+    memory = {"model": held, **parts, "kept": rows * extra["kept_per_row_bytes"] + extra["kept_bytes"]}
+    rounds = 1 + (steps - 1) * beam
+    costs = model_flops(model, anatomy)
+    flops = rounds * scan_flops(costs, packs, units, rows_per_block=plan.rows_per_block)
+    flops += CHECK_ROWS * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
+    blocks = len(packs) * len(even_slices(len(units), plan.rows_per_block))
+    checks = _check_passes(longest)
+    passes = rounds * blocks + checks
+    rate = _rate(costs.products, max(plan.chunk_tokens, tokens), model.dtype, where) if here else None
+    reading = _read_rate(model.config._name_or_path) if stream else None
+    return Forecast(
+        kind=kind,
+        model={
+            "name": model.config._name_or_path or type(model).__name__, "class": type(model).__name__, "unit": unit,
+            "layers": anatomy.num_layers, "heads": anatomy.num_heads,
+        },
+        device=str(where), dtype=str(model.dtype).removeprefix("torch."), stream=stream, prompts=len(token_ids),
+        tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops, flops_per_s=rate,
+        read_bytes_per_s=reading,
+        seconds=_seconds(flops, rate, _layer_bytes(anatomy), reading, passes, checks, stream),
+        limits=_limits(plan, len(units), len(token_ids), blocks, where),
+    )  # fmt: skip
+
+
+def _rate(products, tokens: int, dtype: torch.dtype, where: torch.device) -> float:
+    """FLOP/s of a layer's matrix products, measured now."""
+    most = max(1, LARGEST_BYTES // dtype.itemsize)
+    cut = dict.fromkeys((a, min(b, max(1, most // a))) for a, b in products)
+    return gemm_flops_per_s(list(cut), min(tokens, MOST_TOKENS), dtype=dtype, device=where)
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _layer_bytes(anatomy: Anatomy) -> list[int]:
+    return [_bytes(layer.module) for layer in anatomy.layers]
+
+
+def _model_bytes(model: PreTrainedModel, anatomy: Anatomy, stream: bool) -> int:
+    """Of weights held at a time: all, or what is outside the layers and two of them."""
+    layers = _layer_bytes(anatomy)
+    return _bytes(model) - (sum(layers) - 2 * max(layers)) * stream
+
+
+def _limit(
+    max_memory: int | None, device_memory: int | None, held: int, where: torch.device, here: bool
+) -> int:
+    """Bytes that may be used beyond the model."""
+    if max_memory is not None:
+        return max_memory
+    if device_memory is None and not here:
+        raise InputError(
+            f"there is no {where.type} here to ask for its memory: say how much it has, --device-memory 80GiB"
+        )
+    whole = free_bytes(where) if device_memory is None else int(0.9 * device_memory)
+    if held >= whole:
+        raise InputError(
+            f"the model's weights take {_gib(held)}, and {_gib(whole)} may be used on {where}: use --stream, a smaller "
+            "--dtype or another device"
+        )
+    return whole - held
+
+
+def _read_rate(folder: str) -> float | None:
+    """Bytes a second at which the first layers of a checkpoint can be read here, None if there are no weights."""
+    into = bytearray(16 << 20)  # as models/layer_bytes.py reads: into memory in use
+    done, began = 0, time.perf_counter()
+    for file in sorted(Path(folder).glob("*.safetensors")) if folder else []:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise InputError(f"cannot read the weights in {file}: {first_line(error)}") from error
+        with open(file, "rb", buffering=0) as opened:
+            while count := opened.readinto(into):
+                done += count
+                if done > READ_BYTES:
+                    return done / (time.perf_counter() - began)
+    return done / (time.perf_counter() - began) if done else None
+
+
+def _check_passes(longest: int) -> int:
+    """The first look at the model, the unablated model, and three rows of the longest prompt: together, or one by one."""
+    return 3 if longest < LONG else 5
+
+
+def _seconds(
+    flops, rate, layer_bytes: list[int], reading, passes: int, checks: int, stream: bool
+) -> float | None:
+    if rate is None or stream and reading is None:
+        return None
+    computing = flops / rate
+    if not stream:
+        return computing
+    load, first = sum(layer_bytes) / reading, max(layer_bytes) / reading
+    return max(computing, (passes - checks) * load) + passes * first + checks * load
+
+
+def _limits(plan: Plan, units: int, prompts: int, blocks: int, where: torch.device) -> list[str]:
+    out = []
+    if plan.rows_per_block < units:
+        out.append(
+            f"memory: {plan.rows_per_block:,} of {units:,} rows fit at a time, and each of {blocks:,} blocks begins anew at "
+            "the first layer"
+        )
+    if len(plan.prompt_groups) > 1:
+        why = "the chunks that suit a CPU's cache" if where.type == "cpu" else "memory"
+        out.append(f"{why}: {prompts:,} prompts go through in {len(plan.prompt_groups):,} groups")
+    return out or ["none: all heads and prompts go through in one pass"]
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,63 @@
+"""Scores that are no numbers: what a scan does about them, and how it says why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from ..engine.ablation import HeadMask
+from ..engine.nonfinite import Place, bad_logits, first_bad
+from ..errors import InputError, UnsupportedModelError
+
+POLICIES = ("raise", "mark")
+
+
+def check_policy(nonfinite: str) -> str:
+    if nonfinite not in POLICIES:
+        raise InputError(f"unknown nonfinite {nonfinite!r}: expected one of {', '.join(POLICIES)}")
+    return nonfinite
+
+
+def explain(prepared, prompt: int, unit=None, parent: Sequence = ()) -> tuple[Place | None, bool]:
+    """Why a score of `unit`, on top of the units `parent`, is not finite on one prompt: the place, and whether the model
+    has it without any head off too. Arguments as in Prepared."""
+    ids = prepared.token_ids[prompt]
+    base = first_bad(prepared.model, prepared.anatomy, ids, HeadMask(((),), prepared.how, None))
+    if base is not None or unit is None:
+        return base, base is not None
+    mask = prepared.mask([unit], prepared.dense_values(prompt), parent)
+    mask = replace(mask, groups=mask.groups[1:])
+    return first_bad(prepared.model, prepared.anatomy, ids, mask), False
+
+
+def refuse_base(prepared, prompt: int, what: str) -> NoReturn:
+    """Raises UnsupportedModelError: without any head off, `what` is not finite on this prompt."""
+    place, _ = explain(prepared, prompt)
+    why = (
+        "a plain forward pass does not have it, so that packing the prompts does it"
+        if place is None
+        else place
+    )
+    raise UnsupportedModelError(
+        f"{type(prepared.model).__name__} is not finite without any head off: {what} of prompt {prompt}: {why}; "
+        "repair the weights, or load the model in a wider dtype"
+    )
+
+
+def check_base_logits(prepared, group: Sequence[int], place: np.ndarray, base: torch.Tensor) -> None:
+    """base [U, V], place [len(group)]: where each prompt's row is. Raises UnsupportedModelError."""
+    bad = bad_logits(base)
+    if bool(bad.any()):
+        rows = bad.cpu().numpy()[place]
+        refuse_base(prepared, group[int(rows.argmax())], "the logits")
+
+
+def reason(place: Place | None, metric: str) -> str:
+    """For the end of a message."""
+    if place is not None:
+        return str(place)
+    return f"the model's numbers are finite, and the metric {metric} is undefined for its logits"

@@ -1,0 +1,228 @@
+"""What every kind of scan does before its first row: check the input, look at the model, choose how to run, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..engine import fused_layer
+from ..engine.ablation import Ablation, HeadMask
+from ..engine.growing_batch import Wavefront
+from ..engine.heads import Head, check_heads, unit_heads
+from ..engine.layer_path import FP32_RESIDUAL
+from ..engine.memory_plan import Plan, even_slices, make_plan
+from ..engine.replacement_values import mean_outputs, pair_ids, resample_outputs, unpair
+from ..engine.subject import Subject, look_at
+from ..errors import note
+from ..memory import OutOfMemory, free_memory, is_out_of_memory
+from ..models.anatomy import Anatomy
+from ..models.output_head import head_precision
+from ..models.weights import coming_bytes
+from ..ops.prefix_tree import PackedPrompts, pack
+from ..runs.folder import RunFolder
+
+
+@dataclass
+class Prepared(Subject):
+    """A scan that is ready to run.
+
+    units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
+    plan: may become smaller, or another run's: see `continue_plan`; identity: what makes two scans the same, for run
+    folders.
+    """
+
+    units: list[Head]
+    plan: Plan
+    identity: dict
+    asked: dict  # parts of the plan that the caller has set
+    tree_ids: list[list[int]] = field(default_factory=list)  # the prompts as they are packed
+    _pairs: object = None
+    _mean: list[torch.Tensor] | None = None
+
+    def pack(self, group: Sequence[int]) -> tuple[PackedPrompts, list[torch.Tensor] | None]:
+        """A group of prompts as one pack, with the vectors that replace heads' outputs, if any do."""
+        tree = pack([self.tree_ids[i] for i in group])
+        if self.how.kind == "resample":
+            own, other = unpair(tree, self._pairs)
+            return own, resample_outputs(self.model, self.anatomy, other, self.backend)
+        return tree, self._mean_values()
+
+    def dense_values(self, prompt: int) -> list[torch.Tensor] | None:
+        """The same vectors for one prompt on its own."""
+        if self.how.kind == "resample":
+            return resample_outputs(self.model, self.anatomy, pack([self.other_ids[prompt]]), self.backend)
+        return self._mean_values()
+
+    def _mean_values(self) -> list[torch.Tensor] | None:
+        if self.how.kind == "mean" and self._mean is None:
+            self._mean = mean_outputs(self.model, self.anatomy, self.other_ids, self.backend)
+        return self._mean
+
+    def heads(self, units: Iterable[Head]) -> tuple[Head, ...]:
+        """The query heads of these units."""
+        return tuple(head for each in units for head in unit_heads(each, self.unit, self.anatomy))
+
+    def mask(self, units: Sequence[Head], values, parent: Sequence[Head] = ()) -> HeadMask:
+        """Row 0 with the units `parent` off, and one row more for each of `units` with it off as well."""
+        base = self.heads(parent)
+        return HeadMask((base, *(base + self.heads([each]) for each in units)), self.how, values)
+
+    def wavefront(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> Wavefront:
+        return Wavefront(
+            self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.plan.chunk_tokens,
+            head_rows=self.plan.head_rows, tick=tick, fused=self.fused, fp32_residual=self.fp32_residual,
+        )  # fmt: skip
+
+    def continue_plan(self, folder: RunFolder) -> None:
+        """Cut what is left of an unfinished run as the run was cut: its scores then end bit for bit as they would have.
+
+        Unless the caller asks for another cut now, or less memory is free than the plan needs.
+        """
+        before = folder.previous.get("plan")
+        if not before or folder.previous.get("plan_asked") != self.asked:
+            return
+        plan = Plan.from_json(before, self.tree_ids, self.plan.needs)
+        if plan.predicted_bytes <= self.plan.memory_limit_bytes:
+            self.plan = plan
+        elif replace(plan, memory_limit_bytes=0, predicted_bytes=0) != replace(
+            self.plan, memory_limit_bytes=0, predicted_bytes=0
+        ):
+            note(
+                f"{folder.path} was begun with more memory than is free now: it goes on in smaller blocks, and scores "
+                "may differ in rounding from those of a run that was never interrupted"
+            )
+
+    def blocks(self, units: Sequence[Head], missing: Iterable[Head]) -> list[Sequence[Head]]:
+        """`units` cut into blocks as planned, without those that have nothing missing. A block is always the same
+        rows, however much of it is known: matrix products of other sizes would round otherwise."""
+        missing = set(missing)
+        cut = (units[part] for part in even_slices(len(units), self.plan.rows_per_block))
+        return [block for block in cut if not missing.isdisjoint(block)]
+
+    def layer_passes(self, units: Sequence[Head], missing: Iterable[Head], groups: int = 1) -> int:
+        """How many (row, layer) steps it takes to scan what is missing of `units`: the unit of progress."""
+        layers = self.anatomy.num_layers
+        blocks = self.blocks(units, missing)
+        return groups * sum(layers + sum(layers - layer for layer, _ in block) for block in blocks)
+
+
+def prepare(
+    kind: str,
+    model: PreTrainedModel,
+    prompts: Sequence,
+    tokenizer,
+    *,
+    template: str,
+    ablation: str | Ablation,
+    scale: float,
+    heads: Iterable[Sequence[int | None]] | None,
+    unit: str,
+    backend: str,
+    layers: str,
+    max_memory: int | None,
+    chunk_tokens: int | None,
+    rows_per_block: int | None,
+    prompts_per_group: int | None,
+    keep_hidden: bool = False,
+) -> Prepared:
+    """Arguments as in `scan`. keep_hidden: the hidden states of every row at every prompt will be kept.
+
+    Raises InputError or UnsupportedModelError, as `scan` does.
+    """
+    subject = look_at(
+        model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,
+        layers=layers,
+    )  # fmt: skip
+    model, anatomy, token_ids = subject.model, subject.anatomy, subject.token_ids
+    units = scanned_units(heads, anatomy, subject.num_units, unit)
+    resample = subject.how.kind == "resample"
+    tree_ids, pairs = pair_ids(token_ids, subject.other_ids) if resample else (token_ids, None)
+    plan = make_plan(
+        anatomy, tree_ids, len(units), device=subject.device, dtype=model.dtype, max_memory=max_memory,
+        chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
+        coming_bytes=coming_bytes(model, [block.module for block in anatomy.blocks]),
+        **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden, subject.layers),
+    )  # fmt: skip
+    asked = {
+        "chunk_tokens": chunk_tokens,
+        "rows_per_block": rows_per_block,
+        "prompts_per_group": prompts_per_group,
+    }
+    subject.record["plan_asked"] = asked
+    shape = [len(token_ids), anatomy.num_layers, subject.num_units]
+    identity = subject.describe(kind) | {
+        "heads": "all" if len(units) == shape[1] * shape[2] else [list(h) for h in units],
+        "shape": shape,
+    }
+    subject.record["head_precision"] = head_precision(model)
+    return Prepared(
+        **vars(subject),
+        units=units,
+        plan=plan,
+        identity=identity,
+        asked=asked,
+        tree_ids=tree_ids,
+        _pairs=pairs,
+    )
+
+
+def scanned_units(heads, anatomy: Anatomy, num_units: int, unit: str) -> list[Head]:
+    """The units that `heads` of a scan names, in ascending order."""
+    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
+    return check_heads(grid, anatomy.num_layers, num_units, unit)
+
+
+def kept(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    num_prompts: int,
+    device: torch.device,
+    resample: bool,
+    keep_hidden: bool,
+    layers: str,
+) -> dict[str, int]:
+    """What a scan holds beside its blocks, and in what, as `make_plan` takes it. layers: as in `Subject`."""
+    # A half-precision output head on a CPU is copied to float32 while a scan runs.
+    row_size = 4 if layers == FP32_RESIDUAL else model.dtype.itemsize
+    wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
+    return {
+        "extra_rows": anatomy.num_layers * resample,
+        "kept_per_row_bytes": num_prompts * anatomy.hidden_size * row_size * keep_hidden,
+        "row_size": row_size,
+        "kept_bytes": 4 * anatomy.vocab_size * anatomy.hidden_size * wide_head
+        + (fused_layer.loaded_bytes(anatomy.layers[0].module, device) if layers != "model" else 0),
+    }
+
+
+def run_blocks(
+    prepared: Prepared,
+    units: Sequence[Head],
+    missing: Callable[[], list[Head]],
+    run: Callable[[Sequence[Head]], None],
+    bar,
+) -> None:
+    """Run what is missing of `units`, block by block; after running out of memory, with a smaller plan.
+
+    missing: the units still to be done; run: does a block, and keeps what was missing of it; bar: the progress bar,
+    which goes back. Raises OutOfMemory when there is no smaller plan.
+    """
+    while blocks := prepared.blocks(units, missing()):
+        done = bar.n
+        try:
+            for block in blocks:
+                done = bar.n
+                run(block)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            bar.update(done - bar.n)
+            free_memory()
+            smaller = prepared.plan.smaller()
+            if smaller is None:
+                raise OutOfMemory(
+                    "out of memory even with the smallest plan: free some, or shorten the longest prompt"
+                ) from error
+            prepared.plan = smaller

@@ -1,0 +1,138 @@
+"""One metric of a scan: its scores so far, its noise floor, and the run folder that keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ..engine.heads import Head
+from ..errors import InputError
+from ..results.ships import MARKED, ShipsResult, also_place, column
+from ..runs.folder import RunFolder
+from ..runs.tables import score_frame
+from ..text import counted
+from .metrics import Metric, as_metrics
+from .prepare import Prepared
+
+
+def measures_of(prepared: Prepared, metric, tokenizer, out: str | Path | None, mark: bool) -> list[Measure]:
+    """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first."""
+    metrics = as_metrics(metric, tokenizer, prepared.anatomy.vocab_size)
+    if out is not None and not all(each.is_named for each in metrics):
+        name = next(each.name for each in metrics if not each.is_named)
+        raise InputError(
+            f"metric {name} has no name of its own, so a run folder cannot tell it from others: define it "
+            "as a function of a module, or leave out= away and save the result"
+        )
+    places = [
+        None if out is None else Path(out) / place for place in ("", *map(also_place, range(1, len(metrics))))
+    ]
+    others = {"further_metrics": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
+    return [
+        Measure(prepared, each, place, others if number == 0 else {}, mark)
+        for number, (each, place) in enumerate(zip(metrics, places, strict=True))
+    ]
+
+
+def finished(measures: Sequence[Measure]) -> ShipsResult | None:
+    """What their folders hold, where all are finished. Raises InputError for marked scores where none are wanted."""
+    main, *others = [measure.finished() for measure in measures]
+    if main is None or None in others:
+        return None
+    return replace(main, also={other.metric["name"]: other for other in others})
+
+
+class Measure:
+    """One metric of a scan: its scores so far, float64 [P, L, H], its noise floor and its run folder."""
+
+    def __init__(
+        self, prepared: Prepared, metric: Metric, path: Path | None, others: dict, mark: bool
+    ) -> None:
+        """others: what the identity says of further metrics of the same scan; mark: scores that are not finite."""
+        self.prepared, self.metric = prepared, metric
+        about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
+        self.identity = prepared.identity | {"metric": metric.describe()} | others
+        self.record = prepared.record | {"metric": about}
+        self.scores = np.full(self.identity["shape"], np.nan)
+        self.mark, self.marked = mark, np.zeros(self.scores.shape, dtype=bool)
+        self.noise_floor, self.compared, self.folder = 0.0, False, None
+        if path is not None:
+            self.folder = RunFolder(path, self.identity, self.record)
+
+    def take(self) -> None:
+        """Read what the folder holds. Raises InputError for marked scores where none are wanted."""
+        done = np.zeros(self.scores.shape, dtype=bool)
+        self.scores = ShipsResult.read(self.folder.path, done.shape, self.record["metric"], done)
+        self.marked = done & ~np.isfinite(self.scores)
+        self.scores[self.marked] = np.nan
+        self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
+        self._refuse(self.marked)
+
+    def finished(self) -> ShipsResult | None:
+        """What the folder holds, if the run is finished, without further metrics."""
+        found = self.folder.finished(ShipsResult.load_one)
+        if found is not None and found.marked is not None:
+            self._refuse(found.marked)
+        return found
+
+    def _refuse(self, marked: np.ndarray) -> None:
+        if marked.any() and not self.mark:
+            prompt, layer, index = map(int, np.argwhere(marked)[0])
+            raise InputError(
+                f"{self.folder.path} holds {counted(int(marked.sum()), 'marked score')}: the score of {self.prepared.unit} "
+                f"{layer}-{index} on prompt {prompt} is not a number; go on with nonfinite='mark' (--nonfinite mark), or "
+                "choose another output folder"
+            )
+
+    def begin(self) -> None:
+        """Say in the folder that the run goes on."""
+        before = self.folder.previous_measures()
+        self.noise_floor = before.get("noise_floor", 0.0)
+        self.compared = "noise_floor" in before and self.folder.same_environment
+        self.record["plan"] = self.prepared.plan.to_json()
+        self.folder.write_manifest(before | self.record | {"status": "running"})
+
+    def keep(self, scores: np.ndarray, group: Sequence[int], block: Sequence[Head]) -> None:
+        """Take what is missing of scores [units, prompts] of a block of units on a group of prompts; what is not finite
+        is marked."""
+        part, marked = np.full_like(self.scores, np.nan), np.zeros_like(self.marked)
+        for (layer, index), row in zip(block, scores, strict=True):
+            bad = ~np.isfinite(row)
+            part[list(group), layer, index] = np.where(bad, np.nan, row)
+            marked[list(group), layer, index] = bad
+        known = ~self.missing()
+        part[known], marked[known] = np.nan, False
+        if self.folder is not None:  # first: what runs out of memory or disk here is still missing
+            value = column({"name": self.metric.name})
+            frame = score_frame(part, ("prompt", "layer", "head"), value, marked)
+            self.folder.write_part(frame, plan=self.prepared.plan.to_json())
+        new = ~np.isnan(part)
+        self.scores[new] = part[new]
+        self.marked |= marked
+
+    def missing(self) -> np.ndarray:
+        """bool [P, L, H]: neither a number nor marked."""
+        return np.isnan(self.scores) & ~self.marked
+
+    def keep_noise(self, noise: float) -> None:
+        self.noise_floor, self.compared = max(self.noise_floor, noise), True
+        if self.folder is not None:  # before the first scores are
+            self.folder.write_manifest(self.record | {"status": "running", "noise_floor": self.noise_floor})
+
+    def result(self, also: dict[str, ShipsResult] | None = None) -> ShipsResult:
+        """The finished result; its run folder says so."""
+        marked = self.marked if self.marked.any() else None
+        if marked is None:  # those that a run begun elsewhere had were lost with their part
+            self.record.pop(MARKED, None)
+        result = ShipsResult(
+            self.scores, self.noise_floor, self.record, self.identity, also or {}, marked=marked
+        )
+        self.record["concentration"] = result.concentration().to_json()
+        if not np.isnan(result.mean()).all():
+            self.record["rank_stability"] = result.stability().to_json()
+        if self.folder is not None:
+            self.folder.write_manifest(self.record | {"status": "complete", "noise_floor": self.noise_floor})
+        return result

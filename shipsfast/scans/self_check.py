@@ -1,0 +1,174 @@
+"""Every scan held against the model's own forward pass, one prompt at a time and unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..engine.ablate import dense_rows
+from ..engine.ablation import HeadMask
+from ..engine.heads import Head
+from ..errors import UnsupportedModelError
+from ..models.anatomy import input_device, last_logits_only
+from ..models.attention_hook import LONG
+from ..models.output_head import float32_head, head_input
+from ..ops.divergences import kl_rows
+from .prepare import Prepared
+
+# By how much, in nats and relative to the score, the packed unablated model and single spot-checked scores may
+# differ from the model's own forward before the model is refused. These are alarms for a model that does
+# something unknown, far above rounding; how exact a scan is shows in its noise floor.
+ALARM_NATS = {
+    torch.float64: (1e-8, 1e-6),
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (0.1, 0.2),
+    torch.float16: (0.02, 0.1),
+}
+# The same for hidden states: the largest difference relative to their norm.
+ALARM_HIDDEN = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+def alarm(model: PreTrainedModel) -> tuple[float, float]:
+    """In nats, and relative to the score."""
+    return ALARM_NATS.get(_rounded_to(model), ALARM_NATS[torch.float32])
+
+
+def _rounded_to(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that says how much two passes of a model may differ: layers that were loaded quantised may compute in
+    bfloat16 whatever the model's dtype is, and bitsandbytes' int8 ones round a row by what runs beside it."""
+    quantised = getattr(model, "is_quantized", False)
+    return torch.bfloat16 if quantised and model.dtype.itemsize >= 4 else model.dtype
+
+
+def own_layers_hint(prepared: Prepared) -> str:
+    """What else to try after a failed check, where the layers' own code did not run."""
+    return "; layers='model' (--layers model) runs its own layers" if prepared.fused else ""
+
+
+def longest_prompt(prepared: Prepared, group: Sequence[int]) -> int:
+    """The longest prompt of the group; of several, the one packed last, which packing moves most."""
+    at = max(range(len(group)), key=lambda i: (len(prepared.token_ids[group[i]]), i))
+    return group[at]
+
+
+def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, base: torch.Tensor) -> float:
+    """KL between the plain and the packed unablated model on one prompt, of their logits `plain` and `base` [V].
+
+    Raises UnsupportedModelError where they are not the same model.
+    """
+    noise = float(kl_one(plain, base))
+    if not noise <= alarm(prepared.model)[0]:
+        config = prepared.model.config.get_text_config()
+        if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation != "eager":
+            raise UnsupportedModelError(
+                f"{type(prepared.model).__name__} caps its attention logits, which the attention it was loaded with, "
+                f"{config._attn_implementation!r}, leaves out (KL {noise:.3g} nats on prompt {prompt}): load it with "
+                "attn_implementation='eager'"
+            )
+        raise UnsupportedModelError(
+            f"{type(prepared.model).__name__} gives other answers when its prompts are packed (KL {noise:.3g} nats "
+            f"on prompt {prompt}): its attention does something shipsfast does not know, or its logits are "
+            f"not finite{own_layers_hint(prepared)}"
+        )
+    return noise
+
+
+def ablated_logits(prepared: Prepared, prompt: int, units: Sequence[Head]) -> torch.Tensor:
+    """Next-token logits [len(units) + 1, V] by a plain forward pass with each unit off; the last with none."""
+    out = []
+    for mask in _at_a_time(prepared, prompt, _plain_mask(prepared, prompt, units)):
+        with dense_rows(prepared.model, prepared.anatomy, mask):
+            out.append(plain_logits(prepared, prompt, len(mask)))
+    return torch.cat(out)
+
+
+def _at_a_time(prepared: Prepared, prompt: int, mask: HeadMask) -> list[HeadMask]:
+    """All rows together; of a long prompt one by one, as each takes what a chunk takes in a scan."""
+    if len(prepared.token_ids[prompt]) < LONG:
+        return [mask]
+    return [replace(mask, groups=(group,)) for group in mask.groups]
+
+
+def _plain_mask(prepared: Prepared, prompt: int, units: Sequence[Head]) -> HeadMask:
+    """One row for each unit, and the unablated one.
+
+    That one runs through the same attention: transformers' eager attention rounds its softmax to float32, in
+    float64 models as well. It comes last, unlike in a scan: a model whose rows disturb each other gives other
+    scores then.
+    """
+    mask = prepared.mask(units, prepared.dense_values(prompt))
+    return replace(mask, groups=(*mask.groups[1:], ()))
+
+
+def check_hidden(
+    prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor
+) -> None:
+    """Raises UnsupportedModelError unless plain forward passes give these hidden states [hidden]."""
+    masks = _at_a_time(prepared, prompt, _plain_mask(prepared, prompt, [unit]))  # runs the model for resample
+    with head_input(prepared.model) as seen:
+        for mask in masks:
+            with dense_rows(prepared.model, prepared.anatomy, mask):
+                _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
+    for name, got, expected in (
+        (f"with {prepared.unit} {unit[0]}-{unit[1]} off", ablated, seen[0][0, -1]),
+        ("unablated", base, seen[-1][-1, -1]),
+    ):
+        error = float((got.double() - expected.double()).norm() / expected.double().norm())
+        if not error <= ALARM_HIDDEN.get(_rounded_to(prepared.model), ALARM_HIDDEN[torch.float32]):
+            raise UnsupportedModelError(
+                f"the hidden states of prompt {prompt}, {name}, differ by {error:.2g} of their norm from those of a "
+                f"plain forward pass: {type(prepared.model).__name__} cannot be scanned exactly{own_layers_hint(prepared)}"
+            )
+
+
+@torch.inference_mode()
+def plain_hidden(prepared: Prepared, prompts: Sequence[int]) -> torch.Tensor:
+    """Last-position hidden states after the final norm by the model's own forward, [len(prompts), hidden].
+
+    Prompts of one length go through together; nothing is padded.
+    """
+    by_length: dict[int, list[int]] = {}
+    for at, prompt in enumerate(prompts):
+        by_length.setdefault(len(prepared.token_ids[prompt]), []).append(at)
+    out = None
+    for length, places in by_length.items():
+        step = max(1, prepared.plan.chunk_tokens // length)
+        for start in range(0, len(places), step):
+            part = places[start : start + step]
+            with head_input(prepared.model) as seen:
+                _forward(prepared, [prepared.token_ids[prompts[at]] for at in part])
+            if out is None:
+                out = seen[0].new_empty(len(prompts), seen[0].shape[-1])
+            out[part] = seen[0][:, -1]
+    return out
+
+
+@torch.inference_mode()
+def plain_logits(prepared: Prepared, prompt: int, rows: int) -> torch.Tensor:
+    """Next-token logits [rows, V] by the model's own forward, every row the same prompt."""
+    with float32_head(prepared.model):
+        return _forward(prepared, [prepared.token_ids[prompt]] * rows)[:, -1]
+
+
+def _forward(prepared: Prepared, ids: list[list[int]]) -> torch.Tensor:
+    model = prepared.model
+    training = [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        tokens = torch.tensor(ids, device=input_device(model))
+        with torch.inference_mode():
+            out = model(input_ids=tokens, use_cache=False, return_dict=True, **last_logits_only(model))
+        return out.logits
+    finally:
+        for module in training:
+            module.training = True
+
+
+def kl_one(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return kl_rows(
+        base[None], other[None].to(base.dtype), torch.zeros(1, dtype=torch.long, device=base.device)
+    )[0]

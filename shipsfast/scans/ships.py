@@ -1,0 +1,328 @@
+"""Ships of every attention head: how far the next-token distribution moves when the head is off (eq. 9)."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..clock import seconds_since
+from ..engine.ablation import DEFAULT_SCALE, Ablation
+from ..engine.heads import Head
+from ..errors import InputError, UnsupportedModelError
+from ..memory import OutOfMemory, once_more
+from ..models.restore import untouched
+from ..results.ships import MARKED, ShipsResult
+from .metrics import Metric, measure_rows
+from .nonfinite import check_base_logits, check_policy, explain, reason
+from .prepare import Prepared, prepare, run_blocks
+from .score_store import Measure, finished, measures_of
+from .self_check import (
+    ablated_logits,
+    alarm,
+    longest_prompt,
+    own_layers_hint,
+    packing_noise_nats,
+    plain_logits,
+)
+
+
+@untouched
+def scan(
+    model: PreTrainedModel,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer=None,
+    *,
+    template: str = "none",
+    ablation: str | Ablation = "undifferentiated",
+    scale: float = DEFAULT_SCALE,
+    metric="kl",
+    nonfinite: str = "raise",
+    heads: Iterable[Sequence[int | None]] | None = None,
+    unit: str = "head",
+    backend: str = "auto",
+    layers: str = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+    max_memory: int | None = None,
+    chunk_tokens: int | None = None,
+    rows_per_block: int | None = None,
+    prompts_per_group: int | None = None,
+) -> ShipsResult:
+    """Switch off every head, one at a time, and measure how far the next-token distribution moves.
+
+    Ships of arXiv 2410.13708, eq. 9: for each prompt and head KL(p(base) || p(ablated)) in nats, over the
+    full vocabulary, of the token that follows the prompt. All heads are measured in one growing batch
+    (engine/growing_batch.py); the scores are those of one forward pass per head and prompt, up to rounding.
+
+    Args:
+        model: a transformers causal language model, already loaded. It is put back as it was.
+        prompts: P strings (then `tokenizer` is needed) or P lists of token ids.
+        template: how strings are wrapped: "none", "chat", "query-answer" or a text with {prompt}.
+        ablation, scale: a kind of engine/ablation.py with its eps, or an `Ablation`. "mean" averages over the scanned
+            prompts; for others, and for "resample", give an `Ablation` with prompts.
+        metric: "kl", "reverse_kl", "js", "total_variation", `logit_diff(token_a, token_b)`,
+            `refusal_logit(tokens)`, or a callable on (base_logits [P, V], ablated_logits [N, V],
+            prompt_index int64 [N]) -> [N]. Or a list of them, measured in one pass: the result is the first one's,
+            and has the others in .also.
+        nonfinite: what becomes of a score that is NaN or infinite, because the ablated model overflows or the metric is
+            undefined: "raise" ends the run, naming the layer where it begins; "mark" leaves it out, NaN in the scores
+            and true in .marked, and its head out of the ranking. An unablated model that overflows is always refused.
+        heads: (layer, head) pairs, from 0, to scan; (layer, None) for a whole layer; None for all.
+        unit: "head", or "kv_group" to switch off all query heads of a key/value head together; then `heads` and
+            the last axis of the scores count key/value heads.
+        backend: attention: "auto", "triton", "cpp", "torch" or "reference". Named, it runs or raises.
+        layers: how rows pass a decoder layer: "model" is the layer's own forward, "fused" the faster way of
+            engine/fused_layer.py for Llama, Mistral, Qwen 2, Qwen 3 and Gemma 2, on a GPU (bfloat16, float16, float32; with backend
+            "triton") or a CPU (float32, float64), "auto" the second where it can. "fused_fp32_residual" is the second
+            with a half-precision model's residual stream in float32, with backend "triton". Named, it runs or raises; a
+            run that `out` holds is given back as it ran.
+        out: run folder. What is finished is kept there, and the same scan continues from it.
+        progress: a progress bar on stderr.
+        max_memory: bytes to use beyond the model, default from what is free.
+        chunk_tokens, rows_per_block, prompts_per_group: override the memory plan.
+    Returns:
+        ShipsResult with .scores (.kl) float64 [P, L, H], NaN for heads not in `heads` and for marked scores.
+    Raises:
+        InputError: bad prompts, heads, ablation, metric, backend or folder.
+        UnsupportedModelError: the model cannot be scanned exactly.
+    """
+    started = time.perf_counter()
+    check_policy(nonfinite)
+    prepared = prepare(
+        "ships", model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, heads=heads, unit=unit,
+        backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
+        rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
+    )  # fmt: skip
+    measures = measures_of(prepared, metric, tokenizer, out, nonfinite == "mark")
+    main = measures[0]
+    if main.folder is not None:
+        found = finished(measures)
+        if found is not None:
+            return found
+        for measure in measures:  # before any says that it goes on
+            measure.take()
+        prepared.continue_plan(main.folder)
+        for measure in measures:
+            measure.begin()
+    work = _Work(prepared, measures, progress)
+    scan_started = time.perf_counter()
+    try:
+        work.run()
+    finally:
+        work.bar.close()
+    scan_seconds = seconds_since(scan_started)
+    _spot_check(work)
+    for measure in measures:
+        measure.record |= {"scan_seconds": scan_seconds, "plan": prepared.plan.to_json()}
+        measure.record["seconds"] = seconds_since(started)
+    # The first one's run folder is finished last: complete, it says that all are.
+    also = {measure.metric.name: measure.result() for measure in measures[1:]}
+    return main.result(also)
+
+
+class _Work:
+    """Fills in the scores that are missing, group of prompts by group."""
+
+    def __init__(self, prepared: Prepared, measures: list[Measure], progress: bool) -> None:
+        self.prepared, self.measures = prepared, measures
+        steps = sum(
+            prepared.layer_passes(prepared.units, self.missing(group))
+            for group in prepared.plan.prompt_groups
+        )
+        self.bar = tqdm(
+            total=steps, desc="scan", unit=" layer passes", unit_scale=True, disable=not progress or not steps
+        )
+        self._packed: tuple | None = None  # (group, pack, values) of the group at hand
+
+    @property
+    def sees_all_prompts(self) -> bool:
+        return any(measure.metric.sees_all_prompts for measure in self.measures)
+
+    def missing(self, group: Sequence[int]) -> list[Head]:
+        """The units that some metric still wants."""
+        rows = list(group)
+        return [
+            u for u in self.prepared.units if any(m.missing()[rows, u[0], u[1]].any() for m in self.measures)
+        ]
+
+    def run(self) -> None:
+        if self.sees_all_prompts and any(map(self.missing, self.prepared.plan.prompt_groups)):
+            # Not in the midst of another pass.
+            once_more("taking the unablated model's logits", lambda: self.all_base)
+        groups = list(self.prepared.plan.prompt_groups)
+        while groups:
+            group, plan = groups.pop(0), self.prepared.plan
+            try:
+                run_blocks(
+                    self.prepared,
+                    self.prepared.units,
+                    lambda group=group: self.missing(group),
+                    lambda block, group=group: self._block(block, group),
+                    self.bar,
+                )
+            except OutOfMemory:
+                if len(group) == 1:
+                    raise
+                groups[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+                self.prepared.plan = plan  # half the prompts: try blocks and chunks as large as before
+
+    def _block(self, block: list[Head], group: tuple[int, ...]) -> None:
+        prepared = self.prepared
+        if self._packed is None or self._packed[0] != group:
+            self._packed = (group, *prepared.pack(group))
+        _, packed, values = self._packed
+        with prepared.wavefront(packed, self.bar.update) as wavefront:
+            found: list[list[torch.Tensor]] = []  # of every chunk, of every metric
+            kept: list[torch.Tensor] = []
+            place = torch.as_tensor(wavefront.prompt_place, device=prepared.device)
+
+            def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
+                if not kept:
+                    kept.append(base)
+                found.append(self._score(logits, base, group, place))
+
+            wavefront.run(prepared.mask(block, values), consume)
+        check_base_logits(prepared, group, wavefront.prompt_place, kept[0])
+        self._compare(group, kept[0], wavefront.prompt_place)
+        scores = [
+            torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)
+        ]  # [units, prompts]
+        for measure, each in zip(self.measures, scores, strict=True):
+            self._check_numbers(measure, each, group, block)
+        for measure, each in zip(self.measures, scores, strict=True):
+            measure.keep(each, group, block)
+
+    def _score(
+        self, logits: torch.Tensor, base: torch.Tensor, group: Sequence[int], place: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Scores float64 [rows, prompts of the group] of logits [rows, U, V], for every metric."""
+        rows, metrics = logits.shape[0], [measure.metric for measure in self.measures]
+        index = torch.arange(base.shape[0], device=logits.device).repeat(rows)
+        own = [metric for metric in metrics if not metric.sees_all_prompts]
+        read = iter(measure_rows(own, base, logits.flatten(0, 1), index))
+        out = []
+        for metric in metrics:
+            if metric.sees_all_prompts:
+                prompts = torch.as_tensor(group, device=logits.device).repeat(rows)
+                out.append(metric.rows(self.all_base, logits[:, place].flatten(0, 1), prompts).view(rows, -1))
+            else:
+                out.append(next(read).view(rows, -1)[:, place])
+        return out
+
+    @functools.cached_property
+    def all_base(self) -> torch.Tensor:
+        """Next-token logits of the unablated model on every prompt, [P, V]: for metrics that see all of them."""
+        out = None
+        for group in self.prepared.plan.prompt_groups:
+            packed, values = self.prepared.pack(group)
+            with self.prepared.wavefront(packed) as wavefront:
+                kept: list[torch.Tensor] = []
+                wavefront.run(
+                    self.prepared.mask([], values), lambda _rows, _logits, base, kept=kept: kept.append(base)
+                )
+            if out is None:
+                out = kept[0].new_empty(len(self.prepared.token_ids), kept[0].shape[-1])
+            out[list(group)] = kept[0][torch.as_tensor(wavefront.prompt_place, device=out.device)]
+        return out
+
+    def _compare(self, group: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
+        """Noise floors, once a scan: the packed against the plain unablated model on the longest prompt."""
+        if all(measure.compared for measure in self.measures):
+            return
+        prompt = longest_prompt(self.prepared, group)
+        packed = base[place[list(group).index(prompt)]]
+        plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
+        nats = packing_noise_nats(self.prepared, prompt, plain, packed)
+        for measure in self.measures:
+            noise, metric = nats, measure.metric
+            if metric.name != "kl":
+                # A metric of the caller's own need not be 0 for equal logits.
+                noise = abs(self.one(metric, prompt, plain, packed) - self.one(metric, prompt, plain, plain))
+                if not np.isfinite(noise):
+                    raise InputError(
+                        f"metric {metric.name} is not finite for logits that differ by rounding only: it must be"
+                    )
+            measure.keep_noise(noise)
+
+    def one(self, metric: Metric, prompt: int, base: torch.Tensor, other: torch.Tensor) -> float:
+        """The metric of one pair of logits [V]."""
+        bases, at = base[None], 0
+        if metric.sees_all_prompts:
+            bases, at = self.all_base.to(base.device, copy=True), prompt
+            bases[prompt] = base
+        index = torch.full((1,), at, dtype=torch.long, device=base.device)
+        return float(metric.rows(bases, other[None].to(base.dtype), index)[0])
+
+    def _check_numbers(
+        self, measure: Measure, scores: np.ndarray, group: Sequence[int], block: list[Head]
+    ) -> None:
+        """Looks where a score that is not finite begins: the first of the scan where they are marked; else raises
+        InputError, naming prompt, head and layer."""
+        bad = np.argwhere(~np.isfinite(scores))
+        if not len(bad) or (measure.mark and MARKED in measure.record):
+            return
+        prepared, name = self.prepared, measure.metric.name
+        prompt, (layer, index) = group[bad[0][1]], block[bad[0][0]]
+        place, _ = explain(prepared, prompt, (layer, index))
+        why = reason(place, name)
+        if not measure.mark:
+            value = "not a number" if np.isnan(scores[tuple(bad[0])]) else "infinite"
+            raise InputError(
+                f"the score of {prepared.unit} {layer}-{index} on prompt {prompt} is {value} with "
+                f"{prepared.how.describe()}, metric {name}: {why}; use a smaller scale, a wider dtype or another metric, "
+                "or leave such scores out with nonfinite='mark' (--nonfinite mark)"
+            )
+        first = {"prompt": int(prompt), "layer": int(layer), "head": int(index), "why": why}
+        measure.record[MARKED] = {"first": first | ({} if place is None else {"place": place.to_json()})}
+        measure.keep_noise(measure.noise_floor)  # writes the record, before the first mark is
+
+
+def _spot_check(work: _Work) -> None:
+    """Recompute two heads on the longest prompt by plain forward passes; record each metric's larger difference.
+
+    Raises UnsupportedModelError if one is off by more than rounding can explain.
+    """
+    prepared, main = work.prepared, work.measures[0]
+    prompt = longest_prompt(prepared, range(len(prepared.token_ids)))
+    units = [u for u in prepared.units if not any(m.marked[prompt, *u] for m in work.measures)]
+    if not units:
+        return
+    strongest = max(units, key=lambda u: abs(main.scores[prompt, u[0], u[1]]))
+    chosen = sorted({strongest, units[len(units) // 2]})
+    what = "checking two scores by plain forward passes"
+    *ablated, base = once_more(
+        what,
+        lambda: ablated_logits(prepared, prompt, chosen),
+        lambda: _one_by_one(prepared, prompt, chosen),
+    )
+    for measure in work.measures:
+        metric, scores = measure.metric, measure.scores
+        absolute, relative = alarm(prepared.model)
+        if metric.sees_all_prompts:  # a metric of the caller's own, of unknown size
+            absolute *= max(1.0, float(np.nanmax(np.abs(scores[prompt]))))
+        worst = 0.0
+        for (layer, index), logits in zip(chosen, ablated, strict=True):
+            got = scores[prompt, layer, index]
+            expected = once_more(what, functools.partial(work.one, metric, prompt, base, logits))
+            error = 0.0 if got == expected else abs(expected - got)
+            if not error <= absolute + relative * abs(expected):
+                raise UnsupportedModelError(
+                    f"the score of {prepared.unit} {layer}-{index} on prompt {prompt} is {got:.6g}, a plain forward "
+                    f"pass gives {expected:.6g}: {type(prepared.model).__name__} cannot be scanned exactly"
+                    f"{own_layers_hint(prepared)}"
+                )
+            worst = max(worst, error)
+        measure.record["spot_check_max_abs"] = worst
+
+
+def _one_by_one(prepared: Prepared, prompt: int, chosen: Sequence[Head]) -> list[torch.Tensor]:
+    """What `ablated_logits` gives, in half the memory or less."""
+    found = [ablated_logits(prepared, prompt, [unit]) for unit in chosen]
+    return [*(logits[0] for logits in found), found[-1][-1]]
