@@ -7,27 +7,23 @@ instead to avoid. Here it is a generation like any other, with one group per hea
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from ..clock import seconds_since
-from ..engine.ablation import DEFAULT_SCALE, Ablation
-from ..engine.heads import Head, check_heads
-from ..engine.subject import Subject
+from ..engine.heads import Head
+from ..engine.measurement import called_with
 from ..models.restore import untouched
 from ..results.completions import MISSING, Completions
 from ..results.ships import ShipsResult, column
 from ..runs.folder import RunFolder
 from ..runs.kinds import LABELS
 from ..runs.tables import score_frame
-from .evaluate import check_texts, describe_generation, fill
-from .generate import NEW_TOKENS, prepare_generation
-from .judges.choose import as_judge
-from .judges.judge import Judge
-from .sampling import TOP_K, Sampling
+from .evaluate import judge_of
+from .generation import prepare_generation
+from .label import Kept, answer
+from .measurements import AsrMeasurement, JudgedExecution
 
 METRIC = {
     "name": "asr",
@@ -40,35 +36,13 @@ METRIC = {
 NAMES = ("prompt", "layer", "head")
 
 
+@called_with(AsrMeasurement, JudgedExecution)
 @untouched
 def scan_asr(
-    model: PreTrainedModel,
-    prompts: Sequence[str],
-    tokenizer,
-    *,
-    judge: str | Judge | Callable = "keywords",
-    heads: Iterable[Sequence[int | None]] | None = None,
-    max_new_tokens: int = NEW_TOKENS,
-    do_sample: bool = False,
-    top_k: int = TOP_K,
-    temperature: float = 1.0,
-    seed: int = 0,
-    template: str = "none",
-    ablation: str | Ablation = "undifferentiated",
-    scale: float = DEFAULT_SCALE,
-    unit: str = "head",
-    eos_token_id: int | Sequence[int] | None = None,
-    backend: str = "auto",
-    layers: str = "auto",
-    out: str | Path | None = None,
-    keep_text: bool = False,
-    max_memory: int | None = None,
-    batch_rows: int | None = None,
-    progress: bool = True,
+    model: PreTrainedModel, tokenizer, measurement: AsrMeasurement, execution: JudgedExecution
 ) -> ShipsResult:
     """Answer every prompt with every head off, one at a time, and judge the answers.
 
-    Arguments as in `evaluate` and, for heads and unit, as in `scan`.
     Returns:
         ShipsResult of the metric "asr": .scores float64 [P, L, H] are 1 for an answer that complied and 0 for one that
         did not, .mean() is each head's attack success rate, .noise_floor that of the unablated model. .record has
@@ -78,47 +52,27 @@ def scan_asr(
         As `evaluate` does.
     """
     started = time.perf_counter()
-    judge = as_judge(judge)
-    check_texts(tokenizer, prompts, judge, out)
-    units: list[Head] = []
-
-    def groups(subject: Subject) -> list[list[Head]]:
-        number = subject.anatomy.num_layers
-        grid = [(layer, None) for layer in range(number)] if heads is None else heads
-        units.extend(check_heads(grid, number, subject.num_units, unit))
-        return [[], *([each] for each in units)]
-
-    generation = prepare_generation(
-        model, prompts, tokenizer, groups=groups, max_new_tokens=max_new_tokens,
-        sampling=Sampling(do_sample, top_k, temperature, seed), template=template, ablation=ablation, scale=scale,
-        unit=unit, eos_token_id=eos_token_id, backend=backend, layers=layers, max_memory=max_memory,
-        batch_rows=batch_rows,
-    )  # fmt: skip
-    subject = generation.subject
-    shape = [len(prompts), subject.anatomy.num_layers, subject.num_units]
-    identity = subject.describe("ships") | {
-        "metric": {
-            "name": "asr",
-            "judge": judge.describe(),
-            "generation": describe_generation(generation),
-        },
+    judge = judge_of(measurement, tokenizer, execution)
+    generation = prepare_generation(model, tokenizer, measurement, execution)
+    subject, units = generation.subject, [unit for group in generation.asked for unit in group]
+    shape = [len(subject.token_ids), subject.anatomy.num_layers, subject.num_units]
+    identity = subject.identity | {
+        "metric": {"name": "asr", "judge": judge.describe(), "generation": generation.describe()},
         "heads": "all" if len(units) == shape[1] * shape[2] else [list(u) for u in units],
         "shape": shape,
-        "keep_text": keep_text,
+        "keep_text": measurement.keep_text,
     }
-    folder = None if out is None else RunFolder(out, identity, subject.record)
+    folder = None if execution.out is None else RunFolder(execution.out, identity, subject.record)
     found = folder and folder.finished(ShipsResult.load)
     if found is not None:
         return found
     record = subject.record | {"metric": METRIC, "plan": generation.plan.to_json(), "judge": judge.name}
-    completions = Completions(1 + len(units), len(prompts), keep_text=keep_text)
+    completions = Completions(1 + len(units), shape[0], keep_text=measurement.keep_text)
+    kept = Kept(completions, folder)
     if folder is not None:
-        completions.read(folder.path)
         folder.write_manifest(record | {"status": "running"})
     scan_started = time.perf_counter()
-    record["spot_check_max_deficit"] = fill(
-        generation, completions, prompts, tokenizer, judge, folder, progress
-    )
+    record["spot_check_max_deficit"] = answer(generation, judge, kept, execution.progress)
     record |= {
         "plan": generation.plan.to_json(),
         "scan_seconds": seconds_since(scan_started),

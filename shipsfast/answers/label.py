@@ -1,58 +1,86 @@
-"""Finished rows of a generation with their labels, [G groups, P prompts], and the parts of a run folder they lie in."""
+"""The loop of an evaluation, which runs one way: rows are decoded, judged, kept."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from ..engine.decoder import Decoded
+from ..memory import once_more
 from ..results.completions import ROOM, Completions
 from ..runs.folder import RunFolder
+from .decode import Longest, decode
+from .generation import Generation
 from .judges.judge import Completion
-from .queue import Generation
+from .self_check import check_generation
 
 WRITE_EVERY_S = 5.0  # finished rows reach the disk at least that often, and at the end
 Labelled = Callable[[Sequence[Completion]], Sequence[str]]
 
 
+class Kept:
+    """Labelled completions, and the room of a run folder that they are written to as they come."""
+
+    def __init__(self, completions: Completions, folder: RunFolder | None, room: str = ROOM) -> None:
+        """What the room holds is read. Raises InputError for a damaged part."""
+        self.completions, self.folder, self.room = completions, folder, room
+        self._unwritten: list[tuple[int, int]] = []
+        self._written = time.monotonic()
+        if folder is not None:
+            completions.read(folder.path, room)
+
+    def take(self, row: Decoded, text: str, label: str) -> None:
+        self.completions.keep(row, text, label)
+        self._unwritten.append((row.group, row.prompt))
+
+    def write(self) -> None:
+        if self.folder is not None and self._unwritten:
+            frame = self.completions.frame(self._unwritten, text=self.completions.keep_text)
+            self.folder.write_part(frame, self.room)
+        self._unwritten.clear()
+        self._written = time.monotonic()
+
+    def write_now_and_then(self) -> None:
+        if time.monotonic() - self._written > WRITE_EVERY_S:
+            self.write()
+
+
+def answer(generation: Generation, judge: Labelled, kept: Kept, progress: bool = False) -> float:
+    """Decode, judge and keep what is missing, and hold one of the new texts against a plain forward pass.
+
+    Returns the shortfall that `check_generation` found. Where nothing is missing, the run was ended before that check
+    or by it: it is made on a text that is decoded anew.
+    """
+    missing, longest = kept.completions.missing(), Longest()
+    if missing:
+        try:
+            for rows in longest.watch(decode(generation, missing, progress=progress)):
+                for row, text, label in judged(generation, judge, rows):
+                    kept.take(row, text, label)
+                kept.write_now_and_then()
+        finally:  # also when a judge raises: what it has judged before is kept
+            kept.write()
+    else:
+        lengths = kept.completions.num_tokens
+        again = tuple(map(int, np.unravel_index(lengths.argmax(), lengths.shape)))
+        for _ in longest.watch(decode(generation, [again])):
+            pass
+    what = "holding a text against a plain forward pass"
+    return once_more(what, lambda: check_generation(generation, longest.row))
+
+
 def judged(
-    generation: Generation,
-    batches: Iterator[list[Decoded]],
-    prompts: Sequence[str],
-    tokenizer,
-    judge: Labelled,
-    completions: Completions,
-    folder: RunFolder | None,
-    room: str = ROOM,
-) -> None:
-    """Turn finished rows into labelled completions, and write them as they come to a room of the run folder."""
-    unwritten: list[tuple[int, int]] = []
-    written = time.monotonic()
-
-    def write() -> None:
-        nonlocal written
-        if folder is not None and unwritten:
-            folder.write_part(completions.frame(unwritten, text=completions.keep_text), room)
-        unwritten.clear()
-        written = time.monotonic()
-
-    try:
-        for rows in batches:
-            if not rows:
-                continue
-            texts = tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
-            labels = judge(
-                [
-                    Completion(
-                        prompts[row.prompt], text, len(row.tokens), row.finished, generation.max_new_tokens
-                    )
-                    for row, text in zip(rows, texts, strict=True)
-                ]
-            )
-            for row, text, label in zip(rows, texts, labels, strict=True):
-                completions.keep(row, text, label)
-                unwritten.append((row.group, row.prompt))
-            if not 0 <= time.monotonic() - written <= WRITE_EVERY_S:  # also if the clock was set back
-                write()
-    finally:  # also when a judge raises: what it has judged before is kept
-        write()
+    generation: Generation, judge: Labelled, rows: Sequence[Decoded]
+) -> Iterator[tuple[Decoded, str, str]]:
+    """Finished rows with their texts and labels."""
+    if not rows:
+        return
+    prompts, limit = generation.subject.measurement.prompts, generation.max_new_tokens
+    texts = generation.tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
+    said = [
+        Completion(prompts[row.prompt], text, len(row.tokens), row.finished, limit)
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    yield from zip(rows, texts, judge(said), strict=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engine.fused_layer import joins, loaded_bytes
-from ..engine.memory_plan import Plan, make_plan
+from ..engine.measurement import ScanExecution
+from ..engine.memory_plan import Held, Plan, make_plan
 from ..engine.subject import Subject
 from ..errors import InputError
 from ..models.anatomy import LOGIT_COPIES
 from ..ops.kv_cache import slot_bytes
+from .measurements import DecodingExecution
 
 # Rows that decode together unless memory allows fewer: where matrix products stop getting faster.
 CPU_ROWS = 128
@@ -40,24 +42,24 @@ class GenerationPlan:
         self.prefill = self.prefill.smaller() or self.prefill
 
 
-def make_generation_plan(
-    subject: Subject, num_groups: int, max_new_tokens: int, max_memory: int | None, batch_rows: int | None
-) -> GenerationPlan:
+def make_generation_plan(subject: Subject, num_groups: int, execution: DecodingExecution) -> GenerationPlan:
     """How many rows at a time. Raises InputError if not even one fits."""
     anatomy, dtype = subject.anatomy, subject.model.dtype
-    capacity = max(map(len, subject.token_ids)) + max_new_tokens
-    kept = _loaded_bytes(subject)
-    prefill = make_plan(
-        anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype, max_memory=max_memory,
-        kept_bytes=kept,
-    )  # fmt: skip
+    capacity = max(map(len, subject.token_ids)) + subject.measurement.new_tokens
+    held = Held(bytes=_loaded_bytes(subject))
+
+    def plan(max_memory: int | None) -> Plan:
+        limited = ScanExecution(max_memory=max_memory)
+        return make_plan(anatomy, subject.token_ids, max(1, num_groups), subject.device, dtype, limited, held)
+
+    prefill = plan(execution.max_memory)
     each = slot_bytes(anatomy.num_layers, anatomy.num_kv_heads, anatomy.head_dim, capacity, dtype.itemsize)
     # A step's logits, and what a layer holds while it runs.
     each += anatomy.vocab_size * 4 * LOGIT_COPIES + anatomy.work_width * dtype.itemsize
     rows = num_groups * len(subject.token_ids)
-    wanted = min(rows, batch_rows or (CPU_ROWS if subject.device.type == "cpu" else CUDA_ROWS))
+    wanted = min(rows, execution.batch_rows or (CPU_ROWS if subject.device.type == "cpu" else CUDA_ROWS))
     # Cache and prefill share the memory; prefill needs at least a row's worth, and has been given all.
-    slots = min(wanted, (prefill.memory_limit_bytes - kept) // 2 // each)
+    slots = min(wanted, (prefill.memory_limit_bytes - held.bytes) // 2 // each)
     if slots < 1:
         raise InputError(
             f"a row of {capacity} tokens needs {each / 2**20:,.1f} MiB beyond the model, and half of "
@@ -65,10 +67,7 @@ def make_generation_plan(
             "(--max-memory) or lower max_new_tokens (--max-new-tokens)"
         )
     if slots * each + prefill.predicted_bytes > prefill.memory_limit_bytes:
-        prefill = make_plan(
-            anatomy, subject.token_ids, max(1, num_groups), device=subject.device, dtype=dtype,
-            max_memory=prefill.memory_limit_bytes - slots * each, kept_bytes=kept,
-        )  # fmt: skip
+        prefill = plan(prefill.memory_limit_bytes - slots * each)
     return GenerationPlan(int(slots), capacity, prefill, int(each))
 
 

@@ -2,113 +2,55 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..engine.decoder import Decoded, Decoder, Group
-from ..engine.subject import Subject
+from ..engine.decoder import Decoded, Decoder
 from ..errors import InputError
 from ..memory import is_out_of_memory
-from .plan import GenerationPlan
-from .sampling import Sampling
+from .generation import Generation
 from .self_check import NotFinite, refuse_token
-from .transformers_engine import with_transformers
 
 REFILL = 8  # rows wait until an 1/8 of the slots is free, so that prefills are not of a row each
 
 
-@dataclass
-class Generation:
-    """A generation that is ready to run: groups x prompts rows."""
+def continuous(
+    generation: Generation, rows: Iterable[tuple[int, int]], progress: bool = False
+) -> Iterator[list[Decoded]]:
+    """Decode the (group, prompt) rows together; finished ones come out in batches, in any order.
 
-    subject: Subject
-    groups: list[Group]
-    sampling: Sampling
-    max_new_tokens: int
-    end_tokens: frozenset[int]
-    plan: GenerationPlan
-    values: list[torch.Tensor] | None = None
-    asked: list[list] = field(default_factory=list)  # the groups as they were named
-
-    @functools.cached_property
-    def same_prompt(self) -> list[int]:
-        """For every prompt, the first one of the same tokens."""
-        first: dict[tuple[int, ...], int] = {}
-        return [first.setdefault(tuple(ids), p) for p, ids in enumerate(self.subject.token_ids)]
-
-    @functools.cached_property
-    def _copy(self) -> dict[tuple[int, int], int]:
-        """For every row, how many rows of the same heads and prompt come before it."""
-        out, seen = {}, {}
-        for g, heads in enumerate(self.groups):
-            for p, first in enumerate(self.same_prompt):
-                key = (first, frozenset(heads))
-                out[g, p] = seen[key] = seen.get(key, -1) + 1
-        return out
-
-    def row_name(self, group: int, prompt: int) -> str:
-        """What a row's draws depend on beside the seed."""
-        heads = sorted(set(self.groups[group]))
-        return f"{self._copy[group, prompt]} {heads} {self.subject.token_ids[prompt]}"
-
-    def run(self, rows: Iterable[tuple[int, int]], progress: bool = False) -> Iterator[list[Decoded]]:
-        """Decode the (group, prompt) rows; finished ones come out in batches, in any order.
-
-        A model whose layers keep a state of their own besides keys and values goes through its own `generate`.
-        After running out of memory, rows in flight start anew with half as many at a time: their texts are the same.
-        """
-        if self.subject.anatomy.plain_sequences:
-            yield from with_transformers(self, rows, {}, progress)
-            return
-        waiting = deque(sorted(rows, key=lambda row: (row[1], self._fork(row[0]))))
-        bar = tqdm(total=len(waiting), desc="generate", unit=" answers", disable=not progress or not waiting)
-        try:
-            while waiting:
-                burst = _Burst(self, min(self.plan.slots, len(waiting)), bar)
-                try:
-                    with burst.decoder:
-                        while waiting or burst.running:
-                            burst.refill(waiting)
-                            yield burst.decode(more=bool(waiting))
-                except NotFinite as found:  # the model is as it was again, so that a plain pass can look
-                    refuse_token(self, *found.args)
-                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if self.plan.slots == 1:
-                        raise InputError(
-                            "out of memory with a single row: free some, or lower max_new_tokens (--max-new-tokens)"
-                        ) from error
-                    yield burst.finished
-                    waiting.extendleft(reversed(burst.abandoned()))
-                    self.plan.halve()
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
-        finally:
-            bar.close()
-
-    def _fork(self, group: int) -> int:
-        layers = self.subject.anatomy.num_layers
-        return min((layer for layer, _ in self.groups[group]), default=layers)
-
-
-class Longest:
-    """Remembers the longest text that came by."""
-
-    row: Decoded | None = None
-
-    def watch(self, batches: Iterator[list[Decoded]]) -> Iterator[list[Decoded]]:
-        for rows in batches:
-            for row in rows:
-                if self.row is None or len(row.tokens) > len(self.row.tokens):
-                    self.row = row
-            yield rows
+    After running out of memory, rows in flight start anew with half as many at a time: their texts are the same.
+    """
+    waiting = deque(sorted(rows, key=lambda row: (row[1], generation.fork_layer(row[0]))))
+    bar = tqdm(total=len(waiting), desc="generate", unit=" answers", disable=not progress or not waiting)
+    try:
+        while waiting:
+            burst = _Burst(generation, min(generation.plan.slots, len(waiting)), bar)
+            try:
+                with burst.decoder:
+                    while waiting or burst.running:
+                        burst.refill(waiting)
+                        yield burst.decode(more=bool(waiting))
+            except NotFinite as found:  # the model is as it was again, so that a plain pass can look
+                refuse_token(generation, *found.args)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if generation.plan.slots == 1:
+                    raise InputError(
+                        "out of memory with a single row: free some, or lower max_new_tokens (--max-new-tokens)"
+                    ) from error
+                yield burst.finished
+                waiting.extendleft(reversed(burst.abandoned()))
+                generation.plan.halve()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+    finally:
+        bar.close()
 
 
 class _Burst:
@@ -137,7 +79,7 @@ class _Burst:
     def abandoned(self) -> list[tuple[int, int]]:
         """The rows in flight, whose work is lost."""
         rows = [row for row in self.row if row is not None]
-        return sorted(rows, key=lambda row: (row[1], self.generation._fork(row[0])))
+        return sorted(rows, key=lambda row: (row[1], self.generation.fork_layer(row[0])))
 
     def refill(self, waiting: deque) -> None:
         """Rows from the queue into the free slots."""

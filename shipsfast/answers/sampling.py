@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, whole_number
-
-TOP_K = 5  # arXiv 2410.13708, appendix B.2
+from .measurements import TOP_K, AnswerMeasurement
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,10 @@ class Sampling:
     top_k: int = TOP_K
     temperature: float = 1.0
     seed: int = 0
+
+    @classmethod
+    def of(cls, measurement: AnswerMeasurement) -> Sampling:
+        return cls(measurement.do_sample, measurement.top_k, measurement.temperature, measurement.seed)
 
     def check(self, vocabulary: int) -> None:
         whole_number("seed", self.seed, 0)

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 
 from ..engine.ablate import dense_rows
-from ..engine.ablation import HeadMask
+from ..engine.head_mask import HeadMask
 from ..engine.nonfinite import first_bad
 from ..errors import InputError, UnsupportedModelError
 

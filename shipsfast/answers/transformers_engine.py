@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..engine.ablate import dense_rows
-from ..engine.ablation import HeadMask
 from ..engine.decoder import Decoded
-
-if TYPE_CHECKING:
-    from .queue import Generation
+from ..engine.head_mask import HeadMask
+from .generation import Generation
 
 
 def with_transformers(

@@ -1,5 +1,5 @@
 """The command line: commands by family. May import everything."""
 
-from .app import main
+from .entry import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from ..models.anatomy import Anatomy, base_model, inspect_model
 from ..models.attention_hook import ATTRIBUTE, DENSE, DenseCall, installed
-from .ablation import DEFAULT_SCALE, SOURCED, Ablation, HeadMask, as_ablation
+from .ablation import DEFAULT_SCALE, SOURCED, Ablation, as_ablation
+from .head_mask import HeadMask
 from .heads import check_heads, check_unit, unit_heads
 
 

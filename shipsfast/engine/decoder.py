@@ -27,12 +27,12 @@ from ..ops.decode_attention import decode_attention
 from ..ops.kv_cache import KVCache
 from ..ops.masks import LayerMask
 from ..ops.prefix_tree import pack
-from .ablation import Ablation, HeadMask
+from .ablation import Ablation
 from .fused_layer import FusedLayer, joins
 from .growing_batch import Wavefront
-from .heads import Head
+from .head_mask import HeadMask
+from .heads import Group
 
-Group = tuple[Head, ...]
 # choose(slots int64 [n], logits [n, V]): takes the next-token logits of rows
 Choose = Callable[[np.ndarray, torch.Tensor], None]
 

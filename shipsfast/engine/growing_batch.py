@@ -27,8 +27,8 @@ from ..models.weights import on_demand
 from ..ops.masks import LayerMask
 from ..ops.prefix_tree import PackedPrompts
 from ..ops.tree_attention import TreeContext, tree_attention
-from .ablation import HeadMask
 from .fused_layer import FusedLayer
+from .head_mask import HeadMask
 from .memory_plan import even_slices
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]

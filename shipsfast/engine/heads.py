@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..models.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from ..models.anatomy import Anatomy
 
 Head = tuple[int, int]  # (layer, query head), both from 0
+Group = tuple[Head, ...]  # what is off together in a row
 UNITS = ("head", "kv_group")
 
 

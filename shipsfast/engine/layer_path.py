@@ -9,22 +9,13 @@ from ..errors import InputError
 from ..models.anatomy import Anatomy
 from ..models.output_head import head_precision
 from . import fused_layer
-
-FP32_RESIDUAL = "fused_fp32_residual"
-LAYER_PATHS = ("auto", "model", "fused", FP32_RESIDUAL)
-
-
-def check_layers(layers: str) -> None:
-    """Raises InputError for a name that is none."""
-    if layers not in LAYER_PATHS:
-        raise InputError(f"unknown layers {layers!r} (--layers): expected one of {', '.join(LAYER_PATHS)}")
+from .measurement import FP32_RESIDUAL
 
 
 def layer_path(
     layers: str, model: PreTrainedModel, anatomy: Anatomy, device: torch.device, backend: str
 ) -> tuple[str, str | None]:
     """How rows pass the layers, and why they go through their own forward, None if they do not."""
-    check_layers(layers)
     if layers == "model":
         return "model", "asked for"
     problem = fused_layer.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)

@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..models.anatomy import Anatomy
 from ..ops.prefix_tree import PackedPrompts, pack
 from ..text import counted
+from .measurement import ScanExecution
 
 # Measured on two AVX-512 cores: larger chunks make the matrix products 3 % faster at most, and push activations
 # out of the cache between the operations of a layer, which costs more. A GPU wants its products larger.
@@ -161,19 +162,31 @@ def block_bytes(*args) -> int:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a caller holds beside the blocks of a scan.
+
+    extra_rows: streams beside those of the block; per_row_bytes, bytes: kept of every row, and in all; coming_bytes: weights
+    of the model that are brought into memory while it runs; row_size: bytes per number of the residual streams, by default
+    those of the model's dtype.
+    """
+
+    extra_rows: int = 0
+    per_row_bytes: int = 0
+    bytes: int = 0
+    coming_bytes: int = 0
+    row_size: int | None = None
+
+
+@dataclass(frozen=True)
 class Needs:
     """What blocks of a scan hold beyond the model, in bytes.
 
-    size: bytes per number; row_size: of the residual streams; extra_rows: streams held beside those of the block;
-    kept_per_row_bytes, kept_bytes: what the caller keeps of every row, and in all; tokens, ends: of the largest pack.
+    size: bytes per number; held: what the caller holds; tokens, ends: of the largest pack.
     """
 
     anatomy: Anatomy
     size: int
-    row_size: int
-    extra_rows: int
-    kept_per_row_bytes: int
-    kept_bytes: int
+    held: Held
     tokens: int = 0
     ends: int = 0
 
@@ -184,66 +197,57 @@ class Needs:
 
     def __call__(self, ablations: int, chunk_tokens: int, head_rows: int) -> int:
         """At the worst moment of a block of so many ablations and the unablated row."""
-        held = block_bytes(
+        held, rows = self.held, ablations + 1
+        block = block_bytes(
             self.anatomy,
-            ablations + 1,
+            rows,
             self.tokens,
             self.ends,
             chunk_tokens,
             head_rows,
             self.size,
-            self.row_size,
+            held.row_size or self.size,
         )
-        more = self.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * self.size
-        return held + more + (ablations + 1) * self.kept_per_row_bytes + self.kept_bytes
+        more = held.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * self.size
+        return block + more + rows * held.per_row_bytes + held.bytes
 
 
 def make_plan(
     anatomy: Anatomy,
     prompts: Sequence[Sequence[int]],
     num_ablations: int,
-    *,
     device: torch.device,
     dtype: torch.dtype,
-    max_memory: int | None = None,
-    chunk_tokens: int | None = None,
-    rows_per_block: int | None = None,
-    prompts_per_group: int | None = None,
-    extra_rows: int = 0,
-    kept_per_row_bytes: int = 0,
-    kept_bytes: int = 0,
-    coming_bytes: int = 0,
-    row_size: int | None = None,
+    execution: ScanExecution | None = None,
+    held: Held | None = None,
 ) -> Plan:
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
-    max_memory: bytes the scan may use beyond the model, default from what is free on `device`.
-    coming_bytes: weights of the model that are brought into memory while it runs.
-    extra_rows, kept_per_row_bytes, kept_bytes: as in `Needs`.
-    row_size: bytes per number of the residual streams, by default those of `dtype`.
-    Raises InputError if not even one ablation of one prompt fits, or for an override that is not positive.
+    execution: its max_memory, by default what is free on `device`, and the parts of the plan that it sets.
+    Raises InputError if not even one ablation of one prompt fits, or for a part that is not positive.
     """
-    for name, value in (
-        ("chunk_tokens", chunk_tokens), ("rows_per_block", rows_per_block), ("prompts_per_group", prompts_per_group),
-    ):  # fmt: skip
+    execution, held = execution or ScanExecution(), held or Held()
+    for name, value in execution.asked().items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    prompts_per_group = execution.prompts_per_group
     if anatomy.plain_sequences:
         if (prompts_per_group or 1) > 1:
             raise InputError(
                 "the model looks at neighbours outside attention, so prompts cannot share a pack: prompts_per_group must be 1"
             )
         prompts_per_group = 1
-    limit = max(0, free_bytes(device) - coming_bytes) if max_memory is None else max_memory
+    limit = execution.max_memory
+    if limit is None:
+        limit = max(0, free_bytes(device) - held.coming_bytes)
     size = torch.empty((), dtype=dtype).element_size()
-    row_size = row_size or size
     on_cpu = device.type == "cpu"
-    chunk = chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
+    chunk = execution.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
     # Neither the head nor a layer at work gets more than a quarter of the memory: the rest is for rows.
     head_rows = max(
         1, min(HEAD_BYTES, limit // 4 // anatomy.logit_copies) // (anatomy.vocab_size * max(size, 4))
     )
-    if chunk_tokens is None:
+    if execution.chunk_tokens is None:
         chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
     order = in_order(prompts)
 
@@ -251,7 +255,7 @@ def make_plan(
         return [tuple(order[part]) for part in even_slices(len(order), per_group)]
 
     per_group = prompts_per_group or len(prompts)
-    needs = Needs(anatomy, size, row_size, extra_rows, kept_per_row_bytes, kept_bytes)
+    needs = Needs(anatomy, size, held)
 
     def need(rows: int) -> int:
         return needs(rows, chunk, head_rows)
@@ -271,7 +275,7 @@ def make_plan(
             f"a scan of a single ablation needs {_mib(need(1))} beyond the model, and {_mib(limit)} may be used: "
             "raise --max-memory or shorten the longest prompt"
         )
-    most = min(rows_per_block or num_ablations, num_ablations)
+    most = min(execution.rows_per_block or num_ablations, num_ablations)
     # What more rows need grows with them, though not evenly: a chunk fills up first.
     rows = max(1, bisect.bisect_right(range(1, most + 1), limit, key=need))
     return Plan(tuple(groups), int(rows), chunk, head_rows, limit, need(rows), needs)

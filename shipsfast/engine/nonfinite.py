@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..models.anatomy import Anatomy, input_device
 from ..models.weights import value_of
 from .ablate import dense_rows
-from .ablation import HeadMask
+from .head_mask import HeadMask
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,27 +21,39 @@ from ..ops.divergences import kl_backend
 from ..ops.tree_attention import resolve_backend
 from ..prompts.tokens import to_token_ids
 from ..runs.identity import prompt_hashes
-from .ablation import Ablation, as_ablation
+from .ablation import Ablation
 from .heads import check_unit
-from .layer_path import FP32_RESIDUAL, layer_path
+from .layer_path import layer_path
+from .measurement import FP32_RESIDUAL, Execution, Measurement
 from .replacement_values import source_ids
 
 
 @dataclass
 class Subject:
-    """A model, prompts and an ablation that fit together, and how they will run."""
+    """A model and a measurement that fit together, and how it will run.
+
+    token_ids: the prompts; other_ids: those of `mean` and `resample`; num_units: of a layer; layers: how rows pass a decoder
+    layer, of LAYER_PATHS but for "auto"; record: what runs, for run.json.
+    """
 
     model: PreTrainedModel
     anatomy: Anatomy
+    measurement: Measurement
     token_ids: list[list[int]]
-    how: Ablation
-    other_ids: list[list[int]] | None  # the prompts of `mean` and `resample`
-    unit: str
-    num_units: int  # of a layer
+    other_ids: list[list[int]] | None
+    num_units: int
     device: torch.device
     backend: str
-    layers: str  # how rows pass a decoder layer: of LAYER_PATHS, but for "auto"
-    record: dict  # what runs, for run.json
+    layers: str
+    record: dict
+
+    @property
+    def how(self) -> Ablation:
+        return self.measurement.ablation
+
+    @property
+    def unit(self) -> str:
+        return self.measurement.unit
 
     @property
     def fused(self) -> bool:
@@ -51,8 +63,12 @@ class Subject:
     def fp32_residual(self) -> bool:
         return self.layers == FP32_RESIDUAL
 
-    def describe(self, kind: str) -> dict:
+    @functools.cached_property
+    def identity(self) -> dict:
         """What makes two runs the same, for run folders."""
+        return self._identity()
+
+    def _identity(self) -> dict:
         ablation = {
             "kind": self.how.kind,
             "logit_scale": self.how.logit_scale,
@@ -61,7 +77,7 @@ class Subject:
         if self.other_ids is not None:
             ablation["prompts"] = prompt_hashes(self.other_ids)
         return {
-            "kind": kind,
+            "kind": self.measurement.kind,
             "fingerprint": once_more("looking at the weights", lambda: fingerprint(self.model)),
             "prompts": prompt_hashes(self.token_ids),
             "ablation": ablation,
@@ -72,52 +88,46 @@ class Subject:
         }
 
 
-def look_at(
-    model: PreTrainedModel,
-    prompts: Sequence,
-    tokenizer,
-    *,
-    template: str,
-    ablation: str | Ablation,
-    scale: float,
-    unit: str,
-    backend: str,
-    layers: str,
-    new_tokens: int = 0,
-) -> Subject:
-    """Arguments as in `scan`. new_tokens: how many may follow each prompt.
+def tokens_of(
+    measurement: Measurement, model: PreTrainedModel, tokenizer, *, weights: bool = True
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Token ids of the prompts, and of those of `mean` and `resample`, checked against the model.
 
-    Raises InputError or UnsupportedModelError, as `scan` does.
+    weights: as in `check_model`. Raises InputError or UnsupportedModelError.
     """
-    how = as_ablation(ablation, scale)
-    model = base_model(model)
-    token_ids = to_token_ids(prompts, tokenizer, template)
-    check_model(model, token_ids, new_tokens)
+    how, template = measurement.ablation, measurement.template
+    token_ids = to_token_ids(measurement.prompts, tokenizer, template)
+    check_model(model, token_ids, measurement.new_tokens, weights=weights)
     others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
     if others is not None:
         try:
-            check_model(model, others)
+            check_model(model, others, weights=weights)
         except InputError as error:
             raise InputError(f"in the prompts of ablation {how.kind}: {error}") from error
-    longest = max(map(len, token_ids)) + new_tokens
-    if others is not None:
-        longest = max(longest, *map(len, others))
+    return token_ids, others
+
+
+def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, execution: Execution) -> Subject:
+    """Raises InputError or UnsupportedModelError where they do not fit together."""
+    model = base_model(model)
+    token_ids, others = tokens_of(measurement, model, tokenizer)
+    longest = max([max(map(len, token_ids)) + measurement.new_tokens, *map(len, others or [])])
     anatomy = once_more(
         "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
     )
     if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
-    num_units = check_unit(unit, anatomy)
+    num_units = check_unit(measurement.unit, anatomy)
     device = input_device(model)
     check_sums(device, model.dtype)
-    resolved = resolve_backend(
-        backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
+    backend = resolve_backend(
+        execution.backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
-    layers, not_fused = layer_path(layers, model, anatomy, device, resolved)
+    layers, not_fused = layer_path(execution.layers, model, anatomy, device, backend)
     record = describe_run(model, anatomy, device) | {
-        "ablation": how.describe(),
-        "template": template,
-        "attention_backend": resolved,
+        "ablation": measurement.ablation.describe(),
+        "template": measurement.template,
+        "attention_backend": backend,
         "layers": layers,
         "weights": where_weights_are(model),
         "kl_backend": kl_backend(device),
@@ -126,7 +136,7 @@ def look_at(
         record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
-    return Subject(model, anatomy, token_ids, how, others, unit, num_units, device, resolved, layers, record)
+    return Subject(model, anatomy, measurement, token_ids, others, num_units, device, backend, layers, record)
 
 
 def check_sums(device: torch.device, dtype: torch.dtype) -> None:

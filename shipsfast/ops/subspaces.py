@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from ..errors import InputError, whole_number
-
 SCRATCH_BYTES = 256 << 20
 
 
@@ -98,24 +96,6 @@ def resampled_angle_deg(
 
 def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.eigh(gram)[1][:, :, -rank:]
-
-
-def check_rank(rank: int, num_prompts: int, width: int) -> int:
-    """The rank as an int. Raises InputError for one that P prompts of a hidden size cannot have."""
-    rank = whole_number("rank", rank)
-    if rank > num_prompts:
-        raise InputError(
-            f"rank {rank} needs at least {rank} prompts, and there are {num_prompts}: lower the rank or add prompts"
-        )
-    if rank > width:
-        raise InputError(f"rank {rank} is above the model's hidden size of {width}: lower it")
-    return rank
-
-
-def check_group_size(group_size: int, units: int, unit: str) -> None:
-    """Raises InputError for a group that is larger than the heads, or other units, to choose from."""
-    if group_size > units:
-        raise InputError(f"group_size {group_size} is above the {units} {unit}s to choose from: lower it")
 
 
 def singular_values(x: torch.Tensor) -> torch.Tensor:

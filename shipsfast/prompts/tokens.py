@@ -8,7 +8,7 @@ contain {prompt}.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jinja2 import TemplateError
 
@@ -45,8 +45,8 @@ def tokenize(tokenizer, prompts: Sequence[str], template: str = "none") -> list[
     return [tokenizer(wrapper.replace("{prompt}", prompt))["input_ids"] for prompt in prompts]
 
 
-def to_token_ids(prompts: Sequence, tokenizer=None, template: str = "none") -> list[list[int]]:
-    """Prompts as the Python API takes them: P strings (with a tokenizer) or P lists of token ids.
+def as_prompts(prompts: Iterable) -> tuple:
+    """Prompts as the Python API takes them: P strings, or P tuples of token ids.
 
     Raises InputError for anything else, naming the first prompt that is wrong.
     """
@@ -64,18 +64,30 @@ def to_token_ids(prompts: Sequence, tokenizer=None, template: str = "none") -> l
         for i, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise InputError(f"prompt {i} is empty: remove it or give it text")
+        return tuple(prompts)
+    out = []
+    for i, prompt in enumerate(prompts):
+        try:
+            out.append(tuple(operator.index(t) for t in prompt))
+        except (TypeError, ValueError):
+            raise InputError(
+                f"prompt {i} is neither text nor a list of token ids: give all prompts in one of the two forms"
+            ) from None
+    return tuple(out)
+
+
+def to_token_ids(prompts: Iterable, tokenizer=None, template: str = "none") -> list[list[int]]:
+    """Token ids of prompts as `as_prompts` takes them; strings need a tokenizer.
+
+    Raises InputError, naming the first prompt that is wrong.
+    """
+    prompts = as_prompts(prompts)
+    if isinstance(prompts[0], str):
         if tokenizer is None:
             raise InputError("prompts are text, so a tokenizer is needed: pass the model's")
         ids = tokenize(tokenizer, prompts, template)
     else:
-        ids = []
-        for i, prompt in enumerate(prompts):
-            try:
-                ids.append([operator.index(t) for t in prompt])
-            except (TypeError, ValueError):
-                raise InputError(
-                    f"prompt {i} is neither text nor a list of token ids: give all prompts in one of the two forms"
-                ) from None
+        ids = [list(prompt) for prompt in prompts]
     for i, tokens in enumerate(ids):
         if not tokens:
             raise InputError(f"prompt {i} has no tokens: remove it or give it text")

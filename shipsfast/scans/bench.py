@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 
 from ..engine.flops import gemm_flops_per_s, model_flops, scan_flops
 from ..engine.heads import Head
+from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from ..errors import InputError
 from ..ops.extension import REMEDY, extension_status
 from ..ops.prefix_tree import pack
 from ..text import counted
+from .measurements import ShipsMeasurement
 from .prepare import Prepared, prepare
 from .ships import scan
 
@@ -113,10 +115,8 @@ def bench(
     if prompts is None:
         prompts, tokenizer, template = random_prompts(model), None, "none"
     how = dict(template=template, backend=backend, layers=layers, max_memory=max_memory)
-    prepared = prepare(
-        "ships", model, prompts, tokenizer, ablation="undifferentiated", scale=1e-5, heads=None, unit="head",
-        chunk_tokens=None, rows_per_block=None, prompts_per_group=None, **how,
-    )  # fmt: skip
+    execution = ScanExecution(backend=backend, layers=layers, max_memory=max_memory)
+    prepared = prepare(model, tokenizer, ShipsMeasurement(prompts=prompts, template=template), execution)
     costs = model_flops(model, prepared.anatomy)
     packs = [pack([prepared.token_ids[i] for i in group]) for group in prepared.plan.prompt_groups]
     tokens = max(packed.num_tokens for packed in packs)

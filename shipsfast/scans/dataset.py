@@ -8,18 +8,14 @@ memory plan counts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..clock import seconds_since
-from ..engine.ablation import DEFAULT_SCALE, Ablation
 from ..engine.heads import Head
+from ..engine.measurement import ScanExecution, called_with
 from ..models.restore import untouched
-from ..ops.subspaces import check_rank
 from ..results.gram_bootstrap import ROOM as GRAMS
 from ..results.gram_bootstrap import Grams
 from ..results.ships import stability_json
@@ -27,29 +23,14 @@ from ..results.subspace import HEAD_COLUMNS, SubspaceResult
 from ..runs.folder import RunFolder
 from ..runs.tables import SCORES, read_scores, score_frame
 from .angles import AngleScan
-from .prepare import prepare
+from .measurements import SubspaceMeasurement
+from .prepare import prepare, progress_bar
 
 
+@called_with(SubspaceMeasurement, ScanExecution)
 @untouched
 def scan_dataset(
-    model: PreTrainedModel,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    tokenizer=None,
-    *,
-    rank: int = 1,
-    template: str = "none",
-    ablation: str | Ablation = "undifferentiated",
-    scale: float = DEFAULT_SCALE,
-    heads: Iterable[Sequence[int | None]] | None = None,
-    unit: str = "head",
-    backend: str = "auto",
-    layers: str = "auto",
-    out: str | Path | None = None,
-    progress: bool = True,
-    max_memory: int | None = None,
-    chunk_tokens: int | None = None,
-    rows_per_block: int | None = None,
-    prompts_per_group: int | None = None,
+    model: PreTrainedModel, tokenizer, measurement: SubspaceMeasurement, execution: ScanExecution
 ) -> SubspaceResult:
     """Switch off every head, one at a time, and measure how far the prompts' hidden states turn.
 
@@ -62,8 +43,6 @@ def scan_dataset(
     two cores, growing with P^2 and then P^3. For `stability` of the result each head's Gram matrix [P, P] is kept, as
     long as all of them take 256 MiB or less (180 prompts for 1,024 heads).
 
-    Args:
-        rank: r, below P: with r = P both spans are all of R^P, and every angle is 0. All others: as in `scan`.
     Returns:
         SubspaceResult with .angle_deg float64 [L, H], NaN for heads not in `heads`.
     Raises:
@@ -71,14 +50,9 @@ def scan_dataset(
         UnsupportedModelError: the model cannot be scanned exactly.
     """
     started = time.perf_counter()
-    prepared = prepare(
-        "subspace", model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, heads=heads,
-        unit=unit, backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
-        rows_per_block=rows_per_block, prompts_per_group=prompts_per_group, keep_hidden=True,
-    )  # fmt: skip
-    rank = check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
-    prepared.identity["rank"] = rank
-    shape = tuple(prepared.identity["shape"][1:])
+    prepared = prepare(model, tokenizer, measurement, execution)
+    measurement.check(len(prepared.token_ids), len(prepared.units), prepared.anatomy.hidden_size)
+    rank, shape, out = measurement.rank, prepared.grid, execution.out
     angles, folder = np.full(shape, np.nan), None
     if out is not None:
         folder = RunFolder(out, prepared.identity, prepared.record)
@@ -102,13 +76,7 @@ def scan_dataset(
 
     missing = [u for u in prepared.units if np.isnan(angles[u])]
     steps = prepared.layer_passes(prepared.units, missing, len(prepared.plan.prompt_groups))
-    with tqdm(
-        total=steps,
-        desc="scan-dataset",
-        unit=" layer passes",
-        unit_scale=True,
-        disable=not progress or not steps,
-    ) as bar:
+    with progress_bar("scan-dataset", steps, execution) as bar:
         angular = AngleScan(prepared, rank, bar, folder, None if grams is None else grams.base)
         angular.run(angles, prepared.units, (), keep, None if grams is None else grams.heads)
         angular.complete()

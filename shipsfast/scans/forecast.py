@@ -8,32 +8,31 @@ memory  the model's weights + prompts' ends + the larger of rows with a layer at
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from ..engine.ablation import Ablation, as_ablation
 from ..engine.flops import gemm_flops_per_s, model_flops, scan_flops
-from ..engine.heads import check_unit
 from ..engine.layer_path import layer_path
+from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
-from ..engine.replacement_values import pair_ids, source_ids
+from ..engine.replacement_values import pair_ids
+from ..engine.subject import tokens_of
 from ..errors import InputError
-from ..models.anatomy import Anatomy, check_model, inspect_model
+from ..models.anatomy import Anatomy, inspect_model
 from ..models.attention_hook import LONG
 from ..models.loading import as_device, first_line
 from ..ops.prefix_tree import pack
-from ..ops.subspaces import check_group_size, check_rank
 from ..ops.tree_attention import BACKENDS, resolve_backend
-from ..prompts.tokens import to_token_ids
 from ..text import counted
+from .measurements import ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
-from .prepare import kept, scanned_units
+from .prepare import held_beside
 
+COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
 LARGEST_BYTES = 64 << 20  # of a matrix whose rate is measured: larger ones are cut, their rate is the same
 MOST_TOKENS = 16384  # more make no product faster
 READ_BYTES = 256 << 20  # of a checkpoint are read to see how fast it can be
@@ -119,60 +118,44 @@ class Forecast:
 
 
 def forecast(
-    kind: str,
     model: PreTrainedModel,
-    prompts: Sequence,
-    tokenizer=None,
+    tokenizer,
+    measurement: ScanMeasurement,
+    execution: ScanExecution,
     *,
-    template: str = "none",
-    ablation: str | Ablation = "undifferentiated",
-    heads: Iterable[Sequence[int | None]] | None = None,
-    unit: str = "head",
-    backend: str = "auto",
-    layers: str = "auto",
-    metric="kl",
-    rank: int = 1,
     stream: bool = False,
     device: str | torch.device | None = None,
     device_memory: int | None = None,
-    max_memory: int | None = None,
-    steps: int = 1,
-    beam: int = 1,
 ) -> Forecast:
-    """What a scan of `model`, with or without weights, would take. Arguments as in `scan`, and:
+    """What a scan of `model`, with or without weights, would take.
 
-    kind: "scan", "scan-dataset" or "sahara"; stream: layers read from the checkpoint; device: where it would run, which
-        need not be here; device_memory: bytes that device has in all, default what is free on it; steps, beam: of sahara. backend, metric, rank: change nothing that is
-        told, and are checked as the scan would.
-    Raises InputError or UnsupportedModelError as `scan` does, and where the model does not fit.
+    stream: layers read from the checkpoint; device: where it would run, which need not be here; device_memory: bytes that
+    device has in all, default what is free on it.
+    Raises InputError or UnsupportedModelError as the scan would, and where the model does not fit.
     """
-    how = as_ablation(ablation)
-    token_ids = to_token_ids(prompts, tokenizer, template)
-    check_model(model, token_ids, weights=False)
-    others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
+    token_ids, others = tokens_of(measurement, model, tokenizer, weights=False)
     longest = max(map(len, [*token_ids, *(others or [])]))
     anatomy = inspect_model(model, max(token_ids, key=len), longest)
     where = as_device(device)
     here = where.type == "cpu" or torch.cuda.is_available()
-    units = scanned_units(heads, anatomy, check_unit(unit, anatomy), unit)
+    units = measurement.units(anatomy)
+    backend = execution.backend
     attention = "triton" if backend == "auto" else backend  # of a device elsewhere, if it has what it needs
     if here or backend not in BACKENDS:  # what a device elsewhere can run is not known here
         alike = anatomy.head_dim == anatomy.value_dim
         attention = resolve_backend(backend, where, model.dtype, one_head_size=alike)
-    if kind == "scan":
-        as_metrics(metric, tokenizer, anatomy.vocab_size)
+    if isinstance(measurement, SubspaceMeasurement):
+        measurement.check(len(token_ids), len(units), anatomy.hidden_size)
     else:
-        check_rank(rank, len(token_ids), anatomy.hidden_size)
-        check_group_size(steps, len(units), unit)
-    resample = how.kind == "resample"
-    tree_ids = pair_ids(token_ids, others)[0] if resample else token_ids
+        as_metrics(measurement.metric, tokenizer, anatomy.vocab_size)
+    tree_ids = token_ids if measurement.ablation.kind != "resample" else pair_ids(token_ids, others)[0]
     held = _model_bytes(model, anatomy, stream)
-    limit = _limit(max_memory, device_memory, held, where, here)
-    layers, _ = layer_path(layers, model, anatomy, where, attention)
-    extra = kept(model, anatomy, len(token_ids), where, resample, kind != "scan", layers)
-    plan = make_plan(
-        anatomy, tree_ids, len(units), device=where, dtype=model.dtype, max_memory=limit, **extra
-    )
+    limit = _limit(execution.max_memory, device_memory, held, where, here)
+    layers, _ = layer_path(execution.layers, model, anatomy, where, attention)
+    beside = held_beside(model, anatomy, measurement, where, layers)
+    limited = replace(execution, max_memory=limit)
+    steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
+    plan = make_plan(anatomy, tree_ids, len(units), where, model.dtype, limited, beside)
     packs = [pack([tree_ids[i] for i in group]) for group in plan.prompt_groups]
     tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.last_index.tolist())) for p in packs)
     rows = plan.rows_per_block + 1
@@ -180,15 +163,15 @@ def forecast(
     pairs = min(plan.head_rows, rows * ends)
     parts = block_parts(
         anatomy,
-        rows + extra["extra_rows"],
+        rows + beside.extra_rows,
         tokens,
         ends,
         plan.chunk_tokens,
         pairs,
         model.dtype.itemsize,
-        extra["row_size"],
+        beside.row_size,
     )
-    memory = {"model": held, **parts, "kept": rows * extra["kept_per_row_bytes"] + extra["kept_bytes"]}
+    memory = {"model": held, **parts, "kept": rows * beside.per_row_bytes + beside.bytes}
     rounds = 1 + (steps - 1) * beam
     costs = model_flops(model, anatomy)
     flops = rounds * scan_flops(costs, packs, units, rows_per_block=plan.rows_per_block)
@@ -199,9 +182,9 @@ def forecast(
     rate = _rate(costs.products, max(plan.chunk_tokens, tokens), model.dtype, where) if here else None
     reading = _read_rate(model.config._name_or_path) if stream else None
     return Forecast(
-        kind=kind,
+        kind=COMMANDS[measurement.kind],
         model={
-            "name": model.config._name_or_path or type(model).__name__, "class": type(model).__name__, "unit": unit,
+            "name": model.config._name_or_path or type(model).__name__, "class": type(model).__name__, "unit": measurement.unit,
             "layers": anatomy.num_layers, "heads": anatomy.num_heads,
         },
         device=str(where), dtype=str(model.dtype).removeprefix("torch."), stream=stream, prompts=len(token_ids),

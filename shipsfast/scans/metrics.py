@@ -73,6 +73,12 @@ class Metric(ABC):
         """The same metric with tokens as ids, checked against vocab_size."""
         return self
 
+    def to_text(self) -> str:
+        """The text that parse_metric makes this metric of. Raises InputError if there is none."""
+        raise InputError(
+            f"metric {self.name} is a function of this process: only metrics with a name can be sent elsewhere"
+        )
+
 
 def measure_rows(
     metrics: Sequence[Metric], base_logits: torch.Tensor, ablated_logits: torch.Tensor, row_map: torch.Tensor
@@ -101,6 +107,9 @@ class _Divergence(Metric):
 
     def describe(self) -> dict:
         return {"name": self.name}
+
+    def to_text(self) -> str:
+        return self.name
 
     def rows(
         self, base_logits: torch.Tensor, ablated_logits: torch.Tensor, row_map: torch.Tensor
@@ -132,6 +141,12 @@ class _TokenMetric(Metric):
 
     def describe(self) -> dict:
         return {"name": self.kind, "tokens": list(self.tokens)}
+
+    def to_text(self) -> str:
+        text = f"{self.kind}:{','.join(map(str, self.tokens))}"
+        if parse_metric(text) != self:
+            raise InputError(f"metric {self.name} cannot be written as text: give its tokens as ids")
+        return text
 
     def resolve(self, tokenizer=None, vocab_size: int | None = None) -> Metric:
         ids = tuple(self._token_id(token, tokenizer) for token in self.tokens)

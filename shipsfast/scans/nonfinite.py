@@ -9,17 +9,9 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from ..engine.ablation import HeadMask
+from ..engine.head_mask import HeadMask
 from ..engine.nonfinite import Place, bad_logits, first_bad
-from ..errors import InputError, UnsupportedModelError
-
-POLICIES = ("raise", "mark")
-
-
-def check_policy(nonfinite: str) -> str:
-    if nonfinite not in POLICIES:
-        raise InputError(f"unknown nonfinite {nonfinite!r}: expected one of {', '.join(POLICIES)}")
-    return nonfinite
+from ..errors import UnsupportedModelError
 
 
 def explain(prepared, prompt: int, unit=None, parent: Sequence = ()) -> tuple[Place | None, bool]:

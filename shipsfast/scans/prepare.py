@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..engine import fused_layer
-from ..engine.ablation import Ablation, HeadMask
 from ..engine.growing_batch import Wavefront
-from ..engine.heads import Head, check_heads, unit_heads
-from ..engine.layer_path import FP32_RESIDUAL
-from ..engine.memory_plan import Plan, even_slices, make_plan
+from ..engine.head_mask import HeadMask
+from ..engine.heads import Head, unit_heads
+from ..engine.measurement import FP32_RESIDUAL, ScanExecution
+from ..engine.memory_plan import Held, Plan, even_slices, make_plan
 from ..engine.replacement_values import mean_outputs, pair_ids, resample_outputs, unpair
 from ..engine.subject import Subject, look_at
 from ..errors import note
@@ -23,6 +24,7 @@ from ..models.output_head import head_precision
 from ..models.weights import coming_bytes
 from ..ops.prefix_tree import PackedPrompts, pack
 from ..runs.folder import RunFolder
+from .measurements import ScanMeasurement
 
 
 @dataclass
@@ -30,15 +32,14 @@ class Prepared(Subject):
     """A scan that is ready to run.
 
     units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
-    plan: may become smaller, or another run's: see `continue_plan`; identity: what makes two scans the same, for run
-    folders.
+    plan: may become smaller, or another run's: see `continue_plan`; execution: what the caller asked for; tree_ids: the
+    prompts as they are packed.
     """
 
     units: list[Head]
     plan: Plan
-    identity: dict
-    asked: dict  # parts of the plan that the caller has set
-    tree_ids: list[list[int]] = field(default_factory=list)  # the prompts as they are packed
+    execution: ScanExecution
+    tree_ids: list[list[int]] = field(default_factory=list)
     _pairs: object = None
     _mean: list[torch.Tensor] | None = None
 
@@ -70,6 +71,17 @@ class Prepared(Subject):
         base = self.heads(parent)
         return HeadMask((base, *(base + self.heads([each]) for each in units)), self.how, values)
 
+    def _identity(self) -> dict:
+        shape = [len(self.token_ids), self.anatomy.num_layers, self.num_units]
+        every = len(self.units) == shape[1] * shape[2]
+        heads = "all" if every else [list(unit) for unit in self.units]
+        return super()._identity() | {"heads": heads, "shape": shape} | self.measurement.identity()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Layers, and units of a layer."""
+        return self.anatomy.num_layers, self.num_units
+
     def wavefront(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> Wavefront:
         return Wavefront(
             self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.plan.chunk_tokens,
@@ -82,7 +94,7 @@ class Prepared(Subject):
         Unless the caller asks for another cut now, or less memory is free than the plan needs.
         """
         before = folder.previous.get("plan")
-        if not before or folder.previous.get("plan_asked") != self.asked:
+        if not before or folder.previous.get("plan_asked") != self.execution.asked():
             return
         plan = Plan.from_json(before, self.tree_ids, self.plan.needs)
         if plan.predicted_bytes <= self.plan.memory_limit_bytes:
@@ -110,91 +122,45 @@ class Prepared(Subject):
 
 
 def prepare(
-    kind: str,
-    model: PreTrainedModel,
-    prompts: Sequence,
-    tokenizer,
-    *,
-    template: str,
-    ablation: str | Ablation,
-    scale: float,
-    heads: Iterable[Sequence[int | None]] | None,
-    unit: str,
-    backend: str,
-    layers: str,
-    max_memory: int | None,
-    chunk_tokens: int | None,
-    rows_per_block: int | None,
-    prompts_per_group: int | None,
-    keep_hidden: bool = False,
+    model: PreTrainedModel, tokenizer, measurement: ScanMeasurement, execution: ScanExecution
 ) -> Prepared:
-    """Arguments as in `scan`. keep_hidden: the hidden states of every row at every prompt will be kept.
-
-    Raises InputError or UnsupportedModelError, as `scan` does.
-    """
-    subject = look_at(
-        model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, unit=unit, backend=backend,
-        layers=layers,
-    )  # fmt: skip
+    """Raises InputError or UnsupportedModelError, as `scan` does."""
+    subject = look_at(model, tokenizer, measurement, execution)
     model, anatomy, token_ids = subject.model, subject.anatomy, subject.token_ids
-    units = scanned_units(heads, anatomy, subject.num_units, unit)
+    units = measurement.units(anatomy)
     resample = subject.how.kind == "resample"
     tree_ids, pairs = pair_ids(token_ids, subject.other_ids) if resample else (token_ids, None)
-    plan = make_plan(
-        anatomy, tree_ids, len(units), device=subject.device, dtype=model.dtype, max_memory=max_memory,
-        chunk_tokens=chunk_tokens, rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
+    held = replace(
+        held_beside(model, anatomy, measurement, subject.device, subject.layers),
         coming_bytes=coming_bytes(model, [block.module for block in anatomy.blocks]),
-        **kept(model, anatomy, len(token_ids), subject.device, resample, keep_hidden, subject.layers),
-    )  # fmt: skip
-    asked = {
-        "chunk_tokens": chunk_tokens,
-        "rows_per_block": rows_per_block,
-        "prompts_per_group": prompts_per_group,
-    }
-    subject.record["plan_asked"] = asked
-    shape = [len(token_ids), anatomy.num_layers, subject.num_units]
-    identity = subject.describe(kind) | {
-        "heads": "all" if len(units) == shape[1] * shape[2] else [list(h) for h in units],
-        "shape": shape,
-    }
-    subject.record["head_precision"] = head_precision(model)
+    )
+    plan = make_plan(anatomy, tree_ids, len(units), subject.device, model.dtype, execution, held)
+    subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(model)}
     return Prepared(
-        **vars(subject),
-        units=units,
-        plan=plan,
-        identity=identity,
-        asked=asked,
-        tree_ids=tree_ids,
-        _pairs=pairs,
+        **vars(subject), units=units, plan=plan, execution=execution, tree_ids=tree_ids, _pairs=pairs
     )
 
 
-def scanned_units(heads, anatomy: Anatomy, num_units: int, unit: str) -> list[Head]:
-    """The units that `heads` of a scan names, in ascending order."""
-    grid = [(layer, None) for layer in range(anatomy.num_layers)] if heads is None else heads
-    return check_heads(grid, anatomy.num_layers, num_units, unit)
-
-
-def kept(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    num_prompts: int,
-    device: torch.device,
-    resample: bool,
-    keep_hidden: bool,
-    layers: str,
-) -> dict[str, int]:
-    """What a scan holds beside its blocks, and in what, as `make_plan` takes it. layers: as in `Subject`."""
-    # A half-precision output head on a CPU is copied to float32 while a scan runs.
+def held_beside(
+    model: PreTrainedModel, anatomy: Anatomy, measurement: ScanMeasurement, device: torch.device, layers: str
+) -> Held:
+    """What a scan holds beside its blocks. layers: as in `Subject`."""
     row_size = 4 if layers == FP32_RESIDUAL else model.dtype.itemsize
+    # A half-precision output head on a CPU is copied to float32 while a scan runs.
     wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
-    return {
-        "extra_rows": anatomy.num_layers * resample,
-        "kept_per_row_bytes": num_prompts * anatomy.hidden_size * row_size * keep_hidden,
-        "row_size": row_size,
-        "kept_bytes": 4 * anatomy.vocab_size * anatomy.hidden_size * wide_head
-        + (fused_layer.loaded_bytes(anatomy.layers[0].module, device) if layers != "model" else 0),
-    }
+    loaded = fused_layer.loaded_bytes(anatomy.layers[0].module, device) if layers != "model" else 0
+    return Held(
+        extra_rows=anatomy.num_layers * (measurement.ablation.kind == "resample"),
+        per_row_bytes=len(measurement.prompts) * anatomy.hidden_size * row_size * measurement.keeps_hidden,
+        bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head + loaded,
+        row_size=row_size,
+    )
+
+
+def progress_bar(name: str, steps: int, execution: ScanExecution) -> tqdm:
+    """Of (row, layer) steps, on stderr; none where there are none, or none is wanted."""
+    hidden = not execution.progress or not steps
+    return tqdm(total=steps, desc=name, unit=" layer passes", unit_scale=True, disable=hidden)
 
 
 def run_blocks(

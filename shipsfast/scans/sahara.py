@@ -9,19 +9,14 @@ of one, and a set of heads that is reached in two orders is scored once.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..clock import seconds_since
-from ..engine.ablation import DEFAULT_SCALE, Ablation
 from ..engine.heads import Head
-from ..errors import whole_number
+from ..engine.measurement import ScanExecution, called_with
 from ..models.restore import untouched
-from ..ops.subspaces import check_group_size, check_rank
 from ..results.gram_bootstrap import ROOM as GRAMS
 from ..results.gram_bootstrap import Grams
 from ..results.sahara import STEP_COLUMNS, SaharaResult
@@ -29,33 +24,16 @@ from ..results.ships import stability_json
 from ..runs.folder import RunFolder
 from ..runs.tables import SCORES, read_scores, score_frame
 from .angles import AngleScan
-from .prepare import prepare
+from .measurements import SaharaMeasurement
+from .prepare import prepare, progress_bar
 
 TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
 
 
+@called_with(SaharaMeasurement, ScanExecution)
 @untouched
 def sahara(
-    model: PreTrainedModel,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    tokenizer=None,
-    *,
-    group_size: int = 3,
-    rank: int = 1,
-    beam: int = 1,
-    template: str = "none",
-    ablation: str | Ablation = "undifferentiated",
-    scale: float = DEFAULT_SCALE,
-    heads: Iterable[Sequence[int | None]] | None = None,
-    unit: str = "head",
-    backend: str = "auto",
-    layers: str = "auto",
-    out: str | Path | None = None,
-    progress: bool = True,
-    max_memory: int | None = None,
-    chunk_tokens: int | None = None,
-    rows_per_block: int | None = None,
-    prompts_per_group: int | None = None,
+    model: PreTrainedModel, tokenizer, measurement: SaharaMeasurement, execution: ScanExecution
 ) -> SaharaResult:
     """Find a group of heads greedily: add the head that turns the prompts' subspace furthest, `group_size` times.
 
@@ -63,10 +41,6 @@ def sahara(
     far, and scored by dataset-level Ships (see `scan_dataset`) against the unablated model. Ties, to
     1e-9 degrees, go to the lower (layer, head).
 
-    Args:
-        group_size: heads to find. rank: r of dataset-level Ships, at most P.
-        beam: groups kept after every step; 1 is the paper's Sahara.
-        All others: as in `scan`; `heads` are the candidates.
     Returns:
         SaharaResult: .heads in the order chosen, .angle_deg float64 [group_size, L, H], every step's scores.
     Raises:
@@ -74,16 +48,10 @@ def sahara(
         UnsupportedModelError: the model cannot be scanned exactly.
     """
     started = time.perf_counter()
-    group_size, beam = whole_number("group_size", group_size), whole_number("beam", beam)
-    prepared = prepare(
-        "sahara", model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, heads=heads, unit=unit,
-        backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
-        rows_per_block=rows_per_block, prompts_per_group=prompts_per_group, keep_hidden=True,
-    )  # fmt: skip
-    rank = check_rank(rank, len(prepared.token_ids), prepared.anatomy.hidden_size)
-    check_group_size(group_size, len(prepared.units), unit)
-    prepared.identity |= {"rank": rank, "group_size": group_size, "beam": beam}
-    grid = tuple(prepared.identity["shape"][1:])
+    prepared = prepare(model, tokenizer, measurement, execution)
+    measurement.check(len(prepared.token_ids), len(prepared.units), prepared.anatomy.hidden_size)
+    group_size, beam, rank = measurement.group_size, measurement.beam, measurement.rank
+    grid, out = prepared.grid, execution.out
     scores, folder = np.full((group_size, beam, *grid), np.nan), None
     if out is not None:
         folder = RunFolder(out, prepared.identity, prepared.record)
@@ -101,7 +69,7 @@ def sahara(
     groups = len(prepared.plan.prompt_groups)
     per_step = prepared.layer_passes(prepared.units, prepared.units, groups)
     total = per_step * (1 + (group_size - 1) * beam)
-    with tqdm(total=total, unit=" layer passes", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("sahara", total, execution) as bar:
         angular = AngleScan(prepared, rank, bar, folder, None if grams is None else grams.base)
         search = _Search(prepared, angular, scores, grams, folder)
         seconds = []

@@ -18,21 +18,20 @@ from .metrics import Metric, as_metrics
 from .prepare import Prepared
 
 
-def measures_of(prepared: Prepared, metric, tokenizer, out: str | Path | None, mark: bool) -> list[Measure]:
+def measures_of(prepared: Prepared, tokenizer) -> list[Measure]:
     """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first."""
-    metrics = as_metrics(metric, tokenizer, prepared.anatomy.vocab_size)
+    measurement, out = prepared.measurement, prepared.execution.out
+    metrics = as_metrics(measurement.metric, tokenizer, prepared.anatomy.vocab_size)
     if out is not None and not all(each.is_named for each in metrics):
         name = next(each.name for each in metrics if not each.is_named)
         raise InputError(
             f"metric {name} has no name of its own, so a run folder cannot tell it from others: define it "
             "as a function of a module, or leave out= away and save the result"
         )
-    places = [
-        None if out is None else Path(out) / place for place in ("", *map(also_place, range(1, len(metrics))))
-    ]
+    places = ["", *map(also_place, range(1, len(metrics)))]
     others = {"further_metrics": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
     return [
-        Measure(prepared, each, place, others if number == 0 else {}, mark)
+        Measure(prepared, each, None if out is None else Path(out) / place, others if number == 0 else {})
         for number, (each, place) in enumerate(zip(metrics, places, strict=True))
     ]
 
@@ -48,16 +47,15 @@ def finished(measures: Sequence[Measure]) -> ShipsResult | None:
 class Measure:
     """One metric of a scan: its scores so far, float64 [P, L, H], its noise floor and its run folder."""
 
-    def __init__(
-        self, prepared: Prepared, metric: Metric, path: Path | None, others: dict, mark: bool
-    ) -> None:
-        """others: what the identity says of further metrics of the same scan; mark: scores that are not finite."""
+    def __init__(self, prepared: Prepared, metric: Metric, path: Path | None, others: dict) -> None:
+        """others: what the identity says of further metrics of the same scan."""
         self.prepared, self.metric = prepared, metric
         about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
         self.identity = prepared.identity | {"metric": metric.describe()} | others
         self.record = prepared.record | {"metric": about}
         self.scores = np.full(self.identity["shape"], np.nan)
-        self.mark, self.marked = mark, np.zeros(self.scores.shape, dtype=bool)
+        self.mark = prepared.measurement.nonfinite == "mark"  # scores that are not finite
+        self.marked = np.zeros(self.scores.shape, dtype=bool)
         self.noise_floor, self.compared, self.folder = 0.0, False, None
         if path is not None:
             self.folder = RunFolder(path, self.identity, self.record)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..engine.ablate import dense_rows
-from ..engine.ablation import HeadMask
+from ..engine.head_mask import HeadMask
 from ..engine.heads import Head
 from ..errors import UnsupportedModelError
 from ..models.anatomy import input_device, last_logits_only

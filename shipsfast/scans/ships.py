@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..clock import seconds_since
-from ..engine.ablation import DEFAULT_SCALE, Ablation
 from ..engine.heads import Head
+from ..engine.measurement import ScanExecution, called_with
 from ..errors import InputError, UnsupportedModelError
 from ..memory import OutOfMemory, once_more
 from ..models.restore import untouched
 from ..results.ships import MARKED, ShipsResult
+from .measurements import ShipsMeasurement
 from .metrics import Metric, measure_rows
-from .nonfinite import check_base_logits, check_policy, explain, reason
-from .prepare import Prepared, prepare, run_blocks
+from .nonfinite import check_base_logits, explain, reason
+from .prepare import Prepared, prepare, progress_bar, run_blocks
 from .score_store import Measure, finished, measures_of
 from .self_check import (
     ablated_logits,
@@ -33,27 +32,10 @@ from .self_check import (
 )
 
 
+@called_with(ShipsMeasurement, ScanExecution)
 @untouched
 def scan(
-    model: PreTrainedModel,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    tokenizer=None,
-    *,
-    template: str = "none",
-    ablation: str | Ablation = "undifferentiated",
-    scale: float = DEFAULT_SCALE,
-    metric="kl",
-    nonfinite: str = "raise",
-    heads: Iterable[Sequence[int | None]] | None = None,
-    unit: str = "head",
-    backend: str = "auto",
-    layers: str = "auto",
-    out: str | Path | None = None,
-    progress: bool = True,
-    max_memory: int | None = None,
-    chunk_tokens: int | None = None,
-    rows_per_block: int | None = None,
-    prompts_per_group: int | None = None,
+    model: PreTrainedModel, tokenizer, measurement: ShipsMeasurement, execution: ScanExecution
 ) -> ShipsResult:
     """Switch off every head, one at a time, and measure how far the next-token distribution moves.
 
@@ -61,32 +43,6 @@ def scan(
     full vocabulary, of the token that follows the prompt. All heads are measured in one growing batch
     (engine/growing_batch.py); the scores are those of one forward pass per head and prompt, up to rounding.
 
-    Args:
-        model: a transformers causal language model, already loaded. It is put back as it was.
-        prompts: P strings (then `tokenizer` is needed) or P lists of token ids.
-        template: how strings are wrapped: "none", "chat", "query-answer" or a text with {prompt}.
-        ablation, scale: a kind of engine/ablation.py with its eps, or an `Ablation`. "mean" averages over the scanned
-            prompts; for others, and for "resample", give an `Ablation` with prompts.
-        metric: "kl", "reverse_kl", "js", "total_variation", `logit_diff(token_a, token_b)`,
-            `refusal_logit(tokens)`, or a callable on (base_logits [P, V], ablated_logits [N, V],
-            prompt_index int64 [N]) -> [N]. Or a list of them, measured in one pass: the result is the first one's,
-            and has the others in .also.
-        nonfinite: what becomes of a score that is NaN or infinite, because the ablated model overflows or the metric is
-            undefined: "raise" ends the run, naming the layer where it begins; "mark" leaves it out, NaN in the scores
-            and true in .marked, and its head out of the ranking. An unablated model that overflows is always refused.
-        heads: (layer, head) pairs, from 0, to scan; (layer, None) for a whole layer; None for all.
-        unit: "head", or "kv_group" to switch off all query heads of a key/value head together; then `heads` and
-            the last axis of the scores count key/value heads.
-        backend: attention: "auto", "triton", "cpp", "torch" or "reference". Named, it runs or raises.
-        layers: how rows pass a decoder layer: "model" is the layer's own forward, "fused" the faster way of
-            engine/fused_layer.py for Llama, Mistral, Qwen 2, Qwen 3 and Gemma 2, on a GPU (bfloat16, float16, float32; with backend
-            "triton") or a CPU (float32, float64), "auto" the second where it can. "fused_fp32_residual" is the second
-            with a half-precision model's residual stream in float32, with backend "triton". Named, it runs or raises; a
-            run that `out` holds is given back as it ran.
-        out: run folder. What is finished is kept there, and the same scan continues from it.
-        progress: a progress bar on stderr.
-        max_memory: bytes to use beyond the model, default from what is free.
-        chunk_tokens, rows_per_block, prompts_per_group: override the memory plan.
     Returns:
         ShipsResult with .scores (.kl) float64 [P, L, H], NaN for heads not in `heads` and for marked scores.
     Raises:
@@ -94,13 +50,8 @@ def scan(
         UnsupportedModelError: the model cannot be scanned exactly.
     """
     started = time.perf_counter()
-    check_policy(nonfinite)
-    prepared = prepare(
-        "ships", model, prompts, tokenizer, template=template, ablation=ablation, scale=scale, heads=heads, unit=unit,
-        backend=backend, layers=layers, max_memory=max_memory, chunk_tokens=chunk_tokens,
-        rows_per_block=rows_per_block, prompts_per_group=prompts_per_group,
-    )  # fmt: skip
-    measures = measures_of(prepared, metric, tokenizer, out, nonfinite == "mark")
+    prepared = prepare(model, tokenizer, measurement, execution)
+    measures = measures_of(prepared, tokenizer)
     main = measures[0]
     if main.folder is not None:
         found = finished(measures)
@@ -111,7 +62,7 @@ def scan(
         prepared.continue_plan(main.folder)
         for measure in measures:
             measure.begin()
-    work = _Work(prepared, measures, progress)
+    work = _Work(prepared, measures)
     scan_started = time.perf_counter()
     try:
         work.run()
@@ -130,15 +81,13 @@ def scan(
 class _Work:
     """Fills in the scores that are missing, group of prompts by group."""
 
-    def __init__(self, prepared: Prepared, measures: list[Measure], progress: bool) -> None:
+    def __init__(self, prepared: Prepared, measures: list[Measure]) -> None:
         self.prepared, self.measures = prepared, measures
         steps = sum(
             prepared.layer_passes(prepared.units, self.missing(group))
             for group in prepared.plan.prompt_groups
         )
-        self.bar = tqdm(
-            total=steps, desc="scan", unit=" layer passes", unit_scale=True, disable=not progress or not steps
-        )
+        self.bar = progress_bar("scan", steps, prepared.execution)
         self._packed: tuple | None = None  # (group, pack, values) of the group at hand
 
     @property

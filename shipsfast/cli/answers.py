@@ -1,0 +1,103 @@
+"""Commands about whole answers: generate, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .asked import Asked, check_place
+from .judges import chosen_judge
+from .options import ANSWER_OPTIONS, Control, Groups, JudgeName, JudgeTemplate, KeepText, command
+from .shown import show_json, show_result
+
+
+@command(ANSWER_OPTIONS, without=("out", "resume"))
+def generate(asked: Asked, groups: Groups = "none"):
+    """Print what MODEL answers to PROMPTS with each group of heads off."""
+    from ..answers.generate import generate as run
+    from ..engine.heads import parse_groups
+    from ..results.pages import show_texts
+
+    chosen = parse_groups(groups)
+    texts, prompts = asked.run(run, groups=chosen), asked.values["prompts"]
+    if not asked.given["json"]:
+        return show_texts(chosen, prompts, texts)
+    show_json(
+        [
+            {"heads": [list(head) for head in group], "prompt": prompt, "text": text}
+            for group, answers in zip(chosen, texts, strict=True)
+            for prompt, text in zip(prompts, answers, strict=True)
+        ]
+    )
+
+
+@command(ANSWER_OPTIONS)
+def evaluate(
+    asked: Asked,
+    groups: Groups = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A finished run folder to take heads from, with --top.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many heads to take from --run, each a group.")] = 10,
+    cumulative: Annotated[
+        bool,
+        typer.Option("--cumulative", help="Groups of the best 1, 2, ... heads instead. Sahara's always are."),
+    ] = False,
+    control: Control = None,
+    judge: JudgeName = "keywords",
+    judge_template: JudgeTemplate = None,
+    keep_text: KeepText = False,
+    view: Annotated[
+        Path | None, typer.Option(help="Write the answers side by side here (md or html).")
+    ] = None,
+):
+    """Judge what MODEL answers to PROMPTS with each group of heads off: attack success rates.
+
+    The unablated model's answers are judged beside them.
+    """
+    from ..engine.heads import parse_groups
+    from ..prompts.datasets import load_prompts
+
+    if view is not None and view.suffix.lower() not in (".md", ".html"):
+        raise InputError(f"--view {view}: expected a name ending in .md or .html")
+    check_place(view)
+    if groups is not None and run is not None:
+        raise InputError("--groups names the heads, and --run takes them from a run: give one of them")
+    if groups is None and run is None:
+        raise InputError(
+            "evaluate needs --groups, such as '2-26; 2-26,3-1', or --run with a finished run folder"
+        )
+    chosen = parse_groups(groups) if run is None else _best(run, top, cumulative, asked.values["unit"])
+    ordinary = None if control is None else load_prompts(control, asked.given["column"])
+    from ..answers.evaluate import evaluate as run_it
+
+    result = asked.run(
+        run_it, groups=[[], *(group for group in chosen if group)], judge=chosen_judge(judge, judge_template, asked),
+        control=ordinary, keep_text=keep_text,
+    )  # fmt: skip
+    if view is not None:
+        result.view(view)
+    show_result(result, top, asked)
+    if view is not None and not asked.given["json"]:
+        print(f"answers side by side: {view}")
+
+
+def _best(run: Path, top: int, cumulative: bool, unit: str) -> list[list[tuple[int, int]]]:
+    """The groups that a finished run speaks for."""
+    from ..results.load import load
+    from ..results.sahara import SaharaResult
+
+    result = load(run)
+    if not hasattr(result, "top"):
+        raise InputError(f"{run} holds no scan: give one of scan, scan-dataset or sahara")
+    if result.record.get("status") not in (None, "complete"):
+        raise InputError(f"{run} holds a run that is not finished: run it again to continue")
+    if result.unit != unit:
+        raise InputError(f"{run} is about {result.unit}s: give --unit {result.unit}")
+    heads = result.heads[:top] if isinstance(result, SaharaResult) else [s[:2] for s in result.top(top)]
+    if cumulative or isinstance(result, SaharaResult):
+        return [heads[:n] for n in range(1, len(heads) + 1)]
+    return [[head] for head in heads]

@@ -1,0 +1,187 @@
+"""What a command line asks for: checked, cheapest first, and then loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from ..errors import InputError
+
+PICTURES = (".png", ".svg", ".pdf")
+running: dict[str, Path | None] = {"out": None}  # where the command at work writes, for its last words
+
+
+class Asked:
+    """The arguments and options that commands share, as they were given.
+
+    values: what describes the measurement and its execution, by the names of their fields.
+    Raises InputError for what can be seen to be wrong before a model is loaded.
+    """
+
+    def __init__(self, given: dict) -> None:
+        self.given = given
+        out, plot = given.get("out"), given.get("plot")
+        running["out"] = out
+        self.before = as_it_lies(out)
+        self.values = {"progress": not given["quiet"], "out": out, "template": given["template"]}
+        self._check_prompts()
+        if plot is not None and plot.suffix.lower() not in PICTURES:
+            raise InputError(
+                f"--plot {plot}: expected a name ending in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+            )
+        for path in (plot, out):
+            check_place(path)
+        if given.get("resume"):
+            check_resume(out)
+        self._check_how()
+
+    def _check_prompts(self) -> None:
+        from ..prompts.datasets import load_prompts, sample_prompts
+
+        given = self.given
+        which = (given["limit"], given["sample"], given["seed"])
+        self.values["prompts"] = sample_prompts(load_prompts(given["prompts"], given["column"]), *which)
+        self.others = None
+        if given["source"] is not None:
+            self.others = load_prompts(given["source"], given["column"])
+            if given["ablation"] == "resample" and len(self.others) > 1:
+                self.others = sample_prompts(self.others, *which)
+
+    def _check_how(self) -> None:
+        quiet_transformers()  # before anything imports it
+        from ..engine.ablation import Ablation
+        from ..engine.heads import parse_heads
+        from ..engine.measurement import Execution
+        from ..engine.memory_plan import parse_bytes
+
+        given, others = self.given, self.others
+        if given["ablation"] == "resample" and others is None:
+            raise InputError("--ablation resample needs --source, a file of prompts to take outputs from")
+        how = Ablation(
+            given["ablation"], _number(given["scale"], "--scale"), None if others is None else tuple(others)
+        )
+        Execution(layers=given["layers"])  # raises for a name that is none
+        memory = {name: given.get(name) for name in ("max_memory", "device_memory")}
+        memory = {name: None if text is None else parse_bytes(text) for name, text in memory.items()}
+        if memory["device_memory"] is not None and not given["plan"]:
+            raise InputError(
+                "--device-memory is for --plan: a scan is told what it may use with --max-memory"
+            )
+        self.device_memory = memory["device_memory"]
+        self.values |= {
+            "ablation": how, "unit": given["unit"].replace("-", "_"), "backend": given["backend"],
+            "layers": given["layers"], "max_memory": memory["max_memory"], "seed": given["seed"],
+        }  # fmt: skip
+        if given.get("heads") is not None:
+            self.values["heads"] = parse_heads(given["heads"])
+        if "eos_token_id" in given:
+            self.values |= {
+                name: given[name] for name in ("max_new_tokens", "do_sample", "top_k", "temperature")
+            }
+            self.values["eos_token_id"] = _end_tokens(given["eos_token_id"])
+
+    def run(self, function: Callable, **own):
+        """Load the model, and give it to a public function with what was asked, and with the command's own options."""
+        from ..models.loading import load_model
+
+        given, tokenizer = self.given, self._tokenizer()
+        model = load_model(
+            given["model"], dtype=given["dtype"], device=given["device"], stream=given.get("stream", False),
+            trust_remote_code=given["trust_remote_code"],
+        )  # fmt: skip
+        return function.run(model, tokenizer, *self._described(function, own))
+
+    def forecast(self, function: Callable, **own):
+        """What `run` would take, of a model without weights."""
+        from ..models.without_weights import hollow_model
+        from ..scans.forecast import forecast
+
+        given, tokenizer = self.given, self._tokenizer()
+        model = hollow_model(given["model"], given["dtype"], trust_remote_code=given["trust_remote_code"])
+        return forecast(
+            model, tokenizer, *self._described(function, own), stream=given["stream"], device=given["device"],
+            device_memory=self.device_memory,
+        )  # fmt: skip
+
+    def _tokenizer(self):
+        from ..models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(self.given["model"], trust_remote_code=self.given["trust_remote_code"])
+        self.values["template"] = template_for(self.given["template"], tokenizer)
+        return tokenizer
+
+    def _described(self, function: Callable, own: dict):
+        for cls in (function.measurement, function.execution):
+            names = {field.name for field in fields(cls)}
+            yield cls(**{name: value for name, value in (self.values | own).items() if name in names})
+
+
+def template_for(name: str, tokenizer) -> str:
+    """ "auto" is the tokenizer's own, if it has one."""
+    if name != "auto":
+        return name
+    return "chat" if getattr(tokenizer, "chat_template", None) else "none"
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{option} must be a number, got {text!r}") from None
+
+
+def _end_tokens(given: list[str] | None) -> list[int] | None:
+    """As `generate` takes them: None for those of the model, [] for none."""
+    if not given or given == ["none"]:
+        return None if not given else []
+    try:
+        return [int(each) for each in given]
+    except ValueError:
+        raise InputError(
+            f"--eos-token-id must be whole numbers, or none alone, got {', '.join(given)}"
+        ) from None
+
+
+def as_it_lies(out: Path | None) -> tuple[int, int] | None:
+    """What tells whether a run has written its manifest since: whoever does any work does."""
+    from ..runs.manifest import MANIFEST
+
+    if out is None or not (out / MANIFEST).is_file():
+        return None
+    found = (out / MANIFEST).stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def check_resume(out: Path | None) -> None:
+    """Raises InputError unless there is a run to go on with."""
+    from ..runs.manifest import BACKUP, MANIFEST, without_run
+
+    if out is None:
+        raise InputError("--resume goes on with the run in --out: give --out")
+    if not any((out / name).is_file() for name in (MANIFEST, BACKUP)):
+        raise InputError(
+            f"--resume {out}: there is no run to go on with, {without_run(out)}; leave --resume away to begin one"
+        )
+
+
+def check_place(path: Path | None) -> None:
+    """A result that cannot be written is refused before it is computed."""
+    if path is None:
+        return
+    parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write {path}: {parent} is not a folder that can be written to")
+    if path.suffix.lower() in PICTURES and not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def quiet_transformers() -> None:
+    """Bad input is told once, by us; progress bars of loading are noise beside ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,111 @@
+"""The command line. Results go to stdout, progress and errors to stderr; bad input exits with status 2.
+
+Nothing heavy is imported here: each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import threading
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from ..errors import InputError, Stopped, WriteError
+from . import answers, runs, scans
+from .asked import running
+
+app = typer.Typer(
+    name="shipsfast",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# In the order in which --help lists them.
+COMMANDS = {
+    "scan": scans.scan,
+    "scan-dataset": scans.scan_dataset,
+    "sahara": scans.sahara,
+    "generate": answers.generate,
+    "evaluate": answers.evaluate,
+    "demo": runs.demo,
+    "verify": runs.verify,
+    "info": runs.info,
+    "bench": scans.bench,
+}
+for name, function in COMMANDS.items():
+    app.command(name)(function)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"shipsfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Say which version this is."),
+    ] = False,
+) -> None:
+    """Find the attention heads that carry a language model's behaviour: switch each one off, measure what changes."""
+
+
+# Errors of a disk, a network share, their permissions, and of paths that cannot be.
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG,
+    errno.EMFILE, errno.ENODEV, errno.ENXIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Entry point. Exit status: 0, 2 for bad input or a disk that fails, 130 after Ctrl-C, 143 after SIGTERM;
+    of verify, 1 for a run that is damaged or not finished."""
+    running["out"] = None
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        app()
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's own for Ctrl-C, which says nothing
+            _fail(_with_kept("interrupted"))
+        raise
+    except Stopped:
+        _fail(_with_kept("terminated (SIGTERM)"))
+        sys.exit(143)
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        if error.errno not in DISK and not isinstance(error, WriteError):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_fail(_with_kept(f"cannot read or write{where}: {error.strerror}")))
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(_number, _frame) -> None:
+    raise Stopped
+
+
+def _with_kept(message: str) -> str:
+    """The message, and what of the run at hand is safe."""
+    if running["out"] is None:
+        return message
+    from ..runs.folder import kept
+
+    safe = kept(running["out"])
+    return f"{message}; {safe}" if safe else message
+
+
+def _fail(message: str) -> int:
+    print(f"shipsfast: {' '.join(message.split())}", file=sys.stderr)
+    return 2

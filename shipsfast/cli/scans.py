@@ -1,0 +1,148 @@
+"""Commands about what the next token says: scan, scan-dataset, sahara, bench."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .asked import Asked, quiet_transformers, template_for
+from .judges import chosen_judge
+from .options import (
+    ANSWER_OPTIONS,
+    PLAN_OPTIONS,
+    SCAN_OPTIONS,
+    Backend,
+    Beam,
+    Column,
+    Device,
+    Dtype,
+    GroupSize,
+    Json,
+    JudgeName,
+    JudgeTemplate,
+    KeepText,
+    Limit,
+    MaxMemory,
+    MetricNames,
+    ModelName,
+    NonFinite,
+    Quiet,
+    Rank,
+    Template,
+    Top,
+    command,
+)
+from .shown import show_report, show_result
+
+
+@command(ANSWER_OPTIONS, SCAN_OPTIONS, PLAN_OPTIONS)
+def scan(
+    asked: Asked,
+    metric: MetricNames = ("kl",),
+    nonfinite: NonFinite = "raise",
+    top: Top = 10,
+    rank_by: Annotated[
+        str,
+        typer.Option(
+            help="score: the metric, of the next token. asr: attack success rate of whole answers, judged."
+        ),
+    ] = "score",
+    judge: JudgeName = "keywords",
+    judge_template: JudgeTemplate = None,
+    keep_text: KeepText = False,
+):
+    """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats).
+
+    With --rank-by asr: let the model answer with every head off, and judge the answers.
+    The options from --judge to --eos-token-id are for this.
+    """
+    from ..scans.metrics import parse_metric
+
+    if nonfinite not in ("raise", "mark"):
+        raise InputError(f"--nonfinite {nonfinite}: expected raise or mark")
+    chosen = [parse_metric(each) for each in metric]
+    if rank_by not in ("score", "asr"):
+        raise InputError(f"--rank-by {rank_by}: expected score or asr")
+    if rank_by == "score":
+        from ..scans.ships import scan as run
+
+        return _scanned(asked, run, top, metric=chosen, nonfinite=nonfinite)
+    if asked.given["plan"]:
+        raise InputError("--plan is for scans of the next token: leave --rank-by asr away")
+    if tuple(metric) != ("kl",):
+        raise InputError(
+            "--metric measures the next token, and --rank-by asr whole answers: give one of them"
+        )
+    if nonfinite == "mark":
+        raise InputError(
+            "--nonfinite mark is about scores of the next token: leave it out with --rank-by asr"
+        )
+    from ..answers.asr import scan_asr
+
+    judge = chosen_judge(judge, judge_template, asked)
+    show_result(asked.run(scan_asr, judge=judge, keep_text=keep_text), top, asked)
+
+
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
+def scan_dataset(asked: Asked, rank: Rank = 1, top: Top = 10):
+    """Score every head by how far it turns the subspace PROMPTS span (dataset-level Ships, in degrees)."""
+    from ..scans.dataset import scan_dataset as run
+
+    _scanned(asked, run, top, rank=rank)
+
+
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
+def sahara(asked: Asked, group_size: GroupSize = 3, rank: Rank = 1, beam: Beam = 1):
+    """Find the group of heads that carries the answers to PROMPTS, greedily (Sahara)."""
+    from ..scans.sahara import sahara as run
+
+    _scanned(asked, run, group_size, group_size=group_size, rank=rank, beam=beam)
+
+
+def _scanned(asked: Asked, function, top: int, **own) -> None:
+    if asked.given["plan"]:
+        show_report(asked.forecast(function, **own), asked.given["json"])
+    else:
+        show_result(asked.run(function, **own), top, asked)
+
+
+BenchPrompts = Annotated[
+    str | None, typer.Argument(help="Prompts, as for scan; random tokens where there are none.")
+]
+Seconds = Annotated[
+    float, typer.Option(help="What the timed scan may take, roughly; heads are sampled for it.")
+]
+
+
+def bench(
+    model: ModelName,
+    prompts: BenchPrompts = None,
+    seconds: Seconds = 20.0,
+    template: Template = "auto",
+    column: Column = None,
+    limit: Limit = None,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    max_memory: MaxMemory = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how fast MODEL scans here, how near that is to what the device can do, and what holds it back."""
+    from ..prompts.datasets import load_prompts, sample_prompts
+
+    texts = None if prompts is None else sample_prompts(load_prompts(prompts, column), limit, None, 0)
+    quiet_transformers()
+    from ..engine.memory_plan import parse_bytes
+    from ..models.loading import load_model, load_tokenizer
+    from ..scans.bench import bench as run
+
+    memory = None if max_memory is None else parse_bytes(max_memory)
+    tokenizer = None if texts is None else load_tokenizer(model)
+    result = run(
+        load_model(model, dtype=dtype, device=device), texts, tokenizer, template=template_for(template, tokenizer),
+        backend=backend, max_memory=memory, seconds=seconds, progress=not quiet,
+    )  # fmt: skip
+    show_report(result, json)

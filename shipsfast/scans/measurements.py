@@ -1,0 +1,125 @@
+"""What scans of heads measure: the descriptions of Ships, dataset-level Ships and Sahara."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_doc import Doc
+
+from ..engine.heads import Head, check_heads, check_unit
+from ..engine.measurement import Heads, Measurement, as_heads
+from ..errors import InputError, whole_number
+
+if TYPE_CHECKING:
+    from ..models.anatomy import Anatomy
+
+POLICIES = ("raise", "mark")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanMeasurement(Measurement):
+    """Heads that are switched off, one at a time."""
+
+    keeps_hidden: ClassVar[bool] = False  # the hidden states of every row at every prompt
+
+    heads: Annotated[
+        Heads | None,
+        Doc("only these;"),
+        Doc("(layer, head) pairs, from 0; (layer, None) for a whole layer; None for all."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(heads=as_heads(self.heads))
+
+    def units(self, anatomy: Anatomy) -> list[Head]:
+        """What is scanned, in ascending order. Raises InputError for heads that the model does not have."""
+        grid = [(layer, None) for layer in range(anatomy.num_layers)] if self.heads is None else self.heads
+        return check_heads(grid, anatomy.num_layers, check_unit(self.unit, anatomy), self.unit)
+
+    def identity(self) -> dict:
+        """What the identity of a run says of it beside prompts, ablation and heads."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShipsMeasurement(ScanMeasurement):
+    kind = "ships"
+
+    metric: Annotated[
+        object,
+        Doc("one of kl, reverse_kl, js, total_variation,"),
+        Doc(
+            "`logit_diff(token_a, token_b)`, `refusal_logit(tokens)`, or a callable on (base_logits [P, V], "
+            "ablated_logits [N, V], prompt_index int64 [N]) -> [N]. Or a list of them, measured in one pass: the result is "
+            "the first one's, and has the others in .also."
+        ),
+    ] = "kl"
+    nonfinite: Annotated[
+        str,
+        Doc(
+            "what becomes of a score that is NaN or infinite, because the ablated model overflows or the metric is undefined: "
+            "raise ends the run and says where it begins, mark leaves it out."
+        ),
+        Doc(
+            "Then it is NaN in the scores, true in .marked, and its head is in no ranking. An unablated model that overflows "
+            "is always refused."
+        ),
+    ] = "raise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nonfinite not in POLICIES:
+            raise InputError(f"unknown nonfinite {self.nonfinite!r}: expected one of {', '.join(POLICIES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceMeasurement(ScanMeasurement):
+    kind = "subspace"
+    keeps_hidden = True
+
+    rank: Annotated[
+        int, Doc("r, singular vectors that span the subspace; below P: with r = P every angle is 0.")
+    ] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(rank=whole_number("rank", self.rank))
+
+    def identity(self) -> dict:
+        return {"rank": self.rank}
+
+    def check(self, num_prompts: int, num_units: int, hidden_size: int) -> None:
+        """Raises InputError for a rank that these prompts cannot have, in a model of that size."""
+        if self.rank > num_prompts:
+            raise InputError(
+                f"rank {self.rank} needs at least {self.rank} prompts, and there are {num_prompts}: lower the rank or add "
+                "prompts"
+            )
+        if self.rank > hidden_size:
+            raise InputError(f"rank {self.rank} is above the model's hidden size of {hidden_size}: lower it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaharaMeasurement(SubspaceMeasurement):
+    kind = "sahara"
+
+    group_size: Annotated[int, Doc("how many heads to find.")] = 3
+    beam: Annotated[int, Doc("groups kept after every step; 1 is the paper's.")] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(
+            group_size=whole_number("group_size", self.group_size), beam=whole_number("beam", self.beam)
+        )
+
+    def identity(self) -> dict:
+        return super().identity() | {"group_size": self.group_size, "beam": self.beam}
+
+    def check(self, num_prompts: int, num_units: int, hidden_size: int) -> None:
+        super().check(num_prompts, num_units, hidden_size)
+        if self.group_size > num_units:
+            raise InputError(
+                f"group_size {self.group_size} is above the {num_units} {self.unit}s to choose from: lower it"
+            )
