@@ -4,7 +4,7 @@
     python -m benchmarks.aot --update    also write kernels/configs/aot_resources.json and docs/kernels.md
 
 The figures belong to a Triton version (each bundles its own ptxas), so the file keeps one table for each.
-tests/test_kernels_aot.py runs this module in a process of its own, since TRITON_INTERPRET=1, which the
+tests/kernels/test_kernels_aot.py runs this module in a process of its own, since TRITON_INTERPRET=1, which the
 other tests need, replaces triton.jit for good.
 """
 

@@ -2,7 +2,7 @@
 
 A file maps kernel -> dtype -> largest padded head size -> parameters. `sm_80.json` (A100) and `sm_90.json`
 (H100, H200) use the shared memory those chips have; `default.json` fits in the 99 KB of every other chip.
-tests/test_kernels_aot.py compiles every entry and checks registers, shared memory and spills.
+tests/kernels/test_kernels_aot.py compiles every entry and checks registers, shared memory and spills.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def table(times: dict[str, int], faults: dict[str, str]) -> str:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    from tests.faults import FAULTS
+    from tests.support.faults import FAULTS
 
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"

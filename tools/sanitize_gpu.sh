@@ -38,9 +38,9 @@ check() { # check TOOL NAME PYTEST_ARGUMENTS...
 }
 
 for tool in memcheck racecheck; do
-  check $tool "CUDA KL" tests/test_kl.py tests/test_kl_calls.py -m gpu -k "cpp-cuda or on_the_gpu"
-  check $tool "tree attention" tests/test_tree_attention.py -m gpu -k "not long_packs and bf16"
-  check $tool "decode attention" tests/test_decode_kernel.py -m gpu -k "not long_caches and not beyond_32_bits and bf16"
-  check $tool "small operations" tests/test_small_ops.py -m gpu -k "bf16"
+  check $tool "CUDA KL" tests/ops/test_kl.py tests/ops/test_kl_calls.py -m gpu -k "cpp-cuda or on_the_gpu"
+  check $tool "tree attention" tests/ops/test_tree_attention.py -m gpu -k "not long_packs and bf16"
+  check $tool "decode attention" tests/ops/test_decode_kernel.py -m gpu -k "not long_caches and not beyond_32_bits and bf16"
+  check $tool "small operations" tests/ops/test_small_ops.py -m gpu -k "bf16"
 done
 exit $failed

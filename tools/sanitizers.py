@@ -22,14 +22,14 @@ FLAGS = (
     " -fno-sanitize=vptr"
 )
 TESTS = (
-    "tests/test_odd_shapes.py", "tests/test_kl.py", "tests/test_kl_calls.py", "tests/test_divergences.py",
-    "tests/test_fused.py", "tests/test_segments.py", "tests/test_decode_attention.py",
+    "tests/ops/test_odd_shapes.py", "tests/ops/test_kl.py", "tests/ops/test_kl_calls.py", "tests/ops/test_divergences.py",
+    "tests/engine/test_fused.py", "tests/ops/test_segments.py", "tests/ops/test_decode_attention.py",
 )  # fmt: skip
 # Their bounds are for vector code; sanitized loops are not vectorised, and add hundreds of terms in another order.
 ANOTHER_ORDER = (
-    "tests/test_fused.py::test_ops_against_torch[640-fp64]",
-    "tests/test_kl.py::test_flat_base_against_a_peak[cpp-cpu]",
-    "tests/test_decode_attention.py::test_matches_the_oracle[cpp-N7-H2-HKV1-C37-D256-fp32]",
+    "tests/engine/test_fused.py::test_ops_against_torch[640-fp64]",
+    "tests/ops/test_kl.py::test_flat_base_against_a_peak[cpp-cpu]",
+    "tests/ops/test_decode_attention.py::test_matches_the_oracle[cpp-N7-H2-HKV1-C37-D256-fp32]",
 )
 NOT_COMPILED = "not triton and not reference and not torch-"  # paths that run none of csrc/
 

@@ -22,7 +22,7 @@ from . import checkup
 
 QUICK_BUDGET_S = 460.0
 TEST_SHARE = 0.15  # of the budget, for each run of GPU tests
-TESTS = {"whole runs": ["tests/test_on_gpu.py", "tests/test_kl.py"], "pytest -m gpu": []}
+TESTS = {"whole runs": ["tests/gpu/test_on_gpu.py", "tests/ops/test_kl.py"], "pytest -m gpu": []}
 HANG_S = 60.0  # beyond the budget, after which the process tells where it stands and ends
 # Seconds that a case needs with --quick at the least, on an H100: below that it is not begun.
 NEEDS_S = {

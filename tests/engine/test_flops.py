@@ -1,0 +1,100 @@
+"""FLOP counts, against counts by hand and against torch's own counter on a real pass."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import shipsfast
+from shipsfast.engine.flops import gated_model_flops, gemm_flops_per_s, model_flops, scan_flops
+from shipsfast.models.anatomy import inspect_model
+from shipsfast.ops.prefix_tree import pack
+from tests.support.models import HEADS, LAYERS, build
+
+PROMPTS = [[3, 4, 5, 6, 7], [3, 4, 9], [8, 9, 10, 11]]
+UNITS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+FAMILIES = [
+    "llama-mha",
+    "llama-gqa",
+    "mistral-window",
+    "qwen3-qknorm",
+    "gemma2-softcap-window",
+    "gpt2",
+    "opt",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_cost_what_a_counted_pass_costs(family):
+    model = build(family, torch.float32)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    costs = model_flops(model, inspect_model(model, [3, 4], 40))
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(ids, use_cache=False)
+    counted = counter.get_flop_counts()["Global"]
+    per_token = sum(x.keys_values + x.rest for x in costs.layers) + costs.head
+    dense_attention = sum(x.per_key for x in costs.layers) * 16
+    # Weights, and attention as eager computes it: every pair. What is over is rotary tables.
+    assert sum(counted.values()) == pytest.approx(4 * per_token + dense_attention, rel=0.01)
+
+
+def test_a_shape_costs_what_its_model_costs():
+    model = build("llama-gqa")
+    config, costs = model.config, model_flops(model, inspect_model(model, [3, 4], 40))
+    shape = gated_model_flops(
+        layers=LAYERS, hidden=config.hidden_size, heads=HEADS, kv_heads=config.num_key_value_heads,
+        head_dim=config.hidden_size // HEADS, intermediate=config.intermediate_size, vocabulary=config.vocab_size,
+    )  # fmt: skip
+    assert (shape.layers, shape.head) == (costs.layers, costs.head)
+    assert sorted(shape.products) == sorted(costs.products)
+
+
+def test_experts_count_as_often_as_a_token_takes_them():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    costs = model_flops(model, inspect_model(model, [3, 4], 40))
+    attention, experts, router = 32 * (32 + 16 + 16 + 32), 2 * 3 * 32 * 48, 4 * 32
+    assert costs.layers[0].keys_values + costs.layers[0].rest == 2 * (attention + experts + router)
+
+
+def test_a_scan_by_hand():
+    costs = gated_model_flops(
+        layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=12, vocabulary=20, windows=[3, None]
+    )
+    packed = pack([[1, 2, 3, 4], [1, 2, 5]])  # 5 nodes at depths 0 1 2 3 2, ends at depths 3 and 2
+    key_value, rest = 2 * 2 * 8 * 4, 2 * (2 * 8 * 8 + 3 * 8 * 12)
+    units = [(0, 0), (0, 1), (1, 0)]
+    first = 3 * (5 * (key_value + rest) + 4 * 8 * (1 + 2 + 3 + 3 + 3))
+    last = 4 * (5 * key_value + 2 * rest + 4 * 8 * (4 + 3))
+    assert scan_flops(costs, [packed], units) == first + last + 4 * 2 * 2 * 8 * 20
+    assert scan_flops(costs, [packed], units, head=False) == first + last
+    assert scan_flops(costs, [packed, packed], units, head=False) == 2 * (first + last)
+
+
+def test_every_block_has_the_unablated_row_again():
+    model = build("llama-gqa")
+    costs = model_flops(model, inspect_model(model, [3, 4], 40))
+    once = scan_flops(costs, [pack(PROMPTS)], [])
+    whole = scan_flops(costs, [pack(PROMPTS)], UNITS)
+    assert scan_flops(costs, [pack(PROMPTS)], UNITS, rows_per_block=5) == whole + 2 * once
+
+
+@pytest.mark.parametrize("family", ["llama-mha", "qwen3-qknorm"])
+def test_a_scan_does_as_much_as_its_count(family):
+    """Counted by torch while it runs. What a scan does beyond: the look at the model, and its checks of itself."""
+    model = build(family, torch.float32)
+    costs = model_flops(model, inspect_model(model, [3, 4], 40))
+    with FlopCounterMode(display=False) as counter:
+        shipsfast.scan(model, PROMPTS, progress=False, layers="model", backend="reference")
+    counted = sum(counter.get_flop_counts()["Global"].values())
+    expected = scan_flops(costs, [pack(PROMPTS)], UNITS)
+    assert expected <= counted <= 1.6 * expected
+
+
+def test_a_rate_is_measured():
+    assert gemm_flops_per_s([(64, 96), (96, 64)], 32, dtype=torch.float32, device="cpu", repeats=1) > 1e6

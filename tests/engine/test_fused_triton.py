@@ -1,0 +1,246 @@
+"""Whole runs on the path of a GPU: Triton attention and Triton small operations, here in Triton's interpreter.
+
+Held against float64 by the model's own layers and the reference attention, or by one plain pass for each score, with the
+error of the same in the run's own dtype for a measure.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import shipsfast
+from shipsfast.engine import fused_layer
+from tests.conftest import TEST_GPU
+from tests.support.decode_numerics import why_no_triton
+from tests.support.fused_models import FUSED, PROMPTS
+from tests.support.models import _GQA, brute_force, build
+from tests.support.numerics import assert_close_abs
+
+pytestmark = [
+    pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton())),
+    pytest.mark.skipif(TEST_GPU, reason="tests/gpu/test_on_gpu.py runs this on the device"),
+    pytest.mark.filterwarnings(
+        "ignore:overflow encountered in exp"
+    ),  # the interpreter's, where the result is 0
+]
+OWN = dict(layers="model", backend="reference", progress=False)
+TRITON = dict(layers="fused", backend="triton", progress=False)
+
+
+@pytest.fixture(autouse=True)
+def triton_on_a_cpu(monkeypatch):
+    """The backend that is for CUDA devices alone, let in for the interpreter."""
+    refused = lambda _device, dtype, _alike: "float64" if dtype == torch.float64 else None
+    monkeypatch.setattr("shipsfast.ops.tree_attention._no_triton", refused)
+
+
+def assert_as_close(found, own, exact, floor: float) -> None:
+    """Error at most twice that of the model's own layers in the same dtype, plus a floor in the scores' unit."""
+    assert_close_abs(found, exact, 2 * float(np.abs(np.asarray(own) - np.asarray(exact)).max()) + floor)
+
+
+def runs(model, **options):
+    """Scores by the fused layers, by the model's own in the same dtype, and by them in float64."""
+    found = shipsfast.scan(model, PROMPTS, **options, **TRITON)
+    assert found.record["layers"] == "fused" and found.record["attention_backend"] == "triton"
+    assert "layers_why" not in found.record
+    options = {name: x for name, x in options.items() if name not in ("chunk_tokens", "rows_per_block")}
+    return found.scores, shipsfast.scan(model, PROMPTS, **options, **OWN).scores, options
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_every_family(family):
+    exact = brute_force(build(family), PROMPTS).numpy()
+    found, own, _ = runs(build(family).float())
+    assert exact.max() > 0.01
+    assert_as_close(found, own, exact, 1e-7)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3-qknorm", "gemma2-softcap-window"])
+def test_half_precision(family):
+    """In float16, as the interpreter cuts bfloat16's digits off. The truth is of the weights as they are rounded."""
+    model = build(family).half()
+    exact = brute_force(build(family).half().double(), PROMPTS).numpy()
+    found, own, _ = runs(model)
+    assert_as_close(found, own, exact, 1e-5)
+
+
+FP32_RESIDUAL = "fused_fp32_residual"
+
+
+SOME = [(0, 1), (1, 0), (1, 3), (2, 2)]  # heads of three layers of four
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama-gqa", dict(chunk_tokens=30, rows_per_block=3)),
+        ("qwen2-gqa", {}),
+        ("qwen3-qknorm", dict(ablation="mean")),
+        ("gemma2-softcap-window", dict(chunk_tokens=30)),
+    ],
+)
+def test_a_float32_residual_stream(family, options):
+    model = build(family).half()
+    exact = shipsfast.scan(build(family).half().double(), PROMPTS, heads=SOME, **options, **OWN).kl
+    own = shipsfast.scan(model, PROMPTS, heads=SOME, **options, **OWN).kl
+    found = shipsfast.scan(model, PROMPTS, heads=SOME, **options, **TRITON | {"layers": FP32_RESIDUAL})
+    assert found.record["layers"] == FP32_RESIDUAL and found.identity["residual"] == "float32"
+    seen = ~np.isnan(exact)
+    assert_as_close(found.kl[seen], own[seen], exact[seen], 1e-5)
+
+
+def test_a_float32_residual_stream_is_closer_to_the_truth():
+    """Where rounding it is what errs most: many layers, each of which adds little to a large stream."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=8.0 if "embed" in name else 0.25)
+    model.half()
+    heads = [(layer, 0) for layer in range(0, 12, 2)]
+    exact = shipsfast.scan(copy.deepcopy(model).double(), PROMPTS[:2], heads=heads, **OWN).kl
+    errors = {}
+    for layers in ("fused", FP32_RESIDUAL):
+        found = shipsfast.scan(model, PROMPTS[:2], heads=heads, **TRITON | {"layers": layers}).kl
+        errors[layers] = float(np.sqrt(np.nanmean((found - exact) ** 2)))
+    assert errors[FP32_RESIDUAL] < 0.7 * errors["fused"], errors
+
+
+def test_a_float32_residual_stream_in_dataset_scans():
+    model = build("llama-gqa").half()
+    how = dict(group_size=2, heads=SOME, progress=False)
+    exact = shipsfast.sahara(build("llama-gqa").half().double(), PROMPTS, **how)
+    found = shipsfast.sahara(model, PROMPTS, **how | TRITON | {"layers": FP32_RESIDUAL})
+    assert found.record["layers"] == FP32_RESIDUAL and found.heads == exact.heads
+    seen = np.isfinite(exact.angle_deg)
+    assert_close_abs(found.angle_deg[seen], exact.angle_deg[seen], 0.2)
+
+
+def test_where_a_float32_residual_stream_is_refused():
+    half, single = build("llama-gqa").half(), build("llama-gqa").float()
+    with pytest.raises(shipsfast.InputError, match="cannot run: the model is in float32 as it is"):
+        shipsfast.scan(single, PROMPTS, **TRITON | {"layers": FP32_RESIDUAL})
+    with pytest.raises(shipsfast.InputError, match="cannot run: (dtype|the small operations)"):
+        shipsfast.scan(half, PROMPTS, layers=FP32_RESIDUAL, backend="reference", progress=False)
+    half.lm_head.__class__ = type("OwnLinear", (torch.nn.Linear,), {})
+    with pytest.raises(shipsfast.InputError, match="the output head is not a plain linear layer"):
+        shipsfast.scan(half, PROMPTS, **TRITON | {"layers": FP32_RESIDUAL})
+    with pytest.raises(shipsfast.InputError, match="is for scans"):
+        shipsfast.generate(
+            half, PROMPTS, groups=[[]], max_new_tokens=2, eos_token_id=[], layers=FP32_RESIDUAL
+        )
+
+
+CASES = {
+    "cut": ("llama-gqa", dict(chunk_tokens=30, rows_per_block=5)),
+    "cut gemma": ("gemma2-softcap-window", dict(chunk_tokens=30, rows_per_block=5)),
+    "kv groups": ("qwen3-qknorm", dict(unit="kv_group")),
+    "kv groups gemma": ("gemma2-softcap-window", dict(unit="kv_group", chunk_tokens=60)),
+    "scale": ("gemma2-softcap-window", dict(ablation="scale", scale=0.3)),
+    "zero": ("qwen2-gqa", dict(ablation="zero")),
+    "uniform": ("mistral-window", dict(ablation="uniform")),
+    "mean q": ("llama-gqa", dict(ablation="head_mean_q")),
+    "mean k": ("gemma2-softcap-window", dict(ablation="head_mean_k")),
+    "mean v": ("qwen3-qknorm", dict(ablation="head_mean_v")),
+    "mean": ("gemma2-softcap-window", dict(ablation="mean")),
+    "last layer": ("qwen3-qknorm", dict(heads=[(2, 0), (2, 3)])),
+    "lower layers": ("gemma2-softcap-window", dict(heads=[(0, 1), (1, 2)])),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_row(case):
+    family, options = CASES[case]
+    found, own, options = runs(build(family).float(), **options)
+    exact = shipsfast.scan(build(family), PROMPTS, **options, **OWN).scores
+    seen = np.isfinite(exact)
+    assert np.array_equal(seen, np.isfinite(found)) and exact[seen].max() > 1e-4
+    assert_as_close(found[seen], own[seen], exact[seen], 1e-7)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2-softcap-window"])
+def test_several_heads_a_row(family):
+    """From the second step of a search on, every row has the heads off that were chosen before."""
+    how = dict(group_size=3, rank=1)
+    found = shipsfast.sahara(build(family).float(), PROMPTS, **how, **TRITON)
+    # Errors of the unablated row's basis are in every angle, and no two orders of float32 sums make the same: the model's
+    # own layers with three attention backends are off by 1.2e-4 to 2.3e-4 degrees here. The worst of them is the measure.
+    own = [
+        shipsfast.sahara(build(family).float(), PROMPTS, **how, **OWN | {"backend": backend})
+        for backend in ("reference", "torch", "triton")
+    ]
+    exact = shipsfast.sahara(build(family), PROMPTS, **how, **OWN)
+    assert found.record["layers"] == "fused" and found.heads == exact.heads
+    seen = np.isfinite(exact.angle_deg)
+    worst = max(own, key=lambda run: np.abs(run.angle_deg - exact.angle_deg)[seen].max())
+    assert_as_close(found.angle_deg[seen], worst.angle_deg[seen], exact.angle_deg[seen], 1e-5)
+
+
+def test_biases_are_added():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**_GQA, attention_bias=True, mlp_bias=True)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    exact = shipsfast.scan(model, PROMPTS, **OWN).kl
+    found, own, _ = runs(model.float())
+    assert_as_close(found, own, exact, 1e-7)
+
+
+GROUPS = [[], [(0, 1)], [(2, 0)], [(1, 2), (1, 3)], [(1, 0), (2, 3)]]
+
+
+@pytest.mark.parametrize("family", ["qwen2-gqa", "gemma2-softcap-window"])
+def test_generation(family):
+    """Weights stay where they are: nothing is joined for all layers at once. Biases and the softcap decide texts."""
+    model = build(family)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=2.0)
+    for layer in model.model.layers:
+        if family.startswith("gemma2"):
+            layer.self_attn.attn_logit_softcapping = 0.05
+    how = dict(groups=GROUPS, max_new_tokens=4, progress=False)
+    expected = shipsfast.generate(model, PROMPTS, backend="reference", layers="model", **how)
+    assert shipsfast.generate(model.float(), PROMPTS, backend="triton", **how) == expected
+
+
+def test_norms_of_another_dtype_go_through_the_model():
+    model = build("llama-gqa").half()
+    model.model.layers[1].input_layernorm.float()
+    reason = fused_layer.why_not(list(model.model.layers), torch.float16, torch.device("cuda"), "triton")
+    assert reason == "input_layernorm.weight is in float32"
+
+
+def test_why_not_on_a_gpu():
+    """Asked without a GPU: what decides is the model, the dtype and the backend of attention."""
+    layers = list(build("gemma2-softcap-window").bfloat16().model.layers)
+    gpu = torch.device("cuda")
+    assert fused_layer.why_not(layers, torch.bfloat16, gpu, "triton") is None
+    assert "attention backend torch on cuda" in fused_layer.why_not(layers, torch.bfloat16, gpu, "torch")
+    layers[1].mlp.act_fn = torch.nn.ReLU()
+    assert fused_layer.why_not(layers, torch.bfloat16, gpu, "triton") == "activation ReLU"
+
+
+def test_a_generation_plan_counts_the_layer_that_prefill_joins():
+    from shipsfast.answers import plan
+    from shipsfast.engine.subject import look_at
+
+    model = build("llama-gqa").float()
+    how = dict(template="none", ablation="undifferentiated", scale=1e-5, unit="head", backend="triton")
+    subject = look_at(model, PROMPTS, None, layers="fused", new_tokens=4, **how)
+    layer = model.model.layers[0]
+    assert plan._loaded_bytes(subject) == fused_layer.loaded_bytes(layer, subject.device) > 0

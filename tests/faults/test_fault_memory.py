@@ -1,0 +1,124 @@
+"""Out of memory at any operator call of a scan: halved and gone on with, the same numbers, the model as before."""
+
+import importlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import shipsfast
+from shipsfast.runs.verify import verify
+from tests.support.faults import PROMPTS, SIZES, found, one_thread, scan  # noqa: F401
+from tests.support.model_state import assert_same, state
+from tests.support.models import build
+
+
+class Calls(TorchDispatchMode):
+    """Counts operator calls; number `at` (and the `times` - 1 after it) run out of memory."""
+
+    def __init__(self, at: int = 0, times: int = 1, error: type = torch.OutOfMemoryError) -> None:
+        super().__init__()
+        self.at, self.times, self.error, self.count = at, times, error, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.at <= self.count < self.at + self.times:
+            text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"
+            raise self.error("injected" if self.error is not RuntimeError else f"[enforce fail] {text}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()  # float64: blocks of other sizes round at 1e-16 or so
+
+
+def searched(out, model):
+    return shipsfast.sahara(
+        model, PROMPTS[:2], out=out, group_size=2, progress=False, **SIZES | dict(prompts_per_group=1)
+    )
+
+
+RUNS = {
+    "scan": (scan, lambda r: r.scores, 24),
+    "callable metric": (
+        lambda out, model: scan(out, model, metric=["kl", all_prompts]), lambda r: r.also[METRIC].scores, 8,
+    ),
+    "fused off": (lambda out, model: scan(out, model, layers="model", ablation="mean"), lambda r: r.scores, 8),
+    "sahara": (searched, lambda r: r.angle_deg, 8),
+}  # fmt: skip
+METRIC = "tests.faults.test_fault_memory.all_prompts"
+
+
+def all_prompts(base_logits, ablated_logits, prompt_index):
+    return (ablated_logits - base_logits[prompt_index]).abs().amax(-1)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_out_of_memory_at_any_operator(tmp_path, monkeypatch, model, name):
+    run, what, points = RUNS[name]
+    checked = []  # the checks that a run makes once are made again if they run out of memory
+    for place in ("ships.packing_noise_nats", "dataset.check_hidden"):
+        module, name_of_check = place.split(".")
+        real = getattr(importlib.import_module(f"shipsfast.{module}"), name_of_check)
+        monkeypatch.setattr(f"shipsfast.{place}", lambda *a, real=real: (real(*a), checked.append(1))[0])
+    whole, before, draw = what(run(tmp_path / "whole", model)), state(model), random.Random(3)
+    with Calls() as calls:
+        run(tmp_path / "counted", model)
+    errors, smaller = [torch.OutOfMemoryError, RuntimeError, MemoryError], 0
+    for number in range(points):
+        at = draw.randint(1, calls.count) if number else 1
+        out = tmp_path / f"{number}"
+        with Calls(at, error=errors[number % 3]):
+            result = run(out, model)
+        np.testing.assert_allclose(what(result), whole, rtol=0, atol=1e-11, err_msg=f"operator {at}")
+        loaded = shipsfast.load(out)
+        assert (
+            np.array_equal(what(loaded), what(result), equal_nan=True) and verify(out)["verdict"] == "sound"
+        )
+        assert checked
+        checked.clear()
+        smaller += result.record["plan"]["chunk_tokens"] < SIZES["chunk_tokens"]
+        assert_same(dict(before), state(model))
+    assert smaller > points / 3, smaller  # in most places it is a block that is done again
+    found("out of memory", points)
+
+
+def test_no_memory_at_all_says_so_and_keeps_what_is_there(tmp_path, model):
+    before = state(model)
+    with Calls() as calls:
+        whole = scan(tmp_path / "whole", model)
+    for share in (0.0, 0.4, 0.999):
+        out = tmp_path / str(share)
+        with (
+            Calls(int(1 + share * calls.count), 10**9),
+            pytest.raises(shipsfast.InputError, match="out of memory"),
+        ):
+            scan(out, model)
+        assert_same(dict(before), state(model))
+        assert share == 0.0 or (list(out.glob("scores/part-*")) and verify(out)["verdict"] == "unfinished")
+        np.testing.assert_allclose(scan(out, model).kl, whole.kl, rtol=0, atol=1e-12)
+    found("out of memory", 3)
+
+
+def test_no_memory_to_write_a_part_loses_no_score(tmp_path, monkeypatch, model):
+    """The scores of a block that could not be written are missing, and are computed and written again."""
+    import pandas as pd
+
+    real, calls = pd.DataFrame.to_parquet, []
+
+    def write(self, *args, **kwargs):
+        calls.append(len(self))
+        if len(calls) == 3:
+            raise MemoryError
+        return real(self, *args, **kwargs)
+
+    whole = scan(None, model)
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", write)
+    result = scan(tmp_path / "run", model)
+    np.testing.assert_allclose(result.kl, whole.kl, rtol=0, atol=1e-12)
+    assert np.array_equal(shipsfast.load(tmp_path / "run").kl, result.kl)
+    assert verify(tmp_path / "run")["verdict"] == "sound"
+    found("out of memory", 1)

@@ -1,0 +1,49 @@
+"""What tests of divergence cases share."""
+
+import math
+
+import pytest
+import torch
+
+from shipsfast.ops.divergences import kl_rows
+from shipsfast.ops.extension import extension_status
+
+KL_ATOL = 1e-13
+BUILT, WHY_NOT = extension_status()
+needs_extension = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+BACKENDS = [
+    pytest.param("reference", "cpu", id="reference-cpu"),
+    pytest.param("cpp", "cpu", id="cpp-cpu", marks=needs_extension),
+    pytest.param("reference", "cuda", id="reference-cuda", marks=on_gpu),
+    pytest.param("cpp", "cuda", id="cpp-cuda", marks=[*on_gpu, needs_extension]),
+]
+each_backend = pytest.mark.parametrize("backend, device", BACKENDS)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+P, N = 3, 7
+
+
+def draw(vocab, dtype=torch.float32, *, num_base=P, num_ablated=N, spread=4.0, change=0.5, seed=0):
+    """base [P, V], ablated [N, V] and row_map [N], the logits drawn in their dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    row_map = torch.randint(num_base, (num_ablated,), generator=generator)
+    base = (spread * torch.randn(num_base, vocab, generator=generator, dtype=torch.float64)).to(dtype)
+    noise = change * torch.randn(num_ablated, vocab, generator=generator, dtype=torch.float64)
+    return base, (base[row_map].double() + noise).to(dtype), row_map
+
+
+def oracle(base, ablated, row_map):
+    """sum_v p_b (log p_b - log p_a) as it is written, in float64; 0 log 0 = 0."""
+    log_b = torch.log_softmax(base.double(), dim=-1)[row_map]
+    log_a = torch.log_softmax(ablated.double(), dim=-1)
+    return torch.where(log_b == -torch.inf, 0.0, log_b.exp() * (log_b - log_a)).sum(dim=-1)
+
+
+def run(base, ablated, row_map, backend, device):
+    result = kl_rows(base.to(device), ablated.to(device), row_map.to(device), backend=backend)
+    assert result.dtype == torch.float64 and result.device.type == device
+    return result.cpu()
+
+
+INF, NAN = math.inf, math.nan

@@ -1,0 +1,7 @@
+"""What tests of fused models share."""
+
+SHARED = [5, 9, 17, 23]
+PROMPTS = [SHARED + [3, 8, 40, 41], SHARED + [7], SHARED + [3, 8, 11, 50, 51, 52, 9, 4, 1], SHARED]
+FUSED = [
+    "llama-mha", "llama-gqa", "llama-mqa", "mistral-window", "qwen2-gqa", "qwen3-qknorm", "gemma2-softcap-window",
+]  # fmt: skip
