@@ -18,7 +18,9 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 import shipsfast
+from shipsfast.answers.measurements import GenerationMeasurement
 from shipsfast.answers.self_check import ALARM_LOGIT
+from shipsfast.engine.measurement import Execution
 from shipsfast.engine.subject import look_at
 
 from .cases import GenerationCase
@@ -184,10 +186,8 @@ def run_case(case: GenerationCase, repeats: int, console: Console) -> list[dict]
     for path in PEERS.values():  # warm-ups
         path(job.shorter(2))
     published_loop(job.shorter(2), reference)
-    record = look_at(
-        job.model, job.prompts, None, template="none", ablation="undifferentiated", scale=EPS, unit="head",
-        backend="auto", layers="auto", new_tokens=case.new_tokens,
-    ).record  # fmt: skip
+    measurement = GenerationMeasurement(prompts=job.prompts, scale=EPS, max_new_tokens=case.new_tokens)
+    record = look_at(job.model, None, measurement, Execution()).record
     short: dict[str, float] = {}
     equal: dict[str, float] = {}
 

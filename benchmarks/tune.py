@@ -65,8 +65,7 @@ def tasks(kernel: str | None, dtype: str | None, head_dim: int | None) -> list[T
 
 def candidates(task: Task) -> list:
     """Launch configurations to try, those in use for a chip first."""
-    from shipsfast.kernels.launch_config import LaunchConfig
-    from shipsfast.kernels.launch_config import load_configs
+    from shipsfast.kernels.launch_config import LaunchConfig, load_configs
 
     grid = GRID[task.kernel]["float32" if task.dtype == "float32" else "half"]
     found = [load_configs(f"sm_{sm}")[task.kernel][task.dtype][task.head_dim] for sm in CHIPS]

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 import shipsfast
-from shipsfast.engine import flops
+from shipsfast.answers.generation import prepare_generation
+from shipsfast.answers.measurements import DecodingExecution, GenerationMeasurement
 from shipsfast.answers.self_check import ALARM_LOGIT
-from shipsfast.answers.generate import prepare_generation
+from shipsfast.engine import flops
 from shipsfast.ops.prefix_tree import pack
-from shipsfast.answers.sampling import Sampling
 
 from .. import generation as cpu
 from ..cases import GenerationCase
@@ -103,11 +103,10 @@ def run_generation(session: Session) -> None:
         )
         peak = peak_mib(session.device, before)
         shortfall = check_texts(session, job, texts)
-        plan = prepare_generation(
-            model, token_ids, None, groups=job.heads, max_new_tokens=new_tokens, sampling=Sampling(),
-            template="none", ablation="undifferentiated", scale=1e-5, unit="head", eos_token_id=[], backend="auto",
-            layers="auto", max_memory=None, batch_rows=None,
-        )  # fmt: skip
+        measurement = GenerationMeasurement(
+            prompts=token_ids, groups=job.heads, max_new_tokens=new_tokens, eos_token_id=[]
+        )
+        plan = prepare_generation(model, None, measurement, DecodingExecution())
         slots = plan.plan.slots
         gemm = session.gemm_flops_per_s(shape, tokens=slots)
         floor = decode_floor(shape, token_ids, len(job.heads), new_tokens, slots, gemm, copy_ceiling(session))

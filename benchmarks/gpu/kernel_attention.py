@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 
 from shipsfast.ops import reference
-from shipsfast.ops.tree_attention import TreeContext, resolve_backend, tree_attention
 from shipsfast.ops.decode_attention import decode_attention
 from shipsfast.ops.masks import LayerMask
+from shipsfast.ops.tree_attention import TreeContext, resolve_backend, tree_attention
 
 from .ceilings import copy_ceiling, gemm_ceiling
 from .clock import timed

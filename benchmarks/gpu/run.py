@@ -177,8 +177,8 @@ def stages(session) -> dict[str, Callable]:
 def build(session) -> None:
     import torch
 
-    from shipsfast.ops.extension import extension_status
     from shipsfast.ops.divergences import kl_backend
+    from shipsfast.ops.extension import extension_status
 
     with session.guarded("build", "extension"):
         if session.smoke:

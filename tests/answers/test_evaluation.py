@@ -11,7 +11,6 @@ import shipsfast
 from shipsfast.answers.judges.choose import as_judge
 from shipsfast.answers.judges.degeneration import degenerate
 from shipsfast.answers.judges.judge import Completion, Judge
-from shipsfast.answers.queue import Generation
 from shipsfast.engine.ablation import Ablation
 from shipsfast.results.completions import Completions
 from shipsfast.results.evaluation import EvalResult
@@ -185,15 +184,16 @@ def test_control_kl_by_other_ways(how, ordinary_tokens):
 
 
 def test_control_kl_in_several_blocks(monkeypatch, ordinary_tokens):
-    from shipsfast.engine.memory_plan import make_plan
+    from shipsfast.answers import control
+
+    make_plan = control.make_plan
 
     def few(*args, **how):
         plan = make_plan(*args, **how)
         pieces = [(i,) for group in plan.prompt_groups for i in group]  # not in the order of the prompts
         return replace(plan, rows_per_block=3, prompt_groups=(*pieces[5:], *pieces[:5]))
 
-    make_plan = make_plan
-    monkeypatch.setattr("shipsfast.engine.memory_plan.make_plan", few)
+    monkeypatch.setattr(control, "make_plan", few)
     model = build("llama-gqa")
     result = evaluate(model=model, control=CONTROL, control_tokens=4)
     expected = oracle_kl(model, ORDINARY, ordinary_tokens[-1], GROUPS, 4)
@@ -285,7 +285,7 @@ def test_a_judge_without_a_name():
     ],
 )  # fmt: skip
 def test_bad_input_is_told_in_one_line(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(Generation, "run", None)  # nothing is answered first
+    monkeypatch.setattr("shipsfast.answers.label.decode", None)  # nothing is answered first
     how = dict(prompts=PROMPTS, tokenizer=TOKENIZER, groups=[[]], max_new_tokens=NEW, progress=False) | change
     if "out" in how:
         how["out"] = tmp_path / "run"

@@ -211,7 +211,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(monkeypatch, error, wher
     if where == "LayerCall":
         monkeypatch.setattr("shipsfast.models.layer_call.LayerCall.of", fail)
     else:
-        monkeypatch.setattr("shipsfast.ops.decode_attention.decode_attention", fail)
+        monkeypatch.setattr("shipsfast.engine.decoder.decode_attention", fail)
     with pytest.raises(type(error)):
         generate(model)
     assert_same(before, state(model))
@@ -228,7 +228,7 @@ def test_out_of_memory_starts_rows_anew_with_fewer(monkeypatch, texts):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("shipsfast.ops.decode_attention.decode_attention", sometimes)
+    monkeypatch.setattr("shipsfast.engine.decoder.decode_attention", sometimes)
     assert generate(model) == texts("llama-gqa")
     assert max(calls) > 8 and calls[-1] <= 8
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from shipsfast import cli
 from transformers import LlamaModel
 
 import shipsfast
+from shipsfast import cli
 from shipsfast.demo.run import MODEL, PROMPTS
 from tests.support.command_line import refused, run
 

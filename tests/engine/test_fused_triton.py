@@ -237,10 +237,12 @@ def test_why_not_on_a_gpu():
 
 def test_a_generation_plan_counts_the_layer_that_prefill_joins():
     from shipsfast.answers import plan
+    from shipsfast.answers.measurements import GenerationMeasurement
+    from shipsfast.engine.measurement import Execution
     from shipsfast.engine.subject import look_at
 
     model = build("llama-gqa").float()
-    how = dict(template="none", ablation="undifferentiated", scale=1e-5, unit="head", backend="triton")
-    subject = look_at(model, PROMPTS, None, layers="fused", new_tokens=4, **how)
+    measurement = GenerationMeasurement(prompts=PROMPTS, max_new_tokens=4)
+    subject = look_at(model, None, measurement, Execution(backend="triton", layers="fused"))
     layer = model.model.layers[0]
     assert plan._loaded_bytes(subject) == fused_layer.loaded_bytes(layer, subject.device) > 0

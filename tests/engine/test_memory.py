@@ -13,6 +13,7 @@ import torch
 
 import shipsfast
 from benchmarks.gpu.scans import SCANS
+from shipsfast.engine.measurement import ScanExecution
 from shipsfast.engine.memory_plan import CUDA_CHUNK_TOKENS, block_bytes, make_plan
 from shipsfast.models.anatomy import LOGIT_COPIES, Anatomy, Block, Layer, inspect_model
 from tests.support import memory_child
@@ -55,9 +56,8 @@ def test_true_shapes_fit(case, memory_gb):
     limit = int(0.9 * (memory_gb * 1e9 - weights))
     ids = case.prompts.token_ids(shape.vocabulary)
     heads = shape.layers * shape.heads
-    plan = make_plan(
-        anatomy(shape), ids, heads, device=torch.device("cuda"), dtype=torch.bfloat16, max_memory=limit
-    )
+    limited = ScanExecution(max_memory=limit)
+    plan = make_plan(anatomy(shape), ids, heads, torch.device("cuda"), torch.bfloat16, limited)
     assert plan.predicted_bytes <= limit
     assert sorted(i for group in plan.prompt_groups for i in group) == list(range(len(ids)))
     if memory_gb == 80:
@@ -72,14 +72,8 @@ def test_more_memory_never_makes_blocks_smaller():
     ids = SCANS["llama2-7b-short"].prompts.token_ids(shape.vocabulary)
     rows = []
     for limit in (2, 4, 8, 16, 32, 64):
-        plan = make_plan(
-            anatomy(shape),
-            ids,
-            1024,
-            device=torch.device("cuda"),
-            dtype=torch.bfloat16,
-            max_memory=limit * GIB,
-        )
+        limited = ScanExecution(max_memory=limit * GIB)
+        plan = make_plan(anatomy(shape), ids, 1024, torch.device("cuda"), torch.bfloat16, limited)
         assert plan.predicted_bytes <= limit * GIB
         more = block_bytes(
             anatomy(shape), plan.rows_per_block + 2, 1777, 100, plan.chunk_tokens, plan.head_rows, 2, 2

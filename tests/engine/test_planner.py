@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import shipsfast
+from shipsfast.engine.measurement import ScanExecution
 from shipsfast.engine.memory_plan import Plan, make_plan, parse_bytes
 from shipsfast.models.anatomy import inspect_model
 from shipsfast.runs.folder import RunFolder
@@ -32,9 +33,8 @@ def test_bad_amounts_are_refused(text):
 def plan(limit, **options):
     model = build()
     anatomy = inspect_model(model, [1, 2], 40)
-    return make_plan(
-        anatomy, PROMPTS, 12, device=torch.device("cpu"), dtype=torch.float64, max_memory=limit, **options
-    )
+    execution = ScanExecution(max_memory=limit, **options)
+    return make_plan(anatomy, PROMPTS, 12, torch.device("cpu"), torch.float64, execution)
 
 
 def test_less_memory_makes_smaller_blocks_and_stays_inside():

@@ -60,10 +60,10 @@ def all_prompts(base_logits, ablated_logits, prompt_index):
 def test_out_of_memory_at_any_operator(tmp_path, monkeypatch, model, name):
     run, what, points = RUNS[name]
     checked = []  # the checks that a run makes once are made again if they run out of memory
-    for place in ("ships.packing_noise_nats", "dataset.check_hidden"):
+    for place in ("ships.packing_noise_nats", "angles.check_hidden"):
         module, name_of_check = place.split(".")
-        real = getattr(importlib.import_module(f"shipsfast.{module}"), name_of_check)
-        monkeypatch.setattr(f"shipsfast.{place}", lambda *a, real=real: (real(*a), checked.append(1))[0])
+        real = getattr(importlib.import_module(f"shipsfast.scans.{module}"), name_of_check)
+        monkeypatch.setattr(f"shipsfast.scans.{place}", lambda *a, real=real: (real(*a), checked.append(1))[0])
     whole, before, draw = what(run(tmp_path / "whole", model)), state(model), random.Random(3)
     with Calls() as calls:
         run(tmp_path / "counted", model)

@@ -39,7 +39,7 @@ def test_ctrl_c_between_any_two_lines(tmp_path, model):
         if sys._getframe(2).f_code.co_filename != restore.__file__:
             raise KeyboardInterrupt
 
-    restoring = (f"{PACKAGE}/layer_call.py",)  # a third of the points lie where forward methods are put back
+    restoring = (f"{PACKAGE}/models/layer_call.py",)  # a third of the points lie where forward methods are put back
     count = {files: lines(files, lambda: scan(None, model)) for files in ((PACKAGE,), restoring)}
     stopped = 0
     for number in range(60):
@@ -83,8 +83,9 @@ def test_a_signal_ends_the_command_in_one_line(tmp_path, number, status):
     code = (
         "import shipsfast.scans.ships\n"
         "from shipsfast.cli import main\n"
-        "real = shipsfast.scans.prepare.prepare\n"
-        "shipsfast.scans.prepare.prepare = lambda *a, **k: real(*a, **k | dict(rows_per_block=2, prompts_per_group=2))\n"
+        "from dataclasses import replace\n"
+        "real, small = shipsfast.scans.ships.prepare, dict(rows_per_block=2, prompts_per_group=2)\n"
+        "shipsfast.scans.ships.prepare = lambda m, t, what, how: real(m, t, what, replace(how, **small))\n"
         "main()\n"
     )
     command = [

@@ -50,6 +50,6 @@ def test_the_matrix_notices_a_wrong_number(family, monkeypatch):
 
     monkeypatch.setattr(growing_batch.Wavefront, "_layer_mask", wrong)
     with pytest.raises(AssertionError, match="off by"):
-        monkeypatch.setattr("shipsfast.scans.self_check.packing_noise_nats", lambda *_args: 0.0)
+        monkeypatch.setattr("shipsfast.scans.ships.packing_noise_nats", lambda *_args: 0.0)
         monkeypatch.setattr("shipsfast.scans.ships._spot_check", lambda _work: None)
         model_matrix.check(family)

@@ -38,12 +38,12 @@ def test_after_an_exception(monkeypatch, error, where):
         raise error
 
     if where == "metric":
-        monkeypatch.setattr("shipsfast.ops.divergences.divergence_rows", fail)
+        monkeypatch.setattr("shipsfast.scans.metrics.divergence_rows", fail)
     elif where == "layer":
         for name in ("segment_attention", "cpp_attention"):
-            monkeypatch.setattr(f"shipsfast.models.attention_hook.{name}", fail)
+            monkeypatch.setattr(f"shipsfast.ops.tree_attention.{name}", fail)
     else:
-        monkeypatch.setattr("shipsfast.models.probing.record_call", fail)
+        monkeypatch.setattr("shipsfast.models.attention_hook.record_call", fail)
     # What breaks while the model is looked at is taken for something the model does, and named.
     expected = (shipsfast.UnsupportedModelError, KeyboardInterrupt) if where == "probe" else type(error)
     with pytest.raises(expected):

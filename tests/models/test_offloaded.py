@@ -44,11 +44,11 @@ def test_layers_on_disk(family, tmp_path):
     model = build(family)
     expected = scan(model, rows_per_block=5)
     offloaded = on_disk(model, tmp_path)
-    fingerprint = fingerprint(load_model(str(tmp_path)))
+    expected_print = fingerprint(load_model(str(tmp_path)))
     found = scan(offloaded, rows_per_block=5)
     same_up_to_addresses(found.kl, expected.kl)
     assert found.record["weights"] == "offloaded"
-    assert fingerprint(offloaded) == fingerprint
+    assert fingerprint(offloaded) == expected_print
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "gemma2-softcap-window"])

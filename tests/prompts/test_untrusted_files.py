@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from shipsfast import cli
 
+from shipsfast import cli
 from shipsfast.demo.run import MODEL
 from shipsfast.errors import InputError
 from shipsfast.models.loading import load_model, load_tokenizer

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import shipsfast
+from shipsfast.answers import decode
 from shipsfast.answers.judges.keywords import KeywordJudge
-from shipsfast.answers.queue import Generation
 from shipsfast.results.completions import Completions
 from shipsfast.results.evaluation import EvalResult
+from shipsfast.runs import whole_files
 from shipsfast.runs.kinds import LABELS
 from shipsfast.runs.part_file import ANSWER as COLUMNS
 from tests.support import models
@@ -60,14 +61,15 @@ def same(one: EvalResult, other: EvalResult, text: bool = True) -> bool:
 @pytest.fixture
 def decoded(monkeypatch):
     """The rows that were decoded, as they came out."""
-    rows, real = [], Generation.run
+    rows, real = [], decode.decode
 
-    def run(self, *args):
-        for batch in real(self, *args):
+    def run(*args, **how):
+        for batch in real(*args, **how):
             rows.extend((row.group, row.prompt) for row in batch)
             yield batch
 
-    monkeypatch.setattr(Generation, "run", run)
+    for user in ("label", "control"):
+        monkeypatch.setattr(f"shipsfast.answers.{user}.decode", run)
     return rows
 
 
@@ -76,9 +78,7 @@ def killed(monkeypatch):
     """Run something that is killed when it has written so many files; did it get there?"""
 
     def run(files: int, what) -> bool:
-        from shipsfast.runs.whole_files import write_whole
-
-        real, written = write_whole, []
+        real, written = whole_files.write_whole, []
 
         def write_whole(path, write, **how):
             if path.name != "run.backup.json":  # it comes with every manifest
@@ -88,7 +88,7 @@ def killed(monkeypatch):
             real(path, write, **how)
 
         with monkeypatch.context() as patch:
-            patch.setattr("shipsfast.runs.whole_files.write_whole", write_whole)
+            patch.setattr("shipsfast.runs.folder.write_whole", write_whole)
             try:
                 what()
             except KeyboardInterrupt:
@@ -171,7 +171,7 @@ def test_a_run_that_failed_its_check_fails_again(tmp_path, monkeypatch, scan):
         raise shipsfast.UnsupportedModelError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shipsfast.answers.self_check.check_generation", refuse)
+        patch.setattr("shipsfast.answers.label.check_generation", refuse)
         for _ in range(2):
             with pytest.raises(shipsfast.UnsupportedModelError, match="refused"):
                 scan(out=tmp_path / "run")
@@ -263,7 +263,7 @@ def test_running_out_of_memory_changes_no_label(tmp_path, monkeypatch, tokens):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("shipsfast.ops.decode_attention.decode_attention", sometimes)
+    monkeypatch.setattr("shipsfast.engine.decoder.decode_attention", sometimes)
     result = evaluate(out=tmp_path / "run")
     assert result.labels == expected_labels(tokens, KEYWORDS)
     assert result.record["plan"]["slots"] < 25

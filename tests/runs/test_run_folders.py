@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from shipsfast import cli
 
 import shipsfast
-from shipsfast.runs import folder, manifest
+from shipsfast import cli
+from shipsfast.runs import manifest
+from shipsfast.runs.folder import RunFolder
 from shipsfast.runs.manifest import as_text, find_parts, read_manifest
 from shipsfast.runs.verify import render, verify
 from tests.support.command_line import model_folder, refused, run  # noqa: F401
@@ -231,7 +232,7 @@ def test_less_memory_than_at_the_beginning_is_told(tmp_path, capfd, model):
 def test_another_machine_measures_its_noise_again(tmp_path, monkeypatch, model):
     out, calls = tmp_path / "run", []
     scan(out, model)
-    monkeypatch.setattr("shipsfast.scans.self_check.packing_noise_nats", lambda *args: calls.append(1) or 0.5)
+    monkeypatch.setattr("shipsfast.scans.ships.packing_noise_nats", lambda *args: calls.append(1) or 0.5)
     (out / "scores" / "part-000005.parquet").unlink()
     assert scan(out, model).noise_floor < 0.5 and not calls
     versions = read_manifest(out)["versions"] | {"torch": "1.0"}
@@ -241,11 +242,11 @@ def test_another_machine_measures_its_noise_again(tmp_path, monkeypatch, model):
 
 
 def test_a_folder_writes_a_part_and_its_manifest_or_neither(tmp_path, monkeypatch):
-    folder = folder.RunFolder(tmp_path / "run", {"kind": "ships", "shape": [1, 1, 1]})
+    folder = RunFolder(tmp_path / "run", {"kind": "ships", "shape": [1, 1, 1]})
     folder.write_manifest({"status": "running"})
     frame = pd.DataFrame({"prompt": [0]})
     with monkeypatch.context() as patch:
-        patch.setattr(folder.RunFolder, "_commit", lambda self: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(RunFolder, "_commit", lambda self: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             folder.write_part(frame)
     assert not list((tmp_path / "run").rglob("*.parquet")) and folder.parts == []

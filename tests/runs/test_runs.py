@@ -189,7 +189,7 @@ def test_out_of_memory_halves_and_gives_the_same_numbers(monkeypatch):
             raise torch.OutOfMemoryError("injected")
         return real(q, *args, **kwargs)
 
-    monkeypatch.setattr("shipsfast.ops.tree_attention_torch.segment_attention", attention)
+    monkeypatch.setattr("shipsfast.ops.tree_attention.segment_attention", attention)
     result = scan(None, backend="torch")
     assert failures
     np.testing.assert_allclose(result.kl, whole.kl, rtol=0, atol=1e-12)

@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from shipsfast import cli
 from typer.testing import CliRunner
 
 import shipsfast
 from shipsfast.demo.run import MODEL, PROMPTS
 from shipsfast.engine.flops import model_flops, scan_flops
+from shipsfast.engine.measurement import ScanExecution
 from shipsfast.ops.extension import extension_status
 from shipsfast.ops.prefix_tree import pack
 from shipsfast.scans import bench as bench_module
 from shipsfast.scans.bench import bench, random_prompts, sample_heads, suggest
+from shipsfast.scans.measurements import ShipsMeasurement
 from shipsfast.scans.prepare import prepare
 from tests.support.models import HEADS, LAYERS, build
 
@@ -23,11 +24,8 @@ needs_extension = pytest.mark.skipif(not extension_status()[0], reason="needs th
 
 
 def prepared(dtype=torch.float32, **options):
-    given = dict(
-        template="none", ablation="undifferentiated", scale=1e-5, heads=None, unit="head", backend="auto",
-        layers="auto", max_memory=None, chunk_tokens=None, rows_per_block=None, prompts_per_group=None,
-    )  # fmt: skip
-    return prepare("ships", build("llama-gqa", dtype), IDS, None, **given | options)
+    model = build("llama-gqa", dtype)
+    return prepare(model, None, ShipsMeasurement(prompts=IDS), ScanExecution(**options))
 
 
 def test_figures_belong_together():

@@ -14,10 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import shipsfast
 from shipsfast.demo.run import MODEL, PROMPTS
 from shipsfast.engine.flops import model_flops, scan_flops
+from shipsfast.engine.measurement import ScanExecution
 from shipsfast.models.anatomy import inspect_model
 from shipsfast.models.without_weights import hollow
 from shipsfast.ops.prefix_tree import pack
 from shipsfast.scans.forecast import forecast
+from shipsfast.scans.measurements import ShipsMeasurement
 from tests.support.command_line import refused, run
 from tests.support.models import FAMILIES, build
 
@@ -35,11 +37,16 @@ def shape(name: str):
     return hollow(config, torch.bfloat16)
 
 
+def planned(model, prompts, *, max_memory=None, **where):
+    measurement, execution = ShipsMeasurement(prompts=prompts), ScanExecution(max_memory=max_memory)
+    return forecast(model, None, measurement, execution, **where)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_weights_the_plan_is_the_scans(family):
     prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11], [5, 40]]
     model = build(family, torch.float32)
-    found = forecast("scan", hollow(model.config, torch.float32), prompts, max_memory=150_000, device="cpu")
+    found = planned(hollow(model.config, torch.float32), prompts, max_memory=150_000, device="cpu")
     result = shipsfast.scan(model, prompts, progress=False, max_memory=150_000)
     assert found.plan.to_json() == result.record["plan"]
     assert found.memory["model"] == sum(p.numel() * 4 for p in model.parameters())
@@ -71,9 +78,9 @@ def test_a_70b_shape_on_one_gpu():
     """Streamed it is scanned on 80 and on 24 GB; in memory it is refused with the remedy."""
     model, prompts = shape("70b"), [[1, 2, 3, *range(10 + i, 30 + i)] for i in range(0, 2000, 20)]
     with pytest.raises(shipsfast.InputError, match="take 131.4 GiB.*--stream"):
-        forecast("scan", model, prompts, device="cuda", device_memory=80 * GIB)
+        planned(model, prompts, device="cuda", device_memory=80 * GIB)
     for memory in (80 * GIB, 24 * GIB):
-        found = forecast("scan", model, prompts, device="cuda", device_memory=memory, stream=True)
+        found = planned(model, prompts, device="cuda", device_memory=memory, stream=True)
         assert found.total_bytes <= 0.9 * memory
         assert found.memory["model"] < 8 * GIB
     assert found.limits[0].startswith("memory:") and found.seconds is None
@@ -82,8 +89,8 @@ def test_a_70b_shape_on_one_gpu():
 @pytest.mark.parametrize("tokens", [4096, 131072])
 def test_long_prompts_plan(tokens):
     start = time.perf_counter()
-    found = forecast(
-        "scan", shape("8b"), [[t % 128256 for t in range(tokens)]], device="cuda", device_memory=80 * GIB
+    found = planned(
+        shape("8b"), [[t % 128256 for t in range(tokens)]], device="cuda", device_memory=80 * GIB
     )
     assert time.perf_counter() - start < 20
     assert found.tokens == tokens and found.plan.rows_per_block >= 1
@@ -117,7 +124,7 @@ def test_predicted_time_and_memory_of_a_real_scan():
         taken = time.perf_counter() - start
         stop.set()
         watcher.join()
-        found = forecast("scan", model, prompts, device="cpu")
+        found = planned(model, prompts, device="cpu")
         if 1 / 4 < taken / found.seconds < 4:
             break
     assert found.plan.rows_per_block == result.record["plan"]["rows_per_block"]

@@ -257,7 +257,7 @@ def test_memory_that_runs_out_loses_no_score(tmp_path, monkeypatch):
             raise MemoryError("injected")
         return real(x)
 
-    monkeypatch.setattr("shipsfast.ops.subspaces.gram_matrices", fail_once)
+    monkeypatch.setattr("shipsfast.scans.angles.gram_matrices", fail_once)
     result = scan(out=tmp_path / "run")
     loaded = shipsfast.load(tmp_path / "run")
     assert len(calls) > 2 and np.isfinite(loaded.angle_deg).all()
@@ -269,7 +269,7 @@ def test_a_long_resampling_is_not_begun_by_itself(monkeypatch):
 
     result = search(group_size=1)
     assert "top" in as_json(result, 3)["stability"][0]
-    monkeypatch.setattr("shipsfast.results.gram_bootstrap.QUICK", 1)
+    monkeypatch.setattr("shipsfast.results.ships.QUICK", 1)
     monkeypatch.setattr(gram_bootstrap, "resampled_angle_deg", None)
     assert "take minutes" in as_json(result, 3)["stability"][0]["not_known"]
     result.plot()

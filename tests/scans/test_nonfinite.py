@@ -7,10 +7,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from rich.console import Console
-from shipsfast.cli import main
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import shipsfast
+from shipsfast.cli import main
 from shipsfast.models.loading import load_model
 from shipsfast.results.tables import as_json, show
 from tests.support.checkpoints import device_map, load_offloaded, save

@@ -130,7 +130,7 @@ def test_kv_groups_of_uneven_layers_are_refused(monkeypatch):
 
     real = shipsfast.models.anatomy.inspect_model
     monkeypatch.setattr(
-        "shipsfast.models.anatomy.inspect_model",
+        "shipsfast.engine.subject.inspect_model",
         lambda *args: dataclasses.replace(real(*args), uniform_kv_heads=False),
     )
     with pytest.raises(shipsfast.InputError, match="differ in their key/value heads"):

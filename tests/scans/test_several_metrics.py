@@ -37,7 +37,7 @@ def test_one_pass_and_one_read_of_the_logits(monkeypatch):
     run, read = Wavefront.run, divergences.divergence_rows
     monkeypatch.setattr(Wavefront, "run", lambda *args, **kw: passes.append(1) or run(*args, **kw))
     monkeypatch.setattr(
-        "shipsfast.ops.divergences.divergence_rows", lambda *args, names: reads.append((len(args[1]), names)) or read(*args, names=names)
+        "shipsfast.scans.metrics.divergence_rows", lambda *args, names: reads.append((len(args[1]), names)) or read(*args, names=names)
     )  # fmt: skip
     scan(METRICS)
     assert len(passes) == 1

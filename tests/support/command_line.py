@@ -4,9 +4,9 @@ import shutil
 import sys
 
 import pytest
-from shipsfast import cli
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shipsfast import cli
 from shipsfast.demo.run import MODEL
 from tests.support.models import _GQA
 
