@@ -21,7 +21,7 @@ ROOMS = (
 )  # fmt: skip
 PACKAGES = ["shipsfast", *(f"shipsfast.{room}" for room in ROOMS)]
 PACKAGE_DIR = {"shipsfast": "shipsfast", "shipsfast.kernels": "kernels"}
-PACKAGE_DATA = {"shipsfast.kernels": ["configs/*.json"], "shipsfast.demo": ["**/*"]}
+PACKAGE_DATA = {"shipsfast.kernels": ["configs/*.json"], "shipsfast.demo": ["**/*"], "shipsfast.results": ["*.jinja"]}
 TORCH_ABI = "0x020b000000000000"  # torch 2.11, the oldest supported: newer ones keep its stable ABI
 CUDA_LIBRARIES = ("lib*/libcudart*", "targets/*/lib/libcudart*")  # the second is conda's
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # said here, because torch would otherwise ask the GPU, if there is one

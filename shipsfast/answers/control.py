@@ -15,7 +15,7 @@ import torch
 
 from ..engine.growing_batch import Wavefront
 from ..engine.head_mask import HeadMask
-from ..engine.heads import Group
+from ..engine.heads import Group, group_name
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import even_slices, make_plan
 from ..errors import InputError, whole_number
@@ -23,9 +23,10 @@ from ..memory import once_more
 from ..ops.divergences import kl_rows
 from ..ops.prefix_tree import pack
 from ..results.completions import Completions
-from ..results.evaluation import CONTROL_ROOM, KL, KL_NAMES, Control, group_name
+from ..results.evaluation import KL, KL_NAMES, Control
 from ..runs.folder import RunFolder
 from ..runs.identity import prompt_hashes
+from ..runs.kinds import CONTROL
 from ..runs.tables import read_scores, score_frame
 from .decode import decode
 from .generation import Generation, prepare_generation
@@ -67,7 +68,7 @@ def run_control(ordinary: Ordinary, folder: RunFolder | None, execution: JudgedE
     generation, tokens = ordinary.generation, ordinary.tokens
     keep_text = generation.subject.measurement.keep_text
     prompts, count = len(generation.subject.token_ids), len(generation.groups) - 1
-    kept = Kept(Completions(count + 1, prompts, keep_text=keep_text), folder, CONTROL_ROOM)
+    kept = Kept(Completions(count + 1, prompts, keep_text=keep_text), folder, CONTROL)
     answer(generation, _only_degenerate, kept, execution.progress)
     kl_nats = np.full((count, prompts), np.nan)
     if folder is not None:

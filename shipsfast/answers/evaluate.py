@@ -11,11 +11,9 @@ from ..clock import seconds_since
 from ..engine.measurement import called_with
 from ..errors import InputError
 from ..models.restore import untouched
-from ..results.completions import ROOM as COMPLETIONS
 from ..results.completions import Completions
-from ..results.evaluation import CONTROL_ROOM, EvalResult
+from ..results.evaluation import EvalResult
 from ..runs.folder import RunFolder
-from ..runs.tables import SCORES
 from .control import prepare_control, run_control
 from .generation import prepare_generation
 from .judges.choose import as_judge
@@ -55,7 +53,7 @@ def evaluate(
         ordinary = prepare_control(generation, execution)
         identity["control"] = ordinary.describe()
     folder = None if execution.out is None else RunFolder(execution.out, identity, generation.subject.record)
-    found = folder and folder.finished(EvalResult.load, (COMPLETIONS, CONTROL_ROOM, SCORES))
+    found = folder and folder.finished(EvalResult.load)
     if found is not None:
         return replace(found, prompts=prompts)
     record = generation.subject.record | {"plan": generation.plan.to_json(), "judge": judge.name}

@@ -9,8 +9,9 @@ import numpy as np
 
 from ..engine.decoder import Decoded
 from ..memory import once_more
-from ..results.completions import ROOM, Completions
+from ..results.completions import Completions
 from ..runs.folder import RunFolder
+from ..runs.kinds import COMPLETIONS
 from .decode import Longest, decode
 from .generation import Generation
 from .judges.judge import Completion
@@ -23,7 +24,7 @@ Labelled = Callable[[Sequence[Completion]], Sequence[str]]
 class Kept:
     """Labelled completions, and the room of a run folder that they are written to as they come."""
 
-    def __init__(self, completions: Completions, folder: RunFolder | None, room: str = ROOM) -> None:
+    def __init__(self, completions: Completions, folder: RunFolder | None, room: str = COMPLETIONS) -> None:
         """What the room holds is read. Raises InputError for a damaged part."""
         self.completions, self.folder, self.room = completions, folder, room
         self._unwritten: list[tuple[int, int]] = []

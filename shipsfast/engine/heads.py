@@ -86,3 +86,8 @@ def parse_groups(text: str) -> list[list[tuple[int, int | None]]]:
             f"cannot read the groups {text!r}: write heads such as 2-26,3-1, with ; between groups"
         )
     return [[] if part == "none" else parse_heads(part) for part in parts]
+
+
+def group_name(group: Iterable[Sequence[int]]) -> str:
+    """ "2-26+3-1"; "none" for the unablated model."""
+    return "+".join(f"{layer}-{head}" for layer, head in group) or "none"

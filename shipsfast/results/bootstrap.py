@@ -7,7 +7,7 @@ counts nowhere.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,20 @@ from ..errors import InputError, whole_number
 from .statistics import or_none
 
 BLOCK_ELEMENTS = 2**19  # of a temporary array: 4 MiB in float64
+
+
+def quick_stability(take: Callable[[], RankStability]) -> tuple[RankStability | None, str]:
+    """What `take` gives; None and the reason where it cannot be: too few prompts, a head scanned in part, an infinite
+    score."""
+    try:
+        return take(), ""
+    except InputError as problem:
+        return None, f"no intervals: {problem}"
+
+
+def as_known(stability: RankStability | None, problem: str) -> dict:
+    """The same for run.json, and for a program to read."""
+    return {"not_known": problem} if stability is None else stability.to_json()
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 
 from ..engine.decoder import Decoded
-from ..runs.kinds import LABELS
+from ..runs.kinds import COMPLETIONS, LABELS
 from ..runs.part_file import ANSWER as COLUMNS
 from ..runs.part_file import cells
 from ..runs.tables import damage, read_parts
 
-ROOM = "completions"
 MISSING = -1
 
 
@@ -68,7 +67,7 @@ class Completions:
             columns["text"] = pd.Series([self.text[i][j] for i, j in done], dtype=object)
         return pd.DataFrame(columns)
 
-    def read(self, folder: Path, room: str = ROOM) -> None:
+    def read(self, folder: Path, room: str = COMPLETIONS) -> None:
         """What a room of a run folder holds. Raises InputError, naming the part, for a damaged one."""
         names = [*COLUMNS, "text"] if self.keep_text else list(COLUMNS)
         for part, frame in read_parts(folder, room, names):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..engine.heads import group_name
 from ..errors import InputError
-from ..runs.kinds import LABELS
+from ..runs.kinds import CONTROL, KINDS, LABELS
 from ..runs.manifest import read_manifest
 from ..runs.tables import read_scores
+from .answer_sheet import Sheet, sheet_of
 from .completions import MISSING, Completions
 from .statistics import wilson_interval
 
-CONTROL_ROOM = "control"
-KL_NAMES, KL = ("group", "prompt"), "kl_nats"
+KL_NAMES, KL = KINDS["evaluate"].index, "kl_nats"
 
 
 @dataclass(repr=False)
@@ -101,7 +101,21 @@ class EvalResult:
         """Write the answers of all groups side by side: Markdown or a page of HTML, by the path's suffix."""
         from .pages import write
 
-        write(self, path)
+        write(self.sheet(), path)
+
+    def sheet(self) -> Sheet:
+        """What terminals and pages show of it."""
+        return sheet_of(self)
+
+    def show(self, top: int, console) -> None:
+        """Print what each group of heads did, and some answers."""
+        from .pages import show
+
+        show(self.sheet(), console)
+
+    def as_json(self, top: int) -> dict:
+        """What a program reads of it."""
+        return {"groups": self.summary(), "record": self.record}
 
     @classmethod
     def load(cls, folder: str | Path) -> EvalResult:
@@ -118,15 +132,10 @@ class EvalResult:
         if identity["control"] is not None:
             shape = (len(groups), len(identity["control"]["prompts"]))
             rows = Completions(shape[0] + 1, shape[1], keep_text=keep)
-            rows.read(folder, CONTROL_ROOM)
+            rows.read(folder, CONTROL)
             control = Control(read_scores(folder, shape, KL_NAMES, KL), rows, identity["control"]["tokens"])
         prompts = manifest.pop("prompt_texts", None) or [""] * len(identity["prompts"])
         return cls(groups, prompts, completions, control, manifest, identity)
-
-
-def group_name(group: Iterable[Sequence[int]]) -> str:
-    """ "2-26+3-1"; "none" for the unablated model."""
-    return "+".join(f"{layer}-{head}" for layer, head in group) or "none"
 
 
 @dataclass

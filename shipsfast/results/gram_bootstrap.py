@@ -16,13 +16,13 @@ import torch
 
 from ..errors import InputError
 from ..ops.subspaces import resampled_angle_deg
+from ..runs.kinds import GRAMS
 from ..runs.part_file import cells
 from ..runs.tables import damage, read_parts
 from ..text import counted
 from .bootstrap import RankStability, check_settings, resample_counts, stability_of
 
 MOST_BYTES = 256 << 20  # of one run; where more would be needed, none are kept
-ROOM = "grams"
 RESAMPLES = 200
 QUICK = 10**10  # work that tables and plots take on by themselves: some ten seconds
 
@@ -112,7 +112,7 @@ class Grams:
     def read(self, path: Path, names: tuple[str, ...]) -> Grams:
         """Fill in what a run folder holds."""
         rows = np.tril_indices(len(self.base))
-        for part, frame in read_parts(path, ROOM, [*names, "gram"]):
+        for part, frame in read_parts(path, GRAMS, [*names, "gram"]):
             with damage(part):
                 cells(frame[frame[names[0]] != -1], names, self.heads.shape[: len(names)])
                 for *index, values in frame.itertuples(index=False):

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..runs.folder import RunFolder
-from ..runs.tables import SCORES, read_scores, score_frame
-from .gram_bootstrap import ROOM, Grams
+from ..runs.kinds import GRAMS, SCORES
+from ..runs.tables import read_scores, score_frame
+from ..text import counted
+from .bootstrap import RankStability, as_known, quick_stability
+from .gram_bootstrap import Grams
 from .statistics import Concentration, above_noise, concentration
+
+LABELLED = 3  # heads named in a map
+BARS = 10  # heads beside it
 
 
 class HeadScore(NamedTuple):
@@ -59,7 +66,7 @@ def save_scores(
             record["status"] = "complete"
         frames = {SCORES: score_frame(new, names, value, None if marked is None else marked & ~done)}
         if grams is not None and len(frames[SCORES]):
-            frames[ROOM] = grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(new))])
+            frames[GRAMS] = grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(new))])
         run.write_parts(frames)
         run.write_manifest(record)
     return run.path
@@ -71,6 +78,7 @@ class Ranked:
     noise_floor: float
     record: dict
     identity: dict
+    score_name: str  # of a score, in JSON
 
     @property
     def unit(self) -> str:
@@ -99,6 +107,19 @@ class Ranked:
         (layer, head)."""
         return ranked(self.mean(), k, self.signed)
 
+    @property
+    def floor_name(self) -> str:
+        """What scores are compared with before they count as anything."""
+        return "the noise floor"
+
+    def quick_stability(self, k: int) -> tuple[RankStability | None, str]:
+        """`stability` for tables, plots and run folders; None and the reason where it cannot be, or takes minutes."""
+        return quick_stability(lambda: self.stability(k))
+
+    def stability_json(self, k: int) -> dict:
+        """The same for run.json, and for a program to read."""
+        return as_known(*self.quick_stability(k))
+
     def above_noise(self) -> np.ndarray:
         """bool [L, H]: heads whose score can be told from what rounding and chunking alone produce."""
         return above_noise(self.mean(), self.noise_floor)
@@ -109,3 +130,49 @@ class Ranked:
         Of attack success rates, the total is what exceeds the unablated model's.
         """
         return concentration(np.maximum(self.mean() - self.noise_floor, 0) if self.is_rate else self.mean())
+
+    def panel(self, label: str, title: str = ""):
+        """The map of the means, as plots draw it."""
+        from .plots import Panel
+
+        mean = self.mean()
+        return Panel(
+            mean, self.unit, label, title=title, signed=self.signed, weak=~self.above_noise() & ~np.isnan(mean),
+            weak_note=f"dot: not above {self.floor_name}", named=self.top(LABELLED),
+        )  # fmt: skip
+
+    def bars(self, label: str):
+        """The top heads with bootstrap intervals, where they are known, and how much of the total they carry."""
+        from .plots import Bars
+
+        top, (stability, _) = self.top(BARS), self.quick_stability(BARS)
+        bars = Bars(top, label, share_of(self.concentration()))
+        if stability is None:
+            return bars
+        at = tuple(zip(*((s.layer, s.head) for s in top), strict=True))
+        said = f"{stability.confidence:.0%} intervals, {counted(stability.prompts, 'prompt')} resampled"
+        return replace(bars, low=stability.low[at], high=stability.high[at], title=f"{bars.title}\n{said}")
+
+    def heatmap(self, label: str, title: str, path: str | Path | None):
+        """The map and the bars. Returns the matplotlib Figure; saved if a path is given."""
+        from .plots import heatmap
+
+        ablation = self.record.get("ablation")
+        title = f"{title}\nablation: {ablation}" if ablation else title
+        return heatmap(self.panel(label), self.bars(label), title, path)
+
+    def as_json(self, top: int) -> dict:
+        """What a program reads of it: the top heads, how firm they are, and what ran."""
+        return {
+            "noise_floor": self.noise_floor,
+            "record": self.record,
+            "top": [{"layer": s.layer, "head": s.head, self.score_name: s.score} for s in self.top(top)],
+            "concentration": self.concentration().to_json(),
+            "stability": self.stability_json(top),
+        }
+
+
+def share_of(found: Concentration) -> str:
+    """How much the first heads carry, in words; "" where nobody knows."""
+    share = found.top_share[LABELLED]
+    return "" if np.isnan(share) else f"top {LABELLED} carry {share:.0%}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from ..errors import InputError
+from ..runs.kinds import KINDS
 from ..runs.manifest import read_manifest
-from .sahara import SaharaResult
-from .ships import ShipsResult
-from .subspace import SubspaceResult
 
 
 def load(folder: str | Path):
@@ -16,14 +15,8 @@ def load(folder: str | Path):
 
     Raises InputError if it is missing, damaged, or of a search that is not finished.
     """
-    kinds = {"ships": ShipsResult, "subspace": SubspaceResult, "sahara": SaharaResult}
     kind = read_manifest(Path(folder))["identity"].get("kind")
-    if kind == "evaluate":
-        from .evaluation import EvalResult  # it imports this file
-
-        return EvalResult.load(folder)
-    if kind not in kinds:
-        raise InputError(
-            f"{folder} holds a run of kind {kind!r}, expected one of {', '.join([*kinds, 'evaluate'])}"
-        )
-    return kinds[kind].load(folder)
+    if kind not in KINDS:
+        raise InputError(f"{folder} holds a run of kind {kind!r}, expected one of {', '.join(KINDS)}")
+    module, _, name = KINDS[kind].result.rpartition(".")
+    return getattr(import_module(f".{module}", __package__), name).load(folder)

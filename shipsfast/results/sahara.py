@@ -9,15 +9,16 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError, whole_number
+from ..runs.kinds import KINDS
 from ..runs.manifest import read_manifest
 from ..runs.tables import read_scores, score_frame
-from .bootstrap import RankStability
+from .bootstrap import RankStability, as_known
 from .gram_bootstrap import RESAMPLES, Grams
-from .head_map import HeadScore, ranked, save_scores
+from .head_map import HeadScore, ranked, save_scores, share_of
 from .statistics import Concentration, above_noise, concentration
-from .subspace import ANGLE_LABEL, HEAD_COLUMNS, _stability
+from .subspace import ANGLE_LABEL, _stability, quick_angles
 
-STEP_COLUMNS = ("step", "beam", *HEAD_COLUMNS)
+STEP_COLUMNS = KINDS["sahara"].index
 
 
 @dataclass(repr=False)
@@ -95,11 +96,52 @@ class SaharaResult:
         """One row per step and head: step, layer, head, angle_deg."""
         return score_frame(self.angle_deg, ("step", "layer", "head"), "angle_deg")
 
+    def quick_stability(self, k: int, step: int) -> tuple[RankStability | None, str]:
+        """`stability` of a step for tables, plots and run folders; None and the reason where it cannot be."""
+        return quick_angles(self.grams, self.angle_deg[step], lambda: self.stability(k, step))
+
+    def stability_json(self, k: int, step: int) -> dict:
+        """The same for run.json, and for a program to read."""
+        return as_known(*self.quick_stability(k, step))
+
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
         """Heatmaps of every step, the chosen head marked. Returns the matplotlib Figure; saved if a path is given."""
         from .plots import steps
 
-        return steps(self, ANGLE_LABEL, title, path)
+        panels = [self._panel(step) for step in range(len(self.heads))]
+        ablation = self.record.get("ablation", "")
+        return steps(panels, title or f"Sahara, ablation: {ablation} (x: chosen before)", path)
+
+    def _panel(self, step: int):
+        from .plots import Panel
+
+        angles, (layer, head) = self.angle_deg[step], self.heads[step]
+        title = f"step {step + 1}: {self.scores[step]:.5g}°"
+        stability, _ = self.quick_stability(1, step)
+        if stability is not None:
+            title += f"\nchosen in {stability.top_k_frequency[layer, head]:.0%} of resamples"
+        return Panel(
+            angles, self.unit, ANGLE_LABEL, title=f"{title}\n{share_of(self.concentration(step))}",
+            weak=~self.above_noise()[step] & ~np.isnan(angles), weak_note="dot: gain not above the noise floor",
+            named=[HeadScore(layer, head, angles[layer, head])], chosen=self.heads[:step],
+        )  # fmt: skip
+
+    def show(self, top: int, console) -> None:
+        """Print the heads that were chosen, step by step."""
+        from .tables import show_sahara
+
+        show_sahara(self, console)
+
+    def as_json(self, top: int) -> dict:
+        """What a program reads of it: the group, how firm each step is, and what ran."""
+        count = range(len(self.heads))
+        return self.outcome() | {
+            "noise_floor": self.noise_floor,
+            "record": self.record,
+            "angle_deg": self.scores,
+            "concentration": [self.concentration(step).to_json() for step in count],
+            "stability": [self.stability_json(1, step) for step in count],
+        }
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ from ..runs.part_file import inside
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .bootstrap import RankStability, rank_stability
-from .gram_bootstrap import QUICK, Grams
 from .head_map import Ranked, save_scores
 from .statistics import wilson_interval
 
@@ -74,6 +73,15 @@ class ShipsResult(Ranked):
     def is_rate(self) -> bool:
         return self.metric["name"] == "asr"
 
+    @property
+    def floor_name(self) -> str:
+        return self.metric.get("floor", super().floor_name)
+
+    @property
+    def label(self) -> str:
+        """What the scores are, with their unit."""
+        return self.metric["label"] + (f", {self.metric['unit']}" if self.metric["unit"] else "")
+
     def rate_interval(self, layer: int, head: int, confidence: float = 0.95) -> tuple[float, float]:
         """Wilson score interval of a head's rate, for metrics of 0 and 1."""
         scores = self.scores[:, layer, head]
@@ -92,16 +100,55 @@ class ShipsResult(Ranked):
             scores, k, resamples=resamples, confidence=confidence, seed=seed, signed=self.signed
         )
 
+    def quick_stability(self, k: int) -> tuple[RankStability | None, str]:
+        if self.is_rate:
+            return None, "heads of one rate share a rank; intervals are Wilson's, of the rate"
+        if self.scores.shape[0] == 1:
+            return None, "one prompt: no intervals"
+        return super().quick_stability(k)
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per prompt and head: prompt, layer, head, and kl_nats or the metric's name."""
         return score_frame(self.scores, ("prompt", "layer", "head"), column(self.metric), self.marked)
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
         """Heatmap of the mean scores, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
-        from .plots import heatmap
+        name = "Ships" if self.metric["name"] == "kl" else self.metric.get("title", self.metric["name"])
+        title = title or f"{name}, mean of {counted(self.scores.shape[0], 'prompt')}"
+        return self.heatmap(self.label, title, path)
 
-        title = title or f"{title_of(self.metric)}, mean of {counted(self.scores.shape[0], 'prompt')}"
-        return heatmap(self, label_of(self.metric), title, path)
+    def panel(self, label: str = "", title: str = ""):
+        panel = super().panel(label or self.label, title)
+        if self.marked is None:
+            return panel
+        note = f"x: {self.marks()['count']:,} scores not finite"
+        return replace(panel, marked=self.marked_heads, marked_note=note)
+
+    def bars(self, label: str):
+        bars = super().bars(label)
+        if not self.is_rate:
+            return bars
+        low, high = np.array([self.rate_interval(s.layer, s.head) for s in bars.top]).T
+        title = f"{bars.title}\n95% Wilson intervals, {counted(self.scores.shape[0], 'prompt')}"
+        return replace(bars, low=low, high=high, title=title)
+
+    @property
+    def score_name(self) -> str:
+        return "mean_kl_nats" if self.metric["name"] == "kl" else "mean_score"
+
+    def show(self, top: int, console) -> None:
+        """Print the top heads, how firm they are, and the noise floor; and the same of further metrics."""
+        from .tables import show_ships
+
+        show_ships(self, top, console)
+
+    def as_json(self, top: int) -> dict:
+        body = super().as_json(top) | {"metric": self.metric, "prompts": int(self.scores.shape[0])}
+        if self.marked is not None:
+            body["nonfinite"] = self.marks()
+        if self.also:
+            body["also"] = {name: other.as_json(top) for name, other in self.also.items()}
+        return body
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
@@ -161,46 +208,3 @@ def also_place(number: int) -> str:
 def column(metric: dict) -> str:
     """The column of a metric's scores in tables on disk."""
     return "kl_nats" if metric["name"] == "kl" else "score"
-
-
-def floor_name(result) -> str:
-    """What scores are compared with before they count as anything."""
-    return (
-        result.metric.get("floor", "the noise floor")
-        if isinstance(result, ShipsResult)
-        else "the noise floor"
-    )
-
-
-def title_of(metric: dict) -> str:
-    return "Ships" if metric["name"] == "kl" else metric.get("title", metric["name"])
-
-
-def label_of(metric: dict) -> str:
-    return metric["label"] + (f", {metric['unit']}" if metric["unit"] else "")
-
-
-def quick_stability(result, k: int, *step: int) -> tuple[RankStability | None, str]:
-    """`stability` for tables, plots and run folders; None and the reason where it cannot be, or takes minutes."""
-    if isinstance(result, ShipsResult):
-        if result.is_rate:
-            return None, "heads of one rate share a rank; intervals are Wilson's, of the rate"
-        if result.scores.shape[0] == 1:
-            return None, "one prompt: no intervals"
-    elif result.grams is not None:
-        angles = result.angle_deg[step[0]] if step else result.angle_deg
-        if Grams.work(angles, len(result.grams.base)) > QUICK:
-            return (
-                None,
-                "no intervals: so many prompts and heads take minutes; result.stability(progress=True) does it",
-            )
-    try:
-        return result.stability(k, *step), ""
-    except InputError as problem:  # too few prompts, a head scanned in part, or an infinite score
-        return None, f"no intervals: {problem}"
-
-
-def stability_json(result, k: int, *step: int) -> dict:
-    """The same for run.json, and for a program to read."""
-    stability, problem = quick_stability(result, k, *step)
-    return {"not_known": problem} if stability is None else stability.to_json()

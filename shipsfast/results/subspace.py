@@ -9,14 +9,15 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError
+from ..runs.kinds import KINDS
 from ..runs.manifest import read_manifest
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
-from .bootstrap import RankStability
-from .gram_bootstrap import RESAMPLES, Grams
+from .bootstrap import RankStability, quick_stability
+from .gram_bootstrap import QUICK, RESAMPLES, Grams
 from .head_map import Ranked, save_scores
 
-HEAD_COLUMNS = ("layer", "head")
+HEAD_COLUMNS = KINDS["subspace"].index
 
 
 @dataclass(repr=False)
@@ -27,6 +28,8 @@ class SubspaceResult(Ranked):
         prompts' hidden states with and without the head, in degrees; NaN for heads not scanned.
     noise_floor: degrees, the same angle between the packed and the plain unablated model.
     """
+
+    score_name = "angle_deg"
 
     angle_deg: np.ndarray
     noise_floor: float = 0.0
@@ -56,17 +59,24 @@ class SubspaceResult(Ranked):
         """
         return _stability(self, self.angle_deg, self.grams, k, resamples, confidence, seed, progress)
 
+    def quick_stability(self, k: int) -> tuple[RankStability | None, str]:
+        return quick_angles(self.grams, self.angle_deg, lambda: self.stability(k))
+
+    def show(self, top: int, console) -> None:
+        """Print the top heads, how firm they are, and the noise floor."""
+        from .tables import show_subspace
+
+        show_subspace(self, top, console)
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per head: layer, head, angle_deg."""
         return score_frame(self.angle_deg, HEAD_COLUMNS, "angle_deg")
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
         """Heatmap of the angles, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
-        from .plots import heatmap
-
         prompts = counted(len(self.identity.get("prompts", [])), "prompt")
         title = title or f"Dataset-level Ships, rank {self.identity.get('rank')}, {prompts}"
-        return heatmap(self, ANGLE_LABEL, title, path)
+        return self.heatmap(ANGLE_LABEL, title, path)
 
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
@@ -99,3 +109,13 @@ def _stability(result, angles: np.ndarray, grams: Grams | None, *settings) -> Ra
             "which resampling needs: scan fewer of them"
         )
     return grams.stability(angles, result.identity["prompts"], result.identity["rank"], *settings)
+
+
+def quick_angles(grams: Grams | None, angles: np.ndarray, take) -> tuple[RankStability | None, str]:
+    """`quick_stability` of angles whose resampling does not take minutes."""
+    if grams is not None and Grams.work(angles, len(grams.base)) > QUICK:
+        return (
+            None,
+            "no intervals: so many prompts and heads take minutes; result.stability(progress=True) does it",
+        )
+    return quick_stability(take)

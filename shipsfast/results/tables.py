@@ -1,4 +1,5 @@
-"""Results as a person reads them in a terminal, and as a program reads them."""
+"""Results as a person reads them in a terminal, and as a program reads them. Results call what prints them; nothing here
+knows their classes."""
 
 from __future__ import annotations
 
@@ -11,10 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..text import counted, visible
-from .sahara import SaharaResult
-from .ships import ShipsResult, floor_name, quick_stability, stability_json
 from .statistics import Concentration
-from .subspace import SubspaceResult
 
 NAMED = 10  # heads that a line lists
 
@@ -25,15 +23,9 @@ def _say(console: Console, text: str) -> None:
 
 
 def show(result, top: int, out: Path | None = None, console: Console | None = None) -> None:
-    """Print the top heads, and in one line each what ran and where it lies."""
+    """Print a result, and in one line each what ran and where it lies."""
     console = console or Console(highlight=False)
-    printer = {ShipsResult: _ships, SubspaceResult: _subspace, SaharaResult: _sahara}.get(type(result))
-    if printer is None:
-        from .pages import show as show_completions
-
-        show_completions(result, console)
-    else:
-        printer(result, top, console)
+    result.show(top, console)
     record = result.record
     _say(
         console,
@@ -46,38 +38,7 @@ def show(result, top: int, out: Path | None = None, console: Console | None = No
 
 def as_json(result, top: int, out: Path | None = None) -> dict:
     """The same as an object."""
-    if not hasattr(result, "noise_floor"):
-        place = None if out is None else str(out)
-        return {"groups": result.summary(), "run_folder": place, "record": result.record}
-    shared = {
-        "noise_floor": result.noise_floor,
-        "run_folder": None if out is None else str(out),
-        "record": result.record,
-    }
-    if isinstance(result, SaharaResult):
-        count = range(len(result.heads))
-        return result.outcome() | shared | {
-            "angle_deg": result.scores,
-            "concentration": [result.concentration(step).to_json() for step in count],
-            "stability": [stability_json(result, 1, step) for step in count],
-        }  # fmt: skip
-    name = "angle_deg" if isinstance(result, SubspaceResult) else _score_name(result)
-    body = shared | {
-        "top": [{"layer": s.layer, "head": s.head, name: s.score} for s in result.top(top)],
-        "concentration": result.concentration().to_json(),
-        "stability": stability_json(result, top),
-    }
-    if isinstance(result, ShipsResult):
-        body |= {"metric": result.metric, "prompts": int(result.scores.shape[0])}
-        if result.marked is not None:
-            body["nonfinite"] = result.marks()
-        if result.also:
-            body["also"] = {name: as_json(other, top) for name, other in result.also.items()}
-    return body
-
-
-def _score_name(result: ShipsResult) -> str:
-    return "mean_kl_nats" if result.metric["name"] == "kl" else "mean_score"
+    return result.as_json(top) | {"run_folder": None if out is None else str(out)}
 
 
 def _grid(*names: str) -> Table:
@@ -88,14 +49,14 @@ def _grid(*names: str) -> Table:
 
 
 def _weak(result, layer: int, head: int) -> str:
-    return "" if result.above_noise()[layer, head] else f" (not above {visible(floor_name(result))})"
+    return "" if result.above_noise()[layer, head] else f" (not above {visible(result.floor_name)})"
 
 
 def _ranking(result, top: int, score: str, console: Console) -> None:
     """The top heads, and how firm their order is."""
-    if getattr(result, "is_rate", False):
+    if result.is_rate:
         return _rates(result, top, console)
-    stability, problem = quick_stability(result, top)
+    stability, problem = result.quick_stability(top)
     names = ["rank", f"layer-{result.unit}", score]
     if stability is not None:
         names += [f"{stability.confidence:.0%} interval", "rank interval", f"in top {stability.k}"]
@@ -121,7 +82,7 @@ def _ranking(result, top: int, score: str, console: Console) -> None:
         )
 
 
-def _rates(result: ShipsResult, top: int, console: Console) -> None:
+def _rates(result, top: int, console: Console) -> None:
     """The heads with the highest rates; equal rates share a rank."""
     table = _grid("rank", f"layer-{result.unit}", "rate", "95% interval")
     best, above = result.top(top), result.above_noise()
@@ -133,7 +94,7 @@ def _rates(result: ShipsResult, top: int, console: Console) -> None:
         table.add_row(*map(Text, row))
     console.print(table)
     if not all(above[s.layer, s.head] for s in best):
-        _say(console, f"* not above {floor_name(result)}")
+        _say(console, f"* not above {result.floor_name}")
 
 
 def _concentration(found: Concentration, unit: str, of: str, console: Console) -> None:
@@ -149,11 +110,11 @@ def _noise(result, unit: str) -> str:
     weak = int((~np.isnan(result.mean())).sum() - result.above_noise().sum())
     left = f"{counted(weak, result.unit)} not above it" if weak else "all above it"
     return (
-        f"{floor_name(result).removeprefix('the ')} {result.noise_floor:.2g}{' ' * bool(unit)}{unit}, {left}"
+        f"{result.floor_name.removeprefix('the ')} {result.noise_floor:.2g}{' ' * bool(unit)}{unit}, {left}"
     )
 
 
-def _ships(result: ShipsResult, top: int, console: Console) -> None:
+def show_ships(result, top: int, console: Console) -> None:
     metric = result.metric
     unit = f", {metric['unit']}" if metric["unit"] else ""
     name = "" if "title" in metric else "Ships: "
@@ -170,10 +131,10 @@ def _ships(result: ShipsResult, top: int, console: Console) -> None:
         _say(console, line)
     for other in result.also.values():
         console.print()
-        _ships(other, top, console)
+        show_ships(other, top, console)
 
 
-def marks(result: ShipsResult) -> Iterator[str]:
+def marks(result) -> Iterator[str]:
     """What the ranking leaves out."""
     found = result.marks()
     if not found:
@@ -191,7 +152,7 @@ def marks(result: ShipsResult) -> Iterator[str]:
         )
 
 
-def _subspace(result: SubspaceResult, top: int, console: Console) -> None:
+def show_subspace(result, top: int, console: Console) -> None:
     _say(
         console,
         f"Dataset-level Ships: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}",
@@ -201,9 +162,9 @@ def _subspace(result: SubspaceResult, top: int, console: Console) -> None:
     _concentration(result.concentration(), result.unit, "", console)
 
 
-def _sahara(result: SaharaResult, _top: int, console: Console) -> None:
+def show_sahara(result, console: Console) -> None:
     _say(console, f"Sahara: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}")
-    firm = [quick_stability(result, 1, step) for step in range(len(result.heads))]
+    firm = [result.quick_stability(1, step) for step in range(len(result.heads))]
     table = _grid("step", f"layer-{result.unit}", "degrees", "next best")
     if firm[0][0] is not None:
         for name in (f"{firm[0][0].confidence:.0%} interval", "chosen again"):

@@ -13,7 +13,7 @@ import errno
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ import pandas as pd
 from ..errors import InputError, WriteError, note
 from ..text import counted
 from .identity import in_words
+from .kinds import COUNTED, KINDS, ROOMS, SCORES
 from .lock import NAME as LOCK
 from .lock import FolderLock
 from .manifest import (
@@ -36,8 +37,7 @@ from .manifest import (
     find_parts,
     read_manifest,
 )
-from .schema import ROOMS
-from .tables import SCORES, unlisted
+from .tables import unlisted
 from .whole_files import write_whole
 
 T = TypeVar("T")
@@ -93,16 +93,16 @@ class RunFolder:
         if self.complete:
             self.close()
 
-    def finished(self, load: Callable[[Path], T], rooms: Collection[str] = (SCORES,)) -> T | None:
+    def finished(self, load: Callable[[Path], T]) -> T | None:
         """What `load` makes of the folder of a finished run; None if there is something to do.
 
-        Each part is read and held against its checksum once: those of `rooms` by `load`, the others here.
+        Each part is read and held against its checksum once: those that its kind reads by `load`, the others here.
         """
         if not self.complete:
             return None
         try:
             for part in self.parts:
-                if part.room not in rooms:
+                if part.room not in KINDS[self.identity["kind"]].read:
                     part.sound(self.path)
             return load(self.path)
         except DamagedPartError:
@@ -303,7 +303,7 @@ def kept(path: Path | None) -> str:
         parts = find_parts(read_manifest(path))
     except (InputError, OSError):  # a name that is too long, say
         return ""
-    rows = sum(part.rows for part in parts if part.room in (SCORES, "completions"))
+    rows = sum(part.rows for part in parts if part.room in COUNTED)
     if not rows:
         return ""
     return f"what was finished is kept in {path} ({counted(rows, 'row')} in {counted(len(parts), 'part')}), run again to continue"

@@ -1,5 +1,246 @@
-"""The kinds of runs."""
+"""The kinds of runs, one row each: what a kind keeps, how its run.json is checked, and whose result it is.
+
+A new kind is a row here, a result class in results/, and a measurement. The result class is named and not imported: this
+room knows files, not what numbers mean.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .fields import check_fields, flag, list_of, need, number, scanned_head, text
+from .fields import count as whole
+from .part_file import ANSWER
+
 LABELS = ("complied", "refusal", "degenerate")
+SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS = "scores", "grams", "completions", "control", "basis"
+COUNTED = (SCORES, COMPLETIONS)  # the rooms whose rows a person counts
+RANGE_DEG = 1e-6  # by how much rounding may carry an angle out of its range
+BYTES_OF_A_COMPLETION = 128
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the parts of a room hold. index: columns and how many values each may have, from `lowest`; value: the column
+    of numbers, in [low, high]; expected: how many rows there are in the end, None where that is not known; more: columns
+    beside index and value; marks: may a value be NaN, of a score that was marked?"""
+
+    index: dict[str, int]
+    value: str | None = None
+    low: float = -np.inf
+    high: float = np.inf
+    expected: int | None = None
+    lowest: int = 0
+    more: tuple[str, ...] = ()
+    marks: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.index, *([] if self.value is None else [self.value]), *self.more)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of run.
+
+    result: module and class in results/ that a folder is loaded as. It has load, show, as_json, and plot or view;
+    index, value: the columns of its scores (value None: "kl_nats" or "score", by the metric);
+    read: the rooms that its loader reads, and so checks;
+    check(file, manifest, identity): raises InputError for a run.json that no run of this kind has written, and gives the
+    bytes that its result takes;
+    tables(identity, manifest): the table of every room.
+    """
+
+    result: str
+    index: tuple[str, ...]
+    value: str | None
+    read: tuple[str, ...]
+    check: Callable[[Path, dict, dict], int]
+    tables: Callable[[dict, dict], dict[str, Table]]
+
+
+def _check_shape(file: Path, manifest: dict, identity: dict) -> list[int]:
+    shape = identity.get("shape")
+    form = isinstance(shape, list) and len(shape) == 3
+    form = form and all(whole(1, most)(n) for n, most in zip(shape, (1 << 40, 1 << 14, 1 << 14), strict=True))
+    need(file, "identity.shape", form, "three whole numbers: prompts, layers, heads")
+    if "prompts" in identity:
+        fits = len(identity["prompts"]) == shape[0]
+        need(file, "identity.prompts", fits, "as many as the shape has prompts")
+    if "plan" in manifest and not _of_answers(identity):
+        check_fields(file, "plan.", manifest["plan"], PLAN, all_of=PLAN)
+        need(file, "plan", manifest["plan"].keys() == PLAN.keys(), f"an object with {', '.join(PLAN)}")
+    return shape
+
+
+def _of_answers(identity: dict) -> bool:
+    """Whole answers, under the name of a scan: those of `scan_asr`."""
+    metric = identity.get("metric")
+    return isinstance(metric, dict) and metric.get("name") == "asr"
+
+
+def _units(identity: dict) -> tuple[int, dict[str, int], int]:
+    """Prompts, the grid of layers and heads, and how many heads are scanned."""
+    prompts, layers, heads = (int(n) for n in identity["shape"])
+    units = layers * heads if identity["heads"] == "all" else len(identity["heads"])
+    return prompts, {"layer": layers, "head": heads}, units
+
+
+def _answers(identity: dict, groups: int, prompts: int, expected: int | None) -> Table:
+    more = ANSWER[2:] + ("text",) * identity["keep_text"]
+    return Table({"group": groups, "prompt": prompts}, expected=expected, more=more)
+
+
+def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
+    prompts, layers, heads = _check_shape(file, manifest, identity)
+    return 8 * prompts * layers * heads * (1 + len(identity.get("further_metrics", [])))
+
+
+def _ships_tables(identity: dict, manifest: dict) -> dict[str, Table]:
+    prompts, grid, units = _units(identity)
+    name, answers = identity["metric"]["name"], _of_answers(identity)
+    low, high = {"kl": -1e-3, "asr": 0.0}.get(name, -np.inf), 1.0 if answers else np.inf
+    value = "kl_nats" if name == "kl" else "score"
+    tables = {SCORES: Table({"prompt": prompts} | grid, value, low, high, prompts * units, marks=not answers)}
+    if answers:
+        # A result that was saved has no answers.
+        expected = None if manifest.get("saved") is True else (1 + units) * prompts
+        tables[COMPLETIONS] = _answers(identity, 1 + units, prompts, expected)
+    return tables
+
+
+def _check_subspace(file: Path, manifest: dict, identity: dict) -> int:
+    _, layers, heads = _check_shape(file, manifest, identity)
+    need(file, "identity.prompts", "prompts" in identity, "the prompts' hashes")
+    need(file, "identity.rank", "rank" in identity, "a whole number")
+    return 8 * layers * heads
+
+
+def _subspace_tables(identity: dict, manifest: dict) -> dict[str, Table]:
+    _, grid, units = _units(identity)
+    return _angle_tables(identity, grid, units)
+
+
+def _angle_tables(identity: dict, index: dict[str, int], expected: int | None) -> dict[str, Table]:
+    prompts, rank = int(identity["shape"][0]), int(identity["rank"])
+    return {
+        SCORES: Table(index, "angle_deg", -RANGE_DEG, 90.0 * rank + RANGE_DEG, expected),
+        BASIS: Table({"prompt": prompts, "vector": rank}, "value", -1.0 - 1e-9, 1.0 + 1e-9),
+        GRAMS: Table(index, lowest=-1, more=("gram",)),
+    }
+
+
+def _check_sahara(file: Path, manifest: dict, identity: dict) -> int:
+    one_step = _check_subspace(file, manifest, identity)
+    _, layers, heads = identity["shape"]
+    need(file, "identity.beam", "beam" in identity, "a whole number")
+    steps = identity.get("group_size", 1)
+    if manifest.get("status") == "complete":
+        need(file, "chosen", "chosen" in manifest and "beams" in manifest, "the heads of a finished search")
+        chosen = manifest["chosen"]
+        steps = len(chosen)
+        inside = steps >= 1 and all(i < layers and j < heads for i, j in chosen)
+        need(file, "chosen", inside, "heads of the model")
+        path = manifest.get("path") or [0] * steps
+        fits = len(path) == steps and all(at < identity["beam"] for at in path)
+        need(file, "path", fits, "a place in the beam for each head")
+        need(file, "beams", all(map(_beam, manifest["beams"])), "groups with their angles")
+    return steps * identity["beam"] * one_step
+
+
+def _beam(x) -> bool:
+    return isinstance(x, dict) and list_of(scanned_head)(x.get("heads")) and number(x.get("angle_deg"))
+
+
+def _sahara_tables(identity: dict, manifest: dict) -> dict[str, Table]:
+    _, grid, units = _units(identity)
+    size, beam = int(identity["group_size"]), int(identity["beam"])
+    if size > units:
+        raise ValueError(f"group_size {size} is above the {units} to choose from")
+    # Every group of the beam leaves out its own heads; there is one group in the first step.
+    filled = [1] + [_sets(units, step, beam) for step in range(1, size)]
+    expected = sum(groups * (units - step) for step, groups in enumerate(filled))
+    if manifest.get("saved") is True and beam > 1:  # a result has the best group's steps only
+        expected = None
+    return _angle_tables(identity, {"step": size, "beam": beam} | grid, expected)
+
+
+def _sets(units: int, size: int, most: int) -> int:
+    """How many sets of `size` units there are, or `most` if there are more: the whole number may have a million digits."""
+    count = 1
+    for taken in range(min(size, units - size)):
+        count = count * (units - taken) // (taken + 1)  # which grows, up to half of the units
+        if count >= most:
+            return most
+    return count
+
+
+def _check_evaluation(file: Path, manifest: dict, identity: dict) -> int:
+    for name in ("groups", "prompts", "keep_text", "control"):
+        need(file, f"identity.{name}", name in identity, "what was evaluated")
+    prompts, control = len(identity["prompts"]), identity["control"]
+    if manifest.get("prompt_texts") is not None:
+        need(file, "prompt_texts", len(manifest["prompt_texts"]) == prompts, "one for each prompt")
+    if control is not None:
+        check_fields(file, "identity.control.", control, CONTROLLED, all_of=CONTROLLED)
+        prompts += len(control["prompts"])
+    if "generation" in identity:
+        drawn = identity["generation"].get("do_sample") is True
+        check_fields(
+            file, "identity.generation.", identity["generation"], GENERATION, all_of=DRAWN if drawn else (),
+        )  # fmt: skip
+    return BYTES_OF_A_COMPLETION * (len(identity["groups"]) + 1) * prompts
+
+
+def _evaluation_tables(identity: dict, manifest: dict) -> dict[str, Table]:
+    groups, prompts = len(identity["groups"]), len(identity["prompts"])
+    tables = {COMPLETIONS: _answers(identity, groups, prompts, groups * prompts)}
+    if identity["control"] is not None:
+        ordinary = len(identity["control"]["prompts"])
+        tables[CONTROL] = _answers(identity, groups + 1, ordinary, (groups + 1) * ordinary)
+        index = {"group": groups, "prompt": ordinary}
+        tables[SCORES] = Table(index, "kl_nats", -1e-3, expected=groups * ordinary)
+    return tables
+
+
+# Of a scan: how what is left of it will be cut.
+PLAN = {
+    "prompt_groups": (list_of(whole(1, 1 << 40)), "a list of numbers of prompts"),
+    **dict.fromkeys(
+        ("rows_per_block", "chunk_tokens", "head_rows"), (whole(1, 1 << 62), "a whole number of at least 1")
+    ),
+    **dict.fromkeys(("memory_limit_bytes", "predicted_bytes"), (whole(0, 1 << 62), "a whole number")),
+}
+CONTROLLED = {
+    "prompts": (list_of(text), "a list of hashes"),
+    "tokens": (whole(1, 1 << 31), "a whole number"),
+}
+DRAWN = ("top_k", "temperature", "seed")
+GENERATION = {
+    "max_new_tokens": (whole(0, 1 << 31), "a whole number"),
+    "do_sample": (flag, "true or false"),
+    "top_k": (whole(0, 1 << 31), "a whole number"),
+    "temperature": (number, "a number"),
+    "seed": (number, "a number"),
+}
+HEAD = ("layer", "head")
+KINDS = {
+    "ships": Kind(
+        "ships.ShipsResult", ("prompt", *HEAD), None, (SCORES,), _check_ships, _ships_tables
+    ),
+    "subspace": Kind(
+        "subspace.SubspaceResult", HEAD, "angle_deg", (SCORES, GRAMS), _check_subspace, _subspace_tables
+    ),
+    "sahara": Kind(
+        "sahara.SaharaResult", ("step", "beam", *HEAD), "angle_deg", (SCORES, GRAMS), _check_sahara, _sahara_tables
+    ),
+    "evaluate": Kind(
+        "evaluation.EvalResult", ("group", "prompt"), "kl_nats", (COMPLETIONS, CONTROL, SCORES), _check_evaluation,
+        _evaluation_tables,
+    ),
+}  # fmt: skip
+ROOMS = (SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS)

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError
+from .kinds import SCORES
 from .manifest import MANIFEST, DamagedPartError, Part, find_parts, read_manifest
 from .part_file import cells, inside, read_table
-
-SCORES = "scores"  # the room of what a run measures
 
 
 def unlisted(path: Path, room: str, parts: list[Part]) -> list[Path]:

@@ -9,7 +9,6 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,31 +16,12 @@ import pandas as pd
 
 from ..errors import InputError
 from ..text import counted, one_line
-from .kinds import LABELS
+from .kinds import COUNTED, KINDS, LABELS, ROOMS, Table
 from .lock import NAME as LOCK
 from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest, without_run
-from .part_file import ANSWER, COLUMNS, TEXT, read_table
-from .schema import ROOMS
+from .part_file import COLUMNS, TEXT, read_table
 
-KINDS = ("ships", "subspace", "sahara", "evaluate")
 LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
-RANGE_DEG = 1e-6  # by how much rounding may carry an angle out of its range
-
-
-@dataclass(frozen=True)
-class _Table:
-    """What the parts of a room hold. index: columns and how many values each may have, from `lowest`; value: the column
-    of numbers, in [low, high]; expected: how many rows there are in the end, None where that is not known; columns: all
-    of them, where there are more; marks: may a value be NaN, of a score that was marked?"""
-
-    index: dict[str, int]
-    value: str | None = None
-    low: float = -np.inf
-    high: float = np.inf
-    expected: int | None = None
-    lowest: int = 0
-    columns: tuple[str, ...] = ()
-    marks: bool = False
 
 
 def verify(folder: str | Path) -> dict:
@@ -100,7 +80,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
         problem(folder / MANIFEST, f"holds a run of kind {identity.get('kind')!r}", "choose another folder")
         return
     try:
-        tables = _tables(identity, manifest)
+        tables = KINDS[identity["kind"]].tables(identity, manifest)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         problem(
             folder / MANIFEST,
@@ -110,7 +90,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
         return
     parts = find_parts(manifest)
     report["parts"] += len(parts)
-    report["rows"] += sum(part.rows for part in parts if part.room in ("scores", "completions"))
+    report["rows"] += sum(part.rows for part in parts if part.room in COUNTED)
     for room, table in tables.items():
         _room(folder, room, table, [p for p in parts if p.room == room], manifest, problem, report)
     for part in parts:
@@ -141,70 +121,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
             )
 
 
-def _tables(identity: dict, manifest: dict) -> dict[str, _Table]:
-    """By room, what a run of this kind keeps there."""
-    kind, saved = identity["kind"], manifest.get("saved") is True
-    if kind == "evaluate":
-        groups, prompts = len(identity["groups"]), len(identity["prompts"])
-        answer = (*ANSWER, "text") if identity["keep_text"] else ANSWER
-        at = {"group": groups, "prompt": prompts}
-        tables = {"completions": _Table(at, expected=groups * prompts, columns=answer)}
-        if identity["control"] is not None:
-            ordinary = len(identity["control"]["prompts"])
-            at = {"group": groups + 1, "prompt": ordinary}
-            tables["control"] = _Table(at, expected=(groups + 1) * ordinary, columns=answer)
-            at = {"group": groups, "prompt": ordinary}
-            tables["scores"] = _Table(at, "kl_nats", -1e-3, expected=groups * ordinary)
-        return tables
-    prompts, layers, heads = (int(n) for n in identity["shape"])
-    units = layers * heads if identity["heads"] == "all" else len(identity["heads"])
-    grid = {"layer": layers, "head": heads}
-    if kind == "ships":
-        name = identity["metric"]["name"]
-        low = {"kl": -1e-3, "asr": 0.0}.get(name, -np.inf)
-        at = {"prompt": prompts} | grid
-        column = "kl_nats" if name == "kl" else "score"
-        high = 1.0 if name == "asr" else np.inf
-        tables = {"scores": _Table(at, column, low, high, prompts * units, marks=name != "asr")}
-        if name == "asr":
-            answer = (*ANSWER, "text") if identity["keep_text"] else ANSWER
-            at = {"group": 1 + units, "prompt": prompts}
-            # A result that was saved has no answers.
-            tables["completions"] = _Table(
-                at, expected=None if saved else (1 + units) * prompts, columns=answer
-            )
-        return tables
-    rank = int(identity["rank"])
-    most = 90.0 * rank + RANGE_DEG
-    basis = _Table({"prompt": prompts, "vector": rank}, "value", -1.0 - 1e-9, 1.0 + 1e-9)
-    if kind == "subspace":
-        at, expected = grid, units
-    else:
-        size, beam = int(identity["group_size"]), int(identity["beam"])
-        if size > units:
-            raise ValueError(f"group_size {size} is above the {units} to choose from")
-        at = {"step": size, "beam": beam} | grid
-        # Every group of the beam leaves out its own heads; there is one group in the first step.
-        filled = [1] + [_sets(units, step, beam) for step in range(1, size)]
-        expected = sum(groups * (units - step) for step, groups in enumerate(filled))
-        if saved and beam > 1:  # a result has the best group's steps only
-            expected = None
-    tables = {"scores": _Table(at, "angle_deg", -RANGE_DEG, most, expected), "basis": basis}
-    tables["grams"] = _Table(at, lowest=-1, columns=(*at, "gram"))
-    return tables
-
-
-def _sets(units: int, size: int, most: int) -> int:
-    """How many sets of `size` units there are, or `most` if there are more: the whole number may have a million digits."""
-    count = 1
-    for taken in range(min(size, units - size)):
-        count = count * (units - taken) // (taken + 1)  # which grows, up to half of the units
-        if count >= most:
-            return most
-    return count
-
-
-def _room(folder, room: str, table: _Table, parts: list[Part], manifest: dict, problem, report: dict) -> None:
+def _room(folder, room: str, table: Table, parts: list[Part], manifest: dict, problem, report: dict) -> None:
     seen, rows = set(), 0
     for part in parts:
         place = folder / part.file
@@ -213,7 +130,7 @@ def _room(folder, room: str, table: _Table, parts: list[Part], manifest: dict, p
             problem(place, what)
             continue
         try:
-            frame = read_table(io.BytesIO(data), _columns(table), only=True)
+            frame = read_table(io.BytesIO(data), table.columns, only=True)
         except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
             problem(place, f"is not the table that belongs there ({one_line(str(error))})")
             continue
@@ -248,7 +165,7 @@ def _known(report: dict, room: Path) -> bool:
     return any(Path(entry["path"]).parent == room for entry in report["problems"])
 
 
-def _first_missing(seen: set, table: _Table) -> str:
+def _first_missing(seen: set, table: Table) -> str:
     full = math.prod(table.index.values())
     if table.expected != full:
         return ""
@@ -256,11 +173,7 @@ def _first_missing(seen: set, table: _Table) -> str:
     return f", the first is {', '.join(f'{name} {i}' for name, i in zip(table.index, first, strict=True))}"
 
 
-def _columns(table: _Table) -> tuple[str, ...]:
-    return table.columns or (*table.index, *([] if table.value is None else [table.value]))
-
-
-def _faults(frame: pd.DataFrame, table: _Table, part: Part) -> Iterator[str]:
+def _faults(frame: pd.DataFrame, table: Table, part: Part) -> Iterator[str]:
     if len(frame) != part.rows:
         yield f"has {len(frame)} rows, and {part.rows} were written"
     for name in frame:

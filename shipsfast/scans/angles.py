@@ -13,6 +13,7 @@ from ..memory import OutOfMemory, once_more
 from ..ops.prefix_tree import PackedPrompts
 from ..ops.subspaces import gram_matrices, leading_subspace, singular_values, subspace_angle_deg
 from ..runs.folder import RunFolder
+from ..runs.kinds import BASIS
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .nonfinite import explain, refuse_base
@@ -20,7 +21,7 @@ from .prepare import Prepared, run_blocks
 from .self_check import check_hidden, longest_prompt, plain_hidden
 
 # The unablated model's subspace in a run folder: a run that goes on measures against the very same numbers.
-BASIS, BASIS_COLUMNS = "basis", ("prompt", "vector")
+BASIS_COLUMNS = ("prompt", "vector")
 
 
 class AngleScan:

@@ -16,12 +16,11 @@ from ..clock import seconds_since
 from ..engine.heads import Head
 from ..engine.measurement import ScanExecution, called_with
 from ..models.restore import untouched
-from ..results.gram_bootstrap import ROOM as GRAMS
 from ..results.gram_bootstrap import Grams
-from ..results.ships import stability_json
 from ..results.subspace import HEAD_COLUMNS, SubspaceResult
 from ..runs.folder import RunFolder
-from ..runs.tables import SCORES, read_scores, score_frame
+from ..runs.kinds import GRAMS, SCORES
+from ..runs.tables import read_scores, score_frame
 from .angles import AngleScan
 from .measurements import SubspaceMeasurement
 from .prepare import prepare, progress_bar
@@ -56,7 +55,7 @@ def scan_dataset(
     angles, folder = np.full(shape, np.nan), None
     if out is not None:
         folder = RunFolder(out, prepared.identity, prepared.record)
-        found = folder.finished(SubspaceResult.load, (SCORES, GRAMS))
+        found = folder.finished(SubspaceResult.load)
         if found is not None:
             return found
         angles = read_scores(folder.path, shape, HEAD_COLUMNS, "angle_deg")
@@ -84,6 +83,6 @@ def scan_dataset(
     result = SubspaceResult(angles, angular.noise_floor, record, prepared.identity, grams)
     record["concentration"] = result.concentration().to_json()
     if folder is not None:
-        record["rank_stability"] = stability_json(result, 10)
+        record["rank_stability"] = result.stability_json(10)
         folder.write_manifest(record | {"status": "complete", "noise_floor": angular.noise_floor})
     return result

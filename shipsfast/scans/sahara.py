@@ -17,12 +17,11 @@ from ..clock import seconds_since
 from ..engine.heads import Head
 from ..engine.measurement import ScanExecution, called_with
 from ..models.restore import untouched
-from ..results.gram_bootstrap import ROOM as GRAMS
 from ..results.gram_bootstrap import Grams
 from ..results.sahara import STEP_COLUMNS, SaharaResult
-from ..results.ships import stability_json
 from ..runs.folder import RunFolder
-from ..runs.tables import SCORES, read_scores, score_frame
+from ..runs.kinds import GRAMS, SCORES
+from ..runs.tables import read_scores, score_frame
 from .angles import AngleScan
 from .measurements import SaharaMeasurement
 from .prepare import prepare, progress_bar
@@ -55,7 +54,7 @@ def sahara(
     scores, folder = np.full((group_size, beam, *grid), np.nan), None
     if out is not None:
         folder = RunFolder(out, prepared.identity, prepared.record)
-        found = folder.finished(SaharaResult.load, (SCORES, GRAMS))
+        found = folder.finished(SaharaResult.load)
         if found is not None:
             return found
         scores = read_scores(folder.path, scores.shape, STEP_COLUMNS, "angle_deg")
@@ -95,7 +94,7 @@ def sahara(
     result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, prepared.identity, grams)
     record["concentration"] = [result.concentration(step).to_json() for step in range(group_size)]
     if folder is not None:
-        record["rank_stability"] = [stability_json(result, 1, step) for step in range(group_size)]
+        record["rank_stability"] = [result.stability_json(1, step) for step in range(group_size)]
         folder.write_manifest(record | result.outcome() | {"status": "complete", "noise_floor": noise_floor})
     return result
 

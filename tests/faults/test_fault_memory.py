@@ -63,7 +63,9 @@ def test_out_of_memory_at_any_operator(tmp_path, monkeypatch, model, name):
     for place in ("ships.packing_noise_nats", "angles.check_hidden"):
         module, name_of_check = place.split(".")
         real = getattr(importlib.import_module(f"shipsfast.scans.{module}"), name_of_check)
-        monkeypatch.setattr(f"shipsfast.scans.{place}", lambda *a, real=real: (real(*a), checked.append(1))[0])
+        monkeypatch.setattr(
+            f"shipsfast.scans.{place}", lambda *a, real=real: (real(*a), checked.append(1))[0]
+        )
     whole, before, draw = what(run(tmp_path / "whole", model)), state(model), random.Random(3)
     with Calls() as calls:
         run(tmp_path / "counted", model)

@@ -39,7 +39,9 @@ def test_ctrl_c_between_any_two_lines(tmp_path, model):
         if sys._getframe(2).f_code.co_filename != restore.__file__:
             raise KeyboardInterrupt
 
-    restoring = (f"{PACKAGE}/models/layer_call.py",)  # a third of the points lie where forward methods are put back
+    restoring = (
+        f"{PACKAGE}/models/layer_call.py",
+    )  # a third of the points lie where forward methods are put back
     count = {files: lines(files, lambda: scan(None, model)) for files in ((PACKAGE,), restoring)}
     stopped = 0
     for number in range(60):

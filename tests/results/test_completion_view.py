@@ -89,7 +89,7 @@ class Page(HTMLParser):
 
 def page_of(result, tmp_path) -> Page:
     path = tmp_path / "answers.html"
-    write(result, path)
+    write(result.sheet(), path)
     return Page(path.read_text("utf-8"))
 
 
@@ -120,13 +120,13 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 
 def markdown_of(result, tmp_path) -> list[list[list[str]]]:
     path = tmp_path / "answers.md"
-    write(result, path)
+    write(result.sheet(), path)
     return markdown_tables(path.read_text("utf-8"))
 
 
 def printed(result, width=200, **how) -> str:
     file = io.StringIO()
-    show(result, Console(file=file, width=width, highlight=False, color_system=None), **how)
+    show(result.sheet(), Console(file=file, width=width, highlight=False, color_system=None), **how)
     return file.getvalue()
 
 
@@ -164,7 +164,7 @@ def test_any_text_comes_back_from_both(tmp_path_factory, text):
 
 
 def test_bare_addresses_are_no_links_in_github_markdown(tmp_path):
-    write(built([["http://e.x www.e.x mailto:a@e.x :smile: $x$"]]), tmp_path / "a.md")
+    write(built([["http://e.x www.e.x mailto:a@e.x :smile: $x$"]]).sheet(), tmp_path / "a.md")
     text = (tmp_path / "a.md").read_text("utf-8")
     assert not any(found in text for found in ("://", "www.", "mailto:", "@", ":smile:", "$"))
 
@@ -172,7 +172,7 @@ def test_bare_addresses_are_no_links_in_github_markdown(tmp_path):
 @pytest.mark.parametrize("suffix", ["md", "html"])
 def test_nothing_steers_or_hides(suffix, tmp_path):
     result = built([[STEERS]], prompts=[STEERS])
-    write(result, tmp_path / f"a.{suffix}")
+    write(result.sheet(), tmp_path / f"a.{suffix}")
     for text in ((tmp_path / f"a.{suffix}").read_text("utf-8"), printed(result)):
         assert not set(text) & set(STEERS.replace("[31mred]0;title", "")) - set("[]0123456789;abcdehilmrtxJ")
     assert visible(STEERS).startswith(
@@ -237,7 +237,7 @@ def test_summary_has_the_same_figures_everywhere(tmp_path):
 def test_small_shares_of_many_prompts_show(tmp_path):
     labels = [["complied", *["refusal"] * 499]]
     assert "| none | 0.2% | 0.0% to 1.1% | 99.8% | 0.0% |" in (
-        write(built([["x"] * 500], labels=labels), tmp_path / "a.md")
+        write(built([["x"] * 500], labels=labels).sheet(), tmp_path / "a.md")
         or (tmp_path / "a.md").read_text("utf-8")
     )
 
@@ -284,12 +284,12 @@ def test_large_groups_are_named_by_their_first_heads(tmp_path):
 @pytest.mark.parametrize("name", ["answers.pdf", "answers", "answers.md.txt"])
 def test_other_suffixes_are_refused(name, tmp_path):
     with pytest.raises(InputError, match=r"expected a name ending in \.md or \.html"):
-        write(built([["x"]]), tmp_path / name)
+        write(built([["x"]]).sheet(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_page_needs_nothing_and_runs_nothing(tmp_path):
-    write(built([["x"]]), tmp_path / "a.HTML")
+    write(built([["x"]]).sheet(), tmp_path / "a.HTML")
     text = (tmp_path / "a.HTML").read_text("utf-8")
     assert "default-src 'none'" in text and "color-scheme: light dark" in text
     assert not any(

@@ -41,9 +41,12 @@ def run(out: Path) -> None:
     control = evaluate(model, taboo, tokenizer, groups=heads, control=ordinary, **how).control
     (out / "answers-village.md").write_text(_text(ships, asr, heads, true, control, len(taboo)), "utf-8")
     side_by_side(
-        {f"Ships: KL of the next token, {len(taboo)} taboo requests": ships, "whole answers judged: attack success rate": asr},
+        [
+            ships.panel(title=f"Ships: KL of the next token, {len(taboo)} taboo requests"),
+            asr.panel(title="whole answers judged: attack success rate"),
+        ],
         out / "answers-village.png",
-    )  # fmt: skip
+    )
 
 
 def _text(ships: ShipsResult, asr: ShipsResult, heads, true: list[int], control, taboo: int) -> str:
