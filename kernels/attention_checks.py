@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from shipsfast.ops.replacements import require_replacements
+from shipsfast.replacements import require_replacements
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -235,7 +235,7 @@ def decode_attention(
         scaling: factor on q . k, usually D ** -0.5.
         softcap: soft limit of the scaled logits; window: sliding window in tokens, counting the new one.
         sink: float32 [H], one more logit of a head in the denominator; None for none.
-        replace: int8 [N, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/ops/reference.py) for each
+        replace: int8 [N, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/replacements.py) for each
             entry and head, 0 for a head that keeps its own; None for no replacement, and the next three are not
             looked at. Which flags are set is not checked on a GPU either: there a head whose vectors are
             missing gives NaN.

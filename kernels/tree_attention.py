@@ -30,7 +30,7 @@ from shipsfast.kernels.block_table import BlockTable
 from shipsfast.kernels.block_table import block_table as build_block_table
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config
 
-from shipsfast import reference
+from shipsfast import replacements
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Start of the running maximum. Finite, so that a row which sees nothing of a block gets
@@ -39,9 +39,9 @@ LOWEST = tl.constexpr(-3.0e38)
 # Below this |x|, 1 - exp(-2|x|) cancels and tanh is taken from its series, whose next term is below 2**-24.
 TANH_SERIES = tl.constexpr(0.3)
 MIN_DOT_SIZE = 16
-REPLACE_Q = tl.constexpr(reference.REPLACE_Q)
-REPLACE_K = tl.constexpr(reference.REPLACE_K)
-REPLACE_OUT = tl.constexpr(reference.REPLACE_OUT)
+REPLACE_Q = tl.constexpr(replacements.REPLACE_Q)
+REPLACE_K = tl.constexpr(replacements.REPLACE_K)
+REPLACE_OUT = tl.constexpr(replacements.REPLACE_OUT)
 
 
 # The sizes change from pack to pack, so they must not choose between compiled versions.
@@ -268,7 +268,7 @@ def tree_attention(
         softcap: soft limit of the scaled logits; window: sliding window in tokens, counting the token itself.
         sink: float32 [H], one more logit of a head in the denominator; None for none.
         query_index: int32 [TQ], packed indices of the queries in ascending order, None if TQ = T.
-        replace: int8 [B, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/ops/reference.py) for each
+        replace: int8 [B, H], the sum of REPLACE_Q, REPLACE_K and REPLACE_OUT (shipsfast/replacements.py) for each
             row and head, 0 for a head that keeps its own; None for no replacement, and the next three are not
             looked at. Which flags are set is not checked on a GPU, which would wait for it: there a head
             whose vectors are missing gives NaN.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -16,9 +17,23 @@ class OutOfMemory(InputError):
     """There is no smaller plan for this group of prompts."""
 
 
-def free_memory() -> None:
-    """What is cached and unused, back to the device."""
-    if torch.cuda.is_available():
+def is_out_of_memory(error: BaseException) -> bool:
+    """A CPU that cannot allocate says so in a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def out_of_memory() -> Iterator[list[BaseException]]:
+    """A list that holds, afterwards, the error by which memory ran out inside; empty if it did not. What is cached and
+    unused is then back with the device. Other errors come through."""
+    found: list[BaseException] = []
+    try:
+        yield found
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found.append(error.with_traceback(None))  # whose frames hold the tensors
+    if found and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
@@ -27,22 +42,8 @@ def once_more(what: str, run: Callable[[], T], smaller: Callable[[], T] | None =
 
     For what is no block of a scan. Raises OutOfMemory, naming `what`, if that runs out too.
     """
-    try:
+    with out_of_memory():
         return run()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    free_memory()  # after the first error is gone, and the tensors of its frames
-    try:
+    with out_of_memory() as again:
         return (smaller or run)()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(f"out of memory while {what}: free some, or shorten the longest prompt") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """A CPU that cannot allocate says so in a plain RuntimeError."""
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    raise OutOfMemory(f"out of memory while {what}: free some, or shorten the longest prompt") from again[0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..engine.growing_batch import Wavefront
+from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Group, group_name
 from ..engine.measurement import ScanExecution
@@ -133,18 +133,18 @@ def kl_along(
         packed = pack([ids[i] for i in some])
         for part in even_slices(len(order), plan.rows_per_block):
             groups = order[part]
-            with Wavefront(
+            with GrowingBatch(
                 subject.model, subject.anatomy, packed, backend=subject.backend, chunk_tokens=plan.chunk_tokens,
                 head_rows=plan.head_rows, fused=subject.fused,
-            ) as wavefront:  # fmt: skip
-                _one_block(wavefront, generation, groups, owner[list(some)], out)
+            ) as batch:  # fmt: skip
+                _one_block(batch, generation, groups, owner[list(some)], out)
     return out / np.bincount(owner)
 
 
 def _one_block(
-    wavefront: Wavefront, generation: Generation, groups: list[int], owner: np.ndarray, out: np.ndarray
+    batch: GrowingBatch, generation: Generation, groups: list[int], owner: np.ndarray, out: np.ndarray
 ) -> None:
-    place = wavefront.prompt_place
+    place = batch.prompt_place
 
     def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
         index = torch.arange(len(base), device=logits.device).repeat(len(logits))
@@ -153,4 +153,4 @@ def _one_block(
             np.add.at(out[groups[r - 1]], owner, kl_nats[r - rows.start][place])
 
     heads: tuple[Group, ...] = ((), *(generation.groups[g] for g in groups))
-    wavefront.run(HeadMask(heads, generation.subject.how, generation.values), consume)
+    batch.run(HeadMask(heads, generation.subject.how, generation.values), consume)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from ..engine.heads import Group, unit_heads
+from ..engine.heads import Group, first_layer, unit_heads
 from ..engine.replacement_values import mean_outputs
 from ..engine.subject import Subject, look_at
 from ..errors import InputError, whole_number
@@ -69,8 +69,8 @@ class Generation:
         return f"{self._copy[group, prompt]} {heads} {self.subject.token_ids[prompt]}"
 
     def fork_layer(self, group: int) -> int:
-        layers = self.subject.anatomy.num_layers
-        return min((layer for layer, _ in self.groups[group]), default=layers)
+        """The first layer in which the group differs from the unablated model."""
+        return first_layer(self.groups[group], self.subject.anatomy.num_layers)
 
 
 def prepare_generation(

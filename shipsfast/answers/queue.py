@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from ..engine.decoder import Decoded, Decoder
 from ..errors import InputError
-from ..memory import is_out_of_memory
 from .generation import Generation
 from .self_check import NotFinite, refuse_token
 
@@ -30,25 +29,23 @@ def continuous(
     try:
         while waiting:
             burst = _Burst(generation, min(generation.plan.slots, len(waiting)), bar)
-            try:
-                with burst.decoder:
-                    while waiting or burst.running:
-                        burst.refill(waiting)
-                        yield burst.decode(more=bool(waiting))
-            except NotFinite as found:  # the model is as it was again, so that a plain pass can look
-                refuse_token(generation, *found.args)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if generation.plan.slots == 1:
-                    raise InputError(
-                        "out of memory with a single row: free some, or lower max_new_tokens (--max-new-tokens)"
-                    ) from error
-                yield burst.finished
-                waiting.extendleft(reversed(burst.abandoned()))
-                generation.plan.halve()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            with out_of_memory() as found:
+                try:
+                    with burst.decoder:
+                        while waiting or burst.running:
+                            burst.refill(waiting)
+                            yield burst.decode(more=bool(waiting))
+                except NotFinite as bad:  # the model is as it was again, so that a plain pass can look
+                    refuse_token(generation, *bad.args)
+            if not found:
+                continue
+            if generation.plan.slots == 1:
+                raise InputError(
+                    "out of memory with a single row: free some, or lower max_new_tokens (--max-new-tokens)"
+                ) from found[0]
+            yield burst.finished
+            waiting.extendleft(reversed(burst.abandoned()))
+            generation.plan.halve()
     finally:
         bar.close()
 

@@ -10,6 +10,7 @@ from ..engine.ablate import dense_rows
 from ..engine.head_mask import HeadMask
 from ..engine.nonfinite import first_bad
 from ..errors import InputError, UnsupportedModelError
+from ..models.forward import plain_pass, rounded_to
 
 
 class NotFinite(Exception):
@@ -47,20 +48,15 @@ def check_generation(generation, row) -> float:
     subject, sampling = generation.subject, generation.sampling
     prompt = subject.token_ids[row.prompt]
     mask = HeadMask((generation.groups[row.group],), subject.how, generation.values)
-    ids = torch.tensor([[*prompt, *row.tokens[:-1]]], device=subject.device)
     with dense_rows(subject.model, subject.anatomy, mask):
-        logits = (
-            subject.model(input_ids=ids, use_cache=False, return_dict=True)
-            .logits[0, len(prompt) - 1 :]
-            .double()
-        )
+        logits = plain_pass(subject.model, [[*prompt, *row.tokens[:-1]]])[0, len(prompt) - 1 :].double()
     chosen = logits.gather(-1, torch.tensor(row.tokens, device=logits.device)[:, None])[:, 0]
     rank = (sampling.top_k or logits.shape[-1]) if sampling.do_sample else 1
     needed = logits.topk(rank, -1).values[:, -1]
     # -inf are tokens that the model rules out.
     spread = torch.stack([row[row != -torch.inf].std() for row in logits])
     short = float(((needed - chosen).clamp(min=0) / spread).max())
-    if not short <= ALARM_LOGIT.get(subject.model.dtype, ALARM_LOGIT[torch.float32]):
+    if not short <= ALARM_LOGIT.get(rounded_to(subject.model), ALARM_LOGIT[torch.float32]):
         raise UnsupportedModelError(
             f"a plain forward pass over prompt {row.prompt} and its text gives other tokens (a logit falls short by "
             f"{short:.2g} standard deviations): {type(subject.model).__name__} cannot be decoded exactly"

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..models.anatomy import Anatomy, input_device
+from ..models.anatomy import Anatomy
 from ..models.attention_hook import ATTRIBUTE, TREE, DecodeCall, installed
+from ..models.forward import input_device
 from ..models.layer_call import LayerCall, forward_replaced
 from ..ops.decode_attention import decode_attention
 from ..ops.kv_cache import KVCache
@@ -29,9 +30,9 @@ from ..ops.masks import LayerMask
 from ..ops.prefix_tree import pack
 from .ablation import Ablation
 from .fused_layer import FusedLayer, joins
-from .growing_batch import Wavefront
+from .growing_batch import GrowingBatch
 from .head_mask import HeadMask
-from .heads import Group
+from .heads import Group, first_layer
 
 # choose(slots int64 [n], logits [n, V]): takes the next-token logits of rows
 Choose = Callable[[np.ndarray, torch.Tensor], None]
@@ -70,7 +71,7 @@ class Decoder:
         how, values: the ablation of all rows, and its vectors as in `HeadMask`.
         backend: attention, already resolved; fused: go through fused_layer.py (the caller asked `fused.why_not`).
         slots, capacity: how many rows at a time, of how many tokens with prompt and text.
-        chunk_tokens, head_rows: as in `Wavefront`, for prefill.
+        chunk_tokens, head_rows: as in `GrowingBatch`, for prefill.
     Use as a context manager; the model itself is changed only during `prefill` and inside `stepping`.
     """
 
@@ -123,7 +124,7 @@ class Decoder:
     ) -> None:
         """Put groups x prompts rows into the slots int64 [G, P], and hand out their next-token logits."""
         layers = self.anatomy.num_layers
-        fork = np.array([min((layer for layer, _ in group), default=layers) for group in groups])
+        fork = np.array([first_layer(group, layers) for group in groups])
         order = [g for g in np.argsort(fork, kind="stable") if groups[g]]  # rows 1, 2, ... of the batch
         place = np.array([0, *order])  # of a row: its group; row 0 is the unablated model
         takers_of = [[g for g in range(len(groups)) if not groups[g]], *([g] for g in order)]
@@ -157,7 +158,7 @@ class Decoder:
             )  # fmt: skip
 
         def consume(rows: slice, logits: torch.Tensor, _base: torch.Tensor) -> None:
-            at = torch.as_tensor(wavefront.prompt_place, device=logits.device)
+            at = torch.as_tensor(batch.prompt_place, device=logits.device)
             taken = [(r - rows.start, g) for r in range(rows.start, rows.stop) for g in takers_of[r]]
             if not taken:
                 return
@@ -165,11 +166,11 @@ class Decoder:
             own = logits.index_select(0, torch.as_tensor(row, device=logits.device)).index_select(1, at)
             choose(slots[group].ravel(), own.flatten(0, 1))
 
-        with Wavefront(
+        with GrowingBatch(
             self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.chunk_tokens,
             head_rows=self.head_rows, fused=self.fused, keep=keep, own_head=True,
-        ) as wavefront:  # fmt: skip
-            wavefront.run(HeadMask(((), *(groups[g] for g in order)), self.how, self.values), consume)
+        ) as batch:  # fmt: skip
+            batch.run(HeadMask(((), *(groups[g] for g in order)), self.how, self.values), consume)
         lengths = np.array([len(ids) for ids in prompts])
         for g, row in enumerate(slots):
             self.length[row] = lengths
@@ -224,7 +225,7 @@ class Decoder:
     def _make_plan(self, slots: np.ndarray, history: np.ndarray) -> _Plan:
         layers = self.anatomy.num_layers
         groups = [self.groups[s] for s in slots]
-        fork = np.array([min((layer for layer, _ in group), default=layers) for group in groups])
+        fork = np.array([first_layer(group, layers) for group in groups])
         latest_first = np.lexsort((-fork, history))
         leaders = latest_first[np.unique(history[latest_first], return_index=True)[1]]  # by history
         others = np.setdiff1d(np.arange(len(slots)), leaders)

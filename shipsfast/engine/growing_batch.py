@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..models.anatomy import Anatomy, Block, input_device, last_logits_only
+from ..models.anatomy import Anatomy, Block
 from ..models.attention_hook import ATTRIBUTE, TREE, Captured, TreeCall, installed
+from ..models.forward import input_device, last_logits_only
 from ..models.layer_call import LayerCall, forward_replaced, no_queries
 from ..models.output_head import float32_head, head_input
 from ..models.weights import on_demand
@@ -35,7 +36,7 @@ Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
 Keep = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
 
 
-class Wavefront:
+class GrowingBatch:
     """Runs blocks of ablations of one packed set of prompts.
 
     Args:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..ops.masks import LayerMask
+from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q
 from .ablation import SOURCED, Ablation
-from .heads import Head
+from .heads import Head, first_layer
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class HeadMask:
 
     def fork_layer(self, row: int) -> int:
         """The lowest layer in which the row differs from row 0; 0 if it never does."""
-        return min((layer for layer, _ in set(self.groups[row]) ^ set(self.groups[0])), default=0)
+        return first_layer(set(self.groups[row]) ^ set(self.groups[0]), 0)
 
     def layer(
         self,
@@ -55,14 +56,14 @@ class HeadMask:
         off[tuple(torch.tensor(hits).unbind(1))] = True
         off = off.to(device)
         how = self.ablation
-        flag = {"head_mean_q": "mean_q", "head_mean_k": "mean_k", "head_mean_v": "mean_out"}.get(how.kind)
-        if flag:
-            return LayerMask(mask.logit_scale, mask.output_scale, **{flag: off})
+        bit = {"head_mean_q": REPLACE_Q, "head_mean_k": REPLACE_K}.get(how.kind)
+        if bit:
+            return mask.replacing(bit, off)
+        if how.kind == "head_mean_v":
+            return replace(mask, mean_out=off)
         if how.kind in SOURCED:
             value = self.values[layer].to(device=device, dtype=dtype)
-            return LayerMask(
-                mask.logit_scale, mask.output_scale, fixed=off, value=value, per_token=how.kind == "resample"
-            )
+            return mask.replacing(REPLACE_OUT, off, value=value, per_token=how.kind == "resample")
         # Through float64: a scale beyond float32 is infinity there, and the scan names the score that is not a number.
         factors = torch.tensor([how.logit_scale, how.output_scale], dtype=torch.float64, device=device).to(
             wide

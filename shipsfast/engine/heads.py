@@ -16,6 +16,11 @@ Group = tuple[Head, ...]  # what is off together in a row
 UNITS = ("head", "kv_group")
 
 
+def first_layer(heads: Iterable[Head], default: int) -> int:
+    """The lowest layer with one of these heads: below it, nothing changes. `default` where there is none."""
+    return min((layer for layer, _ in heads), default=default)
+
+
 def check_unit(unit: str, anatomy: Anatomy) -> int:
     """How many units a layer has: query heads, or key/value groups. Raises InputError for another unit."""
     if unit not in UNITS:

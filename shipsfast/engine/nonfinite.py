@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
-from ..models.anatomy import Anatomy, input_device
+from ..models.anatomy import Anatomy
+from ..models.forward import plain_pass
 from ..models.weights import value_of
 from .ablate import dense_rows
 from .head_mask import HeadMask
@@ -62,16 +63,10 @@ def first_bad(model, anatomy: Anatomy, ids: Sequence[int], mask: HeadMask) -> Pl
     """
     seen: list[Place] = []  # at most one
     dtype = str(model.dtype).removeprefix("torch.")
-    training = [m for m in model.modules() if m.training]
     with contextlib.ExitStack() as undo:
-        undo.enter_context(torch.inference_mode())
         undo.enter_context(dense_rows(model, anatomy, mask))
         undo.enter_context(_watched(model, anatomy, seen, dtype))
-        for module in training:
-            undo.callback(setattr, module, "training", True)
-            module.training = False
-        tokens = torch.tensor([list(ids)] * len(mask), device=input_device(model))
-        model(input_ids=tokens, use_cache=False, return_dict=True)
+        plain_pass(model, [ids] * len(mask))
     return seen[0] if seen else None
 
 

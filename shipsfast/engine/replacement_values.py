@@ -19,8 +19,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..models.anatomy import Anatomy, check_model, input_device, inspect_model, last_logits_only
+from ..models.anatomy import Anatomy, check_model, inspect_model
 from ..models.attention_hook import ATTRIBUTE, TREE, TreeCall, installed
+from ..models.forward import input_device, last_logits_only
 from ..ops.masks import LayerMask
 from ..ops.prefix_tree import PackedPrompts, pack
 from ..ops.tree_attention import TreeContext, resolve_backend

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from .._version import __version__
 from ..errors import InputError
 from ..memory import once_more
-from ..models.anatomy import Anatomy, base_model, check_model, input_device, inspect_model
+from ..models.anatomy import Anatomy, base_model, check_model, inspect_model
 from ..models.attention_hook import ATTRIBUTE
 from ..models.fingerprint import fingerprint
+from ..models.forward import input_device
 from ..models.weights import where_weights_are
 from ..ops.divergences import kl_backend
 from ..ops.tree_attention import resolve_backend

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, masking_utils
 from ..errors import InputError, UnsupportedModelError
 from ..memory import is_out_of_memory
 from .attention_hook import TREE, installed
+from .forward import input_device
 from .probing import Probe, ProbeCall, looks_beyond, probe, probe_rows
 from .weights import check_weights, execution_device
 
@@ -87,10 +88,6 @@ class Anatomy:
         return len(self.layers)
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    return execution_device(model, model.get_input_embeddings())
-
-
 def base_model(model):
     """The transformers model inside a PEFT wrapper, whose adapter acts in its modules; any other model as it is.
 
@@ -107,12 +104,6 @@ def base_model(model):
             "only adapters inside the layers, such as LoRA, can be scanned"
         )
     return model.get_base_model()
-
-
-def last_logits_only(model: PreTrainedModel) -> dict:
-    """The argument that keeps a forward pass from computing logits nobody reads, where the model takes it."""
-    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if takes else {}
 
 
 def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights: bool = True) -> None:

@@ -18,9 +18,11 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import InputError, UnsupportedModelError
-from ..ops.masks import LayerMask
+from ..ops.masks import LayerMask, scaled
 from ..ops.tree_attention import TreeContext, tree_attention
 from ..ops.tree_attention_torch import visible_attention
+from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q
+from .forward import evaluating
 from .probing import Visible, probe, record_call, window_of
 
 TREE, DENSE = "shipsfast_tree", "shipsfast_dense"
@@ -143,26 +145,26 @@ def _tree(call: TreeCall, query, key, value, how: dict) -> torch.Tensor:
 
 def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap, sink) -> torch.Tensor:
     mask, alt = call.mask, call.mask.replacements(query, key)
-    if mask.mean_q is not None:
-        query = torch.where(mask.mean_q[:, :, None, None], alt["q_alt"][:, None], query)
+    other_q, other_k, fixed = map(mask.flagged, (REPLACE_Q, REPLACE_K, REPLACE_OUT))
+    if other_q is not None:
+        query = torch.where(other_q[:, :, None, None], alt["q_alt"][:, None], query)
     query = query * mask.logit_scale.to(query.dtype)[:, :, None, None]
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    if mask.mean_k is not None:
-        key = torch.where(mask.mean_k[:, :, None, None], alt["k_alt"][:, None], key)
+    if other_k is not None:
+        key = torch.where(other_k[:, :, None, None], alt["k_alt"][:, None], key)
     out = visible_attention(query, key, value, visible, scaling, softcap, sink)
     before = out.transpose(1, 2)
-    if mask.fixed is not None:
+    if fixed is not None:
         tokens = mask.value.shape[1]
         if mask.per_token and (tokens != out.shape[2] or key.shape[2] != out.shape[2]):
             raise InputError(
                 f"resample ablation has outputs for {tokens} tokens, and {type(module).__name__} was called with "
                 f"{out.shape[2]} tokens and {key.shape[2]} keys: run passes of that length, without a cache"
             )
-        out = torch.where(mask.fixed[:, :, None, None], mask.value[None], out)
-    scale = mask.output_scale.to(out.dtype)[:, :, None, None]
-    out = (out * scale).masked_fill(scale == 0, 0).transpose(1, 2)
+        out = torch.where(fixed[:, :, None, None], mask.value[None], out)
+    out = scaled(out, mask.output_scale[:, :, None, None]).transpose(1, 2)
     return mask.finish(out, before).contiguous()
 
 
@@ -207,15 +209,11 @@ def installed(model: PreTrainedModel, name: str) -> Iterator[None]:
     AttentionMaskInterface.register(TREE, _tree_mask)
     AttentionMaskInterface.register(DENSE, _dense_mask)
     configs = [(c, c._attn_implementation_internal) for c in _configs(model)]
-    training = [m for m in model.modules() if m.training]
     try:
         for config, _ in configs:
             config._attn_implementation_internal = name
-        for module in training:
-            module.training = False
-        yield
+        with evaluating(model):
+            yield
     finally:
         for config, before in configs:
             config._attn_implementation_internal = before
-        for module in training:
-            module.training = True

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
 from . import reference
-from .masks import LayerMask
-from .replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
+from .masks import LayerMask, scaled
 from .sinks import sink_numbers, sink_softmax
 
 
@@ -99,5 +99,4 @@ def torch_attention(
     out = torch.matmul(weights.unflatten(1, (-1, groups)), value).flatten(1, 2)
     if replace is not None and out_alt is not None:
         out = torch.where((replace & REPLACE_OUT != 0)[:, :, None], out_alt, out)
-    scale = output_scale.to(out.dtype)[:, :, None]
-    return (out * scale).masked_fill(scale == 0, 0)
+    return scaled(out, output_scale[:, :, None])

@@ -1,9 +1,9 @@
 """What happens to the heads of one layer, row by row: the mask vectors that attention takes.
 
     logit_scale, output_scale   factors on a head's attention logits and on its output
-    mean_q, mean_k              the head uses the mean over all heads of the layer instead of its own q or k
+    replace                     what of a head comes from elsewhere (replacements.py): its q or k is the mean over all heads
+                                of the layer, or it gives a fixed vector
     mean_out                    the head gives the mean over the outputs of all heads of the layer
-    fixed                       the head gives a fixed vector
 
 Means are over heads of the same row and token: over all query heads for q and outputs, over all key/value
 heads for k (under grouped-query attention too, where each counts once). They are taken of what the heads
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q
+from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class LayerMask:
     """B rows (1 for all rows alike), H query heads.
 
     logit_scale, output_scale: float [B, H], 1 leaves the head as it is;
-    mean_q, mean_k, mean_out, fixed: bool [B, H], None for no head;
-    value: what `fixed` heads give, [H, T or 1, D]: per token of the call, or one vector for all;
+    replace: int8 [B, H], sums of bits, None for no head; bits: those that some head has, known without looking;
+    mean_out: bool [B, H], None for no head;
+    value: what heads with REPLACE_OUT give, [H, T or 1, D]: per token of the call, or one vector for all;
     per_token: value belongs to the tokens of one sequence, and a call of another length is an error.
     """
 
     logit_scale: torch.Tensor
     output_scale: torch.Tensor
-    mean_q: torch.Tensor | None = None
-    mean_k: torch.Tensor | None = None
+    replace: torch.Tensor | None = None
+    bits: int = 0
     mean_out: torch.Tensor | None = None
-    fixed: torch.Tensor | None = None
     value: torch.Tensor | None = None
     per_token: bool = False
 
@@ -43,6 +43,14 @@ class LayerMask:
     def untouched(cls, rows: int, heads: int, dtype: torch.dtype, device: torch.device | str) -> LayerMask:
         logit_scale, output_scale = (torch.ones(rows, heads, dtype=dtype, device=device) for _ in range(2))
         return cls(logit_scale, output_scale)
+
+    def replacing(self, bit: int, heads: torch.Tensor, **value) -> LayerMask:
+        """The same with this bit for `heads`, bool [B, H]."""
+        return replace(self, replace=heads.to(torch.int8) * bit, bits=bit, **value)
+
+    def flagged(self, bit: int) -> torch.Tensor | None:
+        """bool [B, H]: the heads with this bit; None where there are none."""
+        return self.replace & bit != 0 if self.bits & bit else None
 
     def at(self, nodes: torch.Tensor) -> LayerMask:
         """For a call with the queries `nodes` only."""
@@ -52,21 +60,19 @@ class LayerMask:
 
     def over(self, outer: LayerMask) -> LayerMask:
         """Both at once: the heads of either. Where both fix an output, this one's vector counts."""
-        flags = {}
-        for name in ("mean_q", "mean_k", "mean_out", "fixed"):
-            mine, other = getattr(self, name), getattr(outer, name)
-            flags[name] = other if mine is None else mine if other is None else mine | other
-        value = self.value
-        if outer.value is not None and value is not None:
-            tokens = max(value.shape[1], outer.value.shape[1])
-            own = self.fixed[0][:, None, None]
-            value = torch.where(own, value.expand(-1, tokens, -1), outer.value.expand(-1, tokens, -1))
+        value = outer.value if self.value is None else self.value
+        if outer.value is not None and self.value is not None:
+            tokens = max(self.value.shape[1], outer.value.shape[1])
+            own = self.flagged(REPLACE_OUT)[0][:, None, None]
+            value = torch.where(own, *(x.expand(-1, tokens, -1) for x in (self.value, outer.value)))
         return LayerMask(
             self.logit_scale * outer.logit_scale,
             self.output_scale * outer.output_scale,
-            **flags,
-            value=outer.value if value is None else value,
-            per_token=self.per_token or outer.per_token,
+            _either(self.replace, outer.replace),
+            self.bits | outer.bits,
+            _either(self.mean_out, outer.mean_out),
+            value,
+            self.per_token or outer.per_token,
         )
 
     def replacements(self, q: torch.Tensor, k: torch.Tensor) -> dict:
@@ -75,19 +81,11 @@ class LayerMask:
 
     def replace_by(self, *make: Callable[[], torch.Tensor]) -> dict:
         """The same with these vectors in the place of a head's q, k and output, made where a head needs them."""
-        flags, out = None, {}
-        kinds = (
-            ("mean_q", REPLACE_Q, "q_alt"),
-            ("mean_k", REPLACE_K, "k_alt"),
-            ("fixed", REPLACE_OUT, "out_alt"),
-        )
-        for (name, bit, alt), vectors in zip(kinds, make, strict=True):
-            chosen = getattr(self, name)
-            if chosen is not None:
-                part = chosen.to(torch.int8) * bit
-                flags = part if flags is None else flags | part
-                out[alt] = vectors()
-        return out if flags is None else out | {"replace": flags}
+        if self.replace is None:
+            return {}
+        kinds = ((REPLACE_Q, "q_alt"), (REPLACE_K, "k_alt"), (REPLACE_OUT, "out_alt"))
+        vectors = {name: made() for (bit, name), made in zip(kinds, make, strict=True) if self.bits & bit}
+        return vectors | {"replace": self.replace}
 
     def finish(self, out: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """Heads that give the mean over heads: out [B, T, H, D]; before: outputs without replacement, if others."""
@@ -95,3 +93,13 @@ class LayerMask:
             return out
         mean = (out if before is None else before).mean(2, keepdim=True)
         return torch.where(self.mean_out[:, None, :, None], mean, out)
+
+
+def _either(mine: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    return other if mine is None else mine if other is None else mine | other
+
+
+def scaled(out: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """out x factor, which broadcasts; exactly 0 where the factor is, whatever the output was."""
+    factor = factor.to(out.dtype)
+    return (out * factor).masked_fill(factor == 0, 0)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
+from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
+from .masks import scaled
 from .sinks import sink_softmax
 
 
@@ -96,8 +97,7 @@ def tree_attention(
     out = torch.matmul(weights, v)
     if replace is not None and out_alt is not None:
         out = torch.where((replace & REPLACE_OUT != 0)[:, :, None, None], out_alt, out)
-    off = (output_scale == 0)[:, :, None, None]
-    out = (out * output_scale.to(q.dtype)[:, :, None, None]).masked_fill(off, 0)
+    out = scaled(out, output_scale[:, :, None, None])
     return out.transpose(1, 2).contiguous()
 
 
@@ -168,8 +168,7 @@ def decode_attention(
     out = torch.matmul(weights, v.masked_fill(~seen[:, None, :, None], 0))[:, :, 0]
     if replace is not None and out_alt is not None:
         out = torch.where(flagged(REPLACE_OUT)[..., 0], out_alt, out)
-    off = (output_scale == 0)[:, :, None]
-    return (out * output_scale.to(q.dtype)[:, :, None]).masked_fill(off, 0).contiguous()
+    return scaled(out, output_scale[:, :, None]).contiguous()
 
 
 def _replaced_logits(logits, q, k, replace, q_alt, k_alt, scaling: float) -> torch.Tensor:

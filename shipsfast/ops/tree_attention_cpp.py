@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..replacements import require_replacements
 from .prefix_tree import PackedPrompts
-from .replacements import require_replacements
 from .sinks import sink_numbers
 from .tree_attention_torch import tree_blocks
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
+from .masks import scaled
 from .prefix_tree import PackedPrompts
-from .replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q, require_replacements
 from .sinks import sink_softmax
 
 BLOCK = 256  # queries per block: bounds the mask of a long prompt
@@ -203,8 +204,7 @@ def segment_attention(
         out[b, :, h] = out_alt if len(out_alt) == 1 else out_alt[h]
     touched = (output_scale != 1).any(1).nonzero().flatten()
     if len(touched):
-        scale = output_scale[touched].to(out.dtype)[:, None, :, None]
-        out[touched] = (out[touched] * scale).masked_fill(scale == 0, 0)
+        out[touched] = scaled(out[touched], output_scale[touched][:, None, :, None])
     return out
 
 

@@ -164,8 +164,8 @@ class AngleScan:
             packed, values = self._packs.get(group) or self.prepared.pack(group)
             if self.prepared.how.kind != "resample":  # whose values take as much as many rows
                 self._packs[group] = packed, values
-            with self.prepared.wavefront(packed, self.bar.update) as wavefront:
-                place = torch.as_tensor(wavefront.prompt_place)
+            with self.prepared.growing_batch(packed, self.bar.update) as batch:
+                place = torch.as_tensor(batch.prompt_place)
                 prompts = torch.as_tensor(group)
 
                 def consume(rows: slice, hidden: torch.Tensor, _first, place=place, prompts=prompts) -> None:
@@ -174,7 +174,7 @@ class AngleScan:
                         out.append(hidden.new_empty(shape))
                     out[0][rows, prompts.to(hidden.device)] = hidden[:, place.to(hidden.device)]
 
-                wavefront.run(self.prepared.mask(block, values, parent), consume, hidden_states=True)
+                batch.run(self.prepared.mask(block, values, parent), consume, hidden_states=True)
         return out[0]
 
     def _set_basis(self, base: torch.Tensor) -> None:

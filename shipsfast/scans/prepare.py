@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..engine import fused_layer
-from ..engine.growing_batch import Wavefront
+from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Head, unit_heads
 from ..engine.measurement import FP32_RESIDUAL, ScanExecution
@@ -18,7 +18,7 @@ from ..engine.memory_plan import Held, Plan, even_slices, make_plan
 from ..engine.replacement_values import mean_outputs, pair_ids, resample_outputs, unpair
 from ..engine.subject import Subject, look_at
 from ..errors import note
-from ..memory import OutOfMemory, free_memory, is_out_of_memory
+from ..memory import OutOfMemory, out_of_memory
 from ..models.anatomy import Anatomy
 from ..models.output_head import head_precision
 from ..models.weights import coming_bytes
@@ -82,8 +82,8 @@ class Prepared(Subject):
         """Layers, and units of a layer."""
         return self.anatomy.num_layers, self.num_units
 
-    def wavefront(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> Wavefront:
-        return Wavefront(
+    def growing_batch(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> GrowingBatch:
+        return GrowingBatch(
             self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.plan.chunk_tokens,
             head_rows=self.plan.head_rows, tick=tick, fused=self.fused, fp32_residual=self.fp32_residual,
         )  # fmt: skip
@@ -177,18 +177,16 @@ def run_blocks(
     """
     while blocks := prepared.blocks(units, missing()):
         done = bar.n
-        try:
+        with out_of_memory() as found:
             for block in blocks:
                 done = bar.n
                 run(block)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            bar.update(done - bar.n)
-            free_memory()
-            smaller = prepared.plan.smaller()
-            if smaller is None:
-                raise OutOfMemory(
-                    "out of memory even with the smallest plan: free some, or shorten the longest prompt"
-                ) from error
-            prepared.plan = smaller
+        if not found:
+            continue
+        bar.update(done - bar.n)
+        smaller = prepared.plan.smaller()
+        if smaller is None:
+            raise OutOfMemory(
+                "out of memory even with the smallest plan: free some, or shorten the longest prompt"
+            ) from found[0]
+        prepared.plan = smaller

@@ -12,8 +12,8 @@ from ..engine.ablate import dense_rows
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Head
 from ..errors import UnsupportedModelError
-from ..models.anatomy import input_device, last_logits_only
 from ..models.attention_hook import LONG
+from ..models.forward import last_logits_only, plain_pass, rounded_to
 from ..models.output_head import float32_head, head_input
 from ..ops.divergences import kl_rows
 from .prepare import Prepared
@@ -33,14 +33,7 @@ ALARM_HIDDEN = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, t
 
 def alarm(model: PreTrainedModel) -> tuple[float, float]:
     """In nats, and relative to the score."""
-    return ALARM_NATS.get(_rounded_to(model), ALARM_NATS[torch.float32])
-
-
-def _rounded_to(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that says how much two passes of a model may differ: layers that were loaded quantised may compute in
-    bfloat16 whatever the model's dtype is, and bitsandbytes' int8 ones round a row by what runs beside it."""
-    quantised = getattr(model, "is_quantized", False)
-    return torch.bfloat16 if quantised and model.dtype.itemsize >= 4 else model.dtype
+    return ALARM_NATS.get(rounded_to(model), ALARM_NATS[torch.float32])
 
 
 def own_layers_hint(prepared: Prepared) -> str:
@@ -117,7 +110,7 @@ def check_hidden(
         ("unablated", base, seen[-1][-1, -1]),
     ):
         error = float((got.double() - expected.double()).norm() / expected.double().norm())
-        if not error <= ALARM_HIDDEN.get(_rounded_to(prepared.model), ALARM_HIDDEN[torch.float32]):
+        if not error <= ALARM_HIDDEN.get(rounded_to(prepared.model), ALARM_HIDDEN[torch.float32]):
             raise UnsupportedModelError(
                 f"the hidden states of prompt {prompt}, {name}, differ by {error:.2g} of their norm from those of a "
                 f"plain forward pass: {type(prepared.model).__name__} cannot be scanned exactly{own_layers_hint(prepared)}"
@@ -154,18 +147,7 @@ def plain_logits(prepared: Prepared, prompt: int, rows: int) -> torch.Tensor:
 
 
 def _forward(prepared: Prepared, ids: list[list[int]]) -> torch.Tensor:
-    model = prepared.model
-    training = [m for m in model.modules() if m.training]
-    try:
-        for module in training:
-            module.training = False
-        tokens = torch.tensor(ids, device=input_device(model))
-        with torch.inference_mode():
-            out = model(input_ids=tokens, use_cache=False, return_dict=True, **last_logits_only(model))
-        return out.logits
-    finally:
-        for module in training:
-            module.training = True
+    return plain_pass(prepared.model, ids, **last_logits_only(prepared.model))
 
 
 def kl_one(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -127,19 +127,19 @@ class _Work:
         if self._packed is None or self._packed[0] != group:
             self._packed = (group, *prepared.pack(group))
         _, packed, values = self._packed
-        with prepared.wavefront(packed, self.bar.update) as wavefront:
+        with prepared.growing_batch(packed, self.bar.update) as batch:
             found: list[list[torch.Tensor]] = []  # of every chunk, of every metric
             kept: list[torch.Tensor] = []
-            place = torch.as_tensor(wavefront.prompt_place, device=prepared.device)
+            place = torch.as_tensor(batch.prompt_place, device=prepared.device)
 
             def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
                 if not kept:
                     kept.append(base)
                 found.append(self._score(logits, base, group, place))
 
-            wavefront.run(prepared.mask(block, values), consume)
-        check_base_logits(prepared, group, wavefront.prompt_place, kept[0])
-        self._compare(group, kept[0], wavefront.prompt_place)
+            batch.run(prepared.mask(block, values), consume)
+        check_base_logits(prepared, group, batch.prompt_place, kept[0])
+        self._compare(group, kept[0], batch.prompt_place)
         scores = [
             torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)
         ]  # [units, prompts]
@@ -171,14 +171,14 @@ class _Work:
         out = None
         for group in self.prepared.plan.prompt_groups:
             packed, values = self.prepared.pack(group)
-            with self.prepared.wavefront(packed) as wavefront:
+            with self.prepared.growing_batch(packed) as batch:
                 kept: list[torch.Tensor] = []
-                wavefront.run(
+                batch.run(
                     self.prepared.mask([], values), lambda _rows, _logits, base, kept=kept: kept.append(base)
                 )
             if out is None:
                 out = kept[0].new_empty(len(self.prepared.token_ids), kept[0].shape[-1])
-            out[list(group)] = kept[0][torch.as_tensor(wavefront.prompt_place, device=out.device)]
+            out[list(group)] = kept[0][torch.as_tensor(batch.prompt_place, device=out.device)]
         return out
 
     def _compare(self, group: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:

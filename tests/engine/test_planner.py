@@ -94,7 +94,7 @@ def test_after_running_out_of_memory_the_plan_recorded_is_the_smaller_one(tmp_pa
     runs = {
         "scan": (
             lambda out: shipsfast.scan(model, PROMPTS, out=out, progress=False),
-            (Prepared, "wavefront"),
+            (Prepared, "growing_batch"),
         ),
         "asr": (lambda out: scan_asr(out=out, heads=[(0, 1)]), (Decoder, "prefill")),
     }

@@ -41,14 +41,14 @@ def test_the_matrix_notices_a_wrong_number(family, monkeypatch):
     """One row's mask vectors are off by one part in a thousand."""
     from shipsfast.engine import growing_batch
 
-    plain = growing_batch.Wavefront._layer_mask
+    plain = growing_batch.GrowingBatch._layer_mask
 
     def wrong(self, index, like, rows, nodes=None, groups=None):
         mask = plain(self, index, like, rows, nodes, groups)
         mask.logit_scale[:, 0] *= 1.001
         return mask
 
-    monkeypatch.setattr(growing_batch.Wavefront, "_layer_mask", wrong)
+    monkeypatch.setattr(growing_batch.GrowingBatch, "_layer_mask", wrong)
     with pytest.raises(AssertionError, match="off by"):
         monkeypatch.setattr("shipsfast.scans.ships.packing_noise_nats", lambda *_args: 0.0)
         monkeypatch.setattr("shipsfast.scans.ships._spot_check", lambda _work: None)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from shipsfast.ops import reference
 from shipsfast.ops.decode_attention import cpp_attention, torch_attention
 from shipsfast.ops.extension import extension_status
-from shipsfast.ops.replacements import REPLACE_OUT
+from shipsfast.replacements import REPLACE_OUT
 from tests.conftest import TEST_GPU
 from tests.support.attention_numerics import ALTERNATIVES
 from tests.support.decode_numerics import (

@@ -10,7 +10,7 @@ import torch
 
 from shipsfast.ops import prefix_tree, reference, tree_attention_cpp, tree_attention_torch
 from shipsfast.ops.extension import extension_status
-from shipsfast.ops.replacements import REPLACE_OUT
+from shipsfast.replacements import REPLACE_OUT
 from tests.support.attention_numerics import (
     ALTERNATIVES,
     Case,

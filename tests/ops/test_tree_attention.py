@@ -21,7 +21,7 @@ from shipsfast.kernels.launch_config import LaunchConfig, launch_config, load_co
 
 from shipsfast.kernels import tree_attention as module
 from shipsfast.ops import prefix_tree, reference
-from shipsfast.ops.replacements import REPLACE_OUT
+from shipsfast.replacements import REPLACE_OUT
 from tests.conftest import TEST_GPU
 from tests.support.attention_numerics import (
     ALTERNATIVES,

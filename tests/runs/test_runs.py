@@ -60,7 +60,7 @@ def test_a_killed_scan_continues(tmp_path, monkeypatch):
     """Killed in its third block: two parts are kept, and only the rest is computed again."""
     whole = scan(None)
     calls = []
-    real = shipsfast.engine.growing_batch.Wavefront.run
+    real = shipsfast.engine.growing_batch.GrowingBatch.run
 
     def run(self, mask, consume):
         calls.append(len(mask) - 1)
@@ -68,7 +68,7 @@ def test_a_killed_scan_continues(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, mask, consume)
 
-    monkeypatch.setattr("shipsfast.engine.growing_batch.Wavefront.run", run)
+    monkeypatch.setattr("shipsfast.engine.growing_batch.GrowingBatch.run", run)
     with pytest.raises(KeyboardInterrupt):
         scan(tmp_path / "run", rows_per_block=4)
     partial = shipsfast.ShipsResult.load(tmp_path / "run")
@@ -83,7 +83,7 @@ def test_a_killed_scan_continues(tmp_path, monkeypatch):
 
 def test_a_finished_scan_is_not_repeated(tmp_path, monkeypatch):
     first = scan(tmp_path / "run")
-    monkeypatch.setattr("shipsfast.engine.growing_batch.Wavefront.run", None)
+    monkeypatch.setattr("shipsfast.engine.growing_batch.GrowingBatch.run", None)
     again = scan(tmp_path / "run")
     assert np.array_equal(first.kl, again.kl) and again.noise_floor == first.noise_floor
 

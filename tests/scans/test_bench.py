@@ -125,11 +125,11 @@ def test_on_the_command_line():
         "-q",
         "--json",
     ]
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["prompts"] == 4 and found["all_heads"] == 16 and found["ablations_per_s"] > 0
-    text = CliRunner().invoke(app, ["bench", str(MODEL), "--seconds", "0.01", "-q"]).stdout
+    text = CliRunner().invoke(cli.app, ["bench", str(MODEL), "--seconds", "0.01", "-q"]).stdout
     assert "16 prompts" in text and "of the floor" in text and "planned" in text
 
 

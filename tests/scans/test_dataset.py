@@ -11,7 +11,7 @@ import torch
 import shipsfast
 from shipsfast import Ablation, SubspaceResult
 from shipsfast.engine.ablation import KINDS
-from shipsfast.engine.growing_batch import Wavefront
+from shipsfast.engine.growing_batch import GrowingBatch
 from shipsfast.ops.extension import extension_status
 from shipsfast.ops.subspaces import leading_subspace, subspace_angle_deg
 from tests.support import hooks
@@ -262,7 +262,7 @@ def test_save_and_load(tmp_path):
 
 def stop_at(monkeypatch, number: int, calls: list) -> None:
     """Ctrl-C in the `number`th pass of a growing batch."""
-    real = Wavefront.run
+    real = GrowingBatch.run
 
     def run(self, mask, *args, **kwargs):
         calls.append(len(mask) - 1)
@@ -270,7 +270,7 @@ def stop_at(monkeypatch, number: int, calls: list) -> None:
             raise KeyboardInterrupt
         return real(self, mask, *args, **kwargs)
 
-    monkeypatch.setattr(Wavefront, "run", run)
+    monkeypatch.setattr(GrowingBatch, "run", run)
 
 
 def test_a_killed_scan_continues(tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_a_killed_scan_continues(tmp_path, monkeypatch):
 
 def test_a_finished_scan_is_not_repeated(tmp_path, monkeypatch):
     first = scan(rank=2, out=tmp_path / "run")
-    monkeypatch.setattr(Wavefront, "run", None)
+    monkeypatch.setattr(GrowingBatch, "run", None)
     again = scan(rank=2, out=tmp_path / "run")
     assert np.array_equal(first.angle_deg, again.angle_deg) and again.noise_floor == first.noise_floor
 

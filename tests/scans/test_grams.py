@@ -175,7 +175,7 @@ def test_a_killed_run_keeps_its_own(tmp_path, monkeypatch, run):
     options = dict(rows_per_block=5)
     whole = run(**options)
     calls = []
-    real = shipsfast.engine.growing_batch.Wavefront.run
+    real = shipsfast.engine.growing_batch.GrowingBatch.run
 
     def killed(self, *args, **kwargs):
         calls.append(1)
@@ -183,7 +183,7 @@ def test_a_killed_run_keeps_its_own(tmp_path, monkeypatch, run):
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr("shipsfast.engine.growing_batch.Wavefront.run", killed)
+    monkeypatch.setattr("shipsfast.engine.growing_batch.GrowingBatch.run", killed)
     with pytest.raises(KeyboardInterrupt):
         run(out=tmp_path / "run", **options)
     again = run(out=tmp_path / "run", **options)

@@ -99,7 +99,7 @@ def test_an_ablation_that_overflows_ends_the_run_or_is_marked(tmp_path):
 
 def test_marked_scores_are_not_computed_again(tmp_path, monkeypatch):
     model, calls = overflowing(), []
-    real = shipsfast.engine.growing_batch.Wavefront.run
+    real = shipsfast.engine.growing_batch.GrowingBatch.run
 
     def run(self, mask, consume, **options):
         calls.append(len(mask) - 1)
@@ -107,7 +107,7 @@ def test_marked_scores_are_not_computed_again(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, mask, consume, **options)
 
-    monkeypatch.setattr("shipsfast.engine.growing_batch.Wavefront.run", run)
+    monkeypatch.setattr("shipsfast.engine.growing_batch.GrowingBatch.run", run)
     options = dict(ablation="zero", nonfinite="mark", out=tmp_path / "run", rows_per_block=4)
     with pytest.raises(KeyboardInterrupt):
         scan(model, **options)

@@ -10,7 +10,7 @@ import torch
 
 import shipsfast
 from shipsfast import Ablation, SaharaResult
-from shipsfast.engine.growing_batch import Wavefront
+from shipsfast.engine.growing_batch import GrowingBatch
 from shipsfast.ops.extension import extension_status
 from tests.support import hooks
 from tests.support.models import HEADS, LAYERS, build
@@ -283,7 +283,7 @@ def test_a_killed_search_continues(tmp_path, monkeypatch, beam, stop):
     options = dict(rank=2, beam=beam, rows_per_block=4, layers="model")
     calls = []  # how many heads each pass scores
     stops = []
-    real = Wavefront.run
+    real = GrowingBatch.run
 
     def run(self, mask, *args, **kwargs):
         if stops == [len(calls)]:
@@ -291,7 +291,7 @@ def test_a_killed_search_continues(tmp_path, monkeypatch, beam, stop):
         calls.append(len(mask) - 1)
         return real(self, mask, *args, **kwargs)
 
-    monkeypatch.setattr(Wavefront, "run", run)
+    monkeypatch.setattr(GrowingBatch, "run", run)
     whole = search(**options)
     everything = sum(calls)
     assert everything == 12 + 11 + 10 if beam == 1 else everything > 12 + 11 + 10
@@ -313,7 +313,7 @@ def test_a_killed_search_continues(tmp_path, monkeypatch, beam, stop):
 
 def test_a_finished_search_is_not_repeated(tmp_path, monkeypatch):
     first = search(rank=2, out=tmp_path / "run")
-    monkeypatch.setattr(Wavefront, "run", None)
+    monkeypatch.setattr(GrowingBatch, "run", None)
     same(search(rank=2, out=tmp_path / "run"), first)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import shipsfast
 from shipsfast import InputError
-from shipsfast.engine.growing_batch import Wavefront
+from shipsfast.engine.growing_batch import GrowingBatch
 from shipsfast.ops import divergences
 from tests.support.metric_scans import HEADS, PROMPTS, killed_after, scan, to_the_mean_of_all
 from tests.support.models import build
@@ -34,8 +34,8 @@ def test_each_is_what_a_scan_of_its_own_gives(cut):
 
 def test_one_pass_and_one_read_of_the_logits(monkeypatch):
     passes, reads = [], []
-    run, read = Wavefront.run, divergences.divergence_rows
-    monkeypatch.setattr(Wavefront, "run", lambda *args, **kw: passes.append(1) or run(*args, **kw))
+    run, read = GrowingBatch.run, divergences.divergence_rows
+    monkeypatch.setattr(GrowingBatch, "run", lambda *args, **kw: passes.append(1) or run(*args, **kw))
     monkeypatch.setattr(
         "shipsfast.scans.metrics.divergence_rows", lambda *args, names: reads.append((len(args[1]), names)) or read(*args, names=names)
     )  # fmt: skip
@@ -60,7 +60,7 @@ def test_run_folders(tmp_path, monkeypatch):
         assert got.record["status"] == "complete" and got.metric == want.metric
     assert shipsfast.load(out / "also" / "2").metric["name"] == "kl"
 
-    monkeypatch.setattr(Wavefront, "run", None)  # nothing is computed again
+    monkeypatch.setattr(GrowingBatch, "run", None)  # nothing is computed again
     again = scan(METRICS, out=out)
     assert list(again.also) == NAMES[1:]
     with pytest.raises(InputError, match="different further_metrics"):

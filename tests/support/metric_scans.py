@@ -1,7 +1,7 @@
 """What tests of metric scans share."""
 
 import shipsfast
-from shipsfast.engine.growing_batch import Wavefront
+from shipsfast.engine.growing_batch import GrowingBatch
 from tests.support.models import build
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [11, 12], [5, 6, 7, 8]]
@@ -20,13 +20,13 @@ def to_the_mean_of_all(base_logits, ablated_logits, prompt_index):
 
 def killed_after(monkeypatch, runs):
     """The next scan is interrupted when its pass number `runs` + 1 begins."""
-    real, calls = Wavefront.run, []
+    real, calls = GrowingBatch.run, []
 
     def run(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == runs + 1:
-            monkeypatch.setattr(Wavefront, "run", real)
+            monkeypatch.setattr(GrowingBatch, "run", real)
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Wavefront, "run", run)
+    monkeypatch.setattr(GrowingBatch, "run", run)

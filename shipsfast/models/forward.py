@@ -1,0 +1,49 @@
+"""A model's own forward pass: where its input goes, in evaluation mode, and how exact two passes can be."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from .weights import execution_device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    return execution_device(model, model.get_input_embeddings())
+
+
+def last_logits_only(model: PreTrainedModel) -> dict:
+    """The argument that keeps a forward pass from computing logits nobody reads, where the model takes it."""
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if takes else {}
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; those that were training are again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def plain_pass(model: PreTrainedModel, ids: Sequence[Sequence[int]], **how) -> torch.Tensor:
+    """Logits of the model's own forward pass over rows of equal length, in evaluation mode and without a cache."""
+    tokens = torch.tensor([list(row) for row in ids], device=input_device(model))
+    with torch.inference_mode(), evaluating(model):
+        return model(input_ids=tokens, use_cache=False, return_dict=True, **how).logits
+
+
+def rounded_to(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that says how much two passes of a model may differ: layers that were loaded quantised may compute in
+    bfloat16 whatever the model's dtype is, and bitsandbytes' int8 ones round a row by what runs beside it."""
+    quantised = getattr(model, "is_quantized", False)
+    return torch.bfloat16 if quantised and model.dtype.itemsize >= 4 else model.dtype
