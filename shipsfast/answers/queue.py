@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..engine.decoder import Decoded, Decoder
 from ..errors import InputError
+from ..memory import out_of_memory
 from .generation import Generation
 from .self_check import NotFinite, refuse_token
 

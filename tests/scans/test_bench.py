@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import shipsfast
+from shipsfast import cli
 from shipsfast.demo.run import MODEL, PROMPTS
 from shipsfast.engine.flops import model_flops, scan_flops
 from shipsfast.engine.measurement import ScanExecution
