@@ -1,4 +1,4 @@
-"""Durations and dates for the record. A clock that is set back makes no duration negative."""
+"""Durations and dates for the record."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from datetime import datetime
 
 
 def seconds_since(started: float) -> float:
-    """Seconds since a reading of `time.perf_counter`, at least 0, to the millisecond."""
-    return round(max(0.0, time.perf_counter() - started), 3)
+    """Seconds since a reading of `time.perf_counter`, to the millisecond."""
+    return round(time.perf_counter() - started, 3)
 
 
 def now() -> str:

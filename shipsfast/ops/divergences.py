@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..errors import InputError
-from .extension import REMEDY, _load_extension
+from .extension import REMEDY, extension_status
 
 KL_BACKENDS = ("auto", "cpp", "reference")
 DIVERGENCES = ("kl", "reverse_kl", "js", "total_variation")  # in the order of the extension's bits
@@ -134,7 +134,7 @@ def _choose_backend(
 
 
 def _extension_problem(device: torch.device, op: str) -> str | None:
-    loaded, reason = _load_extension()
+    loaded, reason = extension_status()
     if not loaded:
         return reason
     if not hasattr(torch.ops.shipsfast, op):

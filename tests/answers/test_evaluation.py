@@ -34,6 +34,7 @@ from tests.support.evaluations import (
     scan_asr,
     slow_texts,
     text_of,
+    tokens,  # noqa: F401
 )
 from tests.support.models import HEADS, LAYERS
 from tests.support.speaking_models import build, slow

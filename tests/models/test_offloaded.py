@@ -135,7 +135,7 @@ def test_nothing_is_held_after_an_exception(monkeypatch):
     before = [(hook, hook.offload) for hook in hooked]
     with monkeypatch.context() as patch:
         for name in ("segment_attention", "cpp_attention"):
-            patch.setattr(f"shipsfast.models.attention_hook.{name}", fail)
+            patch.setattr(f"shipsfast.ops.tree_attention.{name}", fail)
         with pytest.raises(RuntimeError, match="broken"):
             scan(offloaded)
     assert all(p.is_meta for p in offloaded.parameters())

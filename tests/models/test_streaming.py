@@ -111,7 +111,7 @@ def test_nothing_is_held_after_an_exception(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         for name in ("segment_attention", "cpp_attention"):
-            patch.setattr(f"shipsfast.models.attention_hook.{name}", fail)
+            patch.setattr(f"shipsfast.ops.tree_attention.{name}", fail)
         patch.setattr("shipsfast.engine.growing_batch.tree_attention", fail)
         with pytest.raises(RuntimeError, match="broken"):
             shipsfast.scan(streamed, PROMPTS, progress=False)

@@ -25,7 +25,7 @@ from tests.support.divergence_cases import (
     oracle,
     run,
 )
-from tests.support.numerics import assert_close_abs
+from tests.support.numerics imporn.assert_close_abs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -150,18 +150,19 @@ def test_every_instruction_set(isa):
     code = (
         "import torch\n"
         "import tests.ops.test_divergences as d\n"
-        "import tests.ops.test_kl as t\n"
+        "import tests.support.divergence_cases as t\n"
+        "import tests.support.numerics as n\n"
         "for dtype in t.DTYPES.values():\n"
         "    for vocab in (1, 7, 1023, 4099):\n"
         "        base, ablated, row_map = t.draw(vocab, dtype)\n"
         "        result = t.kl_rows(base, ablated, row_map, backend='cpp')\n"
-        "        t.assert_close_abs(result, t.oracle(base, ablated, row_map), t.KL_ATOL)\n"
+        "        n.assert_close_abs(result, t.oracle(base, ablated, row_map), t.KL_ATOL)\n"
         "        same = t.kl_rows(base, base[row_map], row_map, backend='cpp')\n"
         "        assert torch.equal(same, torch.zeros(t.N, dtype=torch.float64))\n"
         "        for names in (d.DIVERGENCES, d.DIVERGENCES[1:2], d.DIVERGENCES[2:3]):\n"
         "            result = d.run(base, ablated, row_map, 'cpp', 'cpu', names)\n"
         "            expected = d.run(base, ablated, row_map, 'reference', 'cpu', names)\n"
-        "            t.assert_close_abs(result, expected, 1e-13 * expected)\n"
+        "            n.assert_close_abs(result, expected, 1e-13 * expected)\n"
         "            assert not d.run(base, base[row_map], row_map, 'cpp', 'cpu', names).any()\n"
     )
     done = subprocess.run(
