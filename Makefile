@@ -6,7 +6,7 @@ demo: env ## scan the embedded model, write demo-run/
 
 test: ## the whole test suite
 	@tools/make_env.sh test
-	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+	@tools/run_tests.sh $(PYTEST_ARGS)
 
 test-gpu: ## the tests that need a CUDA GPU, compiled instead of interpreted
 	@tools/make_env.sh test
@@ -30,8 +30,11 @@ bench-gpu: ## everything that is measured on a CUDA GPU, rows in benchmarks/resu
 	@tools/make_env.sh test
 	@.venv/bin/python -m benchmarks gpu $(BENCH_ARGS)
 
-lint:
-	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
+lint: ## style, and that the arrows between rooms point down
+	@tools/make_env.sh lint
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
+	@.venv/bin/lint-imports
 
 clean:
 	rm -rf .venv build dist *.egg-info shipsfast/*.so

@@ -3,7 +3,7 @@
 # Where the system's Python already has a CUDA build of torch, that one is used and nothing of it is replaced.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras="${1:-}" # "test" adds what the tests need
+extras="${1:-}" # "test" adds what the tests need, "lint" what make lint does
 
 stop() { echo "shipsfast: $1" >&2; exit 2; }
 
@@ -47,17 +47,21 @@ if [ ! -e ".venv/.built-$sources" ]; then
     step "other dependencies" $pip -c constraints.txt --no-build-isolation -e .
   else
     step "native extension" $pip --no-build-isolation --no-deps -e .
-    .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, typer, rich, tqdm, psutil, scipy.stats' ||
+    .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, annotated_doc, filelock, jinja2, typer, rich, tqdm, psutil, scipy.stats' ||
       step "missing dependencies" $pip --no-build-isolation -e .
   fi
   rm -f .venv/.built-*
   touch ".venv/.built-$sources"
 fi
-if [ "$extras" = test ] && [ ! -e .venv/.tests ]; then
+if [ "$extras" = test ] && [ ! -e ".venv/.tests-$sources" ]; then
   if [ $cuda = no ]; then
-    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis triton accelerate peft torchao bitsandbytes
+    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout pytest-xdist hypothesis triton accelerate peft torchao bitsandbytes
   else
-    .venv/bin/python -c 'import pytest, pytest_timeout, hypothesis, triton' || step "test dependencies" $pip -c constraints.txt pytest pytest-timeout hypothesis
+    .venv/bin/python -c 'import pytest, pytest_timeout, xdist, hypothesis, triton' || step "test dependencies" $pip -c constraints.txt pytest pytest-timeout pytest-xdist hypothesis
   fi
-  touch .venv/.tests
+  rm -f .venv/.tests* && touch ".venv/.tests-$sources"
+fi
+if [ "$extras" = lint ] && [ ! -e .venv/.lint ]; then
+  step "lint dependencies" $pip -c constraints.txt ruff import-linter
+  touch .venv/.lint
 fi

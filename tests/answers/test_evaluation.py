@@ -34,10 +34,14 @@ from tests.support.evaluations import (
     scan_asr,
     slow_texts,
     text_of,
-    tokens,  # noqa: F401
 )
 from tests.support.models import HEADS, LAYERS
 from tests.support.speaking_models import build, slow
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return slow_texts(IDS)
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,9 @@ def test_wrong_labels_are_told(returned, message):
 
 
 def test_the_error_names_the_judge_and_own_errors_come_through():
-    with pytest.raises(InputError, match=r"^judge tests\.answers\.test_refusal\.one_too_few: expected 1 labels"):
+    with pytest.raises(
+        InputError, match=r"^judge tests\.answers\.test_refusal\.one_too_few: expected 1 labels"
+    ):
         as_judge(one_too_few)([completion(ANSWER)])
     with pytest.raises(ZeroDivisionError):
         as_judge(lambda texts: 1 / 0)([completion(ANSWER)])

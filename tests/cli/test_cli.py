@@ -14,7 +14,7 @@ from transformers import LlamaModel
 import shipsfast
 from shipsfast import cli
 from shipsfast.demo.run import MODEL, PROMPTS
-from tests.support.command_line import model_folder, refused, run  # noqa: F401
+from tests.support.command_line import refused, run
 
 
 def test_scan_of_the_embedded_model(capsys, tmp_path):

@@ -94,6 +94,7 @@ def test_what_a_model_does_to_its_logits_is_seen(family, copies):
     assert inspect_model(model, [1, 2, 3], 8).logit_copies == copies
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("arguments", [("wide", "0"), ("vocabulary", "0"), ("wide", "60")], ids="-".join)
 def test_peaks_are_near_their_prediction(arguments):
@@ -105,6 +106,7 @@ def test_peaks_are_near_their_prediction(arguments):
     assert found["peak_mib"] >= 0.75 * predicted
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_scan_that_runs_out_of_memory_goes_on_with_less():
     found = child("starved")

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from shipsfast.demo.run import PROMPTS as DEMO
 from shipsfast.models import restore
 from shipsfast.runs.lock import FolderLock
 from shipsfast.runs.verify import verify
+from tests.support import warm
 from tests.support.faults import PROMPTS, ended, forked, found, numbers, one_thread, scan  # noqa: F401
 from tests.support.model_state import assert_same, state
 from tests.support.models import build
@@ -90,28 +90,15 @@ def test_a_signal_ends_the_command_in_one_line(tmp_path, number, status):
         "shipsfast.scans.ships.prepare = lambda m, t, what, how: real(m, t, what, replace(how, **small))\n"
         "main()\n"
     )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "scan",
-        MODEL,
-        DEMO / "taboo.csv",
-        "--limit",
-        "40",
-        "--out",
-        out,
-        "-q",
-    ]
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    arguments = ["scan", MODEL, DEMO / "taboo.csv", "--limit", 40, "--out", out, "-q"]
+    process = warm.Warm(code, arguments)
     until = time.monotonic() + 120
     while not list(out.glob("scores/part-000001*")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(number)
-    printed, said = process.communicate(timeout=60)
-    assert process.returncode == status, said
+    done = process.wait(60)
+    printed, said = done.stdout, done.stderr
+    assert done.returncode == status, said
     assert printed.strip() == "" and "Traceback" not in said
     said = [line for line in said.splitlines() if "shipsfast: " in line]  # other packages have their warnings
     assert len(said) == 1 and f"is kept in {out}" in said[0] and "run again to continue" in said[0]

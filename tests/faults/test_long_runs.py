@@ -48,6 +48,7 @@ def state(model) -> dict:
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.serial
 def test_scans_leave_nothing_behind(tmp_path):
     model = build(dtype=torch.float32)
     process, sizes, before = psutil.Process(), [], {}

@@ -26,6 +26,7 @@ PLAN = {"max_memory": 20 << 20, "progress": False, "heads": [[layer, 0] for laye
 
 CHILD = """
 import json, os, resource, sys, threading
+os.environ["OMP_NUM_THREADS"] = "2"  # the pool of threads that the scan will use must be there before the limit is set
 import numpy as np, torch
 import shipsfast
 from shipsfast.models.loading import load_model
@@ -54,6 +55,7 @@ def config(**how) -> LlamaConfig:
     return LlamaConfig(vocab_size=256, num_attention_heads=HEADS, max_position_embeddings=64, **how)
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and RLIMIT_AS is not enforced elsewhere")
 def test_a_model_larger_than_the_memory_allowed(tmp_path):
     torch.manual_seed(0)

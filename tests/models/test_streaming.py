@@ -4,8 +4,6 @@ import copy
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 
@@ -18,6 +16,7 @@ import shipsfast
 from shipsfast.models import streaming
 from shipsfast.models.fingerprint import fingerprint
 from shipsfast.models.loading import load_model
+from tests.support import warm
 from tests.support.checkpoints import in_memory, save, watched
 from tests.support.models import _GQA, FAMILIES, LAYERS, build
 from tests.support.streamed import MORE, built
@@ -303,9 +302,9 @@ def test_a_killed_stream_leaves_whole_scores_and_nothing_else(tmp_path):
     env = os.environ | {"TMPDIR": str(scratch), "PYTHONPATH": os.getcwd(), "HOME": str(home)}
 
     def run(kill_at: int, out):
-        command = [sys.executable, script, str(kill_at), "scan", folder, prompts, "--stream", "--out", out, "--quiet",
-                   "--max-memory", "120KiB", "--template", "none"]  # fmt: skip
-        return subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, check=False)
+        arguments = [kill_at, "scan", folder, prompts, "--stream", "--out", out, "--quiet", "--max-memory", "120KiB",
+                     "--template", "none"]  # fmt: skip
+        return warm.run(script, arguments, env=env, cwd=home)
 
     whole = run(0, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr

@@ -25,7 +25,7 @@ from tests.support.divergence_cases import (
     oracle,
     run,
 )
-from tests.support.numerics imporn.assert_close_abs
+from tests.support.numerics import assert_close_abs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 import shipsfast
 from shipsfast.runs import lock
 from shipsfast.runs.verify import render, verify
-from tests.support.command_line import model_folder, refused  # noqa: F401
+from tests.support.command_line import refused
 from tests.support.models import build
 from tests.support.overflowing import overflowing, scan
 
@@ -130,7 +130,7 @@ def test_what_nobody_lists_is_removed_by_running_again(tmp_path, capfd):
     assert verify(out)["verdict"] == "sound"
 
 
-def test_places_that_cannot_be_are_told_in_one_line(tmp_path, capsys, monkeypatch, model_folder):  # noqa: F811
+def test_places_that_cannot_be_are_told_in_one_line(tmp_path, capsys, monkeypatch, model_folder):
     prompts = tmp_path / "p.txt"
     prompts.write_text("mend a kettle\n")
     args = ("scan", model_folder, prompts, "--heads", "0-0", "--template", "none", "--out")

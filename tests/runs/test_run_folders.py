@@ -14,7 +14,7 @@ from shipsfast.runs import manifest
 from shipsfast.runs.folder import RunFolder
 from shipsfast.runs.manifest import as_text, find_parts, read_manifest
 from shipsfast.runs.verify import render, verify
-from tests.support.command_line import model_folder, refused, run  # noqa: F401
+from tests.support.command_line import refused, run
 from tests.support.faults import PROMPTS, SIZES, numbers, one_thread, scan  # noqa: F401
 from tests.support.models import build
 
@@ -92,7 +92,7 @@ def test_what_differs_is_told_in_words(finished, model, change, words):
         shipsfast.scan(other, prompts, out=finished[0], progress=False, **SIZES | change)
 
 
-def test_another_template_is_named(tmp_path, capsys, model_folder):  # noqa: F811
+def test_another_template_is_named(tmp_path, capsys, model_folder):
     prompts = tmp_path / "p.txt"
     prompts.write_text("mend a kettle\ntell a story\n")
     args = ["scan", model_folder, prompts, "--out", tmp_path / "run", "--quiet"]
@@ -103,7 +103,7 @@ def test_another_template_is_named(tmp_path, capsys, model_folder):  # noqa: F81
     assert run(capsys, *args, "--template", "{prompt}")[0] == 0
 
 
-def test_resume_needs_something_to_resume(tmp_path, capsys, model_folder):  # noqa: F811
+def test_resume_needs_something_to_resume(tmp_path, capsys, model_folder):
     prompts = tmp_path / "p.txt"
     prompts.write_text("mend a kettle\ntell a story\n")
     out = tmp_path / "run"

@@ -94,6 +94,7 @@ def test_long_prompts_plan(tokens):
     assert found.tokens == tokens and found.plan.rows_per_block >= 1
 
 
+@pytest.mark.serial
 def test_predicted_time_and_memory_of_a_real_scan():
     """On a quiet machine both are within a factor of 1.5 (docs/planning.md); shared ones are given more here."""
     torch.manual_seed(0)

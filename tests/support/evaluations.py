@@ -1,6 +1,5 @@
 """What tests of evaluations share."""
 
-import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -61,11 +60,6 @@ def scan_asr(model=None, family="llama-gqa", **how):
 def slow_texts(ids, groups=GROUPS, new=NEW, model=None, **how) -> list[list[list[int]]]:
     model = model or build("llama-gqa")
     return [[slow(model, each, group, new=new, end=END, **how) for each in ids] for group in groups]
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return slow_texts(IDS)
 
 
 def expected_labels(tokens, judge) -> list[list[str]]:
