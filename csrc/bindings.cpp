@@ -112,42 +112,44 @@ Tensor prepare_divergence(const Tensor& base, const Tensor& ablated, const Tenso
   return results;
 }
 
-Tensor kl_rows_cpu(const Tensor& base, const Tensor& ablated, const Tensor& row_map) {
+// prepare(map, rows) checks and fills in the rows, and gives the results that `run` then writes.
+template <typename Rows, typename Prepare>
+Tensor on_cpu(const Tensor& base, const Tensor& row_map, const Prepare& prepare, void (*run)(const Rows&)) {
   const Tensor map = torch::stable::contiguous(row_map);
-  shipsfast::KlRows rows;
-  Tensor kl_nats = prepare_kl(base, ablated, map, rows);
+  Rows rows;
+  Tensor results = prepare(map, rows);
   check_row_map(base, rows);
-  if (rows.num_ablated > 0) shipsfast::kl_rows_cpu(rows);
-  return kl_nats;
-}
-
-Tensor divergence_rows_cpu(const Tensor& base, const Tensor& ablated, const Tensor& row_map, int64_t which) {
-  const Tensor map = torch::stable::contiguous(row_map);
-  shipsfast::DivergenceRows rows;
-  Tensor results = prepare_divergence(base, ablated, map, which, rows);
-  check_row_map(base, rows);
-  if (rows.num_ablated > 0) shipsfast::divergence_rows_cpu(rows);
+  if (rows.num_ablated > 0) run(rows);
   return results;
 }
 
 #ifdef SHIPSFAST_WITH_CUDA
-Tensor kl_rows_cuda(const Tensor& base, const Tensor& ablated, const Tensor& row_map) {
+template <typename Rows, typename Prepare>
+Tensor on_cuda(const Tensor& base, const Tensor& row_map, const Prepare& prepare, void (*run)(const Rows&, int32_t)) {
   const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
   const Tensor map = torch::stable::contiguous(row_map);
-  shipsfast::KlRows rows;
-  Tensor kl_nats = prepare_kl(base, ablated, map, rows);
-  if (rows.num_ablated > 0) shipsfast::kl_rows_cuda(rows, base.get_device_index());
-  return kl_nats;
-}
-
-Tensor divergence_rows_cuda(const Tensor& base, const Tensor& ablated, const Tensor& row_map, int64_t which) {
-  const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
-  const Tensor map = torch::stable::contiguous(row_map);
-  shipsfast::DivergenceRows rows;
-  Tensor results = prepare_divergence(base, ablated, map, which, rows);
-  if (rows.num_ablated > 0) shipsfast::divergence_rows_cuda(rows, base.get_device_index());
+  Rows rows;
+  Tensor results = prepare(map, rows);
+  if (rows.num_ablated > 0) run(rows, base.get_device_index());
   return results;
 }
+#endif
+
+#define SHIPS_OPS(DEVICE)                                                                                        \
+  Tensor kl_rows_##DEVICE(const Tensor& base, const Tensor& ablated, const Tensor& row_map) {                    \
+    const auto prepare = [&](const Tensor& map, shipsfast::KlRows& rows) { return prepare_kl(base, ablated, map, rows); }; \
+    return on_##DEVICE<shipsfast::KlRows>(base, row_map, prepare, &shipsfast::kl_rows_##DEVICE);                 \
+  }                                                                                                              \
+  Tensor divergence_rows_##DEVICE(const Tensor& base, const Tensor& ablated, const Tensor& row_map, int64_t which) { \
+    const auto prepare = [&](const Tensor& map, shipsfast::DivergenceRows& rows) {                               \
+      return prepare_divergence(base, ablated, map, which, rows);                                                \
+    };                                                                                                           \
+    return on_##DEVICE<shipsfast::DivergenceRows>(base, row_map, prepare, &shipsfast::divergence_rows_##DEVICE); \
+  }
+
+SHIPS_OPS(cpu)
+#ifdef SHIPSFAST_WITH_CUDA
+SHIPS_OPS(cuda)
 #endif
 
 }  // namespace

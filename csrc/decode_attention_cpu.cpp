@@ -6,7 +6,7 @@
 //   decode_attention(q, k_cache, v_cache, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt,
 //                    sink, scaling, softcap, window, out)
 //
-// The arithmetic is that of shipsfast/reference.py. One task is one entry and key/value head: the scores of all
+// The arithmetic is that of shipsfast/ops/reference.py. One task is one entry and key/value head: the scores of all
 // positions it sees lie in one short buffer, softmax is taken of it in place, and values are summed by its weights.
 // No result depends on how tasks are spread over threads.
 
@@ -41,11 +41,7 @@ struct Call {
   View<T> out_alt;              // [H or 1, D of v]
   const int32_t* slot;          // [N]
   const int32_t* length;        // [N]
-  const double* logit_scale;    // [N, H]
-  const double* output_scale;   // [N, H]
-  const int8_t* replace;        // [N, H] or null
-  const double* sink;           // [H], one more logit per head in the denominator, or null
-  double scaling, softcap;      // softcap 0: none
+  Masks<T> masks;
   T* out;                       // [N, H, D of v]
 };
 
@@ -64,12 +60,8 @@ SHIPS_ALWAYS_INLINE void score(const T* q, const T* keys, int64_t stride, int64_
 // Scores become softmax weights that are not yet divided by their sum, which is returned. sink: -inf for none.
 template <typename T>
 SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t count, T softcap, T sink) {
-  if (softcap != 0) {
-    for (int64_t j = 0; j < count; ++j) scores[j] = softcap * std::tanh(scores[j] / softcap);
-  }
-  T top = sink;
-#pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < count; ++j) top = scores[j] > top ? scores[j] : top;
+  cap(scores, 0, count, softcap);
+  const T top = largest_of(scores, 0, count, sink);
   T total = sink == -std::numeric_limits<T>::infinity() ? T(0) : exp_of(sink - top);
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < count; ++j) {
@@ -108,107 +100,71 @@ SHIPS_ALWAYS_INLINE void add_values(const T* weights, const T* values, int64_t s
 }
 
 template <typename T>
-SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t end) {
-  const int64_t shared = call.heads / call.kv_heads;
-  std::vector<T> scores(call.capacity), query(call.size);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t n = task / call.kv_heads, kv_head = task % call.kv_heads;
-    const int64_t slot = call.slot[n], stop = call.length[n];
-    const int64_t start = call.window > 0 ? std::max<int64_t>(0, stop - call.window) : 0;
-    const int64_t count = stop - start;
-    for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) {
-      const int64_t at = n * call.heads + h;
-      const int8_t flags = call.replace ? call.replace[at] : 0;
-      const T factor = T(call.output_scale[at]);
-      T* out = call.out + at * call.out_size;
-      if (factor == 0) {
-        std::fill(out, out + call.out_size, T(0));
-        continue;
+struct Work {
+  const Call<T>& call;
+
+  template <bool wide>
+  SHIPS_ALWAYS_INLINE void run(int64_t begin, int64_t end) {
+    const Masks<T>& masks = call.masks;
+    const int64_t shared = call.heads / call.kv_heads;
+    std::vector<T> scores(call.capacity), query(call.size);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / call.kv_heads, kv_head = task % call.kv_heads;
+      const int64_t slot = call.slot[n], stop = call.length[n];
+      const int64_t start = call.window > 0 ? std::max<int64_t>(0, stop - call.window) : 0;
+      const int64_t count = stop - start;
+      for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) {
+        const int64_t at = n * call.heads + h;
+        const int8_t flags = masks.flags(at);
+        const T factor = T(masks.output_scale[at]);
+        T* out = call.out + at * call.out_size;
+        if (factor == 0) {
+          std::fill(out, out + call.out_size, T(0));
+          continue;
+        }
+        if (flags & kReplaceOut) {
+          scale_into(out, call.out_alt.at(h, 0, 0), call.out_size, factor);
+          continue;
+        }
+        const T* q = (flags & kReplaceQ) ? call.q_alt.at(n, 0, 0) : call.q.at(n, h, 0);
+        scale_into(query.data(), q, call.size, T(masks.scaling * masks.logit_scale[at]));
+        const bool other = flags & kReplaceK;
+        const T* keys = other ? call.k_alt.at(slot, start, 0) : call.k.at(slot, kv_head, start);
+        score(query.data(), keys, other ? call.k_alt.strides[1] : call.k.strides[2], count, call.size, scores.data());
+        const T total = weigh(scores.data(), count, masks.softcap, masks.sink_of(h));
+        add_values(scores.data(), call.v.at(slot, kv_head, start), call.v.strides[2], count, call.out_size,
+                   factor / total, out);
       }
-      if (flags & kReplaceOut) {
-        const T* from = call.out_alt.at(h, 0, 0);
-        for (int64_t d = 0; d < call.out_size; ++d) out[d] = from[d] * factor;
-        continue;
-      }
-      const T* q = (flags & kReplaceQ) ? call.q_alt.at(n, 0, 0) : call.q.at(n, h, 0);
-      const T scale = T(call.scaling * call.logit_scale[at]);
-      for (int64_t d = 0; d < call.size; ++d) query[d] = q[d] * scale;
-      const bool other = flags & kReplaceK;
-      const T* keys = other ? call.k_alt.at(slot, start, 0) : call.k.at(slot, kv_head, start);
-      score(query.data(), keys, other ? call.k_alt.strides[1] : call.k.strides[2], count, call.size, scores.data());
-      const T sink = call.sink ? T(call.sink[h]) : -std::numeric_limits<T>::infinity();
-      const T total = weigh(scores.data(), count, T(call.softcap), sink);
-      add_values(scores.data(), call.v.at(slot, kv_head, start), call.v.strides[2], count, call.out_size,
-                 factor / total, out);
     }
   }
-}
-
-template <typename T>
-void run_default(const Call<T>& call, int64_t begin, int64_t end) {
-  run_tasks(call, begin, end);
-}
-#if SHIPS_X86_VARIANTS
-template <typename T>
-SHIPS_TARGET_AVX2 void run_avx2(const Call<T>& call, int64_t begin, int64_t end) {
-  run_tasks(call, begin, end);
-}
-template <typename T>
-SHIPS_TARGET_AVX512 void run_avx512(const Call<T>& call, int64_t begin, int64_t end) {
-  run_tasks(call, begin, end);
-}
-#endif
-
-template <typename T>
-auto variant() -> void (*)(const Call<T>&, int64_t, int64_t) {
-#if SHIPS_X86_VARIANTS
-  const Isa isa = choose_isa();
-  if (isa == Isa::kAvx512) return &run_avx512<T>;
-  if (isa == Isa::kAvx2) return &run_avx2<T>;
-#endif
-  return &run_default<T>;
-}
+};
 
 template <typename T>
 void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,
-         const Tensor& logit_scale, const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt,
-         const Tensor& k_alt, const Tensor& out_alt, const Tensor& sink, double scaling, double softcap, int64_t window,
-         Tensor& out) {
-  Call<T> call;
-  call.entries = out.size(0);
-  call.heads = out.size(1);
-  call.kv_heads = k.size(1);
-  call.size = q.size(2);
-  call.out_size = out.size(2);
-  call.capacity = k.size(2);
-  call.window = window;
-  call.q = view<T>(q, {0, 1, -1});
-  call.k = view<T>(k, {0, 1, 2});
-  call.v = view<T>(v, {0, 1, 2});
-  call.q_alt = view<T>(q_alt, {0, -1, -1});
-  call.k_alt = view<T>(k_alt, {0, 1, -1});
-  call.out_alt = view<T>(out_alt, {0, -1, -1});
-  call.slot = static_cast<const int32_t*>(slot.const_data_ptr());
-  call.length = static_cast<const int32_t*>(length.const_data_ptr());
-  call.logit_scale = static_cast<const double*>(logit_scale.const_data_ptr());
-  call.output_scale = static_cast<const double*>(output_scale.const_data_ptr());
-  call.replace = replace.numel() ? static_cast<const int8_t*>(replace.const_data_ptr()) : nullptr;
-  call.sink = sink.numel() ? static_cast<const double*>(sink.const_data_ptr()) : nullptr;
-  call.scaling = scaling;
-  call.softcap = softcap;
-  call.out = static_cast<T*>(out.mutable_data_ptr());
+         const MaskTensors& masks, int64_t window, Tensor& out) {
+  const Call<T> call{
+      out.size(0), out.size(1), k.size(1), q.size(2), out.size(2), k.size(2), window,
+      view<T>(q, {0, 1, -1}), view<T>(k, {0, 1, 2}), view<T>(v, {0, 1, 2}),
+      view<T>(masks.q_alt, {0, -1, -1}), view<T>(masks.k_alt, {0, 1, -1}), view<T>(masks.out_alt, {0, -1, -1}),
+      static_cast<const int32_t*>(slot.const_data_ptr()), static_cast<const int32_t*>(length.const_data_ptr()),
+      Masks<T>(masks), static_cast<T*>(out.mutable_data_ptr()),
+  };
   for (int64_t n = 0; n < call.entries; ++n) {
     require("decode_attention", call.slot[n] >= 0 && call.slot[n] < k.size(0), "slots of the cache");
     require("decode_attention", call.length[n] >= 1 && call.length[n] <= call.capacity, "lengths from 1 to the cache's capacity");
   }
-  const auto go = variant<T>();
-  torch::stable::parallel_for(0, call.entries * call.kv_heads, 1, [&](int64_t begin, int64_t end) { go(call, begin, end); });
+  const auto go = variant<Work<T>>();
+  torch::stable::parallel_for(0, call.entries * call.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    Work<T> work{call};
+    go(work, begin, end);
+  });
 }
 
 void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,
                       const Tensor& logit_scale, const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt,
                       const Tensor& k_alt, const Tensor& out_alt, const Tensor& sink, double scaling, double softcap,
                       int64_t window, Tensor out) {
+  const MaskTensors masks{logit_scale, output_scale, replace, q_alt, k_alt, out_alt, sink, scaling, softcap};
   const auto check = [](bool condition, const char* expected) { require("decode_attention", condition, expected); };
   check(q.dim() == 3 && k.dim() == 4 && v.dim() == 4 && out.dim() == 3 && out.is_contiguous(),
         "q [N, H, D], caches [S, HKV, C, D], and a contiguous out [N, H, D of v]");
@@ -224,27 +180,16 @@ void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   for (const Tensor* x : {&slot, &length}) {
     check(x->scalar_type() == ScalarType::Int && x->is_contiguous() && x->numel() == entries, "int32 slot and length [N]");
   }
-  for (const Tensor* x : {&logit_scale, &output_scale}) {
-    check(x->scalar_type() == ScalarType::Double && x->is_contiguous() && x->numel() == entries * heads,
-          "float64 scales [N, H]");
-  }
-  check(replace.numel() == 0 || (replace.scalar_type() == ScalarType::Char && replace.is_contiguous() &&
-                                 replace.numel() == entries * heads),
-        "int8 flags [N, H]");
-  for (const Tensor* x : {&q_alt, &k_alt, &out_alt}) {
-    check(x->numel() == 0 || (x->scalar_type() == type && contiguous_last(*x)), "replacement vectors of the dtype of q");
-  }
+  check_masks("decode_attention", masks, type, entries, heads);
   check(q_alt.numel() == 0 || (q_alt.dim() == 2 && (q_alt.size(0) == entries || q_alt.size(0) == 1) && q_alt.size(1) == q.size(2)),
         "q_alt [N or 1, D]");
   check(k_alt.numel() == 0 || (k_alt.dim() == 3 && k_alt.size(0) == k.size(0) && k_alt.size(1) == k.size(2) && k_alt.size(2) == q.size(2)),
         "k_alt [S, C, D]");
   check(out_alt.numel() == 0 || (out_alt.dim() == 2 && (out_alt.size(0) == heads || out_alt.size(0) == 1) && out_alt.size(1) == v.size(3)),
         "out_alt [H or 1, D of v]");
-  check(sink.numel() == 0 || (sink.scalar_type() == ScalarType::Double && sink.is_contiguous() && sink.numel() == heads),
-        "float64 sinks [H]");
   if (out.numel() == 0) return;
   const auto go = type == ScalarType::Float ? &run<float> : &run<double>;
-  go(q, k, v, slot, length, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, sink, scaling, softcap, window, out);
+  go(q, k, v, slot, length, masks, window, out);
 }
 
 void cache_write(const Tensor& fresh, const Tensor& source, const Tensor& slot, const Tensor& position, Tensor cache) {

@@ -1,7 +1,9 @@
 // What the attention kernels for CPUs share: how they look at tensors, and what they refuse.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -41,6 +43,69 @@ bool contiguous_last(const torch::stable::Tensor& tensor) {
 
 void require(const char* op, bool condition, const char* expected) {
   if (!condition) throw std::runtime_error(std::string("shipsfast::") + op + ": expected " + expected);
+}
+
+// What an attention is told of its heads: factors and replacements, [rows, H] each; empty tensors for none.
+struct MaskTensors {
+  const torch::stable::Tensor &logit_scale, &output_scale, &replace, &q_alt, &k_alt, &out_alt, &sink;
+  double scaling, softcap;
+};
+
+// Raises unless they are for so many rows and heads. Shapes of the replacing vectors are the caller's to check.
+void check_masks(const char* op, const MaskTensors& masks, torch::headeronly::ScalarType type, int64_t rows,
+                 int64_t heads) {
+  using torch::headeronly::ScalarType;
+  const auto of = [](const torch::stable::Tensor& x, ScalarType wanted, int64_t count) {
+    return x.scalar_type() == wanted && x.is_contiguous() && x.numel() == count;
+  };
+  for (const auto* x : {&masks.logit_scale, &masks.output_scale}) {
+    require(op, of(*x, ScalarType::Double, rows * heads), "float64 scales [rows, H]");
+  }
+  require(op, masks.replace.numel() == 0 || of(masks.replace, ScalarType::Char, rows * heads), "int8 flags [rows, H]");
+  require(op, masks.sink.numel() == 0 || of(masks.sink, ScalarType::Double, heads), "float64 sinks [H]");
+  for (const auto* x : {&masks.q_alt, &masks.k_alt, &masks.out_alt}) {
+    require(op, x->numel() == 0 || (x->scalar_type() == type && contiguous_last(*x)),
+            "replacement vectors of the dtype of q, with contiguous heads");
+  }
+}
+
+template <typename T>
+struct Masks {
+  const double* logit_scale;    // [rows, H]
+  const double* output_scale;   // [rows, H]
+  const int8_t* replace;        // [rows, H] or null
+  const double* sink;           // [H], one more logit per head in the denominator, or null
+  double scaling;
+  T softcap;                    // 0: none
+
+  explicit Masks(const MaskTensors& from)
+      : logit_scale(static_cast<const double*>(from.logit_scale.const_data_ptr())),
+        output_scale(static_cast<const double*>(from.output_scale.const_data_ptr())),
+        replace(from.replace.numel() ? static_cast<const int8_t*>(from.replace.const_data_ptr()) : nullptr),
+        sink(from.sink.numel() ? static_cast<const double*>(from.sink.const_data_ptr()) : nullptr),
+        scaling(from.scaling), softcap(from.softcap) {}
+
+  int8_t flags(int64_t at) const { return replace ? replace[at] : int8_t(0); }
+  T sink_of(int64_t head) const { return sink ? T(sink[head]) : -std::numeric_limits<T>::infinity(); }
+};
+
+// out = from * factor
+template <typename T>
+SHIPS_ALWAYS_INLINE void scale_into(T* out, const T* from, int64_t size, T factor) {
+  for (int64_t d = 0; d < size; ++d) out[d] = from[d] * factor;
+}
+
+template <typename T>
+SHIPS_ALWAYS_INLINE void cap(T* scores, int64_t begin, int64_t end, T softcap) {
+  if (softcap == 0) return;
+  for (int64_t j = begin; j < end; ++j) scores[j] = softcap * std::tanh(scores[j] / softcap);
+}
+
+template <typename T>
+SHIPS_ALWAYS_INLINE T largest_of(const T* scores, int64_t begin, int64_t end, T top) {
+#pragma omp simd reduction(max : top)
+  for (int64_t j = begin; j < end; ++j) top = scores[j] > top ? scores[j] : top;
+  return top;
 }
 
 }  // namespace

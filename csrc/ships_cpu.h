@@ -105,6 +105,44 @@ Isa choose_isa() {
   return isa;
 }
 
+// work.run<wide>(begin, end), built for each instruction set; wide: vectors of 64 bytes are registers. `run` must be inlined.
+template <typename Work>
+void run_default(Work& work, int64_t begin, int64_t end) {
+  work.template run<false>(begin, end);
+}
+#if SHIPS_X86_VARIANTS
+template <typename Work>
+SHIPS_TARGET_AVX2 void run_avx2(Work& work, int64_t begin, int64_t end) {
+  work.template run<false>(begin, end);
+}
+template <typename Work>
+SHIPS_TARGET_AVX512 void run_avx512(Work& work, int64_t begin, int64_t end) {
+  work.template run<true>(begin, end);
+}
+#endif
+
+// The one for this machine.
+template <typename Work>
+auto variant() -> void (*)(Work&, int64_t, int64_t) {
+  [[maybe_unused]] const Isa isa = choose_isa();
+#if SHIPS_X86_VARIANTS
+  if (isa == Isa::kAvx512) return &run_avx512<Work>;
+  if (isa == Isa::kAvx2) return &run_avx2<Work>;
+#endif
+  return &run_default<Work>;
+}
+
+// run(x) with an x of the type of the logits.
+template <typename Run>
+void with_logit_type(LogitType type, const Run& run) {
+  switch (type) {
+    case LogitType::kBFloat16: return run(BFloat16{});
+    case LogitType::kFloat16: return run(Float16{});
+    case LogitType::kFloat32: return run(float{});
+    case LogitType::kFloat64: return run(double{});
+  }
+}
+
 // The ablated rows in the order of their base rows, so that each base row is prepared once per thread.
 std::vector<int64_t> group_by_base_row(const LogitRows& rows) {
   std::vector<int64_t> next(rows.num_base + 1, 0);

@@ -159,12 +159,7 @@ void run(const DivergenceRows& rows) {
 }  // namespace
 
 void divergence_rows_cpu(const DivergenceRows& rows) {
-  switch (rows.type) {
-    case LogitType::kBFloat16: return run<BFloat16>(rows);
-    case LogitType::kFloat16: return run<Float16>(rows);
-    case LogitType::kFloat32: return run<float>(rows);
-    case LogitType::kFloat64: return run<double>(rows);
-  }
+  with_logit_type(rows.type, [&](auto logit) { run<decltype(logit)>(rows); });
 }
 
 }  // namespace shipsfast

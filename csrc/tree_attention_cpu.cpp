@@ -3,8 +3,8 @@
 //   tree_attention(q, k, v, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, blocks, queries, keys,
 //                  sink, scaling, softcap, out)
 //
-// The arithmetic is that of shipsfast/reference.py. The tree comes as blocks: some queries, and the keys of the path
-// they lie on in ascending depth, of which each query sees a contiguous range (shipsfast/cpp_attention.py cuts it).
+// The arithmetic is that of shipsfast/ops/reference.py. The tree comes as blocks: some queries, and the keys of the path
+// they lie on in ascending depth, of which each query sees a contiguous range (shipsfast/ops/tree_attention_cpp.py cuts it).
 // One task is one block of one row and key/value head. It goes through its keys in tiles, each tile once for all
 // query heads that share it, with a running maximum and sum per query (Milakov & Gimelshein, arXiv 1805.02867), so
 // that nothing of size queries x keys exists. No result depends on how tasks are spread over threads.
@@ -46,15 +46,11 @@ struct Call {
   View<T> q, k, v;              // [B, T, heads, D]
   View<T> q_alt, k_alt;         // [B, T, -, D]
   View<T> out_alt;              // [-, T, H, D]
-  const double* logit_scale;    // [B, H]
-  const double* output_scale;   // [B, H]
-  const int8_t* replace;        // [B, H] or null
+  Masks<T> masks;
   const int32_t* blocks;        // [G, 4]: first and one past the last of queries, of keys
   const int32_t* query_table;   // [NQ, 3]: index into q, and which of the block's keys it sees: first, one past the last
   const int32_t* keys;          // [NK]: index into k and v
   int64_t num_blocks;
-  const double* sink;           // [H], one more logit per head in the denominator, or null
-  double scaling, softcap;      // softcap 0: none
   T* out;                       // [B, TQ, H, D of v]
 };
 
@@ -191,12 +187,8 @@ SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t begin, int64_t end, int64_t padde
     std::fill(scores, scores + padded, T(0));
     return T(1);
   }
-  if (softcap != 0) {
-    for (int64_t j = begin; j < end; ++j) scores[j] = softcap * std::tanh(scores[j] / softcap);
-  }
-  T top = *largest;
-#pragma omp simd reduction(max : top)
-  for (int64_t j = begin; j < end; ++j) top = scores[j] > top ? scores[j] : top;
+  cap(scores, begin, end, softcap);
+  const T top = largest_of(scores, begin, end, *largest);
 #pragma omp simd
   for (int64_t j = 0; j < padded; ++j) scores[j] = exp_of(scores[j] - top);
   std::fill(scores, scores + begin, T(0));
@@ -221,8 +213,9 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   const int32_t* table = call.query_table + 3 * range[0];
   const int32_t* keys = call.keys + range[2];
   const int64_t size = work.size, width = work.width;
-  const auto flags = [&](int64_t h) { return call.replace ? call.replace[row * shape.heads + first_head + h] : int8_t(0); };
-  const auto factor = [&](int64_t h) { return call.output_scale[row * shape.heads + first_head + h]; };
+  const Masks<T>& masks = call.masks;
+  const auto flags = [&](int64_t h) { return masks.flags(row * shape.heads + first_head + h); };
+  const auto factor = [&](int64_t h) { return masks.output_scale[row * shape.heads + first_head + h]; };
   // Heads that are off, or replaced, need no attention.
   const auto skipped = [&](int64_t h) { return factor(h) == 0 || (flags(h) & kReplaceOut); };
 
@@ -231,14 +224,14 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
     if (skipped(h)) continue;
     any = true;
     ((flags(h) & kReplaceK) ? any_alt : any_own) = true;
-    const T scale = T(call.scaling * call.logit_scale[row * shape.heads + first_head + h]);
+    const T scale = T(masks.scaling * masks.logit_scale[row * shape.heads + first_head + h]);
     for (int64_t g = 0; g < groups; ++g) {
       T* to = work.q.data() + (h * groups + g) * size * kQueries;
       for (int64_t i = 0; i < kQueries; ++i) {
         const int64_t n = std::min(g * kQueries + i, queries - 1);
         const int64_t at = table[3 * n];
         const T* q = (flags(h) & kReplaceQ) ? call.q_alt.at(row, at, 0) : call.q.at(row, at, first_head + h);
-        for (int64_t d = 0; d < size; ++d) to[i * size + d] = q[d] * scale;
+        scale_into(to + i * size, q, size, scale);
       }
     }
   }
@@ -246,7 +239,7 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
     const int64_t padded_queries = groups * kQueries;
     std::fill(work.out.begin(), work.out.begin() + shared * padded_queries * width, T(0));
     for (int64_t h = 0; h < shared; ++h) {  // a sink is seen by every query before the first key
-      const T sink = call.sink ? T(call.sink[first_head + h]) : -std::numeric_limits<T>::infinity();
+      const T sink = masks.sink_of(first_head + h);
       std::fill_n(work.sum.begin() + h * padded_queries, padded_queries, sink == -std::numeric_limits<T>::infinity() ? T(0) : T(1));
       std::fill_n(work.largest.begin() + h * padded_queries, padded_queries, sink);
     }
@@ -286,7 +279,7 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
         T* out = work.out.data() + (h * groups + g) * kQueries * width;
         for (int64_t i = 0; i < kQueries; ++i) {
           const int64_t n = (h * groups + g) * kQueries + i;
-          const T before = weigh<T>(scores + i * kTile, begin[i], end[i], padded, T(call.softcap), &work.largest[n], &work.sum[n]);
+          const T before = weigh<T>(scores + i * kTile, begin[i], end[i], padded, masks.softcap, &work.largest[n], &work.sum[n]);
           if (before != 1) {
             for (int64_t d = 0; d < width; ++d) out[i * width + d] *= before;
           }
@@ -305,8 +298,7 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
       if (scale == 0) {
         std::fill(to, to + shape.out_size, T(0));
       } else if (flags(h) & kReplaceOut) {
-        const T* from = call.out_alt.at(0, at, first_head + h);
-        for (int64_t d = 0; d < shape.out_size; ++d) to[d] = from[d] * scale;
+        scale_into(to, call.out_alt.at(0, at, first_head + h), shape.out_size, scale);
       } else {
         const int64_t place = h * groups * kQueries + n;
         const T* from = work.out.data() + place * width;
@@ -317,69 +309,38 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   }
 }
 
-template <typename T, bool Wide>
-SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task % call.num_blocks, rest = task / call.num_blocks;
-    run_block<T, Wide>(call, rest / call.shape.kv_heads, rest % call.shape.kv_heads, block, work);
+template <typename T>
+struct Work {
+  const Call<T>& call;
+  Scratch<T> scratch;
+
+  template <bool wide>
+  SHIPS_ALWAYS_INLINE void run(int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task % call.num_blocks, rest = task / call.num_blocks;
+      run_block<T, wide>(call, rest / call.shape.kv_heads, rest % call.shape.kv_heads, block, scratch);
+    }
   }
-}
+};
 
 template <typename T>
-void run_default(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
-  run_tasks<T, false>(call, begin, end, work);
-}
-#if SHIPS_X86_VARIANTS
-template <typename T>
-SHIPS_TARGET_AVX2 void run_avx2(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
-  run_tasks<T, false>(call, begin, end, work);
-}
-template <typename T>
-SHIPS_TARGET_AVX512 void run_avx512(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
-  run_tasks<T, true>(call, begin, end, work);
-}
-#endif
-
-template <typename T>
-auto variant() -> void (*)(const Call<T>&, int64_t, int64_t, Scratch<T>&) {
-#if SHIPS_X86_VARIANTS
-  const Isa isa = choose_isa();
-  if (isa == Isa::kAvx512) return &run_avx512<T>;
-  if (isa == Isa::kAvx2) return &run_avx2<T>;
-#endif
-  return &run_default<T>;
-}
-
-template <typename T>
-void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& logit_scale, const Tensor& output_scale,
-         const Tensor& replace, const Tensor& q_alt, const Tensor& k_alt, const Tensor& out_alt, const Tensor& blocks,
-         const Tensor& queries, const Tensor& keys, const Tensor& sink, double scaling, double softcap, Tensor& out) {
-  Call<T> call;
-  call.shape = {out.size(0), out.size(2), k.size(1), out.size(1), q.size(3), out.size(3)};
-  call.q = view<T>(q, {0, 2, 1});
-  call.k = view<T>(k, {0, 2, 1});
-  call.v = view<T>(v, {0, 2, 1});
-  call.q_alt = view<T>(q_alt, {0, 1, -1});
-  call.k_alt = view<T>(k_alt, {0, 1, -1});
-  call.out_alt = view<T>(out_alt, {-1, 1, 0});
-  call.logit_scale = static_cast<const double*>(logit_scale.const_data_ptr());
-  call.output_scale = static_cast<const double*>(output_scale.const_data_ptr());
-  call.replace = replace.numel() ? static_cast<const int8_t*>(replace.const_data_ptr()) : nullptr;
-  call.blocks = static_cast<const int32_t*>(blocks.const_data_ptr());
-  call.query_table = static_cast<const int32_t*>(queries.const_data_ptr());
-  call.keys = static_cast<const int32_t*>(keys.const_data_ptr());
-  call.num_blocks = blocks.size(0);
-  call.sink = sink.numel() ? static_cast<const double*>(sink.const_data_ptr()) : nullptr;
-  call.scaling = scaling;
-  call.softcap = softcap;
-  call.out = static_cast<T*>(out.mutable_data_ptr());
+void run(const Tensor& q, const Tensor& k, const Tensor& v, const MaskTensors& masks, const Tensor& blocks,
+         const Tensor& queries, const Tensor& keys, Tensor& out) {
+  const Call<T> call{
+      {out.size(0), out.size(2), k.size(1), out.size(1), q.size(3), out.size(3)},
+      view<T>(q, {0, 2, 1}), view<T>(k, {0, 2, 1}), view<T>(v, {0, 2, 1}),
+      view<T>(masks.q_alt, {0, 1, -1}), view<T>(masks.k_alt, {0, 1, -1}), view<T>(masks.out_alt, {-1, 1, 0}),
+      Masks<T>(masks), static_cast<const int32_t*>(blocks.const_data_ptr()),
+      static_cast<const int32_t*>(queries.const_data_ptr()), static_cast<const int32_t*>(keys.const_data_ptr()),
+      blocks.size(0), static_cast<T*>(out.mutable_data_ptr()),
+  };
   int64_t most = 1;
   for (int64_t g = 0; g < call.num_blocks; ++g) most = std::max<int64_t>(most, call.blocks[4 * g + 1] - call.blocks[4 * g]);
-  const auto go = variant<T>();
+  const auto go = variant<Work<T>>();
   torch::stable::parallel_for(0, call.shape.rows * call.shape.kv_heads * call.num_blocks, 1,
                               [&](int64_t begin, int64_t end) {
-                                Scratch<T> work(call.shape, most);
-                                go(call, begin, end, work);
+                                Work<T> work{call, Scratch<T>(call.shape, most)};
+                                go(work, begin, end);
                               });
 }
 
@@ -392,6 +353,7 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
                     const Tensor& output_scale, const Tensor& replace, const Tensor& q_alt, const Tensor& k_alt,
                     const Tensor& out_alt, const Tensor& blocks, const Tensor& queries, const Tensor& keys,
                     const Tensor& sink, double scaling, double softcap, Tensor out) {
+  const MaskTensors masks{logit_scale, output_scale, replace, q_alt, k_alt, out_alt, sink, scaling, softcap};
   const auto require = [](bool condition, const char* expected) {
     shipsfast::require("tree_attention", condition, expected);
   };
@@ -408,16 +370,9 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
             "one dtype, contiguous heads, and as many rows as out or one");
   }
   require(out.scalar_type() == type, "out of the dtype of q");
-  for (const Tensor* x : {&logit_scale, &output_scale}) {
-    require(x->scalar_type() == ScalarType::Double && x->is_contiguous() && x->numel() == rows * heads,
-            "float64 scales [B, H]");
-  }
-  require(replace.numel() == 0 || (replace.scalar_type() == ScalarType::Char && replace.is_contiguous() &&
-                                   replace.numel() == rows * heads),
-          "int8 flags [B, H]");
+  check_masks("tree_attention", masks, type, rows, heads);
   for (const Tensor* x : {&q_alt, &k_alt, &out_alt}) {
-    require(x->numel() == 0 || (x->scalar_type() == type && x->dim() == 3 && contiguous_last(*x)),
-            "replacement vectors of three dimensions and the dtype of q");
+    require(x->numel() == 0 || x->dim() == 3, "replacement vectors of three dimensions");
   }
   const auto fits = [](const Tensor& x, int64_t first, int64_t second, int64_t third) {
     return x.numel() == 0 || ((x.size(0) == first || x.size(0) == 1) && x.size(1) == second && x.size(2) == third);
@@ -426,11 +381,9 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
               (fits(out_alt, heads, out.size(1), v.size(3)) || fits(out_alt, heads, 1, v.size(3))),
           "q_alt [B or 1, TQ, D], k_alt [B or 1, T, D] and out_alt [H or 1, TQ or 1, D of v]");
   require(table(blocks, 2, 4) && table(queries, 2, 3) && table(keys, 1, 0), "the tables of cpp_attention.plan_blocks");
-  require(sink.numel() == 0 || (sink.scalar_type() == ScalarType::Double && sink.is_contiguous() && sink.numel() == heads),
-          "float64 sinks [H]");
   if (out.numel() == 0) return;
   const auto go = type == ScalarType::Float ? &run<float> : &run<double>;
-  go(q, k, v, logit_scale, output_scale, replace, q_alt, k_alt, out_alt, blocks, queries, keys, sink, scaling, softcap, out);
+  go(q, k, v, masks, blocks, queries, keys, out);
 }
 
 }  // namespace
