@@ -28,22 +28,25 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from shipsfast.kernels.attention_blocks import (
+    LOG2E,
+    LOWEST,
+    REPLACE_K,
+    REPLACE_OUT,
+    REPLACE_Q,
+    capped,
+    check_device,
+    given_vectors,
+    options,
+    scales,
+    with_block,
+)
 from shipsfast.kernels.attention_checks import (
     check_decode_arguments,
     check_decode_replacements,
     check_sink,
 )
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config
-from shipsfast.kernels.tree_attention import (
-    INTERPRETED,
-    LOG2E,
-    LOWEST,
-    MIN_DOT_SIZE,
-    REPLACE_K,
-    REPLACE_OUT,
-    REPLACE_Q,
-    TANH_SERIES,
-)
 
 
 # Cache and window sizes change while a model runs, so they must not choose between compiled versions.
@@ -167,22 +170,13 @@ def _decode_attention_kernel(
         s = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         s = s * factor[:, None]
         if HAS_SOFTCAP:
-            a = tl.abs(s)
-            e = tl.exp2(a * (-2.0 * LOG2E))
-            a2 = a * a
-            series = a * (1.0 + a2 * (-1.0 / 3 + a2 * (2.0 / 15 + a2 * (-17.0 / 315 + a2 * (62.0 / 2835)))))
-            tanh = tl.where(a < TANH_SERIES, series, (1.0 - e) / (1.0 + e))
-            s = tl.where(s < 0.0, -tanh, tanh) * post_scale
+            s = capped(s, post_scale)
         s = tl.where(mask_n[None, :], s, float("-inf"))
 
-        new_max = tl.maximum(row_max, tl.max(s, 1))
-        p = tl.exp2(s - new_max[:, None])  # [BLOCK_M, BLOCK_N]
-        alpha = tl.exp2(row_max - new_max)
-        row_sum = row_sum * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        v = tl.load(v_row + n[:, None].to(tl.int64) * stride_vc + offs_d[None, :], mask=mask_kv, other=0.0)
-        acc = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), acc, input_precision=INPUT_PRECISION)
-        row_max = new_max
+        v_ptrs = v_row + n[:, None].to(tl.int64) * stride_vc + offs_d[None, :]
+        row_max, row_sum, acc = with_block(
+            s, v_ptrs, mask_kv, row_max, row_sum, acc, DOT_DTYPE, INPUT_PRECISION
+        )
 
     # Only a program that reads no keys has an empty sum.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -251,11 +245,7 @@ def decode_attention(
     """
     check_decode_arguments(q, k_cache, v_cache, slot, length, logit_scale, output_scale, softcap, window)
     check_sink(sink, q, logit_scale)
-    if q.device.type != "cuda" and not INTERPRETED:
-        raise RuntimeError(
-            f"the Triton kernel needs a CUDA device and q is on {q.device}: use backend='reference', "
-            "or set TRITON_INTERPRET=1 before the import to run it slowly on the CPU"
-        )
+    check_device(q)
     if replace is not None:
         check_decode_replacements(replace, q_alt, k_alt, out_alt, q, k_cache, logit_scale)
     entries, heads, head_dim = q.shape
@@ -268,16 +258,12 @@ def decode_attention(
     out = torch.empty((entries, heads, head_dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    pointers, pointer_strides, replaceable = [None] * 4, [None] * 6, None
+    pointers, replaceable = given_vectors(replace, q_alt, k_alt, out_alt, q)
+    pointer_strides = [None] * 6
     if replace is not None:
-        given = {REPLACE_Q.value: q_alt, REPLACE_K.value: k_alt, REPLACE_OUT.value: out_alt}
-        replaceable = sum(flag for flag, x in given.items() if x is not None)
-        # What was not given is never used, but its address must be one that can be read.
-        pointers = [replace, *(q if x is None else x for x in given.values())]
         one_for_all = lambda x: 0 if x is None or len(x) == 1 else x.stride(0)
         k_alt_strides = (0, 0) if k_alt is None else k_alt.stride()[:2]
         pointer_strides = [*replace.stride(), one_for_all(q_alt), *k_alt_strides, one_for_all(out_alt)]
-    dot_dtype = torch.float32 if INTERPRETED else q.dtype  # the interpreter's bfloat16 dot is wrong
     with torch.cuda.device_of(q):
         _decode_attention_kernel[
             (entries * kv_heads * triton.cdiv(groups, block_m), 1 if replace is None or k_alt is None else 2)
@@ -302,23 +288,11 @@ def decode_attention(
             slots,
             positions,
             min(window or 0, positions),
-            scaling / softcap if softcap else scaling * LOG2E.value,
-            softcap * LOG2E.value if softcap else 1.0,
+            *scales(scaling, softcap),
             replaceable,
             GROUPS=groups,
-            D=head_dim,
             BLOCK_M=block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=max(MIN_DOT_SIZE, triton.next_power_of_2(head_dim)),
-            HAS_SOFTCAP=softcap is not None,
-            HAS_WINDOW=window is not None,
-            HAS_REPLACE=replace is not None,
-            HAS_SINK=sink is not None,
-            DOT_DTYPE=getattr(tl, str(dot_dtype).removeprefix("torch.")),
-            INPUT_PRECISION=config.input_precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
             maxnreg=config.max_registers,
-            enable_fp_fusion=True,  # the default changes after triton 3.9
+            **options(q, config, softcap, window, replace, sink),
         )
     return out

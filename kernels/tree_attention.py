@@ -25,23 +25,23 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from shipsfast.kernels.attention_blocks import (
+    LOG2E,
+    LOWEST,
+    REPLACE_K,
+    REPLACE_OUT,
+    REPLACE_Q,
+    capped,
+    check_device,
+    given_vectors,
+    options,
+    scales,
+    with_block,
+)
 from shipsfast.kernels.attention_checks import check_arguments, check_replacements, check_sink
 from shipsfast.kernels.block_table import BlockTable
 from shipsfast.kernels.block_table import block_table as build_block_table
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config
-
-from shipsfast import replacements
-
-LOG2E = tl.constexpr(1.4426950408889634)
-# Start of the running maximum. Finite, so that a row which sees nothing of a block gets
-# exp2(-inf - pivot) = 0 instead of exp2(-inf + inf) = NaN.
-LOWEST = tl.constexpr(-3.0e38)
-# Below this |x|, 1 - exp(-2|x|) cancels and tanh is taken from its series, whose next term is below 2**-24.
-TANH_SERIES = tl.constexpr(0.3)
-MIN_DOT_SIZE = 16
-REPLACE_Q = tl.constexpr(replacements.REPLACE_Q)
-REPLACE_K = tl.constexpr(replacements.REPLACE_K)
-REPLACE_OUT = tl.constexpr(replacements.REPLACE_OUT)
 
 
 # The sizes change from pack to pack, so they must not choose between compiled versions.
@@ -184,14 +184,7 @@ def _tree_attention_kernel(
             s = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
             s = s * factor
             if HAS_SOFTCAP:
-                a = tl.abs(s)
-                e = tl.exp2(a * (-2.0 * LOG2E))
-                a2 = a * a
-                series = a * (
-                    1.0 + a2 * (-1.0 / 3 + a2 * (2.0 / 15 + a2 * (-17.0 / 315 + a2 * (62.0 / 2835))))
-                )
-                tanh = tl.where(a < TANH_SERIES, series, (1.0 - e) / (1.0 + e))
-                s = tl.where(s < 0.0, -tanh, tanh) * post_scale
+                s = capped(s, post_scale)
             if MASKED:
                 # Keys past T get subtree_end = 0, so nobody sees them.
                 subtree_end = tl.load(subtree_end_ptr + n, mask=n < T, other=0)  # [BLOCK_N]
@@ -201,16 +194,10 @@ def _tree_attention_kernel(
                     seen = seen & (query_position[:, None] - key_position[None, :] < window)
                 s = tl.where(seen, s, float("-inf"))
 
-            new_max = tl.maximum(row_max, tl.max(s, 1))
-            p = tl.exp2(s - new_max[:, None])  # [BLOCK_M, BLOCK_N]
-            alpha = tl.exp2(row_max - new_max)
-            row_sum = row_sum * alpha + tl.sum(p, 1)
-            acc = acc * alpha[:, None]
-            v = tl.load(
-                v_row + n[:, None].to(tl.int64) * stride_vt + offs_d[None, :], mask=mask_kv, other=0.0
+            v_ptrs = v_row + n[:, None].to(tl.int64) * stride_vt + offs_d[None, :]
+            row_max, row_sum, acc = with_block(
+                s, v_ptrs, mask_kv, row_max, row_sum, acc, DOT_DTYPE, INPUT_PRECISION
             )
-            acc = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), acc, input_precision=INPUT_PRECISION)
-            row_max = new_max
 
     # Only padding queries and heads that read no keys have an empty sum.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -229,10 +216,6 @@ def _tree_attention_kernel(
         out.to(out_ptr.dtype.element_ty),
         mask=mask_m[:, None] & mask_d[None, :],
     )
-
-
-# With TRITON_INTERPRET=1 at import, triton.jit gives another class, which runs on the CPU.
-INTERPRETED = not isinstance(_tree_attention_kernel, triton.runtime.JITFunction)
 
 
 def tree_attention(
@@ -285,11 +268,7 @@ def tree_attention(
     """
     check_arguments(q, k, v, logit_scale, output_scale, position, subtree_end, query_index, softcap, window)
     check_sink(sink, q, logit_scale)
-    if q.device.type != "cuda" and not INTERPRETED:
-        raise RuntimeError(
-            f"the Triton kernel needs a CUDA device and q is on {q.device}: use backend='reference', "
-            "or set TRITON_INTERPRET=1 before the import to run it slowly on the CPU"
-        )
+    check_device(q)
     if replace is not None:
         check_replacements(replace, q_alt, k_alt, out_alt, q, k, logit_scale)
     rows, heads = logit_scale.shape
@@ -328,16 +307,12 @@ def tree_attention(
     strides = lambda x: [
         step if size > 1 else 0 for size, step in zip(x.shape[:-1], x.stride(), strict=False)
     ]
-    pointers, pointer_strides, replaceable = [None] * 4, [None] * 8, None
+    pointers, replaceable = given_vectors(replace, q_alt, k_alt, out_alt, q)
+    pointer_strides = [None] * 8
     if replace is not None:
-        given = {REPLACE_Q.value: q_alt, REPLACE_K.value: k_alt, REPLACE_OUT.value: out_alt}
-        replaceable = sum(flag for flag, x in given.items() if x is not None)
-        # What was not given is never used, but its address must be one that can be read.
-        pointers = [replace, *(q if x is None else x for x in given.values())]
         pointer_strides = list(replace.stride())
-        for x in given.values():
+        for x in (q_alt, k_alt, out_alt):
             pointer_strides += [0, 0] if x is None else strides(x)
-    dot_dtype = torch.float32 if INTERPRETED else q.dtype  # the interpreter's bfloat16 dot is wrong
     with torch.cuda.device_of(q):
         _tree_attention_kernel[(block_table.num_query_blocks * rows * heads,)](
             q,
@@ -365,23 +340,11 @@ def tree_attention(
             num_keys,
             block_table.num_query_blocks,
             window or 0,
-            scaling / softcap if softcap else scaling * LOG2E.value,
-            softcap * LOG2E.value if softcap else 1.0,
+            *scales(scaling, softcap),
             replaceable,
             GROUPS=heads // kv_heads,
-            D=head_dim,
             BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=max(MIN_DOT_SIZE, triton.next_power_of_2(head_dim)),
-            HAS_SOFTCAP=softcap is not None,
-            HAS_WINDOW=window is not None,
             HAS_QUERY_INDEX=query_index is not None,
-            HAS_REPLACE=replace is not None,
-            HAS_SINK=sink is not None,
-            DOT_DTYPE=getattr(tl, str(dot_dtype).removeprefix("torch.")),
-            INPUT_PRECISION=config.input_precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,  # the default changes after triton 3.9
+            **options(q, config, softcap, window, replace, sink),
         )
     return out

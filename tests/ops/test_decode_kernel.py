@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from shipsfast.kernels.attention_blocks import INTERPRETED
 from shipsfast.kernels.launch_config import LaunchConfig, load_configs
 
 from shipsfast.kernels import decode_attention as module
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_
 if TEST_GPU:
     pytestmark.append(pytest.mark.gpu)
 else:
-    assert module.INTERPRETED, (
+    assert INTERPRETED, (
         "TRITON_INTERPRET=1 must be set before triton is imported: see tests/conftest.py"
     )
 

@@ -16,6 +16,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from shipsfast.kernels.attention_blocks import INTERPRETED
 from shipsfast.kernels.block_table import block_table
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config, load_configs
 
@@ -39,7 +40,7 @@ if TEST_GPU:
 else:
     # Small tiles, so that small packs have fully visible, partly visible and skipped blocks.
     DEVICE, CONFIG = "cpu", LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
-    assert module.INTERPRETED, (
+    assert INTERPRETED, (
         "TRITON_INTERPRET=1 must be set before triton is imported: see tests/conftest.py"
     )
     old_triton = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
