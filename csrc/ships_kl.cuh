@@ -11,7 +11,7 @@
 // which is what small scores are made of. So everything per element is done in pairs of floats, hi + lo
 // (48 bits), in some hundred float32 instructions; only the 512 partial sums of a row meet in float64. The
 // error is a few 1e-14 of the sums, instead of 1e-16 on the CPU. The functions are also host functions, so
-// that their accuracy is tested without a GPU (tests/kl_driver.cu).
+// that their accuracy is tested without a GPU (tests/support/kl_driver.cu).
 //
 // Layout. kl_base_kernel: one block per base row, writes e_b [P, pitch] and each row's argmax and sum.
 // kl_rows_kernel: one block per ablated row. Loads are 16 bytes wide from the first aligned element of the

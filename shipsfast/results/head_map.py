@@ -56,7 +56,7 @@ def save_scores(
             done[:] = False
             return read_scores(path, scores.shape, names, value, done)
 
-        before = run.finished(read)
+        before = run.finished(read, (SCORES,))
         if before is None:
             before = read(run.path)
         new = np.where(np.isnan(before), scores, np.nan)

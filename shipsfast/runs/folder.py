@@ -13,7 +13,7 @@ import errno
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,16 +93,18 @@ class RunFolder:
         if self.complete:
             self.close()
 
-    def finished(self, load: Callable[[Path], T]) -> T | None:
+    def finished(self, load: Callable[[Path], T], rooms: Collection[str] | None = None) -> T | None:
         """What `load` makes of the folder of a finished run; None if there is something to do.
 
-        Each part is read and held against its checksum once: those that its kind reads by `load`, the others here.
+        Each part is read and held against its checksum once: those of `rooms`, by default
+        all that its kind reads, by `load`, the others here.
         """
         if not self.complete:
             return None
+        read = KINDS[self.identity["kind"]].read if rooms is None else rooms
         try:
             for part in self.parts:
-                if part.room not in KINDS[self.identity["kind"]].read:
+                if part.room not in read:
                     part.sound(self.path)
             return load(self.path)
         except DamagedPartError:

@@ -36,7 +36,7 @@ def build(tmp_path_factory):
         pytest.skip("needs nvcc: install the CUDA toolkit and put it on PATH")
     program = tmp_path_factory.mktemp("kl") / "kl_driver"
     command = [nvcc, "-std=c++17", "-O3", "--threads=2", "-Xptxas=-v"]
-    command += [ROOT / "tests/kl_driver.cu", "-o", program]
+    command += [ROOT / "tests/support/kl_driver.cu", "-o", program]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
