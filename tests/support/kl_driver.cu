@@ -7,8 +7,8 @@
 #include <random>
 #include <vector>
 
-#include "../csrc/ships_divergence.cuh"
-#include "../csrc/ships_kl.cuh"
+#include "../../csrc/ships_divergence.cuh"
+#include "../../csrc/ships_kl.cuh"
 
 namespace shipsfast {
 template void launch_kl_rows<__nv_bfloat16>(const KlRows&, TwoFloat*, BaseStats*, cudaStream_t);
