@@ -30,7 +30,8 @@ empty="$place/empty/bin"
 "$empty/python" $pip install -c constraints.txt "$place"/*.whl
 cd "$place"
 unset PYTHONPATH
-"$empty/shipsfast" info | grep -q "native extension: loaded"
+info="$("$empty/shipsfast" info)"
+[[ "$info" == *"native extension: loaded"* ]] || { echo "$info"; exit 1; }
 model="$("$empty/python" -c 'from shipsfast.demo.run import MODEL; print(MODEL)')"
 printf 'How do I mend a kettle?\nTell me about the mill.\n' >prompts.txt
 "$empty/shipsfast" scan "$model" prompts.txt --out run --plot heads.png -q
