@@ -4,7 +4,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 import shipsfast
 from shipsfast.ops.extension import extension_status
 from tests.support.models import build
+from tests.support.places import ROOT
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [5, 6, 9], [11, 12, 13, 14], [5, 6, 7, 30]]
 
@@ -30,12 +30,11 @@ def digest() -> str:
 
 
 def test_two_processes_give_the_same_bits():
-    root = Path(__file__).parents[2]
     threads = torch.get_num_threads()
     code = f"import torch; torch.set_num_threads({threads}); from tests.engine.test_determinism import digest; print(digest())"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == digest() == digest()

@@ -34,9 +34,7 @@ pytestmark = [pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_
 if TEST_GPU:
     pytestmark.append(pytest.mark.gpu)
 else:
-    assert INTERPRETED, (
-        "TRITON_INTERPRET=1 must be set before triton is imported: see tests/conftest.py"
-    )
+    assert INTERPRETED, "TRITON_INTERPRET=1 must be set before triton is imported: see tests/conftest.py"
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Case(N=3, C=21)

@@ -40,9 +40,7 @@ if TEST_GPU:
 else:
     # Small tiles, so that small packs have fully visible, partly visible and skipped blocks.
     DEVICE, CONFIG = "cpu", LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
-    assert INTERPRETED, (
-        "TRITON_INTERPRET=1 must be set before triton is imported: see tests/conftest.py"
-    )
+    assert INTERPRETED, "TRITON_INTERPRET=1 must be set before triton is imported: see tests/conftest.py"
     old_triton = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
     if old_triton and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         reason = "the interpreter of triton 3.6 cannot loop with numpy 2.4: install numpy<2.4"
