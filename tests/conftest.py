@@ -1,6 +1,8 @@
-"""Set-up that must happen before any test module is imported, and what a machine without a GPU leaves out."""
+"""Set-up that must happen before any test module is imported, what a machine without a GPU leaves out, and fixtures of
+several rooms."""
 
 import os
+import shutil
 
 # Tests run beside each other: one thread each, said before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -16,8 +18,6 @@ TEST_GPU = os.environ.get("SHIPSFAST_TEST_GPU") == "1" and torch.cuda.is_availab
 if not TEST_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.support.command_line import model_folder  # noqa: F401 (a fixture of many folders)
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU, the tests that need one are a single skipped test, which says how many they are."""
@@ -31,3 +31,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set(map(id, waiting[1:]))
     items[:] = [item for item in items if id(item) not in left_out]
     config.hook.pytest_deselected(items=waiting[1:])
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Forked children have no other, and sums must be cut alike in parent and child."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model folder and prompts that the repository does not contain."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from shipsfast.demo.run import MODEL
+    from tests.support.models import _GQA
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        **(_GQA | dict(vocab_size=768, pad_token_id=None, bos_token_id=None, eos_token_id=None))
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder

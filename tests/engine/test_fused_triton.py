@@ -1,7 +1,7 @@
 """Whole runs on the path of a GPU: Triton attention and Triton small operations, here in Triton's interpreter.
 
-Held against float64 by the model's own layers and the reference attention, or by one plain pass for each score, with the
-error of the same in the run's own dtype for a measure.
+Held against float64 by the model's own layers and the reference attention, or by one plain pass for each score. Bounds
+are those of tests/support/rounding.py.
 """
 
 import copy
@@ -18,6 +18,7 @@ from tests.support.decode_numerics import why_no_triton
 from tests.support.fused_models import FUSED, PROMPTS
 from tests.support.models import _GQA, brute_force, build
 from tests.support.numerics import assert_close_abs
+from tests.support.rounding import angle_bound_deg, kl_bound
 
 pytestmark = [
     pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton())),
@@ -37,26 +38,20 @@ def triton_on_a_cpu(monkeypatch):
     monkeypatch.setattr("shipsfast.ops.tree_attention._no_triton", refused)
 
 
-def assert_as_close(found, own, exact, floor: float) -> None:
-    """Error at most twice that of the model's own layers in the same dtype, plus a floor in the scores' unit."""
-    assert_close_abs(found, exact, 2 * float(np.abs(np.asarray(own) - np.asarray(exact)).max()) + floor)
-
-
-def runs(model, **options):
-    """Scores by the fused layers, by the model's own in the same dtype, and by them in float64."""
+def fused(model, **options):
+    """Scores by the fused layers."""
     found = shipsfast.scan(model, PROMPTS, **options, **TRITON)
     assert found.record["layers"] == "fused" and found.record["attention_backend"] == "triton"
     assert "layers_why" not in found.record
-    options = {name: x for name, x in options.items() if name not in ("chunk_tokens", "rows_per_block")}
-    return found.scores, shipsfast.scan(model, PROMPTS, **options, **OWN).scores, options
+    return found.scores
 
 
 @pytest.mark.parametrize("family", FUSED)
 def test_every_family(family):
     exact = brute_force(build(family), PROMPTS).numpy()
-    found, own, _ = runs(build(family).float())
+    model = build(family).float()
     assert exact.max() > 0.01
-    assert_as_close(found, own, exact, 1e-7)
+    assert_close_abs(fused(model), exact, kl_bound(model, PROMPTS, exact))
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3-qknorm", "gemma2-softcap-window"])
@@ -64,8 +59,7 @@ def test_half_precision(family):
     """In float16, as the interpreter cuts bfloat16's digits off. The truth is of the weights as they are rounded."""
     model = build(family).half()
     exact = brute_force(build(family).half().double(), PROMPTS).numpy()
-    found, own, _ = runs(model)
-    assert_as_close(found, own, exact, 1e-5)
+    assert_close_abs(fused(model), exact, kl_bound(model, PROMPTS, exact))
 
 
 FP32_RESIDUAL = "fused_fp32_residual"
@@ -86,11 +80,10 @@ SOME = [(0, 1), (1, 0), (1, 3), (2, 2)]  # heads of three layers of four
 def test_a_float32_residual_stream(family, options):
     model = build(family).half()
     exact = shipsfast.scan(build(family).half().double(), PROMPTS, heads=SOME, **options, **OWN).kl
-    own = shipsfast.scan(model, PROMPTS, heads=SOME, **options, **OWN).kl
     found = shipsfast.scan(model, PROMPTS, heads=SOME, **options, **TRITON | {"layers": FP32_RESIDUAL})
     assert found.record["layers"] == FP32_RESIDUAL and found.identity["residual"] == "float32"
     seen = ~np.isnan(exact)
-    assert_as_close(found.kl[seen], own[seen], exact[seen], 1e-5)
+    assert_close_abs(found.kl[seen], exact[seen], kl_bound(model, PROMPTS, exact[seen]))
 
 
 def test_a_float32_residual_stream_is_closer_to_the_truth():
@@ -163,29 +156,26 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_kind_of_row(case):
     family, options = CASES[case]
-    found, own, options = runs(build(family).float(), **options)
+    model = build(family).float()
+    found = fused(model, **options)
+    options = {name: x for name, x in options.items() if name not in ("chunk_tokens", "rows_per_block")}
     exact = shipsfast.scan(build(family), PROMPTS, **options, **OWN).scores
     seen = np.isfinite(exact)
     assert np.array_equal(seen, np.isfinite(found)) and exact[seen].max() > 1e-4
-    assert_as_close(found[seen], own[seen], exact[seen], 1e-7)
+    assert_close_abs(found[seen], exact[seen], kl_bound(model, PROMPTS, exact[seen]))
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma2-softcap-window"])
 def test_several_heads_a_row(family):
     """From the second step of a search on, every row has the heads off that were chosen before."""
     how = dict(group_size=3, rank=1)
-    found = shipsfast.sahara(build(family).float(), PROMPTS, **how, **TRITON)
-    # Errors of the unablated row's basis are in every angle, and no two orders of float32 sums make the same: the model's
-    # own layers with three attention backends are off by 1.2e-4 to 2.3e-4 degrees here. The worst of them is the measure.
-    own = [
-        shipsfast.sahara(build(family).float(), PROMPTS, **how, **OWN | {"backend": backend})
-        for backend in ("reference", "torch", "triton")
-    ]
+    model = build(family).float()
+    found = shipsfast.sahara(model, PROMPTS, **how, **TRITON)
     exact = shipsfast.sahara(build(family), PROMPTS, **how, **OWN)
     assert found.record["layers"] == "fused" and found.heads == exact.heads
     seen = np.isfinite(exact.angle_deg)
-    worst = max(own, key=lambda run: np.abs(run.angle_deg - exact.angle_deg)[seen].max())
-    assert_as_close(found.angle_deg[seen], worst.angle_deg[seen], exact.angle_deg[seen], 1e-5)
+    bound = angle_bound_deg(model, PROMPTS, exact.record["base_singular_values"])
+    assert_close_abs(found.angle_deg[seen], exact.angle_deg[seen], bound)
 
 
 def test_biases_are_added():
@@ -196,8 +186,8 @@ def test_biases_are_added():
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     exact = shipsfast.scan(model, PROMPTS, **OWN).kl
-    found, own, _ = runs(model.float())
-    assert_as_close(found, own, exact, 1e-7)
+    model = model.float()
+    assert_close_abs(fused(model), exact, kl_bound(model, PROMPTS, exact))
 
 
 GROUPS = [[], [(0, 1)], [(2, 0)], [(1, 2), (1, 3)], [(1, 0), (2, 3)]]

@@ -18,8 +18,8 @@ from shipsfast.engine.memory_plan import CUDA_CHUNK_TOKENS, Held, block_bytes, m
 from shipsfast.models.anatomy import LOGIT_COPIES, Anatomy, Block, Layer, inspect_model
 from tests.support import memory_child
 from tests.support.models import build
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
 HELD = Held(torch.device("cuda"), torch.bfloat16)
 

@@ -16,9 +16,11 @@ import torch
 
 import shipsfast
 from shipsfast.runs.verify import verify
-from tests.support.faults import found, numbers, one_thread, scan  # noqa: F401
+from tests.support.faults import found, numbers, scan
 from tests.support.model_state import assert_same, state
 from tests.support.models import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

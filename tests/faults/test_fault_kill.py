@@ -7,14 +7,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import shipsfast
 from shipsfast.runs.manifest import BACKUP
 from shipsfast.runs.verify import verify
-from tests.support.faults import PROMPTS, SIZES, ended, forked, found, numbers, one_thread, scan  # noqa: F401
+from tests.support.faults import PROMPTS, SIZES, ended, forked, found, numbers, scan
 from tests.support.models import build
 from tests.support.traces import PACKAGE, lines, trace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WRITERS = tuple(
     os.path.join(PACKAGE, name) for name in ("runs/folder.py", "runs/manifest.py", "runs/lock.py")

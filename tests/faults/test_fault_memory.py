@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shipsfast
 from shipsfast.runs.verify import verify
-from tests.support.faults import PROMPTS, SIZES, found, one_thread, scan  # noqa: F401
+from tests.support.faults import PROMPTS, SIZES, found, scan
 from tests.support.model_state import assert_same, state
 from tests.support.models import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Calls(TorchDispatchMode):

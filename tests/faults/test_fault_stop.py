@@ -20,10 +20,12 @@ from shipsfast.models import restore
 from shipsfast.runs.lock import FolderLock
 from shipsfast.runs.verify import verify
 from tests.support import warm
-from tests.support.faults import PROMPTS, ended, forked, found, numbers, one_thread, scan  # noqa: F401
+from tests.support.faults import PROMPTS, ended, forked, found, numbers, scan
 from tests.support.model_state import assert_same, state
 from tests.support.models import build
 from tests.support.traces import PACKAGE, lines, trace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

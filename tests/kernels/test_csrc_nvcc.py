@@ -4,11 +4,11 @@ accurate. No GPU needed."""
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.places import ROOT
+
 ARCHITECTURES = ("80", "90")
 TYPES = ("bf16", "fp16", "fp32", "fp64")
 MANGLED = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32", "d": "fp64"}

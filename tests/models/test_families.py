@@ -8,8 +8,9 @@ import pytest
 import transformers
 
 from tests.support import model_matrix
-from tests.support.faults import one_thread  # noqa: F401
 from tests.support.tiny_configs import families
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXPECTED = model_matrix.committed()
 SAME_VERSION = transformers.__version__ == model_matrix.committed_version()

@@ -7,11 +7,12 @@ import torch
 
 import shipsfast
 from tests.support import family_oracle
-from tests.support.faults import one_thread  # noqa: F401
 from tests.support.model_state import assert_same, state
 from tests.support.models import build
 from tests.support.numerics import assert_close_abs
 from tests.support.tiny_configs import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = [[5, 9, 17, 23, 33, 8, 40], [5, 9, 17, 7], [5, 9, 17, 23, 33, 11, 50, 51, 52]]
 GROUPS = [[], [(0, 1)], [(0, 0), (0, 3)]]

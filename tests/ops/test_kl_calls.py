@@ -4,7 +4,6 @@ scratch and streams."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +25,7 @@ from tests.support.divergence_cases import (
     run,
 )
 from tests.support.numerics import assert_close_abs
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.places import ROOT
 
 
 @each_backend
@@ -149,7 +147,6 @@ def test_every_instruction_set(isa):
     """In a fresh process, because the choice is made once."""
     code = (
         "import torch\n"
-        "import tests.ops.test_divergences as d\n"
         "import tests.support.divergence_cases as t\n"
         "import tests.support.numerics as n\n"
         "for dtype in t.DTYPES.values():\n"
@@ -159,11 +156,11 @@ def test_every_instruction_set(isa):
         "        n.assert_close_abs(result, t.oracle(base, ablated, row_map), t.KL_ATOL)\n"
         "        same = t.kl_rows(base, base[row_map], row_map, backend='cpp')\n"
         "        assert torch.equal(same, torch.zeros(t.N, dtype=torch.float64))\n"
-        "        for names in (d.DIVERGENCES, d.DIVERGENCES[1:2], d.DIVERGENCES[2:3]):\n"
-        "            result = d.run(base, ablated, row_map, 'cpp', 'cpu', names)\n"
-        "            expected = d.run(base, ablated, row_map, 'reference', 'cpu', names)\n"
+        "        for names in (t.DIVERGENCES, t.DIVERGENCES[1:2], t.DIVERGENCES[2:3]):\n"
+        "            result = t.run_divergences(base, ablated, row_map, 'cpp', 'cpu', names)\n"
+        "            expected = t.run_divergences(base, ablated, row_map, 'reference', 'cpu', names)\n"
         "            n.assert_close_abs(result, expected, 1e-13 * expected)\n"
-        "            assert not d.run(base, base[row_map], row_map, 'cpp', 'cpu', names).any()\n"
+        "            assert not t.run_divergences(base, base[row_map], row_map, 'cpp', 'cpu', names).any()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -31,7 +31,6 @@ from tests.support.attention_numerics import (
     assert_close_per_head,
     make_arguments,
     make_replacements,
-    oracle,
 )
 
 if TEST_GPU:
@@ -64,8 +63,7 @@ class Inputs:
         """Runs the kernel and holds it to the tolerance rule."""
         actual = self.run(**changes)
         assert actual.is_contiguous()
-        plain = reference.tree_attention(*self.args, **self.options)
-        assert_close_per_head(actual, plain, oracle(*self.args, **self.options))
+        assert_close_per_head(actual, self.args, self.options)
         return actual
 
 

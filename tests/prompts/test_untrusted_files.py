@@ -7,7 +7,6 @@ import socket
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
@@ -24,6 +23,7 @@ from shipsfast.prompts import files
 from shipsfast.prompts.datasets import load_prompts
 from shipsfast.text import MOST_CHARS, one_line, visible
 from tests.support.models import build
+from tests.support.places import ROOT
 
 FOUND = [
     ("bom-crlf.csv", b"\xef\xbb\xbfgoal,x\r\nmend,1\r\nfill,2\r\n", ["mend", "fill"]),
@@ -133,7 +133,7 @@ def test_parquet_that_lies(tmp_path):
 
 def test_a_damaged_parquet_file_does_not_end_the_process(tmp_path):
     """Found by fuzzing: pyarrow ends the process when it is asked for the metadata of a column with such statistics."""
-    path = Path(__file__).parents[2] / "fuzz" / "corpus" / "prompts" / "aborts-pyarrow"
+    path = ROOT / "fuzz" / "corpus" / "prompts" / "aborts-pyarrow"
     (tmp_path / "p.parquet").write_bytes(path.read_bytes()[1:])
     assert load_prompts(tmp_path / "p.parquet") == ["a", "b"]
 
@@ -253,7 +253,7 @@ def test_nothing_opens_a_socket(tmp_path, monkeypatch, capsys):
 
 
 def test_no_module_reads_pickles_or_runs_text():
-    for path in (Path(__file__).parents[2] / "shipsfast").rglob("*.py"):
+    for path in (ROOT / "shipsfast").rglob("*.py"):
         text = path.read_text("utf-8")
         for name in ("import pickle", "torch.load(", "allow_pickle", "eval(\"", "exec(", "joblib", "os.system", "shell=True"):  # fmt: skip
             assert name not in text, f"{path}: {name}"

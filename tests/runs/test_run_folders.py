@@ -15,8 +15,10 @@ from shipsfast.runs.folder import RunFolder
 from shipsfast.runs.manifest import as_text, find_parts, read_manifest
 from shipsfast.runs.verify import render, verify
 from tests.support.command_line import refused, run
-from tests.support.faults import PROMPTS, SIZES, numbers, one_thread, scan  # noqa: F401
+from tests.support.faults import PROMPTS, SIZES, numbers, scan
 from tests.support.models import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ float32 and takes the arccosine of a float32 cosine. shipsfast runs here in floa
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import shipsfast
 from shipsfast import Ablation
 from shipsfast.demo.run import MODEL
+from tests.support.places import DATA
 
-RECORDED = json.loads((Path(__file__).parents[1] / "data" / "published_reference.json").read_text("utf-8"))
+RECORDED = json.loads((DATA / "published_reference.json").read_text("utf-8"))
 KINDS = {"q": "undifferentiated", "k": "undifferentiated", "v": "scale"}  # of scale_mask
 FLOAT32 = 2.0**-24  # half a unit in the last place of a number in [1, 2)
 

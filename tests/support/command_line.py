@@ -1,27 +1,8 @@
-"""What tests of command line share."""
+"""The command line, run in this process."""
 
-import shutil
 import sys
 
-import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from shipsfast import cli
-from shipsfast.demo.run import MODEL
-from tests.support.models import _GQA
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A model folder and prompts that the repository does not contain."""
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        **(_GQA | dict(vocab_size=768, pad_token_id=None, bos_token_id=None, eos_token_id=None))
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder / name)
-    return folder
 
 
 def run(capsys, *args: str) -> tuple[int, str, str]:

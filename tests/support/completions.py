@@ -1,4 +1,4 @@
-"""What tests of completions share."""
+"""Completions for the tests of judges."""
 
 from shipsfast.answers.judges.judge import Completion
 

@@ -1,11 +1,11 @@
-"""What tests of divergence cases share."""
+"""What the tests of divergences share: rows of logits, KL in float64, and the backends and dtypes of the ops."""
 
 import math
 
 import pytest
 import torch
 
-from shipsfast.ops.divergences import kl_rows
+from shipsfast.ops.divergences import DIVERGENCES, divergence_rows, kl_rows
 from shipsfast.ops.extension import extension_status
 
 KL_ATOL = 1e-13
@@ -22,6 +22,7 @@ each_backend = pytest.mark.parametrize("backend, device", BACKENDS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 P, N = 3, 7
+INF, NAN = math.inf, math.nan
 
 
 def draw(vocab, dtype=torch.float32, *, num_base=P, num_ablated=N, spread=4.0, change=0.5, seed=0):
@@ -46,4 +47,10 @@ def run(base, ablated, row_map, backend, device):
     return result.cpu()
 
 
-INF, NAN = math.inf, math.nan
+def run_divergences(base, ablated, row_map, backend, device, names=DIVERGENCES):
+    result = divergence_rows(
+        base.to(device), ablated.to(device), row_map.to(device), names=names, backend=backend
+    )
+    assert result.dtype == torch.float64 and result.device.type == device
+    assert result.shape == (len(names), len(ablated))
+    return result.cpu()

@@ -1,4 +1,4 @@
-"""What tests of evaluations share."""
+"""`evaluate` and `scan_asr` on a tiny model whose words are its tokens, and what slow texts and labels they must give."""
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

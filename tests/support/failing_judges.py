@@ -1,4 +1,4 @@
-"""What tests of failing judges share."""
+"""A judge that goes away, or answers what is no label."""
 
 from shipsfast.answers.judges.judge import Judge
 from tests.support.evaluations import (

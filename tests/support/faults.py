@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 import torch
 
 import shipsfast
@@ -47,15 +46,6 @@ def found(name: str, times: int) -> None:
     if path:
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"fault": name, "times": times}) + "\n")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Forked children have no other, and sums must be cut alike in parent and child."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [11, 12]]

@@ -1,4 +1,4 @@
-"""What tests of fused models share."""
+"""Families whose layers have a fused way, and prompts that share a stem."""
 
 SHARED = [5, 9, 17, 23]
 PROMPTS = [SHARED + [3, 8, 40, 41], SHARED + [7], SHARED + [3, 8, 11, 50, 51, 52, 9, 4, 1], SHARED]

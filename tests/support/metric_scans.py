@@ -1,4 +1,4 @@
-"""What tests of metric scans share."""
+"""Scans under other metrics than KL, and one that is interrupted."""
 
 import shipsfast
 from shipsfast.engine.growing_batch import GrowingBatch

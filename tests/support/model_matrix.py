@@ -14,7 +14,6 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
@@ -23,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 import shipsfast
 from shipsfast.models.anatomy import inspect_model
 from tests.support import family_oracle
+from tests.support.places import ROOT
 from tests.support.tiny_configs import families, tiny_model
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+DOCUMENT = ROOT / "docs" / "models.md"
 SHARED = [5, 9, 17, 23]
 # Three lengths, a shared prefix, and two longer than the windows of the tiny models.
 PROMPTS = [SHARED + [33, 8, 40, 41, 7, 12], SHARED + [7], SHARED + [33, 8, 11, 50, 51, 52, 9, 4]]

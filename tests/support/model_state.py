@@ -1,4 +1,4 @@
-"""What tests of model state share."""
+"""A model is left as it was: what is looked at, and the comparison."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What tests of overflowing share."""
+"""A model that overflows when one head is off, and scans of it."""
 
 import torch
 

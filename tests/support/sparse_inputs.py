@@ -1,4 +1,4 @@
-"""What tests of sparse inputs share."""
+"""Tensors of more elements than there is memory for."""
 
 from __future__ import annotations
 

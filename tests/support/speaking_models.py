@@ -1,4 +1,4 @@
-"""What tests of speaking models share."""
+"""Tiny models that say something, and their greedy texts by a slow loop: the oracle of the tests of generation."""
 
 import torch
 

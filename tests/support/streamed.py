@@ -1,4 +1,4 @@
-"""What tests of streamed share."""
+"""Models that are saved and streamed."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What tests of traces share."""
+"""Doing something before the n-th line that runs, and counting the lines."""
 
 import functools
 import os
@@ -6,7 +6,6 @@ import signal
 import sys
 
 import shipsfast
-from tests.support.faults import PROMPTS, SIZES, ended, forked, found, numbers, one_thread, scan  # noqa: F401
 
 PACKAGE = os.path.dirname(shipsfast.__file__)
 
