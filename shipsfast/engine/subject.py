@@ -36,8 +36,8 @@ from .replacement_values import source_ids
 class Subject:
     """A model and a measurement that fit together, and how it will run.
 
-    token_ids: the prompts; other_ids: those of `mean` and `resample`; num_units: of a layer; layers: how rows pass a decoder
-    layer, of LAYER_PATHS but for "auto"; record: what runs, for run.json.
+    token_ids: the prompts; other_ids: those of `mean` and `resample`; layers: how rows pass a decoder layer, of LAYER_PATHS
+    but for "auto"; record: what runs, for run.json.
     """
 
     model: PreTrainedModel
@@ -45,7 +45,6 @@ class Subject:
     measurement: Measurement
     token_ids: list[list[int]]
     other_ids: list[list[int]] | None
-    num_units: int
     device: torch.device
     backend: str
     layers: str
@@ -58,6 +57,11 @@ class Subject:
     @property
     def unit(self) -> str:
         return self.measurement.unit
+
+    @property
+    def num_units(self) -> int:
+        """Of a layer. Raises InputError for a unit that the model does not have."""
+        return check_unit(self.unit, self.anatomy)
 
     @property
     def fused(self) -> bool:
@@ -152,7 +156,6 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     )
     if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
-    num_units = check_unit(measurement.unit, anatomy)
     device = input_device(model)
     check_sums(device, model.dtype)
     backend = resolve_backend(
@@ -171,7 +174,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
-    return Subject(model, anatomy, measurement, token_ids, others, num_units, device, backend, layers, record)
+    return Subject(model, anatomy, measurement, token_ids, others, device, backend, layers, record)
 
 
 def check_sums(device: torch.device, dtype: torch.dtype) -> None:
