@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 import shipsfast
 from shipsfast.answers.measurements import GenerationMeasurement
 from shipsfast.answers.self_check import ALARM_LOGIT
+from shipsfast.engine.ablation import Ablation
 from shipsfast.engine.measurement import Execution
 from shipsfast.engine.subject import look_at
 
@@ -186,7 +187,9 @@ def run_case(case: GenerationCase, repeats: int, console: Console) -> list[dict]
     for path in PEERS.values():  # warm-ups
         path(job.shorter(2))
     published_loop(job.shorter(2), reference)
-    measurement = GenerationMeasurement(prompts=job.prompts, scale=EPS, max_new_tokens=case.new_tokens)
+    measurement = GenerationMeasurement(
+        prompts=job.prompts, ablation=Ablation(scale=EPS), max_new_tokens=case.new_tokens
+    )
     record = look_at(job.model, None, measurement, Execution()).record
     short: dict[str, float] = {}
     equal: dict[str, float] = {}

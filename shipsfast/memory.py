@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -32,7 +33,8 @@ def out_of_memory() -> Iterator[list[BaseException]]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        found.append(error.with_traceback(None))  # whose frames hold the tensors
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors
+        found.append(error)
     if found and torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -43,6 +43,8 @@ def scan_asr(
 ) -> ShipsResult:
     """Answer every prompt with every head off, one at a time, and judge the answers.
 
+    `resample`, which matches positions one to one, is refused.
+
     Returns:
         ShipsResult of the metric "asr": .scores float64 [P, L, H] are 1 for an answer that complied and 0 for one that
         did not, .mean() is each head's attack success rate, .noise_floor that of the unablated model. .record has

@@ -32,6 +32,8 @@ def evaluate(
     Every prompt is answered with every group off (`generate`), and every answer judged: refusal, degenerate or
     complied.
 
+    `resample`, which matches positions one to one, is refused.
+
     Returns:
         EvalResult.
     Raises:

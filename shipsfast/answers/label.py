@@ -38,9 +38,11 @@ class Kept:
 
     def write(self) -> None:
         if self.folder is not None and self._unwritten:
-            frame = self.completions.frame(self._unwritten, text=self.completions.keep_text)
-            self.folder.write_part(frame, self.room)
-        self._unwritten.clear()
+            rows, self._unwritten = (
+                self._unwritten,
+                [],
+            )  # first: a signal may come right after, and none is written twice
+            self.folder.write_part(self.completions.frame(rows, text=self.completions.keep_text), self.room)
         self._written = time.monotonic()
 
     def write_now_and_then(self) -> None:

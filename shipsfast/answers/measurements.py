@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_doc import Doc
 
 from ..engine.heads import Head, check_heads
-from ..engine.measurement import FP32_RESIDUAL, Execution, Heads, Measurement, as_heads
+from ..engine.measurement import FP32_RESIDUAL, Execution, Heads, Measurement, as_heads, as_tuple
 from ..errors import InputError, whole_number
 from .groups import check_groups
 from .judges.judge import Judge
@@ -50,6 +50,7 @@ class AnswerMeasurement(Measurement):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole_number("max_new_tokens", self.max_new_tokens)
+        self._set(eos_token_id=as_tuple(self.eos_token_id))
 
     @property
     def new_tokens(self) -> int:
@@ -83,6 +84,7 @@ class GenerationMeasurement(AnswerMeasurement):
 @dataclass(frozen=True, kw_only=True)
 class EvaluationMeasurement(GenerationMeasurement):
     kind = "evaluate"
+    reads_texts = True
 
     judge: Annotated[
         str | Judge | Callable,
@@ -115,10 +117,15 @@ class EvaluationMeasurement(GenerationMeasurement):
         Doc("The result at hand has those that were decoded for it in either case."),
     ] = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(control=as_tuple(self.control))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AsrMeasurement(AnswerMeasurement):
-    kind = "ships"  # its scores are of that kind, with the metric "asr"
+    kind, run_kind = "asr", "ships"  # its scores are of that kind, with the metric "asr"
+    reads_texts = True
 
     judge: Annotated[str | Judge | Callable, Doc("as in `evaluate`.")] = "keywords"
     heads: Annotated[Heads | None, Doc("only these, as in `scan`; None for all.")] = None

@@ -39,7 +39,7 @@ ALARM_LOGIT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5, to
 def check_generation(generation, row) -> float:
     """Hold the text of a row against one plain forward pass over prompt and text.
 
-    generation: of generate.py; row: a Decoded. Every token must be a first choice there, or for draws one of the
+    generation: a Generation; row: a Decoded. Every token must be a first choice there, or for draws one of the
     top_k, up to rounding. Returns the largest shortfall of a token's logit, in standard deviations of the logits.
     Raises UnsupportedModelError if it is more than rounding can explain.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 from ..errors import InputError
@@ -111,9 +110,10 @@ class Asked:
         return tokenizer
 
     def _described(self, function: Callable, own: dict):
+        from ..engine.measurement import made
+
         for cls in (function.measurement, function.execution):
-            names = {field.name for field in fields(cls)}
-            yield cls(**{name: value for name, value in (self.values | own).items() if name in names})
+            yield made(cls, self.values | own)
 
 
 def template_for(name: str, tokenizer) -> str:

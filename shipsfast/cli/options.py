@@ -16,12 +16,14 @@ from .asked import Asked
 from .together import check_together, given_options
 
 
-def _option(cls: type, name: str, kind=None, *flags: str, more: str = "", text: str = ""):
+def _option(
+    cls: type, name: str, kind=None, *flags: str, more: str = "", text: str = "", least: int | None = None
+):
     """The option of a field. kind: its type where text cannot be the field's; more: what the command line adds to the
-    field's description, text: what it says instead."""
+    field's description, text: what it says instead; least: its smallest value."""
     field = described(cls)[name]
     said = " ".join(filter(None, (text or field.text, more)))
-    return Annotated[kind or field.type, typer.Option(*flags, help=said[:1].upper() + said[1:])]
+    return Annotated[kind or field.type, typer.Option(*flags, help=said[:1].upper() + said[1:], min=least)]
 
 
 ModelName = Annotated[str, typer.Argument(help="Model folder or hub id.")]
@@ -49,7 +51,9 @@ Source = Annotated[
         help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all)."
     ),
 ]
-HeadNames = _option(ShipsMeasurement, "heads", str | None, more="LAYER-HEAD or LAYER, comma-separated.")
+HeadNames = _option(
+    ShipsMeasurement, "heads", str | None, text="Only these: LAYER-HEAD or LAYER, comma-separated."
+)
 Unit = _option(Measurement, "unit")
 Backend = _option(Execution, "backend")
 Layers = _option(Execution, "layers")
@@ -69,7 +73,12 @@ Stream = Annotated[
         help="Read decoder layers from the checkpoint as they run: for models larger than the memory.",
     ),
 ]
-MaxMemory = _option(Execution, "max_memory", str | None, more="Written like 8GiB.")
+MaxMemory = _option(
+    Execution,
+    "max_memory",
+    str | None,
+    text="Memory to use beyond the model, such as 8GiB; default what is free.",
+)
 RemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL, with all your rights."),
@@ -84,22 +93,24 @@ MetricNames = _option(
     "all (plots of all but the first get a number).",
 )  # fmt: skip
 NonFinite = _option(ShipsMeasurement, "nonfinite")
-Rank = Annotated[int, typer.Option(min=1, help=described(SaharaMeasurement)["rank"].text)]
-GroupSize = Annotated[int, typer.Option(min=1, help=described(SaharaMeasurement)["group_size"].text)]
-Beam = Annotated[int, typer.Option(min=1, help=described(SaharaMeasurement)["beam"].text)]
+Rank = _option(SaharaMeasurement, "rank", least=1)
+GroupSize = _option(SaharaMeasurement, "group_size", least=1)
+Beam = _option(SaharaMeasurement, "beam", least=1)
 NewTokens = _option(AnswerMeasurement, "max_new_tokens")
-DoSample = _option(AnswerMeasurement, "do_sample", None, "--do-sample")
+DoSample = _option(
+    AnswerMeasurement, "do_sample", None, "--do-sample", text="Draw tokens instead of taking the likeliest."
+)
 TopK = _option(AnswerMeasurement, "top_k")
 Temperature = _option(AnswerMeasurement, "temperature")
 EndTokens = _option(
     AnswerMeasurement, "eos_token_id", list[str] | None, "--eos-token-id",
-    more="An id, may be given several times, or none for no such token.",
+    text="Id of a token that ends a text, may be given several times, or none; default: as the model says.",
 )  # fmt: skip
 Groups = _option(
     EvaluationMeasurement,
     "groups",
     str | None,
-    more="Such as '2-26; 2-26,3-1'; 'none' is the unablated model.",
+    text="Groups of heads to switch off, such as '2-26; 2-26,3-1'; 'none' is the unablated model.",
 )
 Control = _option(EvaluationMeasurement, "control", str | None, more="A prompt file.")
 JudgeName = _option(EvaluationMeasurement, "judge", str)

@@ -53,6 +53,7 @@ class Ablation:
             raise InputError(f"scale must be a number, got {self.scale!r}")
         if not math.isfinite(self.scale):
             raise InputError(f"scale must be a finite number, got {self.scale}")
+        object.__setattr__(self, "scale", float(self.scale))
         if self.prompts is not None:
             if self.kind not in SOURCED:
                 raise InputError(f"ablation {self.kind} takes no prompts: only mean and resample do")

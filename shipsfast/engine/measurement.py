@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 import operator
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple, Self, get_args, get_type_hints
@@ -32,9 +33,15 @@ LAYER_PATHS = ("auto", "model", "fused", FP32_RESIDUAL)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What is measured on which prompts. Raises InputError for what can be seen to be wrong without the model."""
+    """What is measured on which prompts. Raises InputError for what can be seen to be wrong without the model.
+
+    kind: names this description; run_kind: of the runs that are made of it (runs/kinds.py), "" for the same name;
+    reads_texts: prompts must be strings, and there is a tokenizer.
+    """
 
     kind: ClassVar[str]
+    run_kind: ClassVar[str] = ""
+    reads_texts: ClassVar[bool] = False
     new_tokens: ClassVar[int] = 0  # how many may follow each prompt
     keeps_hidden: ClassVar[bool] = False  # the hidden states of every row at every prompt
 
@@ -52,7 +59,6 @@ class Measurement:
             "prompts."
         ),
     ] = "undifferentiated"
-    scale: Annotated[float, Doc("the eps of undifferentiated and scale.")] = DEFAULT_SCALE
     unit: Annotated[
         str,
         Doc("what is switched off together: head, or kv_group for all query heads of a key/value head."),
@@ -60,8 +66,7 @@ class Measurement:
     ] = "head"
 
     def __post_init__(self) -> None:
-        how = as_ablation(self.ablation, self.scale)
-        self._set(prompts=as_prompts(self.prompts), ablation=how, scale=how.scale)
+        self._set(prompts=as_prompts(self.prompts), ablation=as_ablation(self.ablation))
 
     def _set(self, **values) -> None:
         for name, value in values.items():
@@ -69,17 +74,21 @@ class Measurement:
 
     def to_json(self) -> dict:
         """All of it, prompts included, as JSON holds it. Raises InputError for a function of the caller's own."""
-        return {"kind": self.kind} | {
-            f.name: _to_json(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "scale"
-        }
+        return {"kind": self.kind} | {f.name: _to_json(f.name, getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_json(cls, body: Mapping) -> Self:
-        """The measurement that gave `to_json`, of this class. Raises InputError for another kind or unknown fields."""
+        """The measurement that gave `to_json`, of this class. Raises InputError for anything else."""
+        if not isinstance(body, Mapping) or body.get("kind") != cls.kind:
+            raise InputError(f"this does not describe a measurement of kind {cls.kind!r}: {body!r:.200}")
         given = {name: _from_json(value) for name, value in body.items() if name != "kind"}
-        if body.get("kind") != cls.kind or not given.keys() <= {f.name for f in fields(cls)}:
-            raise InputError(f"this does not describe a measurement of kind {cls.kind!r}: {', '.join(body)}")
-        return cls(**given | {"ablation": Ablation(**given["ablation"])})
+        try:
+            return cls(**given | {"ablation": Ablation(**given["ablation"])})
+        except (TypeError, KeyError) as error:
+            raise InputError(
+                f"this does not describe a measurement of kind {cls.kind!r}, {error}: expected the fields "
+                f"{', '.join(f.name for f in fields(cls))}"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,7 @@ class Execution:
             "Gemma 2, on a GPU with backend triton, or on a CPU in float32 and float64) or, for scans in half precision "
             "through Triton, fused_fp32_residual. Named, it runs or raises."
         ),
+        Doc("A finished run that `out` holds is given back as it ran."),
     ] = "auto"
     max_memory: Annotated[int | None, Doc("bytes to use beyond the model; default what is free.")] = None
     progress: Annotated[bool, Doc("a progress bar on stderr.")] = True
@@ -127,11 +137,7 @@ class ScanExecution(Execution):
         return {name: getattr(self, name) for name in ("chunk_tokens", "rows_per_block", "prompts_per_group")}
 
 
-ABOUT = {
-    "model": "a transformers causal language model, already loaded. It is put back as it was.",
-    "prompts": "P strings (then `tokenizer` is needed), or P lists of token ids.",
-    "tokenizer": "the model's.",
-}
+MODEL = "a transformers causal language model, already loaded. It is put back as it was."
 
 
 class Described(NamedTuple):
@@ -143,34 +149,63 @@ class Described(NamedTuple):
     default: object
 
 
+# Not a field, but a keyword that goes into the ablation: so no two fields can say different things.
+SCALE = Described(float, "the eps of undifferentiated and scale.", "", DEFAULT_SCALE)
+
+
 def described(cls: type) -> dict[str, Described]:
-    """The fields that have a description, the class's own first."""
+    """The keywords that have a description, the class's own first: its fields, and the scale of an ablation."""
     hints, found = get_type_hints(cls, include_extras=True), {}
     for f in fields(cls):
         docs = [x.documentation for x in getattr(hints[f.name], "__metadata__", ()) if isinstance(x, Doc)]
         if docs:
             found[f.name] = Described(get_args(hints[f.name])[0], *[*docs, ""][:2], f.default)
+        if f.name == "ablation":
+            found["scale"] = SCALE
     own = [name for name in cls.__annotations__ if name in found]
     return {name: found[name] for name in (*own, *found)}
 
 
-def called_with(what: type[Measurement], how: type[Execution]) -> Callable:
+def made(cls: type, given: Mapping):
+    """A description of the keywords in `given` that are its own."""
+    own = {field.name: given[field.name] for field in fields(cls) if field.name in given}
+    if "scale" in given and issubclass(cls, Measurement):
+        own["ablation"] = as_ablation(given.get("ablation", cls.ablation), given["scale"])
+    return cls(**own)
+
+
+def called_with(what: type[Measurement], how: type[Execution], **about: str) -> Callable:
     """Makes a public function of `run(model, tokenizer, measurement, execution)`: (model, prompts, tokenizer=None, *, the
-    fields of both), with a docstring that describes them. The function has .measurement, .execution and .run, for callers
-    that have the two already."""
+    keywords of both), with a docstring that describes them. The function has .measurement, .execution and .run, for
+    callers that have the two already. about: what it says of a keyword in the field's place."""
     keywords = described(what) | described(how)
+    about = {
+        "model": MODEL,
+        "prompts": "P strings."
+        if what.reads_texts
+        else "P strings (then `tokenizer` is needed), or P lists of token ids.",
+        "tokenizer": "the model's.",
+        **{name: f"{field.text} {field.in_python}" for name, field in keywords.items()},
+    } | about
     parameter = inspect.Parameter
-    parameters = [
-        *(parameter(name, parameter.POSITIONAL_OR_KEYWORD) for name in ("model", "prompts")),
-        parameter("tokenizer", parameter.POSITIONAL_OR_KEYWORD, default=None),
-        *(
-            parameter(name, parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-            for name, field in keywords.items()
-        ),
-    ]
+    plain = parameter.POSITIONAL_OR_KEYWORD
+    if what.reads_texts:
+        prompts, tokenizer = Sequence[str], parameter.empty
+    else:
+        prompts, tokenizer = Sequence[str] | Sequence[Sequence[int]], None
 
     def decorate(run: Callable) -> Callable:
-        signature = inspect.Signature(parameters, return_annotation=inspect.signature(run).return_annotation)
+        hints = get_type_hints(run)
+        parameters = [
+            parameter("model", plain, annotation=hints["model"]),
+            parameter("prompts", plain, annotation=prompts),
+            parameter("tokenizer", plain, default=tokenizer),
+            *(
+                parameter(name, parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+                for name, field in keywords.items()
+            ),
+        ]
+        signature = inspect.Signature(parameters, return_annotation=hints["return"])
 
         @functools.wraps(run)
         def call(*args, **named):
@@ -178,10 +213,12 @@ def called_with(what: type[Measurement], how: type[Execution]) -> Callable:
                 given = signature.bind(*args, **named).arguments
             except TypeError as error:
                 raise TypeError(f"{run.__name__}() {error}") from None
-            return run(given["model"], given.get("tokenizer"), *(_made(cls, given) for cls in (what, how)))
+            return run(given["model"], given.get("tokenizer"), *(made(cls, given) for cls in (what, how)))
 
-        call.__doc__ = _with_arguments(inspect.getdoc(run), keywords)
+        call.__doc__ = _with_arguments(inspect.getdoc(run), about)
         call.__signature__ = signature
+        annotated = {p.name: p.annotation for p in parameters if p.annotation is not parameter.empty}
+        call.__annotations__ = annotated | {"return": hints["return"]}
         call.measurement, call.execution, call.run = what, how, run
         del call.__wrapped__  # its arguments are others
         return call
@@ -189,13 +226,8 @@ def called_with(what: type[Measurement], how: type[Execution]) -> Callable:
     return decorate
 
 
-def _made(cls: type, given: Mapping):
-    return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
-
-
-def _with_arguments(doc: str, keywords: dict[str, Described]) -> str:
+def _with_arguments(doc: str, about: dict[str, str]) -> str:
     """A docstring with a section on its arguments, before what is returned."""
-    about = ABOUT | {name: f"{field.text} {field.in_python}" for name, field in keywords.items()}
     lines = [
         line
         for name, text in about.items()
@@ -207,23 +239,38 @@ def _with_arguments(doc: str, keywords: dict[str, Described]) -> str:
     return "\n".join([before + "Args:", *lines, returns + after])
 
 
+def as_tuple(value):
+    """A list, an iterator or an array as a tuple; anything else as it is."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, (list, Iterator)) else value
+
+
 def as_heads(heads) -> object:
-    """Heads as the caller gave them, in tuples; a HeadScore is as good as a pair. What is no list stays as it is."""
+    """Heads as the caller gave them, in tuples of whole numbers; a HeadScore is as good as a pair. What is no list stays
+    as it is."""
     if isinstance(heads, (str, bytes)) or not isinstance(heads, Iterable):
         return heads
-    plain = (each[:2] if hasattr(each, "score") else each for each in heads)
-    return tuple(
-        tuple(each) if isinstance(each, Sequence) and not isinstance(each, str) else each for each in plain
-    )
+    plain = (as_tuple(each[:2] if hasattr(each, "score") else each) for each in heads)
+    return tuple(tuple(map(_whole, each)) if isinstance(each, tuple) else each for each in plain)
+
+
+def _whole(value):
+    """An array's or tensor's number as Python's."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _to_json(name: str, value):
     if isinstance(value, Ablation):
         return {"kind": value.kind, "scale": value.scale, "prompts": _to_json(name, value.prompts)}
-    if isinstance(value, (list, tuple)):
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [_to_json(name, each) for each in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
+    if isinstance(value, numbers.Real):
+        return float(value)
     if hasattr(value, "__index__"):
         return operator.index(value)
     if hasattr(value, "to_text"):

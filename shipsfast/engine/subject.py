@@ -91,7 +91,7 @@ class Subject:
         if self.other_ids is not None:
             ablation["prompts"] = prompt_hashes(self.other_ids)
         return {
-            "kind": self.measurement.kind,
+            "kind": self.measurement.run_kind or self.measurement.kind,
             "fingerprint": once_more("looking at the weights", lambda: fingerprint(self.model)),
             "prompts": prompt_hashes(self.token_ids),
             "ablation": ablation,

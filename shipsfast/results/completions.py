@@ -21,7 +21,7 @@ MISSING = -1
 class Completions:
     """What is known of each row.
 
-    label: int8 [G, P], an index into refusal.LABELS, -1 for rows not done; num_tokens: int32 [G, P], new tokens
+    label: int8 [G, P], an index into runs.kinds.LABELS, -1 for rows not done; num_tokens: int32 [G, P], new tokens
     without the end token; finished: bool [G, P], ended by the end token; sha256: [G, P], of the text in UTF-8;
     text: [G][P] str, None where it was not kept.
     """

@@ -91,7 +91,7 @@ def _html(sheet: Sheet, groups: int) -> str:
     """A page that loads nothing and runs nothing, and whose policy says so to the browser. Jinja2 escapes all text."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     page = templates.get_template("answers.html.jinja")
     return page.render(title=TITLE, sheet=sheet, groups=groups)

@@ -147,7 +147,9 @@ class ShipsResult(Ranked):
         if self.marked is not None:
             body["nonfinite"] = self.marks()
         if self.also:
-            body["also"] = {name: other.as_json(top) for name, other in self.also.items()}
+            body["also"] = {
+                name: other.as_json(top) | {"run_folder": None} for name, other in self.also.items()
+            }
         return body
 
     def save(self, folder: str | Path) -> Path:

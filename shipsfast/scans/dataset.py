@@ -52,9 +52,10 @@ def scan_dataset(
     prepared = prepare(model, tokenizer, measurement, execution)
     measurement.check(len(prepared.token_ids), len(prepared.units), prepared.anatomy.hidden_size)
     rank, shape, out = measurement.rank, prepared.grid, execution.out
+    identity = prepared.identity  # the model as it is now, before hours of work
     angles, folder = np.full(shape, np.nan), None
     if out is not None:
-        folder = RunFolder(out, prepared.identity, prepared.record)
+        folder = RunFolder(out, identity, prepared.record)
         found = folder.finished(SubspaceResult.load)
         if found is not None:
             return found
@@ -80,7 +81,7 @@ def scan_dataset(
         angular.run(angles, prepared.units, (), keep, None if grams is None else grams.heads)
         angular.complete()
     record = prepared.record | angular.record() | {"seconds": seconds_since(started)}
-    result = SubspaceResult(angles, angular.noise_floor, record, prepared.identity, grams)
+    result = SubspaceResult(angles, angular.noise_floor, record, identity, grams)
     record["concentration"] = result.concentration().to_json()
     if folder is not None:
         record["rank_stability"] = result.stability_json(10)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_doc import Doc
 
 from ..engine.heads import Head, check_heads, check_unit
-from ..engine.measurement import Heads, Measurement, as_heads
+from ..engine.measurement import Heads, Measurement, as_heads, as_tuple
 from ..errors import InputError, whole_number
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class ScanMeasurement(Measurement):
 
     heads: Annotated[
         Heads | None,
-        Doc("only these;"),
-        Doc("(layer, head) pairs, from 0; (layer, None) for a whole layer; None for all."),
+        Doc("only these."),
+        Doc("(Layer, head) pairs, from 0; (layer, None) for a whole layer; None for all."),
     ] = None
 
     def __post_init__(self) -> None:
@@ -70,6 +70,7 @@ class ShipsMeasurement(ScanMeasurement):
         super().__post_init__()
         if self.nonfinite not in POLICIES:
             raise InputError(f"unknown nonfinite {self.nonfinite!r}: expected one of {', '.join(POLICIES)}")
+        self._set(metric=as_tuple(self.metric))
 
 
 @dataclass(frozen=True, kw_only=True)

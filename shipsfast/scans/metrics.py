@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from abc import ABC, abstractmethod
@@ -144,9 +145,10 @@ class _TokenMetric(Metric):
 
     def to_text(self) -> str:
         text = f"{self.kind}:{','.join(map(str, self.tokens))}"
-        if parse_metric(text) != self:
-            raise InputError(f"metric {self.name} cannot be written as text: give its tokens as ids")
-        return text
+        with contextlib.suppress(InputError):  # a text with a comma is several tokens, or one too many
+            if parse_metric(text) == self:
+                return text
+        raise InputError(f"metric {self.name} cannot be written as text: give its tokens as ids")
 
     def resolve(self, tokenizer=None, vocab_size: int | None = None) -> Metric:
         ids = tuple(self._token_id(token, tokenizer) for token in self.tokens)

@@ -29,7 +29,11 @@ from .prepare import prepare, progress_bar
 TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
 
 
-@called_with(SaharaMeasurement, ScanExecution)
+@called_with(
+    SaharaMeasurement,
+    ScanExecution,
+    heads="the candidates: (layer, head) pairs, from 0; (layer, None) for a whole layer; None for all.",
+)
 @untouched
 def sahara(
     model: PreTrainedModel, tokenizer, measurement: SaharaMeasurement, execution: ScanExecution
@@ -50,10 +54,10 @@ def sahara(
     prepared = prepare(model, tokenizer, measurement, execution)
     measurement.check(len(prepared.token_ids), len(prepared.units), prepared.anatomy.hidden_size)
     group_size, beam, rank = measurement.group_size, measurement.beam, measurement.rank
-    grid, out = prepared.grid, execution.out
+    grid, out, identity = prepared.grid, execution.out, prepared.identity
     scores, folder = np.full((group_size, beam, *grid), np.nan), None
     if out is not None:
-        folder = RunFolder(out, prepared.identity, prepared.record)
+        folder = RunFolder(out, identity, prepared.record)
         found = folder.finished(SaharaResult.load)
         if found is not None:
             return found
@@ -91,7 +95,7 @@ def sahara(
     if grams is not None:
         grams = Grams(grams.base, np.stack([grams.heads[step, at] for step, at in enumerate(best.path)]))
     noise_floor = angular.noise_floor
-    result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, prepared.identity, grams)
+    result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, identity, grams)
     record["concentration"] = [result.concentration(step).to_json() for step in range(group_size)]
     if folder is not None:
         record["rank_stability"] = [result.stability_json(1, step) for step in range(group_size)]

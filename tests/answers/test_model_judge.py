@@ -270,3 +270,19 @@ def test_descriptions(bert, chat, tmp_path):
     assert len(set(facts)) == 5
     assert json.dumps(as_judge(f"classifier:{moved}:Answered", device="cpu").describe()) == facts[0]
     assert judges[0].name == f"classifier:{bert}:1" and judges[3].name == f"chat:{chat}"
+
+
+def test_a_padding_token_need_not_be_one_of_the_tokenizer(decoder, tmp_path):
+    """Nor need the tokenizer make masks."""
+    shutil.copytree(decoder, tmp_path / "judge")
+    for name, entry in (
+        ("config.json", {"pad_token_id": -1}),
+        ("tokenizer_config.json", {"model_input_names": ["input_ids"]}),
+    ):
+        file = tmp_path / "judge" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | entry))
+    judge = ModelJudge(
+        tmp_path / "judge", "classifier", complied_label="Answered", batch_size=1, device="cpu"
+    )
+    plain = ModelJudge(decoder, "classifier", complied_label="Answered", batch_size=1, device="cpu")
+    assert judge(COMPLETIONS) == plain(COMPLETIONS)

@@ -2,6 +2,8 @@
 
 import importlib
 import random
+import traceback
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shipsfast
+from shipsfast.memory import OutOfMemory, once_more
 from shipsfast.runs.verify import verify
 from tests.support.faults import PROMPTS, SIZES, found, scan
 from tests.support.model_state import assert_same, state
@@ -126,3 +129,24 @@ def test_no_memory_to_write_a_part_loses_no_score(tmp_path, monkeypatch, model):
     assert np.array_equal(shipsfast.load(tmp_path / "run").kl, result.kl)
     assert verify(tmp_path / "run")["verdict"] == "sound"
     found("out of memory", 1)
+
+
+def test_the_first_try_is_gone_before_the_caches_are_emptied(monkeypatch):
+    """Else its tensors are still in use, and nothing goes back to the device."""
+    alive = []
+
+    def fails():
+        tensor = torch.zeros(3)
+        alive.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("injected")
+
+    def empty_cache():
+        alive.append(alive[0]() is not None)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    with pytest.raises(OutOfMemory, match="while adding up") as caught:
+        once_more("adding up", fails)
+    assert alive[1] is False
+    lines = traceback.extract_tb(caught.value.__cause__.__traceback__)
+    assert lines[-1].name == "fails"  # where it happened is still known
