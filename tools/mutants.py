@@ -26,17 +26,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "scans/metrics.py": ["tests/scans/test_metrics.py", "tests/scans/test_scan_metrics.py", "tests/scans/test_several_metrics.py"],
+    "scans/metrics.py": [
+        "tests/scans/test_metrics.py", "tests/scans/test_scan_metrics.py", "tests/scans/test_several_metrics.py",
+    ],
     "ops/divergences.py": ["tests/ops/test_divergences.py", "tests/ops/test_kl_calls.py", "tests/ops/test_kl.py"],
     "ops/prefix_tree.py": ["tests/ops/test_packing.py", "tests/ops/test_segments.py", "tests/ops/test_block_table.py"],
-    "engine/growing_batch.py": ["tests/engine/test_fused.py", "tests/engine/test_exactness.py", "tests/models/test_model_untouched.py"],
+    "engine/growing_batch.py": [
+        "tests/engine/test_fused.py", "tests/engine/test_exactness.py", "tests/models/test_model_untouched.py",
+    ],
     "ops/reference.py": [
         "tests/ops/test_decode_attention.py::test_the_oracle_is_the_formula",
         "tests/ops/test_decode_attention.py::test_the_oracle_is_tree_attention_of_a_chains_last_token",
         "tests/ops/test_segments.py",
     ],
     "models/attention_hook.py": [
-        "tests/models/test_model_untouched.py", "tests/models/test_refusals.py", "tests/engine/test_exactness.py", "tests/engine/test_ablations.py",
+        "tests/models/test_model_untouched.py", "tests/models/test_refusals.py", "tests/engine/test_exactness.py",
+        "tests/engine/test_ablations.py",
     ],
 }  # fmt: skip
 TIMEOUT_S = 900

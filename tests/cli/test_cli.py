@@ -128,6 +128,7 @@ def test_info(capsys):
     assert run(capsys, "info")[1].startswith("shipsfast ")
 
 
+@pytest.mark.serial
 def test_help_is_quick_and_needs_no_torch():
     code = (
         "import sys; sys.argv=['shipsfast','--help']\n"
