@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -45,6 +46,7 @@ TESTS = {
     ],
 }  # fmt: skip
 TIMEOUT_S = 900
+MOST_BYTES = 6 << 30  # of address space: a loop that no longer ends may make lists meanwhile
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -191,6 +193,7 @@ def run(mutant: Mutant, tree: Path) -> tuple[str, float, str]:
 
 def _test(tree: Path, tests: list[str], log: Path) -> None:
     """In a child of a process that has imported what takes long, and nothing of shipsfast."""
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True
