@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: make demo, make test. Python 3.11 or 3.12 and a C++ compiler are all they need.
-.PHONY: demo test test-gpu test-matrix test-sanitizers env bench bench-gpu lint clean
+.PHONY: demo test wheel test-gpu test-matrix test-sanitizers env bench bench-gpu lint clean
 
 demo: env ## scan the embedded model, write demo-run/
 	@.venv/bin/shipsfast demo
@@ -7,6 +7,10 @@ demo: env ## scan the embedded model, write demo-run/
 test: ## the whole test suite
 	@tools/make_env.sh test
 	@tools/run_tests.sh $(PYTEST_ARGS)
+
+wheel: ## sdist and wheel, installed into an empty environment and tried there
+	@tools/make_env.sh
+	@tools/check_wheel.sh
 
 test-gpu: ## the tests that need a CUDA GPU, compiled instead of interpreted
 	@tools/make_env.sh test

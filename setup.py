@@ -15,13 +15,18 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-# Named one by one, and never found: a package called `kernels` would be picked up by transformers.
+# Named one by one, and never found: a package called `kernels` would be picked up by transformers. `check_packages` holds
+# the list against the folders.
 ROOMS = (
     "answers", "answers.judges", "cli", "demo", "engine", "kernels", "models", "ops", "prompts", "results", "runs", "scans",
 )  # fmt: skip
 PACKAGES = ["shipsfast", *(f"shipsfast.{room}" for room in ROOMS)]
 PACKAGE_DIR = {"shipsfast": "shipsfast", "shipsfast.kernels": "kernels"}
-PACKAGE_DATA = {"shipsfast.kernels": ["configs/*.json"], "shipsfast.demo": ["**/*"], "shipsfast.results": ["*.jinja"]}
+PACKAGE_DATA = {
+    "shipsfast.kernels": ["configs/*.json"],
+    "shipsfast.demo": ["**/*"],
+    "shipsfast.results": ["*.jinja"],
+}
 TORCH_ABI = "0x020b000000000000"  # torch 2.11, the oldest supported: newer ones keep its stable ABI
 CUDA_LIBRARIES = ("lib*/libcudart*", "targets/*/lib/libcudart*")  # the second is conda's
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # said here, because torch would otherwise ask the GPU, if there is one
@@ -33,6 +38,17 @@ def stop(message: str) -> None:
 
 def folder(package: str) -> Path:
     return ROOT / PACKAGE_DIR.get(package, package.replace(".", "/"))
+
+
+def check_packages() -> None:
+    """A folder with code that is not named would be left out of every wheel, without a word."""
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "shipsfast").rglob("*.py")}
+    missing = sorted(found - set(PACKAGES))
+    absent = [name for name in PACKAGES if not folder(name).is_dir()]
+    if missing or absent:
+        sys.exit(
+            f"shipsfast: setup.py names packages that are not the folders: {', '.join(missing + absent)}"
+        )
 
 
 def has_compiler() -> bool:
@@ -107,6 +123,7 @@ def extension() -> dict:
     }
 
 
+check_packages()
 setup(
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,

@@ -32,6 +32,7 @@ KERNELS = ("tree_attention", "decode_attention")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "default": 99 * 1024}
 REGISTER_LIMIT = 255
 REGISTERS_PER_SM = 65536
+SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # the chips that have a config file
 # config file -> the targets it is compiled for
 TARGETS = {"sm_80": (80,), "sm_90": (90,), "default": (80, 90)}
 TRITON_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -208,9 +209,11 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def blocks_per_sm(case: Case, use: dict[str, int]) -> int:
     """Thread blocks that fit a multiprocessor by registers and shared memory (1 KiB a block is reserved)."""
-    per_sm = {80: 164, 90: 228}[case.sm] * 1024
     registers = -(-use["registers"] // 8) * 8  # the chip hands them out by the eight
-    return min(REGISTERS_PER_SM // (registers * use["threads"]), per_sm // (use["shared_bytes"] + 1024))
+    return min(
+        REGISTERS_PER_SM // (registers * use["threads"]),
+        SHARED_PER_SM[case.sm] // (use["shared_bytes"] + 1024),
+    )
 
 
 def measure(jobs: int) -> dict[str, dict[str, int]]:

@@ -15,9 +15,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-from .aot import REGISTERS_PER_SM, TRITON_DTYPE, _resource_usage, command_line, replace_in_document
+from .aot import (
+    REGISTERS_PER_SM,
+    SHARED_PER_SM,
+    TRITON_DTYPE,
+    _resource_usage,
+    command_line,
+    replace_in_document,
+)
 
-CHIPS = (80, 90)
+CHIPS = tuple(SHARED_PER_SM)
 BEGIN, END = "<!-- begin: python -m benchmarks.aot_small_ops --update -->", "<!-- end of small operations -->"
 # operation, its sizes: (width, Gemma's weight) of norms, (heads, head size, normed) of rope, (width, GELU) of gated
 SHAPES = {

@@ -27,7 +27,7 @@ from . import aot
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 128, 256)
-CHIPS = (80, 90)
+CHIPS = tuple(aot.SHARED_PER_SM)
 NOISE = 0.02
 GRID = {
     "tree_attention": {

@@ -92,65 +92,58 @@ void check_row_map(const Tensor& base, const shipsfast::LogitRows& rows) {
   }
 }
 
-Tensor prepare_kl(const Tensor& base, const Tensor& ablated, const Tensor& map, shipsfast::KlRows& rows) {
+// Where rows are computed. Made first: what follows allocates on the device that it sets.
+struct Cpu {
+  explicit Cpu(const Tensor& base) : base(base) {}
+  void run(const shipsfast::KlRows& rows) const {
+    check_row_map(base, rows);
+    shipsfast::kl_rows_cpu(rows);
+  }
+  void run(const shipsfast::DivergenceRows& rows) const {
+    check_row_map(base, rows);
+    shipsfast::divergence_rows_cpu(rows);
+  }
+  const Tensor& base;
+};
+
+#ifdef SHIPSFAST_WITH_CUDA
+struct Cuda {
+  explicit Cuda(const Tensor& base) : index(base.get_device_index()), guard(index) {}
+  void run(const shipsfast::KlRows& rows) const { shipsfast::kl_rows_cuda(rows, index); }
+  void run(const shipsfast::DivergenceRows& rows) const { shipsfast::divergence_rows_cuda(rows, index); }
+  const int32_t index;
+  const torch::stable::accelerator::DeviceGuard guard;
+};
+#endif
+
+template <typename Device>
+Tensor kl_rows(const Tensor& base, const Tensor& ablated, const Tensor& row_map) {
+  const Device device(base);
+  const Tensor map = torch::stable::contiguous(row_map);
+  shipsfast::KlRows rows;
   describe(base, ablated, map, rows);
   Tensor kl_nats = torch::stable::new_empty(base, {rows.num_ablated}, ScalarType::Double);
   rows.kl_nats = static_cast<double*>(kl_nats.mutable_data_ptr());
+  if (rows.num_ablated > 0) device.run(rows);
   return kl_nats;
 }
 
-Tensor prepare_divergence(const Tensor& base, const Tensor& ablated, const Tensor& map, int64_t which,
-                          shipsfast::DivergenceRows& rows) {
+template <typename Device>
+Tensor divergence_rows(const Tensor& base, const Tensor& ablated, const Tensor& row_map, int64_t which) {
+  const Device device(base);
+  const Tensor map = torch::stable::contiguous(row_map);
   require(which > 0 && (which & ~shipsfast::kEveryDivergence) == 0, "expected which in 1 .. ",
           int64_t{shipsfast::kEveryDivergence}, ", got ", which);
+  shipsfast::DivergenceRows rows;
   describe(base, ablated, map, rows);
   int64_t count = 0;
   for (int64_t bits = which; bits != 0; bits >>= 1) count += bits & 1;
   Tensor results = torch::stable::new_empty(base, {count, rows.num_ablated}, ScalarType::Double);
   rows.which = which;
   rows.results = static_cast<double*>(results.mutable_data_ptr());
+  if (rows.num_ablated > 0) device.run(rows);
   return results;
 }
-
-// prepare(map, rows) checks and fills in the rows, and gives the results that `run` then writes.
-template <typename Rows, typename Prepare>
-Tensor on_cpu(const Tensor& base, const Tensor& row_map, const Prepare& prepare, void (*run)(const Rows&)) {
-  const Tensor map = torch::stable::contiguous(row_map);
-  Rows rows;
-  Tensor results = prepare(map, rows);
-  check_row_map(base, rows);
-  if (rows.num_ablated > 0) run(rows);
-  return results;
-}
-
-#ifdef SHIPSFAST_WITH_CUDA
-template <typename Rows, typename Prepare>
-Tensor on_cuda(const Tensor& base, const Tensor& row_map, const Prepare& prepare, void (*run)(const Rows&, int32_t)) {
-  const torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
-  const Tensor map = torch::stable::contiguous(row_map);
-  Rows rows;
-  Tensor results = prepare(map, rows);
-  if (rows.num_ablated > 0) run(rows, base.get_device_index());
-  return results;
-}
-#endif
-
-#define SHIPS_OPS(DEVICE)                                                                                        \
-  Tensor kl_rows_##DEVICE(const Tensor& base, const Tensor& ablated, const Tensor& row_map) {                    \
-    const auto prepare = [&](const Tensor& map, shipsfast::KlRows& rows) { return prepare_kl(base, ablated, map, rows); }; \
-    return on_##DEVICE<shipsfast::KlRows>(base, row_map, prepare, &shipsfast::kl_rows_##DEVICE);                 \
-  }                                                                                                              \
-  Tensor divergence_rows_##DEVICE(const Tensor& base, const Tensor& ablated, const Tensor& row_map, int64_t which) { \
-    const auto prepare = [&](const Tensor& map, shipsfast::DivergenceRows& rows) {                               \
-      return prepare_divergence(base, ablated, map, which, rows);                                                \
-    };                                                                                                           \
-    return on_##DEVICE<shipsfast::DivergenceRows>(base, row_map, prepare, &shipsfast::divergence_rows_##DEVICE); \
-  }
-
-SHIPS_OPS(cpu)
-#ifdef SHIPSFAST_WITH_CUDA
-SHIPS_OPS(cuda)
-#endif
 
 }  // namespace
 
@@ -160,14 +153,14 @@ STABLE_TORCH_LIBRARY(shipsfast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) {
-  m.impl("kl_rows", TORCH_BOX(&kl_rows_cpu));
-  m.impl("divergence_rows", TORCH_BOX(&divergence_rows_cpu));
+  m.impl("kl_rows", TORCH_BOX(&kl_rows<Cpu>));
+  m.impl("divergence_rows", TORCH_BOX(&divergence_rows<Cpu>));
 }
 
 #ifdef SHIPSFAST_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(shipsfast, CUDA, m) {
-  m.impl("kl_rows", TORCH_BOX(&kl_rows_cuda));
-  m.impl("divergence_rows", TORCH_BOX(&divergence_rows_cuda));
+  m.impl("kl_rows", TORCH_BOX(&kl_rows<Cuda>));
+  m.impl("divergence_rows", TORCH_BOX(&divergence_rows<Cuda>));
 }
 #endif
 

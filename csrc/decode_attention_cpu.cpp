@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -73,71 +74,65 @@ SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t count, T softcap, T sink) {
 
 constexpr int64_t kChunk = 64;  // numbers of an output that are summed at a time, in registers
 
-template <typename T>
-SHIPS_ALWAYS_INLINE void add_values(const T* weights, const T* values, int64_t stride, int64_t count, int64_t size, T factor,
-                             T* out) {
-  int64_t start = 0;
-  for (; start + kChunk <= size; start += kChunk) {
-    T sum[kChunk] = {};
-    for (int64_t j = 0; j < count; ++j) {
-      const T* value = values + j * stride + start;
-      const T weight = weights[j];
-#pragma omp simd
-      for (int64_t d = 0; d < kChunk; ++d) sum[d] += weight * value[d];
-    }
-    for (int64_t d = 0; d < kChunk; ++d) out[start + d] = sum[d] * factor;
-  }
-  if (start == size) return;
+// size: at most kChunk; a constant where it is that, for sums in registers.
+template <typename T, typename Size>
+SHIPS_ALWAYS_INLINE void add_chunk(const T* weights, const T* values, int64_t stride, int64_t count, Size size,
+                                   T factor, T* out) {
   T sum[kChunk] = {};
-  const int64_t rest = size - start;
   for (int64_t j = 0; j < count; ++j) {
-    const T* value = values + j * stride + start;
+    const T* value = values + j * stride;
     const T weight = weights[j];
 #pragma omp simd
-    for (int64_t d = 0; d < rest; ++d) sum[d] += weight * value[d];
+    for (int64_t d = 0; d < size; ++d) sum[d] += weight * value[d];
   }
-  for (int64_t d = 0; d < rest; ++d) out[start + d] = sum[d] * factor;
+  for (int64_t d = 0; d < size; ++d) out[d] = sum[d] * factor;
 }
 
 template <typename T>
-struct Work {
-  const Call<T>& call;
+SHIPS_ALWAYS_INLINE void add_values(const T* weights, const T* values, int64_t stride, int64_t count, int64_t size,
+                                    T factor, T* out) {
+  constexpr std::integral_constant<int64_t, kChunk> whole;
+  int64_t start = 0;
+  for (; start + kChunk <= size; start += kChunk) {
+    add_chunk(weights, values + start, stride, count, whole, factor, out + start);
+  }
+  if (start < size) add_chunk(weights, values + start, stride, count, size - start, factor, out + start);
+}
 
-  template <bool wide>
-  SHIPS_ALWAYS_INLINE void run(int64_t begin, int64_t end) {
-    const Masks<T>& masks = call.masks;
-    const int64_t shared = call.heads / call.kv_heads;
-    std::vector<T> scores(call.capacity), query(call.size);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / call.kv_heads, kv_head = task % call.kv_heads;
-      const int64_t slot = call.slot[n], stop = call.length[n];
-      const int64_t start = call.window > 0 ? std::max<int64_t>(0, stop - call.window) : 0;
-      const int64_t count = stop - start;
-      for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) {
-        const int64_t at = n * call.heads + h;
-        const int8_t flags = masks.flags(at);
-        const T factor = T(masks.output_scale[at]);
-        T* out = call.out + at * call.out_size;
-        if (factor == 0) {
-          std::fill(out, out + call.out_size, T(0));
-          continue;
-        }
-        if (flags & kReplaceOut) {
-          scale_into(out, call.out_alt.at(h, 0, 0), call.out_size, factor);
-          continue;
-        }
-        const T* q = (flags & kReplaceQ) ? call.q_alt.at(n, 0, 0) : call.q.at(n, h, 0);
-        scale_into(query.data(), q, call.size, T(masks.scaling * masks.logit_scale[at]));
-        const bool other = flags & kReplaceK;
-        const T* keys = other ? call.k_alt.at(slot, start, 0) : call.k.at(slot, kv_head, start);
-        score(query.data(), keys, other ? call.k_alt.strides[1] : call.k.strides[2], count, call.size, scores.data());
-        const T total = weigh(scores.data(), count, masks.softcap, masks.sink_of(h));
-        add_values(scores.data(), call.v.at(slot, kv_head, start), call.v.strides[2], count, call.out_size,
-                   factor / total, out);
+template <typename T>
+SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t end) {
+  const Masks<T>& masks = call.masks;
+  const int64_t shared = call.heads / call.kv_heads;
+  std::vector<T> scores(call.capacity), query(call.size);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / call.kv_heads, kv_head = task % call.kv_heads;
+    const int64_t slot = call.slot[n], stop = call.length[n];
+    const int64_t start = call.window > 0 ? std::max<int64_t>(0, stop - call.window) : 0;
+    const int64_t count = stop - start;
+    for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) {
+      const int64_t at = n * call.heads + h;
+      const int8_t flags = masks.flags(at);
+      const T factor = T(masks.output_scale[at]);
+      T* out = call.out + at * call.out_size;
+      if (factor == 0) {
+        std::fill(out, out + call.out_size, T(0));
+        continue;
       }
+      if (flags & kReplaceOut) {
+        scale_into(out, call.out_alt.at(h, 0, 0), call.out_size, factor);
+        continue;
+      }
+      const T* q = (flags & kReplaceQ) ? call.q_alt.at(n, 0, 0) : call.q.at(n, h, 0);
+      scale_into(query.data(), q, call.size, T(masks.scaling * masks.logit_scale[at]));
+      const bool other = flags & kReplaceK;
+      const T* keys = other ? call.k_alt.at(slot, start, 0) : call.k.at(slot, kv_head, start);
+      score(query.data(), keys, other ? call.k_alt.strides[1] : call.k.strides[2], count, call.size, scores.data());
+      const T total = weigh(scores.data(), count, masks.softcap, masks.sink_of(h));
+      add_values(scores.data(), call.v.at(slot, kv_head, start), call.v.strides[2], count, call.out_size,
+                 factor / total, out);
     }
   }
-};
+}
 
 template <typename T>
 void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,
@@ -153,11 +148,8 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, 
     require("decode_attention", call.slot[n] >= 0 && call.slot[n] < k.size(0), "slots of the cache");
     require("decode_attention", call.length[n] >= 1 && call.length[n] <= call.capacity, "lengths from 1 to the cache's capacity");
   }
-  const auto go = variant<Work<T>>();
-  torch::stable::parallel_for(0, call.entries * call.kv_heads, 1, [&](int64_t begin, int64_t end) {
-    Work<T> work{call};
-    go(work, begin, end);
-  });
+  const auto go = variant<&run_tasks<T>>();
+  torch::stable::parallel_for(0, call.entries * call.kv_heads, 1, [&](int64_t begin, int64_t end) { go(call, begin, end); });
 }
 
 void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,

@@ -37,7 +37,8 @@ View<T> view(const torch::stable::Tensor& tensor, std::vector<int64_t> dims) {
 
 // And at an address that the type allows.
 bool contiguous_last(const torch::stable::Tensor& tensor) {
-  return (tensor.size(tensor.dim() - 1) == 1 || tensor.stride(tensor.dim() - 1) == 1) &&
+  const int64_t last = tensor.dim() - 1;
+  return last >= 0 && (tensor.size(last) == 1 || tensor.stride(last) == 1) &&
          reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
 }
 

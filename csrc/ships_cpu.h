@@ -105,42 +105,29 @@ Isa choose_isa() {
   return isa;
 }
 
-// work.run<wide>(begin, end), built for each instruction set; wide: vectors of 64 bytes are registers. `run` must be inlined.
-template <typename Work>
-void run_default(Work& work, int64_t begin, int64_t end) {
-  work.template run<false>(begin, end);
-}
+// body(args...), built for each instruction set; wide_body where vectors of 64 bytes are registers. Both must be
+// inlined: only then are they compiled anew.
+template <auto body, auto wide_body, typename = decltype(body)>
+struct Variants;
+template <auto body, auto wide_body, typename R, typename... Args>
+struct Variants<body, wide_body, R (*)(Args...)> {
+  static R basic(Args... args) { return body(args...); }
 #if SHIPS_X86_VARIANTS
-template <typename Work>
-SHIPS_TARGET_AVX2 void run_avx2(Work& work, int64_t begin, int64_t end) {
-  work.template run<false>(begin, end);
-}
-template <typename Work>
-SHIPS_TARGET_AVX512 void run_avx512(Work& work, int64_t begin, int64_t end) {
-  work.template run<true>(begin, end);
-}
+  SHIPS_TARGET_AVX2 static R avx2(Args... args) { return body(args...); }
+  SHIPS_TARGET_AVX512 static R avx512(Args... args) { return wide_body(args...); }
 #endif
+};
 
 // The one for this machine.
-template <typename Work>
-auto variant() -> void (*)(Work&, int64_t, int64_t) {
+template <auto body, auto wide_body = body>
+decltype(body) variant() {
+  using All = Variants<body, wide_body>;
   [[maybe_unused]] const Isa isa = choose_isa();
 #if SHIPS_X86_VARIANTS
-  if (isa == Isa::kAvx512) return &run_avx512<Work>;
-  if (isa == Isa::kAvx2) return &run_avx2<Work>;
+  if (isa == Isa::kAvx512) return &All::avx512;
+  if (isa == Isa::kAvx2) return &All::avx2;
 #endif
-  return &run_default<Work>;
-}
-
-// run(x) with an x of the type of the logits.
-template <typename Run>
-void with_logit_type(LogitType type, const Run& run) {
-  switch (type) {
-    case LogitType::kBFloat16: return run(BFloat16{});
-    case LogitType::kFloat16: return run(Float16{});
-    case LogitType::kFloat32: return run(float{});
-    case LogitType::kFloat64: return run(double{});
-  }
+  return &All::basic;
 }
 
 // The ablated rows in the order of their base rows, so that each base row is prepared once per thread.

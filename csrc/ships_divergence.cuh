@@ -74,14 +74,7 @@ __global__ void __launch_bounds__(kKlThreads, 1)
   const double shift = (a_norm.largest - b_norm.largest) + (a_norm.log_sum - b_norm.log_sum);
   DivergenceSums sums;
   for (int64_t v = threadIdx.x; v < vocab; v += kKlThreads) {
-    const DivergenceSums terms =
-        divergence_terms<with_js>(to_double(x_a[v]), to_double(x_b[v]), a_norm, b_norm, shift);
-    sums.kl += terms.kl;
-    sums.reverse_kl += terms.reverse_kl;
-    sums.js += terms.js;
-    sums.gained += terms.gained;
-    sums.lost += terms.lost;
-    sums.mass_up += terms.mass_up;
+    sums += divergence_terms<with_js>(to_double(x_a[v]), to_double(x_b[v]), a_norm, b_norm, shift);
   }
   sums.kl = block_sum(sums.kl, shared);
   sums.reverse_kl = block_sum(sums.reverse_kl, shared);

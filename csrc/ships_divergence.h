@@ -59,6 +59,15 @@ struct DivergenceSums {
   double mass_up = 0.0;  // sum p_a where p_a > p_b
 };
 
+SHIPS_INLINE void operator+=(DivergenceSums& sums, const DivergenceSums& terms) {
+  sums.kl += terms.kl;
+  sums.reverse_kl += terms.reverse_kl;
+  sums.js += terms.js;
+  sums.gained += terms.gained;
+  sums.lost += terms.lost;
+  sums.mass_up += terms.mass_up;
+}
+
 // One token's part of the sums; js is 0 without with_js. shift = lse_a - lse_b. The rows must be valid.
 // A logit of -inf in one row gives d infinite: log(q/p) counts as infinite, and top > 0 makes it show. In both
 // it gives d NaN, and nothing is added.

@@ -62,58 +62,20 @@ SHIPS_INLINE DivergenceSums divergence_sums_body(const T* x_a, const T* x_b, int
       lost += terms.lost;
       mass_up += terms.mass_up;
     }
-    sums.kl += kl;
-    sums.reverse_kl += reverse_kl;
-    sums.js += js;
-    sums.gained += gained;
-    sums.lost += lost;
-    sums.mass_up += mass_up;
+    sums += {kl, reverse_kl, js, gained, lost, mass_up};
   }
   return sums;
 }
 
 template <typename T>
 struct RowFunctions {
-  double (*row_max)(const T*, int64_t);
-  double (*exp_sum)(const T*, int64_t, double);
-  DivergenceSums (*divergence_sums)(const T*, const T*, int64_t, RowNorm, RowNorm);
+  explicit RowFunctions(bool with_js)
+      : divergence_sums(with_js ? variant<&divergence_sums_body<true, T>>()
+                                : variant<&divergence_sums_body<false, T>>()) {}
+  decltype(&divergence_sums_body<true, T>) divergence_sums;
+  decltype(&exp_sum_body<T>) exp_sum = variant<&exp_sum_body<T>>();
+  decltype(&row_max_body<T>) row_max = variant<&row_max_body<T>>();
 };
-
-#define SHIPS_DEFINE_VARIANT(NAME, TARGET)                                                             \
-  template <typename T>                                                                                \
-  TARGET double row_max_##NAME(const T* x, int64_t vocab) {                                            \
-    return row_max_body(x, vocab);                                                                     \
-  }                                                                                                    \
-  template <typename T>                                                                                \
-  TARGET double exp_sum_##NAME(const T* x, int64_t vocab, double largest) {                            \
-    return exp_sum_body(x, vocab, largest);                                                            \
-  }                                                                                                    \
-  template <bool with_js, typename T>                                                                  \
-  TARGET DivergenceSums divergence_sums_##NAME(const T* x_a, const T* x_b, int64_t vocab, RowNorm a_norm, \
-                                               RowNorm b_norm) {                                       \
-    return divergence_sums_body<with_js>(x_a, x_b, vocab, a_norm, b_norm);                             \
-  }                                                                                                    \
-  template <typename T>                                                                                \
-  RowFunctions<T> row_functions_##NAME(bool with_js) {                                                 \
-    return {row_max_##NAME<T>, exp_sum_##NAME<T>,                                                      \
-            with_js ? divergence_sums_##NAME<true, T> : divergence_sums_##NAME<false, T>};             \
-  }
-
-SHIPS_DEFINE_VARIANT(default, )
-#if SHIPS_X86_VARIANTS
-SHIPS_DEFINE_VARIANT(avx2, SHIPS_TARGET_AVX2)
-SHIPS_DEFINE_VARIANT(avx512, SHIPS_TARGET_AVX512)
-#endif
-
-template <typename T>
-RowFunctions<T> row_functions(bool with_js) {
-  [[maybe_unused]] static const Isa isa = choose_isa();
-#if SHIPS_X86_VARIANTS
-  if (isa == Isa::kAvx512) return row_functions_avx512<T>(with_js);
-  if (isa == Isa::kAvx2) return row_functions_avx2<T>(with_js);
-#endif
-  return row_functions_default<T>(with_js);
-}
 
 // The base row that one thread's ablated rows are compared with.
 template <typename T>
@@ -150,16 +112,14 @@ class BaseRow {
   RowNorm norm_{kNaN, kNaN};
 };
 
-template <typename T>
-void run(const DivergenceRows& rows) {
-  const RowFunctions<T> functions = row_functions<T>(rows.which & kJs);
-  for_each_row<T>(rows, [&] { return BaseRow<T>(functions, rows); });
-}
-
 }  // namespace
 
 void divergence_rows_cpu(const DivergenceRows& rows) {
-  with_logit_type(rows.type, [&](auto logit) { run<decltype(logit)>(rows); });
+  with_logit_type<BFloat16, Float16>(rows.type, [&](auto logit) {
+    using T = decltype(logit);
+    const RowFunctions<T> functions(rows.which & kJs);
+    for_each_row<T>(rows, [&] { return BaseRow<T>(functions, rows); });
+  });
 }
 
 }  // namespace shipsfast

@@ -7,6 +7,17 @@ namespace shipsfast {
 
 enum class LogitType : int32_t { kBFloat16, kFloat16, kFloat32, kFloat64 };
 
+// run(x) with an x of the type of the logits.
+template <typename BF16, typename F16, typename Run>
+void with_logit_type(LogitType type, const Run& run) {
+  switch (type) {
+    case LogitType::kBFloat16: return run(BF16{});
+    case LogitType::kFloat16: return run(F16{});
+    case LogitType::kFloat32: return run(float{});
+    case LogitType::kFloat64: return run(double{});
+  }
+}
+
 // Strides are in elements, and the last dimension is contiguous.
 struct LogitRows {
   const void* base;        // [P, V]

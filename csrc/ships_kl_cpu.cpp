@@ -79,40 +79,10 @@ SHIPS_INLINE double base_row_body(const T* x, double* e_b, double* z, int64_t vo
 
 template <typename T>
 struct RowFunctions {
-  RowSums (*row_sums)(const T*, const double*, const double*, int64_t, double);
-  double (*base_row)(const T*, double*, double*, int64_t, double);
-  double (*row_max)(const T*, int64_t);
+  decltype(&row_sums_body<T>) row_sums = variant<&row_sums_body<T>>();
+  decltype(&base_row_body<T>) base_row = variant<&base_row_body<T>>();
+  decltype(&row_max_body<T>) row_max = variant<&row_max_body<T>>();
 };
-
-#define SHIPS_DEFINE_VARIANT(NAME, TARGET)                                                                    \
-  template <typename T>                                                                                       \
-  TARGET RowSums row_sums_##NAME(const T* x, const double* e_b, const double* z, int64_t vocab, double pivot) { \
-    return row_sums_body(x, e_b, z, vocab, pivot);                                                            \
-  }                                                                                                           \
-  template <typename T>                                                                                       \
-  TARGET double base_row_##NAME(const T* x, double* e_b, double* z, int64_t vocab, double pivot) {            \
-    return base_row_body(x, e_b, z, vocab, pivot);                                                            \
-  }                                                                                                           \
-  template <typename T>                                                                                       \
-  TARGET double row_max_##NAME(const T* x, int64_t vocab) {                                                   \
-    return row_max_body(x, vocab);                                                                            \
-  }
-
-SHIPS_DEFINE_VARIANT(default, )
-#if SHIPS_X86_VARIANTS
-SHIPS_DEFINE_VARIANT(avx2, SHIPS_TARGET_AVX2)
-SHIPS_DEFINE_VARIANT(avx512, SHIPS_TARGET_AVX512)
-#endif
-
-template <typename T>
-RowFunctions<T> row_functions() {
-  [[maybe_unused]] static const Isa isa = choose_isa();
-#if SHIPS_X86_VARIANTS
-  if (isa == Isa::kAvx512) return {row_sums_avx512<T>, base_row_avx512<T>, row_max_avx512<T>};
-  if (isa == Isa::kAvx2) return {row_sums_avx2<T>, base_row_avx2<T>, row_max_avx2<T>};
-#endif
-  return {row_sums_default<T>, base_row_default<T>, row_max_default<T>};
-}
 
 // One thread's copy of the base row that its ablated rows are compared with.
 template <typename T>
@@ -155,16 +125,14 @@ class BaseRow {
   bool valid_ = false;
 };
 
-template <typename T>
-void run(const KlRows& rows) {
-  const RowFunctions<T> functions = row_functions<T>();
-  for_each_row<T>(rows, [&] { return BaseRow<T>(functions, rows); });
-}
-
 }  // namespace
 
 void kl_rows_cpu(const KlRows& rows) {
-  with_logit_type(rows.type, [&](auto logit) { run<decltype(logit)>(rows); });
+  with_logit_type<BFloat16, Float16>(rows.type, [&](auto logit) {
+    using T = decltype(logit);
+    const RowFunctions<T> functions;
+    for_each_row<T>(rows, [&] { return BaseRow<T>(functions, rows); });
+  });
 }
 
 }  // namespace shipsfast

@@ -43,16 +43,10 @@ void kl_rows_cuda(const KlRows& rows, int32_t device_index) {
   const auto e_b = device_bytes(rows.num_base * kl_pitch(rows.vocab) * static_cast<int64_t>(sizeof(TwoFloat)),
                                 device_index);
   const auto stats = device_bytes(rows.num_base * static_cast<int64_t>(sizeof(BaseStats)), device_index);
-  const auto launch = [&](auto launcher) {
-    launcher(rows, static_cast<TwoFloat*>(e_b.mutable_data_ptr()), static_cast<BaseStats*>(stats.mutable_data_ptr()),
-             stream);
-  };
-  switch (rows.type) {
-    case LogitType::kBFloat16: launch(launch_kl_rows<__nv_bfloat16>); break;
-    case LogitType::kFloat16: launch(launch_kl_rows<__half>); break;
-    case LogitType::kFloat32: launch(launch_kl_rows<float>); break;
-    case LogitType::kFloat64: launch(launch_kl_rows<double>); break;
-  }
+  with_logit_type<__nv_bfloat16, __half>(rows.type, [&](auto logit) {
+    launch_kl_rows<decltype(logit)>(rows, static_cast<TwoFloat*>(e_b.mutable_data_ptr()),
+                                    static_cast<BaseStats*>(stats.mutable_data_ptr()), stream);
+  });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -60,12 +54,8 @@ void divergence_rows_cuda(const DivergenceRows& rows, int32_t device_index) {
   const cudaStream_t stream = stream_for(rows, device_index);
   const auto scratch = device_bytes(rows.num_base * static_cast<int64_t>(sizeof(RowNorm)), device_index);
   RowNorm* norms = static_cast<RowNorm*>(scratch.mutable_data_ptr());
-  switch (rows.type) {
-    case LogitType::kBFloat16: launch_divergence_rows<__nv_bfloat16>(rows, norms, stream); break;
-    case LogitType::kFloat16: launch_divergence_rows<__half>(rows, norms, stream); break;
-    case LogitType::kFloat32: launch_divergence_rows<float>(rows, norms, stream); break;
-    case LogitType::kFloat64: launch_divergence_rows<double>(rows, norms, stream); break;
-  }
+  with_logit_type<__nv_bfloat16, __half>(
+      rows.type, [&](auto logit) { launch_divergence_rows<decltype(logit)>(rows, norms, stream); });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

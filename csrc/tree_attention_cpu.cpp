@@ -309,19 +309,13 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   }
 }
 
-template <typename T>
-struct Work {
-  const Call<T>& call;
-  Scratch<T> scratch;
-
-  template <bool wide>
-  SHIPS_ALWAYS_INLINE void run(int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task % call.num_blocks, rest = task / call.num_blocks;
-      run_block<T, wide>(call, rest / call.shape.kv_heads, rest % call.shape.kv_heads, block, scratch);
-    }
+template <typename T, bool Wide>
+SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task % call.num_blocks, rest = task / call.num_blocks;
+    run_block<T, Wide>(call, rest / call.shape.kv_heads, rest % call.shape.kv_heads, block, work);
   }
-};
+}
 
 template <typename T>
 void run(const Tensor& q, const Tensor& k, const Tensor& v, const MaskTensors& masks, const Tensor& blocks,
@@ -336,11 +330,11 @@ void run(const Tensor& q, const Tensor& k, const Tensor& v, const MaskTensors& m
   };
   int64_t most = 1;
   for (int64_t g = 0; g < call.num_blocks; ++g) most = std::max<int64_t>(most, call.blocks[4 * g + 1] - call.blocks[4 * g]);
-  const auto go = variant<Work<T>>();
+  const auto go = variant<&run_tasks<T, false>, &run_tasks<T, true>>();
   torch::stable::parallel_for(0, call.shape.rows * call.shape.kv_heads * call.num_blocks, 1,
                               [&](int64_t begin, int64_t end) {
-                                Work<T> work{call, Scratch<T>(call.shape, most)};
-                                go(work, begin, end);
+                                Scratch<T> work(call.shape, most);
+                                go(call, begin, end, work);
                               });
 }
 

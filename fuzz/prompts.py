@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shipsfast.text import visible
 from shipsfast.errors import InputError
 from shipsfast.prompts.datasets import SUFFIXES, load_prompts
+from shipsfast.text import visible
 
 from .engine import Reader
 

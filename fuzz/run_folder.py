@@ -21,16 +21,16 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 import shipsfast
-from shipsfast.text import visible
-from shipsfast.results.completions import Completions
 from shipsfast.errors import InputError
+from shipsfast.results.completions import Completions
 from shipsfast.results.evaluation import EvalResult
 from shipsfast.results.gram_bootstrap import Grams
-from shipsfast.runs.manifest import as_text
 from shipsfast.results.sahara import SaharaResult
 from shipsfast.results.ships import ShipsResult
 from shipsfast.results.subspace import SubspaceResult
 from shipsfast.results.tables import as_json, show
+from shipsfast.runs.manifest import as_text
+from shipsfast.text import visible
 
 from .engine import Reader
 

@@ -47,7 +47,7 @@ if [ ! -e ".venv/.built-$sources" ]; then
     step "other dependencies" $pip -c constraints.txt --no-build-isolation -e .
   else
     step "native extension" $pip --no-build-isolation --no-deps -e .
-    .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, annotated_doc, filelock, jinja2, typer, rich, tqdm, psutil, scipy.stats' ||
+    .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, annotated_doc, jinja2, typer, rich, tqdm, psutil, scipy.stats' ||
       step "missing dependencies" $pip --no-build-isolation -e .
   fi
   rm -f .venv/.built-*

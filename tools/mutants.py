@@ -31,14 +31,16 @@ TESTS = {
         "tests/scans/test_metrics.py", "tests/scans/test_scan_metrics.py", "tests/scans/test_several_metrics.py",
     ],
     "ops/divergences.py": ["tests/ops/test_divergences.py", "tests/ops/test_kl_calls.py", "tests/ops/test_kl.py"],
-    "ops/prefix_tree.py": ["tests/ops/test_packing.py", "tests/ops/test_segments.py", "tests/ops/test_block_table.py"],
+    "ops/prefix_tree.py": [
+        "tests/ops/test_prefix_tree.py", "tests/ops/test_tree_attention_torch.py", "tests/ops/test_block_table.py",
+    ],
     "engine/growing_batch.py": [
         "tests/engine/test_fused.py", "tests/engine/test_exactness.py", "tests/models/test_model_untouched.py",
     ],
     "ops/reference.py": [
         "tests/ops/test_decode_attention.py::test_the_oracle_is_the_formula",
         "tests/ops/test_decode_attention.py::test_the_oracle_is_tree_attention_of_a_chains_last_token",
-        "tests/ops/test_segments.py",
+        "tests/ops/test_tree_attention_torch.py",
     ],
     "models/attention_hook.py": [
         "tests/models/test_model_untouched.py", "tests/models/test_refusals.py", "tests/engine/test_exactness.py",

@@ -46,11 +46,11 @@ def make_generation_plan(subject: Subject, num_groups: int, execution: DecodingE
     """How many rows at a time. Raises InputError if not even one fits."""
     anatomy, dtype = subject.anatomy, subject.model.dtype
     capacity = max(map(len, subject.token_ids)) + subject.measurement.new_tokens
-    held = Held(bytes=_loaded_bytes(subject))
+    held = Held(subject.device, dtype, bytes=_loaded_bytes(subject))
 
     def plan(max_memory: int | None) -> Plan:
         limited = ScanExecution(max_memory=max_memory)
-        return make_plan(anatomy, subject.token_ids, max(1, num_groups), subject.device, dtype, limited, held)
+        return make_plan(anatomy, subject.token_ids, max(1, num_groups), limited, held)
 
     prefill = plan(execution.max_memory)
     each = slot_bytes(anatomy.num_layers, anatomy.num_kv_heads, anatomy.head_dim, capacity, dtype.itemsize)

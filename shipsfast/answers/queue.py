@@ -58,10 +58,8 @@ class _Burst:
         self.generation, self.bar = generation, bar
         subject, plan = generation.subject, generation.plan
         self.decoder = Decoder(
-            subject.model, subject.anatomy, subject.how, generation.values, backend=subject.backend,
-            fused=subject.fused, slots=slots, capacity=plan.capacity, chunk_tokens=plan.prefill.chunk_tokens,
-            head_rows=plan.prefill.head_rows,
-        )  # fmt: skip
+            subject, generation.values, slots=slots, capacity=plan.capacity, prefill=plan.prefill
+        )
         self.row: list[tuple[int, int] | None] = [None] * slots
         self.uniform = np.zeros((slots, generation.max_new_tokens))
         self.text = np.zeros((slots, generation.max_new_tokens), dtype=np.int64)

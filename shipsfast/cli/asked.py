@@ -96,14 +96,12 @@ class Asked:
     def forecast(self, function: Callable, **own):
         """What `run` would take, of a model without weights."""
         from ..models.without_weights import hollow_model
-        from ..scans.forecast import forecast
+        from ..scans.forecast import Elsewhere, forecast
 
         given, tokenizer = self.given, self._tokenizer()
         model = hollow_model(given["model"], given["dtype"], trust_remote_code=given["trust_remote_code"])
-        return forecast(
-            model, tokenizer, *self._described(function, own), stream=given["stream"], device=given["device"],
-            device_memory=self.device_memory,
-        )  # fmt: skip
+        where = Elsewhere(given["device"], self.device_memory, given["stream"])
+        return forecast(model, tokenizer, *self._described(function, own), where)
 
     def _tokenizer(self):
         from ..models.loading import load_tokenizer

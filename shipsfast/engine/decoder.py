@@ -18,9 +18,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from ..models.anatomy import Anatomy
 from ..models.attention_hook import ATTRIBUTE, TREE, DecodeCall, installed
 from ..models.forward import input_device
 from ..models.layer_call import LayerCall, forward_replaced
@@ -28,11 +26,12 @@ from ..ops.decode_attention import decode_attention
 from ..ops.kv_cache import KVCache
 from ..ops.masks import LayerMask
 from ..ops.prefix_tree import pack
-from .ablation import Ablation
 from .fused_layer import FusedLayer, joins
 from .growing_batch import GrowingBatch
 from .head_mask import HeadMask
 from .heads import Group, first_layer
+from .memory_plan import Plan
+from .subject import Subject
 
 # choose(slots int64 [n], logits [n, V]): takes the next-token logits of rows
 Choose = Callable[[np.ndarray, torch.Tensor], None]
@@ -68,30 +67,25 @@ class Decoder:
     """Slots of a cache, and the rows in them.
 
     Args:
-        how, values: the ablation of all rows, and its vectors as in `HeadMask`.
-        backend: attention, already resolved; fused: go through fused_layer.py (the caller asked `fused.why_not`).
+        subject: the model, its ablation and how it runs; values: the ablation's vectors, as in `HeadMask`.
         slots, capacity: how many rows at a time, of how many tokens with prompt and text.
-        chunk_tokens, head_rows: as in `GrowingBatch`, for prefill.
+        prefill: how prompts are cut when they enter, as in `GrowingBatch`.
     Use as a context manager; the model itself is changed only during `prefill` and inside `stepping`.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
-        how: Ablation,
+        subject: Subject,
         values: Sequence[torch.Tensor] | None,
         *,
-        backend: str,
-        fused: bool,
         slots: int,
         capacity: int,
-        chunk_tokens: int,
-        head_rows: int,
+        prefill: Plan,
     ) -> None:
-        self.model, self.anatomy, self.how, self.values = model, anatomy, how, values
-        self.backend, self.fused = backend, fused
-        self.chunk_tokens, self.head_rows = chunk_tokens, head_rows
+        self.subject, self.values, self.plan = subject, values, prefill
+        self.model, self.anatomy, self.how = subject.model, subject.anatomy, subject.how
+        self.backend, self.fused = subject.backend, subject.fused
+        anatomy, how, backend = self.anatomy, self.how, self.backend
         self.cache = KVCache(
             anatomy.num_layers, slots, capacity, mean_keys=how.kind == "head_mean_k", native=backend == "cpp"
         )
@@ -166,10 +160,7 @@ class Decoder:
             own = logits.index_select(0, torch.as_tensor(row, device=logits.device)).index_select(1, at)
             choose(slots[group].ravel(), own.flatten(0, 1))
 
-        with GrowingBatch(
-            self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.chunk_tokens,
-            head_rows=self.head_rows, fused=self.fused, keep=keep, own_head=True,
-        ) as batch:  # fmt: skip
+        with GrowingBatch(self.subject, packed, self.plan, keep=keep, own_head=True) as batch:
             batch.run(HeadMask(((), *(groups[g] for g in order)), self.how, self.values), consume)
         lengths = np.array([len(ids) for ids in prompts])
         for g, row in enumerate(slots):

@@ -17,9 +17,8 @@ from typing import Self
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from ..models.anatomy import Anatomy, Block
+from ..models.anatomy import Block
 from ..models.attention_hook import ATTRIBUTE, TREE, Captured, TreeCall, installed
 from ..models.forward import input_device, last_logits_only
 from ..models.layer_call import LayerCall, forward_replaced, no_queries
@@ -30,7 +29,8 @@ from ..ops.prefix_tree import PackedPrompts
 from ..ops.tree_attention import TreeContext, tree_attention
 from .fused_layer import FusedLayer
 from .head_mask import HeadMask
-from .memory_plan import even_slices
+from .memory_plan import Plan, even_slices
+from .subject import Subject
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
 Keep = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
@@ -40,14 +40,11 @@ class GrowingBatch:
     """Runs blocks of ablations of one packed set of prompts.
 
     Args:
-        model, anatomy: the model and what `inspect_model` said of it.
+        subject: the model, what `inspect_model` said of it, and how it runs: backend, layers.
         packed: P prompts, T tokens.
-        backend: "triton", "cpp", "torch" or "reference", already resolved.
-        chunk_tokens: most tokens (rows x T) that pass a layer together; at least one row does.
-        head_rows: most (row, prompt) pairs that pass the model's head together.
+        plan: of which chunk_tokens, the most tokens (rows x T) that pass a layer together, though at least one row does, and
+            head_rows, the most (row, prompt) pairs that pass the model's head together, count here.
         tick: called with the number of (row, layer) steps done, for progress.
-        fused: go through fused_layer.py instead of the layers' own forward; the caller asked `fused.why_not`.
-        fp32_residual: rows are float32 between half-precision layers; the caller asked `fused.why_no_fp32_residual`.
         keep: called in every layer as keep(layer, rows, k, v) with keys and values [n, HKV, T, D] of consecutive
             slices of rows, row 0's first. Rows that fork in a layer or later may come with none: theirs are row 0's.
         own_head: leave the output head as the model has it, half-precision logits included.
@@ -56,31 +53,24 @@ class GrowingBatch:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
+        subject: Subject,
         packed: PackedPrompts,
+        plan: Plan,
         *,
-        backend: str,
-        chunk_tokens: int,
-        head_rows: int,
         tick: Callable[[int], None] | None = None,
-        fused: bool = False,
-        fp32_residual: bool = False,
         keep: Keep | None = None,
         own_head: bool = False,
     ) -> None:
-        self.model = model
-        self.anatomy = anatomy
-        self.packed = packed
-        self.rows_per_chunk = max(1, chunk_tokens // packed.num_tokens)
+        self.model, self.anatomy, self.packed = subject.model, subject.anatomy, packed
+        self.rows_per_chunk = max(1, plan.chunk_tokens // packed.num_tokens)
         # Prompts that end at the same node are the same prompt.
         self.last_nodes, self.prompt_place = np.unique(packed.last_index, return_inverse=True)
-        self.rows_per_head_chunk = max(1, head_rows // len(self.last_nodes))
+        self.rows_per_head_chunk = max(1, plan.head_rows // len(self.last_nodes))
         self.tick = tick or (lambda steps: None)
         self.keep = keep
         self.own_head = own_head
-        self._residual_dtype = torch.float32 if fp32_residual else None
-        self._backend = backend
+        self._residual_dtype = torch.float32 if subject.fp32_residual else None
+        self._backend = subject.backend
         self._trees: dict[torch.device, TreeContext] = {}
         self._nodes: dict[torch.device, torch.Tensor] = {}  # last_nodes, int64
         self._mask: HeadMask | None = None
@@ -92,8 +82,8 @@ class GrowingBatch:
         self._head_chunk: torch.Tensor | None = None  # while the head runs: what the last layer hands on
         self._undo = contextlib.ExitStack()
         self._fused = [
-            FusedLayer(layer.module, anatomy.num_heads, anatomy.num_kv_heads, backend)
-            for layer in anatomy.layers * fused
+            FusedLayer(layer.module, self.anatomy.num_heads, self.anatomy.num_kv_heads, self._backend)
+            for layer in self.anatomy.layers * subject.fused
         ]
 
     def __enter__(self) -> Self:

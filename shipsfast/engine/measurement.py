@@ -36,6 +36,7 @@ class Measurement:
 
     kind: ClassVar[str]
     new_tokens: ClassVar[int] = 0  # how many may follow each prompt
+    keeps_hidden: ClassVar[bool] = False  # the hidden states of every row at every prompt
 
     prompts: tuple
     template: Annotated[

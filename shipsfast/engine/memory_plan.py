@@ -163,13 +163,15 @@ def block_bytes(*args) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """What a caller holds beside the blocks of a scan.
+    """In what a scan is held, and what its caller holds beside the blocks.
 
-    extra_rows: streams beside those of the block; per_row_bytes, bytes: kept of every row, and in all; coming_bytes: weights
+    dtype: of the model; extra_rows: streams beside those of the block; per_row_bytes, bytes: kept of every row, and in all; coming_bytes: weights
     of the model that are brought into memory while it runs; row_size: bytes per number of the residual streams, by default
     those of the model's dtype.
     """
 
+    device: torch.device
+    dtype: torch.dtype
     extra_rows: int = 0
     per_row_bytes: int = 0
     bytes: int = 0
@@ -181,11 +183,10 @@ class Held:
 class Needs:
     """What blocks of a scan hold beyond the model, in bytes.
 
-    size: bytes per number; held: what the caller holds; tokens, ends: of the largest pack.
+    held: in what, and beside what; tokens, ends: of the largest pack.
     """
 
     anatomy: Anatomy
-    size: int
     held: Held
     tokens: int = 0
     ends: int = 0
@@ -197,7 +198,7 @@ class Needs:
 
     def __call__(self, ablations: int, chunk_tokens: int, head_rows: int) -> int:
         """At the worst moment of a block of so many ablations and the unablated row."""
-        held, rows = self.held, ablations + 1
+        held, rows, size = self.held, ablations + 1, self.held.dtype.itemsize
         block = block_bytes(
             self.anatomy,
             rows,
@@ -205,10 +206,10 @@ class Needs:
             self.ends,
             chunk_tokens,
             head_rows,
-            self.size,
-            held.row_size or self.size,
+            size,
+            held.row_size or size,
         )
-        more = held.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * self.size
+        more = held.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * size
         return block + more + rows * held.per_row_bytes + held.bytes
 
 
@@ -216,17 +217,15 @@ def make_plan(
     anatomy: Anatomy,
     prompts: Sequence[Sequence[int]],
     num_ablations: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    execution: ScanExecution | None = None,
-    held: Held | None = None,
+    execution: ScanExecution,
+    held: Held,
 ) -> Plan:
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
-    execution: its max_memory, by default what is free on `device`, and the parts of the plan that it sets.
+    execution: its max_memory, by default what is free on the device, and the parts of the plan that it sets.
     Raises InputError if not even one ablation of one prompt fits, or for a part that is not positive.
     """
-    execution, held = execution or ScanExecution(), held or Held()
+    device, size = held.device, held.dtype.itemsize
     for name, value in execution.asked().items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -240,7 +239,6 @@ def make_plan(
     limit = execution.max_memory
     if limit is None:
         limit = max(0, free_bytes(device) - held.coming_bytes)
-    size = torch.empty((), dtype=dtype).element_size()
     on_cpu = device.type == "cpu"
     chunk = execution.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else CUDA_CHUNK_TOKENS)
     # Neither the head nor a layer at work gets more than a quarter of the memory: the rest is for rows.
@@ -255,7 +253,7 @@ def make_plan(
         return [tuple(order[part]) for part in even_slices(len(order), per_group)]
 
     per_group = prompts_per_group or len(prompts)
-    needs = Needs(anatomy, size, held)
+    needs = Needs(anatomy, held)
 
     def need(rows: int) -> int:
         return needs(rows, chunk, head_rows)

@@ -32,18 +32,15 @@ MEAN_TOKENS = 2048  # tokens that pass the model together while a mean is taken
 
 
 def source_ids(
-    how: Ablation, token_ids: Sequence[Sequence[int]], tokenizer, template: str
+    how: Ablation, token_ids: Sequence[Sequence[int]], own: Sequence[Sequence[int]] | None
 ) -> list[list[int]]:
-    """Token ids of the ablation's own prompts, one per scanned prompt for `resample`; those scanned if it has none.
+    """Token ids of the ablation's prompts, one per scanned prompt for `resample`; those scanned if it has none of its own.
 
     Raises InputError where a `resample` prompt is not exactly as long as the one it stands in for.
     """
-    if how.prompts is None:
+    if own is None:
         return [list(ids) for ids in token_ids]
-    try:
-        ids = to_token_ids(how.prompts, tokenizer, template)
-    except InputError as error:
-        raise InputError(f"in the prompts of ablation {how.kind}: {error}") from error
+    ids = list(own)
     if how.kind == "mean":
         return ids
     if len(ids) == 1:
@@ -53,10 +50,10 @@ def source_ids(
             f"ablation resample has {len(ids)} prompts to take outputs from, and {len(token_ids)} prompts are "
             "scanned: give one for each, or one for all"
         )
-    for i, (own, other) in enumerate(zip(token_ids, ids, strict=True)):
-        if len(own) != len(other):
+    for i, (scanned, other) in enumerate(zip(token_ids, ids, strict=True)):
+        if len(scanned) != len(other):
             raise InputError(
-                f"prompt {i} has {len(own)} tokens, and the prompt that resample takes outputs from has {len(other)}: "
+                f"prompt {i} has {len(scanned)} tokens, and the prompt that resample takes outputs from has {len(other)}: "
                 "positions are matched one to one, so both need the same number"
             )
     return ids

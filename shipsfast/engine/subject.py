@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -17,15 +17,18 @@ from ..models.anatomy import Anatomy, base_model, check_model, inspect_model
 from ..models.attention_hook import ATTRIBUTE
 from ..models.fingerprint import fingerprint
 from ..models.forward import input_device
-from ..models.weights import where_weights_are
+from ..models.output_head import head_precision
+from ..models.weights import coming_bytes, where_weights_are
 from ..ops.divergences import kl_backend
 from ..ops.tree_attention import resolve_backend
-from ..prompts.tokens import to_token_ids
+from ..prompts.tokens import all_token_ids
 from ..runs.identity import prompt_hashes
-from .ablation import Ablation
+from . import fused_layer
+from .ablation import SOURCED, Ablation
 from .heads import check_unit
 from .layer_path import layer_path
 from .measurement import FP32_RESIDUAL, Execution, Measurement
+from .memory_plan import Held
 from .replacement_values import source_ids
 
 
@@ -33,8 +36,8 @@ from .replacement_values import source_ids
 class Subject:
     """A model and a measurement that fit together, and how it will run.
 
-    token_ids: the prompts; other_ids: those of `mean` and `resample`; num_units: of a layer; layers: how rows pass a decoder
-    layer, of LAYER_PATHS but for "auto"; record: what runs, for run.json.
+    token_ids: the prompts; other_ids: those of `mean` and `resample`; layers: how rows pass a decoder layer, of LAYER_PATHS
+    but for "auto"; record: what runs, for run.json.
     """
 
     model: PreTrainedModel
@@ -42,7 +45,6 @@ class Subject:
     measurement: Measurement
     token_ids: list[list[int]]
     other_ids: list[list[int]] | None
-    num_units: int
     device: torch.device
     backend: str
     layers: str
@@ -57,12 +59,23 @@ class Subject:
         return self.measurement.unit
 
     @property
+    def num_units(self) -> int:
+        """Of a layer. Raises InputError for a unit that the model does not have."""
+        return check_unit(self.unit, self.anatomy)
+
+    @property
     def fused(self) -> bool:
         return self.layers != "model"
 
     @property
     def fp32_residual(self) -> bool:
         return self.layers == FP32_RESIDUAL
+
+    def held(self) -> Held:
+        """In what a scan of it is held, and beside what."""
+        coming = coming_bytes(self.model, [block.module for block in self.anatomy.blocks])
+        held = held_beside(self.model, self.anatomy, self.measurement, self.device, self.layers)
+        return replace(held, coming_bytes=coming)
 
     @functools.cached_property
     def identity(self) -> dict:
@@ -96,16 +109,41 @@ def tokens_of(
 
     weights: as in `check_model`. Raises InputError or UnsupportedModelError.
     """
-    how, template = measurement.ablation, measurement.template
-    token_ids = to_token_ids(measurement.prompts, tokenizer, template)
+    how = measurement.ablation
+    token_ids, others = all_token_ids(
+        measurement.prompts,
+        how.prompts,
+        tokenizer,
+        measurement.template,
+        f"in the prompts of ablation {how.kind}: ",
+    )
+    if how.kind in SOURCED:
+        others = source_ids(how, token_ids, others)
     check_model(model, token_ids, measurement.new_tokens, weights=weights)
-    others = source_ids(how, token_ids, tokenizer, template) if how.kind in ("mean", "resample") else None
     if others is not None:
         try:
             check_model(model, others, weights=weights)
         except InputError as error:
             raise InputError(f"in the prompts of ablation {how.kind}: {error}") from error
     return token_ids, others
+
+
+def held_beside(
+    model: PreTrainedModel, anatomy: Anatomy, measurement: Measurement, device: torch.device, layers: str
+) -> Held:
+    """What a scan is held in, and beside what, but for weights that come. layers: as in `Subject`."""
+    row_size = 4 if layers == FP32_RESIDUAL else model.dtype.itemsize
+    # A half-precision output head on a CPU is copied to float32 while a scan runs.
+    wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
+    loaded = fused_layer.loaded_bytes(anatomy.layers[0].module, device) if layers != "model" else 0
+    return Held(
+        device,
+        model.dtype,
+        extra_rows=anatomy.num_layers * (measurement.ablation.kind == "resample"),
+        per_row_bytes=len(measurement.prompts) * anatomy.hidden_size * row_size * measurement.keeps_hidden,
+        bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head + loaded,
+        row_size=row_size,
+    )
 
 
 def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, execution: Execution) -> Subject:
@@ -118,7 +156,6 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     )
     if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
-    num_units = check_unit(measurement.unit, anatomy)
     device = input_device(model)
     check_sums(device, model.dtype)
     backend = resolve_backend(
@@ -137,7 +174,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
-    return Subject(model, anatomy, measurement, token_ids, others, num_units, device, backend, layers, record)
+    return Subject(model, anatomy, measurement, token_ids, others, device, backend, layers, record)
 
 
 def check_sums(device: torch.device, dtype: torch.dtype) -> None:

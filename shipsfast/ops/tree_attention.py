@@ -80,7 +80,7 @@ class TreeContext:
     def plan(self, window: int | None, trimmed: bool, query: torch.Tensor):
         """The backend's own form of the tree, made once per window and kind of query.
 
-        cpp: Blocks; torch: a list of BlockGroup; triton and reference: keyword arguments of the kernel.
+        cpp: Blocks; torch: a list of BlockStack; triton and reference: keyword arguments of the kernel.
         """
         key = (window, trimmed, query.dtype, query.shape[-1])
         if key not in self._plans:

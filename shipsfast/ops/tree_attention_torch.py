@@ -26,7 +26,7 @@ PAD = 8  # lengths are padded to a multiple of this, so that fewer, larger calls
 
 
 @dataclass(frozen=True)
-class BlockGroup:
+class BlockStack:
     """G blocks of S queries and K keys each, in one call.
 
     query_index int64 [G, S] into the queries; key_index int64 [G, K] into the packed tokens;
@@ -60,15 +60,15 @@ def plan_segments(
     window: int | None,
     query_index: np.ndarray | None,
     device: torch.device,
-) -> list[BlockGroup]:
-    """Cut the tree into groups of blocks. query_index: the packed index of each query, None for all T."""
+) -> list[BlockStack]:
+    """Cut the tree into stacks of blocks. query_index: the packed index of each query, None for all T."""
     pending: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] = {}
     depths = np.arange(packed.num_tokens, dtype=np.int32)  # depth along a path is the place on it
     for place, queries, path, seen in tree_blocks(packed, BLOCK, window, query_index):
         keys = path[seen]
         shape = (_padded(len(queries)), _padded(len(keys) - len(queries)))
         pending.setdefault(shape, []).append((place, queries, keys, depths[seen]))
-    return [_group(blocks, packed, window, device) for _, blocks in sorted(pending.items())]
+    return [_stack(blocks, packed, window, device) for _, blocks in sorted(pending.items())]
 
 
 def tree_blocks(
@@ -109,7 +109,7 @@ def _extend(values: np.ndarray, length: int, step: int) -> np.ndarray:
     return np.concatenate([values, values[-1] + step * np.arange(1, pad + 1)])
 
 
-def _group(blocks, packed: PackedPrompts, window, device) -> BlockGroup:
+def _stack(blocks, packed: PackedPrompts, window, device) -> BlockStack:
     num_q = max(len(q) for _, q, _, _ in blocks)
     num_k = max(len(k) for _, _, k, _ in blocks)
     queries = np.stack([_extend(p, num_q, 0) for p, _, _, _ in blocks])  # [G, S]
@@ -134,7 +134,7 @@ def _group(blocks, packed: PackedPrompts, window, device) -> BlockGroup:
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(array), device=device)
 
-    return BlockGroup(
+    return BlockStack(
         query_index=tensor(queries),
         key_index=tensor(keys),
         depth_q=tensor(depth_q),
@@ -151,7 +151,7 @@ def segment_attention(
     v: torch.Tensor,
     logit_scale: torch.Tensor,
     output_scale: torch.Tensor,
-    groups: list[BlockGroup],
+    stacks: list[BlockStack],
     *,
     scaling: float,
     softcap: float | None = None,
@@ -184,18 +184,18 @@ def segment_attention(
     keys = _flagged(replace, REPLACE_K)
     keys = (*keys, k_alt) if keys else None
     out = torch.empty(rows, q.shape[1], heads, v.shape[3], dtype=q.dtype, device=q.device)
-    for group in groups:
+    for stack in stacks:
         # Every block gathers its own copy of its path: few enough at a time to bound what that takes.
-        per_block = rows * heads * group.key_index.shape[1] * (q.shape[3] + v.shape[3]) * q.element_size()
+        per_block = rows * heads * stack.key_index.shape[1] * (q.shape[3] + v.shape[3]) * q.element_size()
         step = max(1, GATHER_BYTES // per_block)
-        for start in range(0, len(group.key_index), step):
+        for start in range(0, len(stack.key_index), step):
             blocks = slice(start, start + step)
             index, part = (
-                group.query_index[blocks].flatten(),
-                _attend(q, k, v, keys, group, blocks, scaling, softcap, sink),
+                stack.query_index[blocks].flatten(),
+                _attend(q, k, v, keys, stack, blocks, scaling, softcap, sink),
             )
-            if group.real is not None:
-                real = group.real[blocks].flatten().nonzero().flatten()
+            if stack.real is not None:
+                real = stack.real[blocks].flatten().nonzero().flatten()
                 index, part = index[real], part.index_select(1, real)
             out[:, index] = part
     replaced = _flagged(replace, REPLACE_OUT)
@@ -217,25 +217,25 @@ def _flagged(replace: torch.Tensor | None, flag: int) -> tuple[torch.Tensor, tor
 
 
 def _attend(
-    q, k, v, replaced, group: BlockGroup, chosen: slice, scaling: float, softcap: float | None, sink
+    q, k, v, replaced, stack: BlockStack, chosen: slice, scaling: float, softcap: float | None, sink
 ) -> torch.Tensor:
-    """Some blocks of a group, [B, G * S, H, D of v]. replaced: (rows [N], query heads [N], k_alt), or None."""
-    rows, size = q.shape[0], len(group.query_index[chosen])
+    """Some blocks of a stack, [B, G * S, H, D of v]. replaced: (rows [N], query heads [N], k_alt), or None."""
+    rows, size = q.shape[0], len(stack.query_index[chosen])
 
     def blocks(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # [B, T, h, D] -> [B * G, h, n, D]
         return x.index_select(1, index[chosen].flatten()).view(rows * size, -1, *x.shape[2:]).transpose(1, 2)
 
-    qb, kb, vb = blocks(q, group.query_index), blocks(k, group.key_index), blocks(v, group.key_index)
+    qb, kb, vb = blocks(q, stack.query_index), blocks(k, stack.key_index), blocks(v, stack.key_index)
     repeat = qb.shape[1] // kb.shape[1]
     if repeat > 1:
         kb, vb = kb.repeat_interleave(repeat, 1), vb.repeat_interleave(repeat, 1)
     if replaced is not None:
         # Only now has every query head keys of its own, and they are a copy.
         b, h, k_alt = replaced
-        index = group.key_index[chosen]  # [G, K]
+        index = stack.key_index[chosen]  # [G, K]
         keys = k_alt[:, index] if len(k_alt) == 1 else k_alt[b[:, None, None], index]  # [N or 1, G, K, D]
         kb.unflatten(0, (rows, size))[b, :, h] = keys
-    mask = group.mask(chosen)
+    mask = stack.mask(chosen)
     if mask is not None and mask.shape[0] > 1:
         mask = mask.repeat(rows, 1, 1, 1)
     out = visible_attention(qb, kb, vb, mask, scaling, softcap, sink)

@@ -92,3 +92,16 @@ def to_token_ids(prompts: Iterable, tokenizer=None, template: str = "none") -> l
         if not tokens:
             raise InputError(f"prompt {i} has no tokens: remove it or give it text")
     return ids
+
+
+def all_token_ids(
+    prompts: Iterable, others: Iterable | None, tokenizer, template: str, about_others: str
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """`to_token_ids` of the prompts, and of others that go with them. about_others: begins what is said of those."""
+    ids = to_token_ids(prompts, tokenizer, template)
+    if others is None:
+        return ids, None
+    try:
+        return ids, to_token_ids(others, tokenizer, template)
+    except InputError as error:
+        raise InputError(f"{about_others}{error}") from error

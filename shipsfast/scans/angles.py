@@ -160,13 +160,13 @@ class AngleScan:
     def _hidden(self, block: list[Head], parent: tuple[Head, ...]) -> torch.Tensor:
         """Last-position hidden states after the final norm, [1 + units, P, hidden], of the parent and each unit."""
         out: list[torch.Tensor] = []
-        for group in self.prepared.plan.prompt_groups:
-            packed, values = self._packs.get(group) or self.prepared.pack(group)
+        for together in self.prepared.plan.prompt_groups:
+            packed, values = self._packs.get(together) or self.prepared.pack(together)
             if self.prepared.how.kind != "resample":  # whose values take as much as many rows
-                self._packs[group] = packed, values
+                self._packs[together] = packed, values
             with self.prepared.growing_batch(packed, self.bar.update) as batch:
                 place = torch.as_tensor(batch.prompt_place)
-                prompts = torch.as_tensor(group)
+                prompts = torch.as_tensor(together)
 
                 def consume(rows: slice, hidden: torch.Tensor, _first, place=place, prompts=prompts) -> None:
                     if not out:

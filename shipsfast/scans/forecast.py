@@ -20,7 +20,7 @@ from ..engine.layer_path import layer_path
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
 from ..engine.replacement_values import pair_ids
-from ..engine.subject import tokens_of
+from ..engine.subject import held_beside, tokens_of
 from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
 from ..models.attention_hook import LONG
@@ -30,7 +30,6 @@ from ..ops.tree_attention import BACKENDS, resolve_backend
 from ..text import counted
 from .measurements import ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
-from .prepare import held_beside
 
 COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
 LARGEST_BYTES = 64 << 20  # of a matrix whose rate is measured: larger ones are cut, their rate is the same
@@ -117,45 +116,50 @@ class Forecast:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where a scan would run, which need not be here. stream: layers read from the checkpoint; device_memory: bytes that
+    the device has in all, default what is free on it."""
+
+    device: str | torch.device | None = None
+    device_memory: int | None = None
+    stream: bool = False
+
+
 def forecast(
     model: PreTrainedModel,
     tokenizer,
     measurement: ScanMeasurement,
     execution: ScanExecution,
-    *,
-    stream: bool = False,
-    device: str | torch.device | None = None,
-    device_memory: int | None = None,
+    where: Elsewhere,
 ) -> Forecast:
     """What a scan of `model`, with or without weights, would take.
 
-    stream: layers read from the checkpoint; device: where it would run, which need not be here; device_memory: bytes that
-    device has in all, default what is free on it.
     Raises InputError or UnsupportedModelError as the scan would, and where the model does not fit.
     """
     token_ids, others = tokens_of(measurement, model, tokenizer, weights=False)
     longest = max(map(len, [*token_ids, *(others or [])]))
     anatomy = inspect_model(model, max(token_ids, key=len), longest)
-    where = as_device(device)
-    here = where.type == "cpu" or torch.cuda.is_available()
+    stream, device = where.stream, as_device(where.device)
+    here = device.type == "cpu" or torch.cuda.is_available()
     units = measurement.units(anatomy)
     backend = execution.backend
     attention = "triton" if backend == "auto" else backend  # of a device elsewhere, if it has what it needs
     if here or backend not in BACKENDS:  # what a device elsewhere can run is not known here
         alike = anatomy.head_dim == anatomy.value_dim
-        attention = resolve_backend(backend, where, model.dtype, one_head_size=alike)
+        attention = resolve_backend(backend, device, model.dtype, one_head_size=alike)
     if isinstance(measurement, SubspaceMeasurement):
         measurement.check(len(token_ids), len(units), anatomy.hidden_size)
     else:
         as_metrics(measurement.metric, tokenizer, anatomy.vocab_size)
     tree_ids = token_ids if measurement.ablation.kind != "resample" else pair_ids(token_ids, others)[0]
     held = _model_bytes(model, anatomy, stream)
-    limit = _limit(execution.max_memory, device_memory, held, where, here)
-    layers, _ = layer_path(execution.layers, model, anatomy, where, attention)
-    beside = held_beside(model, anatomy, measurement, where, layers)
+    limit = _limit(execution.max_memory, where.device_memory, held, device, here)
+    layers, _ = layer_path(execution.layers, model, anatomy, device, attention)
+    beside = held_beside(model, anatomy, measurement, device, layers)
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
-    plan = make_plan(anatomy, tree_ids, len(units), where, model.dtype, limited, beside)
+    plan = make_plan(anatomy, tree_ids, len(units), limited, beside)
     packs = [pack([tree_ids[i] for i in group]) for group in plan.prompt_groups]
     tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.last_index.tolist())) for p in packs)
     rows = plan.rows_per_block + 1
@@ -179,7 +183,7 @@ def forecast(
     blocks = len(packs) * len(even_slices(len(units), plan.rows_per_block))
     checks = _check_passes(longest)
     passes = rounds * blocks + checks
-    rate = _rate(costs.products, max(plan.chunk_tokens, tokens), model.dtype, where) if here else None
+    rate = _rate(costs.products, max(plan.chunk_tokens, tokens), model.dtype, device) if here else None
     reading = _read_rate(model.config._name_or_path) if stream else None
     return Forecast(
         kind=COMMANDS[measurement.kind],
@@ -187,11 +191,11 @@ def forecast(
             "name": model.config._name_or_path or type(model).__name__, "class": type(model).__name__, "unit": measurement.unit,
             "layers": anatomy.num_layers, "heads": anatomy.num_heads,
         },
-        device=str(where), dtype=str(model.dtype).removeprefix("torch."), stream=stream, prompts=len(token_ids),
+        device=str(device), dtype=str(model.dtype).removeprefix("torch."), stream=stream, prompts=len(token_ids),
         tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops, flops_per_s=rate,
         read_bytes_per_s=reading,
         seconds=_seconds(flops, rate, _layer_bytes(anatomy), reading, passes, checks, stream),
-        limits=_limits(plan, len(units), len(token_ids), blocks, where),
+        limits=_limits(plan, len(units), len(token_ids), blocks, device),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_doc import Doc
 
@@ -20,8 +20,6 @@ POLICIES = ("raise", "mark")
 @dataclass(frozen=True, kw_only=True)
 class ScanMeasurement(Measurement):
     """Heads that are switched off, one at a time."""
-
-    keeps_hidden: ClassVar[bool] = False  # the hidden states of every row at every prompt
 
     heads: Annotated[
         Heads | None,

@@ -40,12 +40,12 @@ def refuse_base(prepared, prompt: int, what: str) -> NoReturn:
     )
 
 
-def check_base_logits(prepared, group: Sequence[int], place: np.ndarray, base: torch.Tensor) -> None:
-    """base [U, V], place [len(group)]: where each prompt's row is. Raises UnsupportedModelError."""
+def check_base_logits(prepared, together: Sequence[int], place: np.ndarray, base: torch.Tensor) -> None:
+    """base [U, V], place [len(together)]: where each prompt's row is. Raises UnsupportedModelError."""
     bad = bad_logits(base)
     if bool(bad.any()):
         rows = bad.cpu().numpy()[place]
-        refuse_base(prepared, group[int(rows.argmax())], "the logits")
+        refuse_base(prepared, together[int(rows.argmax())], "the logits")
 
 
 def reason(place: Place | None, metric: str) -> str:

@@ -9,19 +9,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..engine import fused_layer
 from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Head, unit_heads
-from ..engine.measurement import FP32_RESIDUAL, ScanExecution
-from ..engine.memory_plan import Held, Plan, even_slices, make_plan
+from ..engine.measurement import ScanExecution
+from ..engine.memory_plan import Plan, even_slices, make_plan
 from ..engine.replacement_values import mean_outputs, pair_ids, resample_outputs, unpair
 from ..engine.subject import Subject, look_at
 from ..errors import note
 from ..memory import OutOfMemory, out_of_memory
-from ..models.anatomy import Anatomy
 from ..models.output_head import head_precision
-from ..models.weights import coming_bytes
 from ..ops.prefix_tree import PackedPrompts, pack
 from ..runs.folder import RunFolder
 from .measurements import ScanMeasurement
@@ -83,10 +80,7 @@ class Prepared(Subject):
         return self.anatomy.num_layers, self.num_units
 
     def growing_batch(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> GrowingBatch:
-        return GrowingBatch(
-            self.model, self.anatomy, packed, backend=self.backend, chunk_tokens=self.plan.chunk_tokens,
-            head_rows=self.plan.head_rows, tick=tick, fused=self.fused, fp32_residual=self.fp32_residual,
-        )  # fmt: skip
+        return GrowingBatch(self, packed, self.plan, tick=tick)
 
     def continue_plan(self, folder: RunFolder) -> None:
         """Cut what is left of an unfinished run as the run was cut: its scores then end bit for bit as they would have.
@@ -130,30 +124,10 @@ def prepare(
     units = measurement.units(anatomy)
     resample = subject.how.kind == "resample"
     tree_ids, pairs = pair_ids(token_ids, subject.other_ids) if resample else (token_ids, None)
-    held = replace(
-        held_beside(model, anatomy, measurement, subject.device, subject.layers),
-        coming_bytes=coming_bytes(model, [block.module for block in anatomy.blocks]),
-    )
-    plan = make_plan(anatomy, tree_ids, len(units), subject.device, model.dtype, execution, held)
+    plan = make_plan(anatomy, tree_ids, len(units), execution, subject.held())
     subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(model)}
     return Prepared(
         **vars(subject), units=units, plan=plan, execution=execution, tree_ids=tree_ids, _pairs=pairs
-    )
-
-
-def held_beside(
-    model: PreTrainedModel, anatomy: Anatomy, measurement: ScanMeasurement, device: torch.device, layers: str
-) -> Held:
-    """What a scan holds beside its blocks. layers: as in `Subject`."""
-    row_size = 4 if layers == FP32_RESIDUAL else model.dtype.itemsize
-    # A half-precision output head on a CPU is copied to float32 while a scan runs.
-    wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
-    loaded = fused_layer.loaded_bytes(anatomy.layers[0].module, device) if layers != "model" else 0
-    return Held(
-        extra_rows=anatomy.num_layers * (measurement.ablation.kind == "resample"),
-        per_row_bytes=len(measurement.prompts) * anatomy.hidden_size * row_size * measurement.keeps_hidden,
-        bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head + loaded,
-        row_size=row_size,
     )
 
 

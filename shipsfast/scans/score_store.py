@@ -93,14 +93,14 @@ class Measure:
         self.record["plan"] = self.prepared.plan.to_json()
         self.folder.write_manifest(before | self.record | {"status": "running"})
 
-    def keep(self, scores: np.ndarray, group: Sequence[int], block: Sequence[Head]) -> None:
-        """Take what is missing of scores [units, prompts] of a block of units on a group of prompts; what is not finite
+    def keep(self, scores: np.ndarray, together: Sequence[int], block: Sequence[Head]) -> None:
+        """Take what is missing of scores [units, prompts] of a block of units on the prompts packed together; what is not finite
         is marked."""
         part, marked = np.full_like(self.scores, np.nan), np.zeros_like(self.marked)
         for (layer, index), row in zip(block, scores, strict=True):
             bad = ~np.isfinite(row)
-            part[list(group), layer, index] = np.where(bad, np.nan, row)
-            marked[list(group), layer, index] = bad
+            part[list(together), layer, index] = np.where(bad, np.nan, row)
+            marked[list(together), layer, index] = bad
         known = ~self.missing()
         part[known], marked[known] = np.nan, False
         if self.folder is not None:  # first: what runs out of memory or disk here is still missing

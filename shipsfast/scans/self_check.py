@@ -41,10 +41,10 @@ def own_layers_hint(prepared: Prepared) -> str:
     return "; layers='model' (--layers model) runs its own layers" if prepared.fused else ""
 
 
-def longest_prompt(prepared: Prepared, group: Sequence[int]) -> int:
-    """The longest prompt of the group; of several, the one packed last, which packing moves most."""
-    at = max(range(len(group)), key=lambda i: (len(prepared.token_ids[group[i]]), i))
-    return group[at]
+def longest_prompt(prepared: Prepared, together: Sequence[int]) -> int:
+    """The longest of the prompts packed together; of several, the one packed last, which packing moves most."""
+    at = max(range(len(together)), key=lambda i: (len(prepared.token_ids[together[i]]), i))
+    return together[at]
 
 
 def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, base: torch.Tensor) -> float:

@@ -79,24 +79,24 @@ def scan(
 
 
 class _Work:
-    """Fills in the scores that are missing, group of prompts by group."""
+    """Fills in the scores that are missing, for some prompts at a time: those that are packed together."""
 
     def __init__(self, prepared: Prepared, measures: list[Measure]) -> None:
         self.prepared, self.measures = prepared, measures
         steps = sum(
-            prepared.layer_passes(prepared.units, self.missing(group))
-            for group in prepared.plan.prompt_groups
+            prepared.layer_passes(prepared.units, self.missing(together))
+            for together in prepared.plan.prompt_groups
         )
         self.bar = progress_bar("scan", steps, prepared.execution)
-        self._packed: tuple | None = None  # (group, pack, values) of the group at hand
+        self._packed: tuple | None = None  # the prompts at hand, their pack, and values
 
     @property
     def sees_all_prompts(self) -> bool:
         return any(measure.metric.sees_all_prompts for measure in self.measures)
 
-    def missing(self, group: Sequence[int]) -> list[Head]:
+    def missing(self, together: Sequence[int]) -> list[Head]:
         """The units that some metric still wants."""
-        rows = list(group)
+        rows = list(together)
         return [
             u for u in self.prepared.units if any(m.missing()[rows, u[0], u[1]].any() for m in self.measures)
         ]
@@ -105,27 +105,27 @@ class _Work:
         if self.sees_all_prompts and any(map(self.missing, self.prepared.plan.prompt_groups)):
             # Not in the midst of another pass.
             once_more("taking the unablated model's logits", lambda: self.all_base)
-        groups = list(self.prepared.plan.prompt_groups)
-        while groups:
-            group, plan = groups.pop(0), self.prepared.plan
+        left = list(self.prepared.plan.prompt_groups)
+        while left:
+            together, plan = left.pop(0), self.prepared.plan
             try:
                 run_blocks(
                     self.prepared,
                     self.prepared.units,
-                    lambda group=group: self.missing(group),
-                    lambda block, group=group: self._block(block, group),
+                    lambda together=together: self.missing(together),
+                    lambda block, together=together: self._block(block, together),
                     self.bar,
                 )
             except OutOfMemory:
-                if len(group) == 1:
+                if len(together) == 1:
                     raise
-                groups[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+                left[:0] = [together[: len(together) // 2], together[len(together) // 2 :]]
                 self.prepared.plan = plan  # half the prompts: try blocks and chunks as large as before
 
-    def _block(self, block: list[Head], group: tuple[int, ...]) -> None:
+    def _block(self, block: list[Head], together: tuple[int, ...]) -> None:
         prepared = self.prepared
-        if self._packed is None or self._packed[0] != group:
-            self._packed = (group, *prepared.pack(group))
+        if self._packed is None or self._packed[0] != together:
+            self._packed = (together, *prepared.pack(together))
         _, packed, values = self._packed
         with prepared.growing_batch(packed, self.bar.update) as batch:
             found: list[list[torch.Tensor]] = []  # of every chunk, of every metric
@@ -135,23 +135,23 @@ class _Work:
             def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
                 if not kept:
                     kept.append(base)
-                found.append(self._score(logits, base, group, place))
+                found.append(self._score(logits, base, together, place))
 
             batch.run(prepared.mask(block, values), consume)
-        check_base_logits(prepared, group, batch.prompt_place, kept[0])
-        self._compare(group, kept[0], batch.prompt_place)
+        check_base_logits(prepared, together, batch.prompt_place, kept[0])
+        self._compare(together, kept[0], batch.prompt_place)
         scores = [
             torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)
         ]  # [units, prompts]
         for measure, each in zip(self.measures, scores, strict=True):
-            self._check_numbers(measure, each, group, block)
+            self._check_numbers(measure, each, together, block)
         for measure, each in zip(self.measures, scores, strict=True):
-            measure.keep(each, group, block)
+            measure.keep(each, together, block)
 
     def _score(
-        self, logits: torch.Tensor, base: torch.Tensor, group: Sequence[int], place: torch.Tensor
+        self, logits: torch.Tensor, base: torch.Tensor, together: Sequence[int], place: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Scores float64 [rows, prompts of the group] of logits [rows, U, V], for every metric."""
+        """Scores float64 [rows, prompts packed together] of logits [rows, U, V], for every metric."""
         rows, metrics = logits.shape[0], [measure.metric for measure in self.measures]
         index = torch.arange(base.shape[0], device=logits.device).repeat(rows)
         own = [metric for metric in metrics if not metric.sees_all_prompts]
@@ -159,7 +159,7 @@ class _Work:
         out = []
         for metric in metrics:
             if metric.sees_all_prompts:
-                prompts = torch.as_tensor(group, device=logits.device).repeat(rows)
+                prompts = torch.as_tensor(together, device=logits.device).repeat(rows)
                 out.append(metric.rows(self.all_base, logits[:, place].flatten(0, 1), prompts).view(rows, -1))
             else:
                 out.append(next(read).view(rows, -1)[:, place])
@@ -169,8 +169,8 @@ class _Work:
     def all_base(self) -> torch.Tensor:
         """Next-token logits of the unablated model on every prompt, [P, V]: for metrics that see all of them."""
         out = None
-        for group in self.prepared.plan.prompt_groups:
-            packed, values = self.prepared.pack(group)
+        for together in self.prepared.plan.prompt_groups:
+            packed, values = self.prepared.pack(together)
             with self.prepared.growing_batch(packed) as batch:
                 kept: list[torch.Tensor] = []
                 batch.run(
@@ -178,15 +178,15 @@ class _Work:
                 )
             if out is None:
                 out = kept[0].new_empty(len(self.prepared.token_ids), kept[0].shape[-1])
-            out[list(group)] = kept[0][torch.as_tensor(batch.prompt_place, device=out.device)]
+            out[list(together)] = kept[0][torch.as_tensor(batch.prompt_place, device=out.device)]
         return out
 
-    def _compare(self, group: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
+    def _compare(self, together: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
         """Noise floors, once a scan: the packed against the plain unablated model on the longest prompt."""
         if all(measure.compared for measure in self.measures):
             return
-        prompt = longest_prompt(self.prepared, group)
-        packed = base[place[list(group).index(prompt)]]
+        prompt = longest_prompt(self.prepared, together)
+        packed = base[place[list(together).index(prompt)]]
         plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
         nats = packing_noise_nats(self.prepared, prompt, plain, packed)
         for measure in self.measures:
@@ -210,7 +210,7 @@ class _Work:
         return float(metric.rows(bases, other[None].to(base.dtype), index)[0])
 
     def _check_numbers(
-        self, measure: Measure, scores: np.ndarray, group: Sequence[int], block: list[Head]
+        self, measure: Measure, scores: np.ndarray, together: Sequence[int], block: list[Head]
     ) -> None:
         """Looks where a score that is not finite begins: the first of the scan where they are marked; else raises
         InputError, naming prompt, head and layer."""
@@ -218,7 +218,7 @@ class _Work:
         if not len(bad) or (measure.mark and MARKED in measure.record):
             return
         prepared, name = self.prepared, measure.metric.name
-        prompt, (layer, index) = group[bad[0][1]], block[bad[0][0]]
+        prompt, (layer, index) = together[bad[0][1]], block[bad[0][0]]
         place, _ = explain(prepared, prompt, (layer, index))
         why = reason(place, name)
         if not measure.mark:

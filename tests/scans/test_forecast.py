@@ -18,7 +18,7 @@ from shipsfast.engine.measurement import ScanExecution
 from shipsfast.models.anatomy import inspect_model
 from shipsfast.models.without_weights import hollow
 from shipsfast.ops.prefix_tree import pack
-from shipsfast.scans.forecast import forecast
+from shipsfast.scans.forecast import Elsewhere, forecast
 from shipsfast.scans.measurements import ShipsMeasurement
 from tests.support.command_line import refused, run
 from tests.support.models import FAMILIES, build
@@ -39,7 +39,7 @@ def shape(name: str):
 
 def planned(model, prompts, *, max_memory=None, **where):
     measurement, execution = ShipsMeasurement(prompts=prompts), ScanExecution(max_memory=max_memory)
-    return forecast(model, None, measurement, execution, **where)
+    return forecast(model, None, measurement, execution, Elsewhere(**where))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -112,13 +112,7 @@ static double divergence_error(int vocab, double spread, double change, int bit)
     DivergenceSums sums;
     long double exact[4] = {};
     for (int v = 0; v < vocab; ++v) {
-      const DivergenceSums terms = divergence_terms<true>(x_a[v], x_b[v], a_norm, b_norm, shift);
-      sums.kl += terms.kl;
-      sums.reverse_kl += terms.reverse_kl;
-      sums.js += terms.js;
-      sums.gained += terms.gained;
-      sums.lost += terms.lost;
-      sums.mass_up += terms.mass_up;
+      sums += divergence_terms<true>(x_a[v], x_b[v], a_norm, b_norm, shift);
       const long double p_b = std::exp(static_cast<long double>(x_b[v])) / sum_b;
       const long double d = static_cast<long double>(x_a[v]) - x_b[v] - shift_exact;
       const long double ratio_less_1 = std::expm1(d);

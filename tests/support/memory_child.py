@@ -1,4 +1,4 @@
-"""Run by test_memory.py in a process of its own: `peak SHAPE LIMIT_MIB` or `starved`. Prints one JSON object.
+"""Run by test_memory_limits.py in a process of its own: `peak SHAPE LIMIT_MIB` or `starved`. Prints one JSON object.
 
 Peaks are of the whole process, and a limit of its address space cannot be taken back.
 """

@@ -7,7 +7,7 @@ import torch
 
 import shipsfast
 from shipsfast.engine.measurement import ScanExecution
-from shipsfast.engine.memory_plan import Plan, make_plan, parse_bytes
+from shipsfast.engine.memory_plan import Held, Plan, make_plan, parse_bytes
 from shipsfast.models.anatomy import inspect_model
 from shipsfast.runs.folder import RunFolder
 from tests.support.evaluations import scan_asr
@@ -34,7 +34,7 @@ def plan(limit, **options):
     model = build()
     anatomy = inspect_model(model, [1, 2], 40)
     execution = ScanExecution(max_memory=limit, **options)
-    return make_plan(anatomy, PROMPTS, 12, torch.device("cpu"), torch.float64, execution)
+    return make_plan(anatomy, PROMPTS, 12, execution, Held(torch.device("cpu"), torch.float64))
 
 
 def test_less_memory_makes_smaller_blocks_and_stays_inside():

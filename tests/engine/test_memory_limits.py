@@ -14,13 +14,14 @@ import torch
 import shipsfast
 from benchmarks.gpu.scans import SCANS
 from shipsfast.engine.measurement import ScanExecution
-from shipsfast.engine.memory_plan import CUDA_CHUNK_TOKENS, block_bytes, make_plan
+from shipsfast.engine.memory_plan import CUDA_CHUNK_TOKENS, Held, block_bytes, make_plan
 from shipsfast.models.anatomy import LOGIT_COPIES, Anatomy, Block, Layer, inspect_model
 from tests.support import memory_child
 from tests.support.models import build
 from tests.support.places import ROOT
 
 GIB = 1 << 30
+HELD = Held(torch.device("cuda"), torch.bfloat16)
 
 
 def child(*arguments: str) -> dict:
@@ -57,7 +58,7 @@ def test_true_shapes_fit(case, memory_gb):
     ids = case.prompts.token_ids(shape.vocabulary)
     heads = shape.layers * shape.heads
     limited = ScanExecution(max_memory=limit)
-    plan = make_plan(anatomy(shape), ids, heads, torch.device("cuda"), torch.bfloat16, limited)
+    plan = make_plan(anatomy(shape), ids, heads, limited, HELD)
     assert plan.predicted_bytes <= limit
     assert sorted(i for group in plan.prompt_groups for i in group) == list(range(len(ids)))
     if memory_gb == 80:
@@ -73,7 +74,7 @@ def test_more_memory_never_makes_blocks_smaller():
     rows = []
     for limit in (2, 4, 8, 16, 32, 64):
         limited = ScanExecution(max_memory=limit * GIB)
-        plan = make_plan(anatomy(shape), ids, 1024, torch.device("cuda"), torch.bfloat16, limited)
+        plan = make_plan(anatomy(shape), ids, 1024, limited, HELD)
         assert plan.predicted_bytes <= limit * GIB
         more = block_bytes(
             anatomy(shape), plan.rows_per_block + 2, 1777, 100, plan.chunk_tokens, plan.head_rows, 2, 2

@@ -246,7 +246,7 @@ def test_wrong_labels_are_told(returned, message):
 
 def test_the_error_names_the_judge_and_own_errors_come_through():
     with pytest.raises(
-        InputError, match=r"^judge tests\.answers\.test_refusal\.one_too_few: expected 1 labels"
+        InputError, match=r"^judge tests\.answers\.test_keywords\.one_too_few: expected 1 labels"
     ):
         as_judge(one_too_few)([completion(ANSWER)])
     with pytest.raises(ZeroDivisionError):
@@ -273,7 +273,7 @@ def test_descriptions():
     facts = [json.loads(json.dumps(judge.describe())) for judge in judges]
     assert [f["name"] for f in facts] == ["keywords", "paper", "keywords", "callable"]
     assert facts[2]["keywords"] == ["nay"]
-    assert facts[3]["function"] == judges[3].name == "tests.answers.test_refusal.one_too_few"
+    assert facts[3]["function"] == judges[3].name == "tests.answers.test_keywords.one_too_few"
     assert [judge.is_named for judge in judges] == [True] * 4
     assert not as_judge(lambda texts: []).is_named and not as_judge(functools.partial(one_too_few)).is_named
     different = [
