@@ -20,7 +20,12 @@ if not TEST_GPU:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, the tests that need one are a single skipped test, which says how many they are."""
+    """The part that tools/run_tests.sh asks for; and, without a GPU, the tests that need one are a single skipped test,
+    which says how many they are."""
+    part = os.environ.get("TEST_PART")
+    if part in ("parallel", "serial"):
+        other = [item for item in items if (item.get_closest_marker("serial") is None) == (part == "serial")]
+        leave_out(config, items, other)
     if torch.cuda.is_available():
         return
     waiting = [item for item in items if item.get_closest_marker("gpu")]
@@ -28,9 +33,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     reason = f"{len(waiting):,} tests need a CUDA GPU: make test-gpu runs them"
     waiting[0].add_marker(pytest.mark.skip(reason=reason), append=False)
-    left_out = set(map(id, waiting[1:]))
-    items[:] = [item for item in items if id(item) not in left_out]
-    config.hook.pytest_deselected(items=waiting[1:])
+    leave_out(config, items, waiting[1:])
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], these: list[pytest.Item]) -> None:
+    numbers = set(map(id, these))
+    items[:] = [item for item in items if id(item) not in numbers]
+    config.hook.pytest_deselected(items=these)
 
 
 @pytest.fixture(scope="module")

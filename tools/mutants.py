@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -26,20 +27,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "scans/metrics.py": ["tests/scans/test_metrics.py", "tests/scans/test_scan_metrics.py", "tests/scans/test_several_metrics.py"],
+    "scans/metrics.py": [
+        "tests/scans/test_metrics.py", "tests/scans/test_scan_metrics.py", "tests/scans/test_several_metrics.py",
+    ],
     "ops/divergences.py": ["tests/ops/test_divergences.py", "tests/ops/test_kl_calls.py", "tests/ops/test_kl.py"],
-    "ops/prefix_tree.py": ["tests/ops/test_prefix_tree.py", "tests/ops/test_tree_attention_torch.py", "tests/ops/test_block_table.py"],
-    "engine/growing_batch.py": ["tests/engine/test_fused.py", "tests/engine/test_exactness.py", "tests/models/test_model_untouched.py"],
+    "ops/prefix_tree.py": [
+        "tests/ops/test_prefix_tree.py", "tests/ops/test_tree_attention_torch.py", "tests/ops/test_block_table.py",
+    ],
+    "engine/growing_batch.py": [
+        "tests/engine/test_fused.py", "tests/engine/test_exactness.py", "tests/models/test_model_untouched.py",
+    ],
     "ops/reference.py": [
         "tests/ops/test_decode_attention.py::test_the_oracle_is_the_formula",
         "tests/ops/test_decode_attention.py::test_the_oracle_is_tree_attention_of_a_chains_last_token",
         "tests/ops/test_tree_attention_torch.py",
     ],
     "models/attention_hook.py": [
-        "tests/models/test_model_untouched.py", "tests/models/test_refusals.py", "tests/engine/test_exactness.py", "tests/engine/test_ablations.py",
+        "tests/models/test_model_untouched.py", "tests/models/test_refusals.py", "tests/engine/test_exactness.py",
+        "tests/engine/test_ablations.py",
     ],
 }  # fmt: skip
 TIMEOUT_S = 900
+MOST_BYTES = 6 << 30  # of address space: a loop that no longer ends may make lists meanwhile
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -186,6 +195,7 @@ def run(mutant: Mutant, tree: Path) -> tuple[str, float, str]:
 
 def _test(tree: Path, tests: list[str], log: Path) -> None:
     """In a child of a process that has imported what takes long, and nothing of shipsfast."""
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True

@@ -7,9 +7,10 @@ cd "$(dirname "$0")/.."
 OLDEST="${OLDEST:-5.13.1}"
 NEWEST="${NEWEST:-$(sed -n 's/^transformers==//p' constraints.txt)}"
 TORCH="${TORCH:-$(sed -n 's/^torch==//p' constraints.txt)}"
-CORE="tests/engine/test_exactness.py tests/models/test_families.py tests/models/test_refusals.py tests/ops/test_sinks.py tests/models/test_wrapped_models.py tests/models/test_quantised.py
-      tests/models/test_streaming.py tests/models/test_layer_bytes.py tests/models/test_model_untouched.py tests/engine/test_fused.py tests/engine/test_fused_triton.py
-      tests/ops/test_small_ops.py tests/runs/test_runs.py"
+CORE="tests/engine/test_exactness.py tests/models/test_families.py tests/models/test_refusals.py tests/ops/test_sinks.py
+      tests/models/test_wrapped_models.py tests/models/test_quantised.py tests/models/test_streaming.py
+      tests/models/test_layer_bytes.py tests/models/test_model_untouched.py tests/engine/test_fused.py
+      tests/engine/test_fused_triton.py tests/ops/test_small_ops.py tests/runs/test_runs.py"
 PYTEST_ARGS="${PYTEST_ARGS:-$CORE}"
 python="${PYTHON:-python3.11}"
 command -v "$python" >/dev/null || python=python3

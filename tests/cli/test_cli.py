@@ -1,10 +1,13 @@
 """The command line as users meet it: results on stdout, one clear line and status 2 for bad input."""
 
 import json
+import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import shipsfast
 from shipsfast import cli
 from shipsfast.demo.run import MODEL, PROMPTS
 from tests.support.command_line import refused, run
+from tests.support.places import ROOT
 
 
 def test_scan_of_the_embedded_model(capsys, tmp_path):
@@ -128,6 +132,27 @@ def test_info(capsys):
     assert run(capsys, "info")[1].startswith("shipsfast ")
 
 
+def test_the_command_in_a_process_of_its_own(tmp_path):
+    """As it is installed: the other tests call its function, or start it where torch is imported already."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        script = tomllib.load(file)["project"]["scripts"]["shipsfast"]
+    assert pkgutil.resolve_name(script) is cli.main
+
+    def ended(*arguments):
+        command = [sys.executable, "-m", "shipsfast", "scan", MODEL, *arguments]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    done = ended(PROMPTS / "taboo.csv", "--limit", "2", "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["record"]["model"]["layers"] == 4
+    done = ended("absent.csv", "-q")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("shipsfast: no prompt file at absent.csv")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.serial
 def test_help_is_quick_and_needs_no_torch():
     code = (
         "import sys; sys.argv=['shipsfast','--help']\n"

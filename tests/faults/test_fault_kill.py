@@ -20,7 +20,8 @@ from tests.support.traces import PACKAGE, lines, trace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WRITERS = tuple(
-    os.path.join(PACKAGE, name) for name in ("runs/folder.py", "runs/manifest.py", "runs/lock.py")
+    os.path.join(PACKAGE, name)
+    for name in ("runs/folder.py", "runs/whole_files.py", "runs/manifest.py", "runs/lock.py")
 )
 POINTS = 56
 

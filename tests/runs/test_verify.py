@@ -135,9 +135,9 @@ def test_huge_searches_are_counted_at_once(tmp_path, size):
         tmp_path / "run",
         lambda m: m["identity"].update(group_size=size, shape=[3, 600, 600], beam=5, prompts=["a", "b", "c"]),
     )
-    started = time.perf_counter()
+    started = time.process_time()
     text = render(verify(tmp_path / "run"))
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert "rows are missing" in text or "does not describe its run" in text
     if size == 3:  # one group, then five, of 360,000 heads
         assert f"of {360_000 + 5 * 359_999 + 5 * 359_998} rows are missing" in text
