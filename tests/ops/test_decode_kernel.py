@@ -216,6 +216,7 @@ def test_committed_parameters_run(dtype):
 needs_gpu = pytest.mark.skipif(not TEST_GPU, reason="needs a GPU: set SHIPSFAST_TEST_GPU=1")
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("groups", [1, 2, 4, 8, 32])
@@ -229,6 +230,7 @@ def test_long_caches_on_the_gpu(dtype, groups, D):
     assert torch.equal(out, inputs.run(module.decode_attention))
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
@@ -242,6 +244,7 @@ def test_replacements_change_no_bits_on_the_gpu(dtype, groups):
     assert torch.equal(inputs.run(module.decode_attention)[kept], without[kept])
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_offsets_beyond_32_bits_on_the_gpu():
     """The third slot, then the third position, 2**31 elements from the first: 6 GiB of bfloat16."""

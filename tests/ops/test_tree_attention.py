@@ -389,6 +389,7 @@ def test_committed_parameters_run():
     make_inputs(Case(B=1, H=1, HKV=1, D=128, dtype=torch.bfloat16)).run(config=None)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not TEST_GPU, reason="needs a GPU: set SHIPSFAST_TEST_GPU=1")
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("D", [64, 96, 128, 256])
