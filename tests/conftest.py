@@ -3,11 +3,15 @@ several rooms."""
 
 import os
 import shutil
+import signal
 
 # Tests run beside each other: one thread each, said before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
+
+# A shell that starts the tests in the background has Ctrl-C ignored, also by all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
