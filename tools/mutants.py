@@ -36,6 +36,7 @@ TESTS = {
     ],
     "engine/growing_batch.py": [
         "tests/engine/test_fused.py", "tests/engine/test_exactness.py", "tests/models/test_model_untouched.py",
+        "tests/answers/test_generation.py::test_every_path_gives_that_text",
     ],
     "ops/reference.py": [
         "tests/ops/test_decode_attention.py::test_the_oracle_is_the_formula",
