@@ -40,9 +40,8 @@ def generate(
     for rows in longest.watch(decoded):
         for row in rows:
             out[row.group][row.prompt] = row.tokens
-    if (
-        execution.engine != "transformers" and not execution.generate_kwargs
-    ):  # whose settings may choose otherwise
+    # Settings of the model's own `generate` may choose otherwise.
+    if execution.engine != "transformers" and not execution.generate_kwargs:
         check_generation(generation, longest.row)
     if tokenizer is None:
         return out

@@ -95,14 +95,5 @@ def prepare_generation(
         values = mean_outputs(subject.model, subject.anatomy, subject.other_ids, subject.backend)
     plan = make_generation_plan(subject, len(groups), execution)
     end_tokens = find_end_tokens(model, tokenizer, measurement.eos_token_id, subject.anatomy.vocab_size)
-    return Generation(
-        subject,
-        tokenizer,
-        groups,
-        sampling,
-        measurement.max_new_tokens,
-        end_tokens,
-        plan,
-        values,
-        asked,
-    )
+    most = measurement.max_new_tokens
+    return Generation(subject, tokenizer, groups, sampling, most, end_tokens, plan, values, asked)

@@ -269,10 +269,10 @@ def _to_json(name: str, value):
         return [_to_json(name, each) for each in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    if isinstance(value, numbers.Real):
-        return float(value)
     if hasattr(value, "__index__"):
         return operator.index(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
     if hasattr(value, "to_text"):
         return value.to_text()
     raise InputError(
