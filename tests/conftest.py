@@ -1,9 +1,11 @@
 """Set-up that must happen before any test module is imported, what a machine without a GPU leaves out, and fixtures of
 several rooms."""
 
+import gc
 import os
 import shutil
 import signal
+import sys
 
 # Tests run beside each other: one thread each, said before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -38,6 +40,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reason = f"{len(waiting):,} tests need a CUDA GPU: make test-gpu runs them"
     waiting[0].add_marker(pytest.mark.skip(reason=reason), append=False)
     leave_out(config, items, waiting[1:])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage during the tests looks at it again. At the end it may go, or
+    nanobind reports all of Triton's objects as leaked."""
+    if "triton.runtime.interpreter" in sys.modules:
+        quick_interpreter(sys.modules["triton.runtime.interpreter"])
+    gc.collect()
+    gc.freeze()
+
+
+def quick_interpreter(interpreter) -> None:
+    """Triton's interpreter prepares its language when a kernel starts, and again at each call of a function inside of
+    it, which takes a millisecond. For the functions of one module once is enough: that is never undone."""
+    whole, prepared = interpreter.InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ in prepared:
+            return self.rewrite()(*args, **kwargs)
+        prepared.add(self.fn.__module__)
+        return whole(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], these: list[pytest.Item]) -> None:

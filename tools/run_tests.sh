@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"
 workers="${TEST_WORKERS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}"
 [ "$workers" -le 8 ] || workers=8 # each takes about 1 GB
+export PYTHONDONTWRITEBYTECODE= # many processes start: what one compiled, the next need not
 NONE=5                            # pytest's status where no test was chosen, which may be so for one part
 
 TEST_PART=parallel "$python" -m pytest -n "$workers" --dist worksteal "$@"

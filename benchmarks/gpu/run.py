@@ -96,6 +96,7 @@ def main(argv: list[str]) -> int:
     try:
         return run(session, chosen(args), args)
     finally:
+        gc.unfreeze()
         faulthandler.cancel_dump_traceback_later()
 
 

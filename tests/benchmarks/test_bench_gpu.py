@@ -1,7 +1,6 @@
 """`python -m benchmarks gpu`, all of it, at small shapes on the CPU: it must not fail for a silly reason on the day
 when there is a GPU."""
 
-import gc
 import json
 import os
 import subprocess
@@ -28,14 +27,6 @@ NEEDS_MORE = {
     "bfloat16, float32 residual stream",
     "float16, float32 residual stream",
 }
-
-
-@pytest.fixture(autouse=True)
-def collected_again():
-    """A run takes what was imported away from the garbage collector. Here the process goes on, and at its end nanobind
-    would report all of Triton's objects as leaked."""
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -55,7 +55,6 @@ def config(**how) -> LlamaConfig:
     return LlamaConfig(vocab_size=256, num_attention_heads=HEADS, max_position_embeddings=64, **how)
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and RLIMIT_AS is not enforced elsewhere")
 def test_a_model_larger_than_the_memory_allowed(tmp_path):
     torch.manual_seed(0)

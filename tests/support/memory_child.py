@@ -1,12 +1,14 @@
-"""Run by test_memory_limits.py in a process of its own: `peak SHAPE LIMIT_MIB` or `starved`. Prints one JSON object.
+"""Run by test_memory_limits.py: each argument is `peak SHAPE LIMIT_MIB` or `starved`, and gives one line of JSON.
 
-Peaks are of the whole process, and a limit of its address space cannot be taken back.
+Each in a fork of this process, once everything is imported: peaks are of a whole process, and a limit of its address
+space cannot be taken back.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import random
 import resource
 import sys
@@ -19,7 +21,7 @@ import shipsfast
 from shipsfast.scans.bench import peak_memory
 
 SHAPES = {
-    "wide": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=12, vocab_size=500),
+    "wide": dict(hidden_size=768, intermediate_size=768, num_hidden_layers=2, num_attention_heads=12, vocab_size=500),
     "vocabulary": dict(
         hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
         vocab_size=32000,
@@ -69,5 +71,11 @@ def starved() -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    done = peak(sys.argv[2], int(sys.argv[3])) if sys.argv[1] == "peak" else starved()
-    print(json.dumps(done))
+    for what, *arguments in map(str.split, sys.argv[1:]):
+        child = os.fork()
+        if not child:
+            done = peak(arguments[0], int(arguments[1])) if what == "peak" else starved()
+            print(json.dumps(done), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{what} {arguments} failed")
