@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole test suite in two parts: beside each other, one thread a worker; then, one by one, the tests that measure
-# memory or time. Arguments go to both parts. Fails if a test of either part does, or if no test was asked for.
+# time or their own memory. Arguments go to both parts. Fails if a test of either part does, or if no test was asked for.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"

@@ -94,7 +94,9 @@ def test_what_a_model_does_to_its_logits_is_seen(family, copies):
     assert inspect_model(model, [1, 2, 3], 8).logit_copies == copies
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc, and the address space is limited")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="peaks are read from /proc, and the address space is limited"
+)
 def test_peaks_are_near_their_prediction_and_too_little_memory_is_survived():
     """To a tenth, and 5 MiB for the scan's checks of itself. What the allocator keeps of freed memory comes on top."""
     cases = ("peak wide 0", "peak vocabulary 0", "peak wide 60")
