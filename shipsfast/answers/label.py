@@ -38,10 +38,8 @@ class Kept:
 
     def write(self) -> None:
         if self.folder is not None and self._unwritten:
-            rows, self._unwritten = (
-                self._unwritten,
-                [],
-            )  # first: a signal may come right after, and none is written twice
+            # First: a signal may come right after, and none is written twice.
+            rows, self._unwritten = self._unwritten, []
             self.folder.write_part(self.completions.frame(rows, text=self.completions.keep_text), self.room)
         self._written = time.monotonic()
 

@@ -269,9 +269,8 @@ def _bca_interval(means, observed, influence, confidence) -> np.ndarray:
     below = ((means < observed).sum(axis=0) + (means <= observed).sum(axis=0)) / (2 * resamples)
     z0 = ndtri(below.clip(0.5 / resamples, 1 - 0.5 / resamples))  # finite even if all lie on one side
     largest = np.abs(influence).max(axis=0)
-    deviation = influence / np.where(
-        largest > 0, largest, 1
-    )  # the largest is 1, so that no power of it underflows
+    # The largest is 1, so that no power of it underflows.
+    deviation = influence / np.where(largest > 0, largest, 1)
     squares = np.maximum((deviation**2).sum(axis=0), 1)  # under 1 only where all are 0, and so the cubes
     acceleration = (deviation**3).sum(axis=0) / (6 * squares**1.5)
     z = z0 + ndtri([[(1 - confidence) / 2], [(1 + confidence) / 2]])  # [2, N]

@@ -35,9 +35,8 @@ COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
 LARGEST_BYTES = 64 << 20  # of a matrix whose rate is measured: larger ones are cut, their rate is the same
 MOST_TOKENS = 16384  # more make no product faster
 READ_BYTES = 256 << 20  # of a checkpoint are read to see how fast it can be
-CHECK_ROWS = (
-    4  # of the longest prompt pass the model as it is: one for the noise floor, three for the spot check
-)
+# Rows of the longest prompt that pass the model as it is: one for the noise floor, three for the spot check.
+CHECK_ROWS = 4
 
 
 @dataclass(frozen=True)

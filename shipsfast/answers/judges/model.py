@@ -26,9 +26,8 @@ from .judge import Completion, Judge
 
 KINDS = ("classifier", "chat")
 NEW_TOKENS = 8  # some begin with line breaks
-MIN_VOCABULARY = (
-    16  # for many families transformers makes up a tokenizer without words where there are no files
-)
+# For many families transformers makes up a tokenizer without words where there are no files.
+MIN_VOCABULARY = 16
 
 
 class ModelJudge(Judge):
