@@ -70,13 +70,9 @@ class RankStability:
         """The settings and the observed top k heads in order, for run.json; what is not known is None."""
         layers, heads = np.nonzero(self.rank <= self.k)
         order = np.argsort(self.rank[layers, heads])
+        settings = ("k", "prompts", "resamples", "confidence", "seed", "signed")
         return {
-            "k": self.k,
-            "prompts": self.prompts,
-            "resamples": self.resamples,
-            "confidence": self.confidence,
-            "seed": self.seed,
-            "signed": self.signed,
+            **{name: getattr(self, name) for name in settings},
             "interval": "BCa",
             "top_k_overlap": or_none(self.top_k_overlap),
             "top": [
@@ -84,11 +80,8 @@ class RankStability:
                     "rank": int(self.rank[at]),
                     "layer": int(at[0]),
                     "head": int(at[1]),
-                    "mean": or_none(self.mean[at]),
-                    "low": or_none(self.low[at]),
-                    "high": or_none(self.high[at]),
-                    "rank_low": or_none(self.rank_low[at], int),
-                    "rank_high": or_none(self.rank_high[at], int),
+                    **{name: or_none(getattr(self, name)[at]) for name in ("mean", "low", "high")},
+                    **{name: or_none(getattr(self, name)[at], int) for name in ("rank_low", "rank_high")},
                     "top_k_frequency": or_none(self.top_k_frequency[at]),
                 }
                 for at in zip(layers[order], heads[order], strict=True)
