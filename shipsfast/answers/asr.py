@@ -12,7 +12,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..clock import seconds_since
-from ..engine.heads import Head
 from ..engine.measurement import called_with
 from ..models.restore import untouched
 from ..results.completions import MISSING, Completions
@@ -79,11 +78,14 @@ def scan_asr(
         "plan": generation.plan.to_json(),
         "scan_seconds": seconds_since(scan_started),
         "unablated": {label: float(completions.share(label)[0]) for label in LABELS},
-        "degenerate": _by_head(completions, units, shape),
     }
-    result = ShipsResult(
-        _scores(completions, units, shape), float(completions.share("complied")[0]), record, identity
-    )
+    layers, heads = np.transpose(units)
+    labels, scores = completions.label[1:].T, np.full(shape, np.nan)
+    scores[:, layers, heads] = np.where(labels == MISSING, np.nan, labels == LABELS.index("complied"))
+    degenerate = np.full(shape[1:], None)  # None stays where a head was not scanned
+    degenerate[layers, heads] = completions.share("degenerate")[1:]
+    record["degenerate"] = degenerate.tolist()
+    result = ShipsResult(scores, float(completions.share("complied")[0]), record, identity)
     record["concentration"] = result.concentration().to_json()
     record["seconds"] = seconds_since(started)
     if folder is not None:
@@ -92,17 +94,3 @@ def scan_asr(
         folder.write_part(score_frame(new, NAMES, column(METRIC)))
         folder.write_manifest(record | {"status": "complete", "noise_floor": result.noise_floor})
     return result
-
-
-def _scores(completions: Completions, units: list[Head], shape: list[int]) -> np.ndarray:
-    scores = np.full(shape, np.nan)
-    for (layer, index), label in zip(units, completions.label[1:], strict=True):
-        scores[:, layer, index] = np.where(label == MISSING, np.nan, label == LABELS.index("complied"))
-    return scores
-
-
-def _by_head(completions: Completions, units: list[Head], shape: list[int]) -> list[list[float | None]]:
-    out: list[list[float | None]] = [[None] * shape[2] for _ in range(shape[1])]
-    for (layer, index), share in zip(units, completions.share("degenerate")[1:], strict=True):
-        out[layer][index] = float(share)
-    return out

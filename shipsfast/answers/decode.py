@@ -43,14 +43,6 @@ def decode(
     return continuous(generation, rows, progress)
 
 
-class Longest:
-    """Remembers the longest text that came by."""
-
-    row: Decoded | None = None
-
-    def watch(self, batches: Iterator[list[Decoded]]) -> Iterator[list[Decoded]]:
-        for rows in batches:
-            for row in rows:
-                if self.row is None or len(row.tokens) > len(self.row.tokens):
-                    self.row = row
-            yield rows
+def longest(rows: Iterable[Decoded | None]) -> Decoded | None:
+    """The row with the longest text, the first of several; None is no row."""
+    return max(filter(None, rows), key=lambda row: len(row.tokens), default=None)

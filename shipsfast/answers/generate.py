@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..engine.measurement import called_with
 from ..models.restore import untouched
-from .decode import Longest, decode
+from .decode import decode, longest
 from .generation import prepare_generation
 from .measurements import EngineExecution, GenerationMeasurement
 from .self_check import check_generation
@@ -35,14 +35,15 @@ def generate(
         generation, generation.rows, engine=execution.engine, generate_kwargs=execution.generate_kwargs,
         progress=execution.progress,
     )  # fmt: skip
-    longest = Longest()
+    checked = None
     out: list[list] = [[None] * len(generation.subject.token_ids) for _ in generation.groups]
-    for rows in longest.watch(decoded):
+    for rows in decoded:
+        checked = longest([checked, *rows])
         for row in rows:
             out[row.group][row.prompt] = row.tokens
     # Settings of the model's own `generate` may choose otherwise.
     if execution.engine != "transformers" and not execution.generate_kwargs:
-        check_generation(generation, longest.row)
+        check_generation(generation, checked)
     if tokenizer is None:
         return out
     return [tokenizer.batch_decode(texts, skip_special_tokens=True) for texts in out]

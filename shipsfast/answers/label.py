@@ -12,7 +12,7 @@ from ..memory import once_more
 from ..results.completions import Completions
 from ..runs.folder import RunFolder
 from ..runs.kinds import COMPLETIONS
-from .decode import Longest, decode
+from .decode import decode, longest
 from .generation import Generation
 from .judges.judge import Completion
 from .self_check import check_generation
@@ -38,10 +38,8 @@ class Kept:
 
     def write(self) -> None:
         if self.folder is not None and self._unwritten:
-            rows, self._unwritten = (
-                self._unwritten,
-                [],
-            )  # first: a signal may come right after, and none is written twice
+            # First: a signal may come right after, and none is written twice.
+            rows, self._unwritten = self._unwritten, []
             self.folder.write_part(self.completions.frame(rows, text=self.completions.keep_text), self.room)
         self._written = time.monotonic()
 
@@ -56,10 +54,11 @@ def answer(generation: Generation, judge: Labelled, kept: Kept, progress: bool =
     Returns the shortfall that `check_generation` found. Where nothing is missing, the run was ended before that check
     or by it: it is made on a text that is decoded anew.
     """
-    missing, longest = kept.completions.missing(), Longest()
+    missing, checked = kept.completions.missing(), None
     if missing:
         try:
-            for rows in longest.watch(decode(generation, missing, progress=progress)):
+            for rows in decode(generation, missing, progress=progress):
+                checked = longest([checked, *rows])
                 for row, text, label in judged(generation, judge, rows):
                     kept.take(row, text, label)
                 kept.write_now_and_then()
@@ -68,10 +67,10 @@ def answer(generation: Generation, judge: Labelled, kept: Kept, progress: bool =
     else:
         lengths = kept.completions.num_tokens
         again = tuple(map(int, np.unravel_index(lengths.argmax(), lengths.shape)))
-        for _ in longest.watch(decode(generation, [again])):
-            pass
+        for rows in decode(generation, [again]):
+            checked = longest([checked, *rows])
     what = "holding a text against a plain forward pass"
-    return once_more(what, lambda: check_generation(generation, longest.row))
+    return once_more(what, lambda: check_generation(generation, checked))
 
 
 def judged(

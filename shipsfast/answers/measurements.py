@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_doc import Doc
 
-from ..engine.heads import Head, check_heads
+from ..engine.heads import Head, check_groups, check_heads
 from ..engine.measurement import FP32_RESIDUAL, Execution, Heads, Measurement, as_heads, as_tuple
 from ..errors import InputError, whole_number
-from .groups import check_groups
 from .judges.judge import Judge
 
 if TYPE_CHECKING:

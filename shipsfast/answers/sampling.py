@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, whole_number
-from .measurements import TOP_K, AnswerMeasurement
+from .measurements import TOP_K
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class Sampling:
     top_k: int = TOP_K
     temperature: float = 1.0
     seed: int = 0
-
-    @classmethod
-    def of(cls, measurement: AnswerMeasurement) -> Sampling:
-        return cls(measurement.do_sample, measurement.top_k, measurement.temperature, measurement.seed)
 
     def check(self, vocabulary: int) -> None:
         whole_number("seed", self.seed, 0)

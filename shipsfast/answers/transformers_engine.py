@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from ..engine.ablate import dense_rows
 from ..engine.decoder import Decoded
 from ..engine.head_mask import HeadMask
+from ..models.forward import padded
 from .generation import Generation
 
 
@@ -45,9 +46,7 @@ def with_transformers(
         for start in range(0, len(prompts), most):
             part = prompts[start : start + most]
             ids = [subject.token_ids[p] for p in part]
-            width = max(map(len, ids))
-            padded = torch.tensor([[pad] * (width - len(x)) + x for x in ids], device=subject.device)
-            seen = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=subject.device)
+            batch = padded(ids, pad, "left", subject.device)
             devices = [subject.device] if subject.device.type == "cuda" else []
             with contextlib.ExitStack() as undo:
                 # What a call leaves open would be taken from the settings that the model comes with.
@@ -56,10 +55,8 @@ def with_transformers(
                 undo.enter_context(torch.random.fork_rng(devices))
                 undo.enter_context(dense_rows(subject.model, subject.anatomy, mask))
                 torch.manual_seed(sampling.seed)
-                text = subject.model.generate(
-                    input_ids=padded, attention_mask=seen, generation_config=config, **generate_kwargs
-                )
-            for p, tokens in zip(part, text[:, width:].tolist(), strict=True):
+                text = subject.model.generate(**batch, generation_config=config, **generate_kwargs)
+            for p, tokens in zip(part, text[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((i for i, t in enumerate(tokens) if t in generation.end_tokens), None)
                 out.append(Decoded(group, p, tokens[:end], end is not None))
         yield out

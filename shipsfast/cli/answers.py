@@ -9,7 +9,6 @@ import typer
 
 from ..errors import InputError
 from .asked import Asked, check_place
-from .judges import chosen_judge
 from .options import ANSWER_OPTIONS, Control, Groups, JudgeName, JudgeTemplate, KeepText, command
 from .shown import show_json, show_result
 
@@ -75,7 +74,7 @@ def evaluate(
     from ..answers.evaluate import evaluate as run_it
 
     result = asked.run(
-        run_it, groups=[[], *(group for group in chosen if group)], judge=chosen_judge(judge, judge_template, asked),
+        run_it, groups=[[], *(group for group in chosen if group)], judge=asked.judge(judge, judge_template),
         control=ordinary, keep_text=keep_text,
     )  # fmt: skip
     if view is not None:

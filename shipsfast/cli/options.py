@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +11,9 @@ import typer
 
 from ..answers.measurements import AnswerMeasurement, EvaluationMeasurement
 from ..engine.measurement import Execution, Measurement, ScanExecution, described
+from ..errors import InputError
 from ..scans.measurements import SaharaMeasurement, ShipsMeasurement
 from .asked import Asked
-from .together import check_together, given_options
 
 
 def _option(
@@ -152,6 +152,12 @@ ANSWER_OPTIONS = {
 }
 SCAN_OPTIONS = {"heads": (HeadNames, None), "plot": (Plot, None), "stream": (Stream, False)}
 PLAN_OPTIONS = {"plan": (PlanOnly, False), "device_memory": (DeviceMemory, None)}
+# Without --rank-by asr nobody answers, and nobody judges.
+OF_ANSWERS = (
+    "judge", "judge_template", "max_new_tokens", "do_sample", "top_k", "temperature", "eos_token_id", "keep_text",
+)  # fmt: skip
+# --plan computes no scores and writes nothing.
+OF_RESULTS = ("out", "resume", "plot", "nonfinite", "top", *OF_ANSWERS)
 
 
 def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
@@ -187,3 +193,30 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
         return run
 
     return decorate
+
+
+def given_options(context: typer.Context) -> set[str]:
+    """Names of the options that were given, at their defaults too."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+
+
+def check_together(given: set[str], *, plan: bool, answers: bool) -> None:
+    """Raises InputError for options that say nothing together, before anything is read or loaded.
+
+    given: names of options; answers: the scan lets the model answer (--rank-by asr).
+    """
+    if plan:
+        idle = _flags(given, OF_RESULTS)
+        if idle:
+            raise InputError(
+                f"--plan runs nothing, so that {idle} would do nothing: leave it away, or leave --plan away"
+            )
+    elif not answers:
+        idle = _flags(given, OF_ANSWERS)
+        if idle:
+            raise InputError(f"only whole answers have a use for {idle}: add --rank-by asr, or leave it away")
+
+
+def _flags(given: set[str], names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if name in given)

@@ -8,7 +8,6 @@ import typer
 
 from ..errors import InputError
 from .asked import Asked, quiet_transformers, template_for
-from .judges import chosen_judge
 from .options import (
     ANSWER_OPTIONS,
     PLAN_OPTIONS,
@@ -81,7 +80,7 @@ def scan(
         )
     from ..answers.asr import scan_asr
 
-    judge = chosen_judge(judge, judge_template, asked)
+    judge = asked.judge(judge, judge_template)
     show_result(asked.run(scan_asr, judge=judge, keep_text=keep_text), top, asked)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .weights import execution_device
@@ -40,6 +42,20 @@ def plain_pass(model: PreTrainedModel, ids: Sequence[Sequence[int]], **how) -> t
     tokens = torch.tensor([list(row) for row in ids], device=input_device(model))
     with torch.inference_mode(), evaluating(model):
         return model(input_ids=tokens, use_cache=False, return_dict=True, **how).logits
+
+
+def padded(
+    ids: Sequence[Sequence[int]], pad: int, side: str, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of a batch, int64 [rows, tokens of the longest], padded on the "left" or "right". A
+    tokenizer's own padding wants a padding token that is in its vocabulary, which models need not have."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in ids]
+    seen = [torch.ones_like(row) for row in rows]
+    fill = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    return {
+        "input_ids": fill(rows, padding_value=pad).to(device),
+        "attention_mask": fill(seen, padding_value=0).to(device),
+    }
 
 
 def rounded_to(model: PreTrainedModel) -> torch.dtype:

@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import InputError
+from ..memory import is_out_of_memory
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, MemoryError, RuntimeError, SafetensorError)
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -61,11 +62,11 @@ def load_model(
         return (model if stream else model.to(where)).eval()
     except InputError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"{name} does not fit on {where}: use --stream, another device or --dtype bfloat16"
-        ) from error
     except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise InputError(
+                f"{name} does not fit on {where}: use --stream, another device or --dtype bfloat16"
+            ) from error
         raise InputError(
             f"cannot load a causal language model from {_place(name)}: {first_line(error)}"
         ) from error

@@ -70,13 +70,9 @@ class RankStability:
         """The settings and the observed top k heads in order, for run.json; what is not known is None."""
         layers, heads = np.nonzero(self.rank <= self.k)
         order = np.argsort(self.rank[layers, heads])
+        settings = ("k", "prompts", "resamples", "confidence", "seed", "signed")
         return {
-            "k": self.k,
-            "prompts": self.prompts,
-            "resamples": self.resamples,
-            "confidence": self.confidence,
-            "seed": self.seed,
-            "signed": self.signed,
+            **{name: getattr(self, name) for name in settings},
             "interval": "BCa",
             "top_k_overlap": or_none(self.top_k_overlap),
             "top": [
@@ -84,11 +80,8 @@ class RankStability:
                     "rank": int(self.rank[at]),
                     "layer": int(at[0]),
                     "head": int(at[1]),
-                    "mean": or_none(self.mean[at]),
-                    "low": or_none(self.low[at]),
-                    "high": or_none(self.high[at]),
-                    "rank_low": or_none(self.rank_low[at], int),
-                    "rank_high": or_none(self.rank_high[at], int),
+                    **{name: or_none(getattr(self, name)[at]) for name in ("mean", "low", "high")},
+                    **{name: or_none(getattr(self, name)[at], int) for name in ("rank_low", "rank_high")},
                     "top_k_frequency": or_none(self.top_k_frequency[at]),
                 }
                 for at in zip(layers[order], heads[order], strict=True)
@@ -269,9 +262,8 @@ def _bca_interval(means, observed, influence, confidence) -> np.ndarray:
     below = ((means < observed).sum(axis=0) + (means <= observed).sum(axis=0)) / (2 * resamples)
     z0 = ndtri(below.clip(0.5 / resamples, 1 - 0.5 / resamples))  # finite even if all lie on one side
     largest = np.abs(influence).max(axis=0)
-    deviation = influence / np.where(
-        largest > 0, largest, 1
-    )  # the largest is 1, so that no power of it underflows
+    # The largest is 1, so that no power of it underflows.
+    deviation = influence / np.where(largest > 0, largest, 1)
     squares = np.maximum((deviation**2).sum(axis=0), 1)  # under 1 only where all are 0, and so the cubes
     acceleration = (deviation**3).sum(axis=0) / (6 * squares**1.5)
     z = z0 + ndtri([[(1 - confidence) / 2], [(1 + confidence) / 2]])  # [2, N]

@@ -64,11 +64,9 @@ class EvalResult:
 
         It is about prompts like these, and counts none of what a judge gets wrong.
         """
-        out = np.full((len(self.groups), 2), np.nan)
+        out = np.empty((len(self.groups), 2))
         for g, row in enumerate(self.completions.label):
-            done = int((row != MISSING).sum())
-            if done:
-                out[g] = wilson_interval((row == 0).sum(), done, confidence)
+            out[g] = wilson_interval((row == 0).sum(), (row != MISSING).sum(), confidence)
         return out
 
     def to_pandas(self) -> pd.DataFrame:

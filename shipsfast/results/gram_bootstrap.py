@@ -93,10 +93,6 @@ class Grams:
             confidence=confidence, seed=seed,
         )  # fmt: skip
 
-    def covers(self, scores: np.ndarray) -> bool:
-        """Whether every score there is comes with its own."""
-        return not np.isnan(self.heads[~np.isnan(scores)]).any()
-
     @staticmethod
     def work(angles: np.ndarray, prompts: int) -> int:
         """What the default resampling takes, in operations or so."""

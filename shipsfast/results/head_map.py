@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -79,6 +79,10 @@ class Ranked:
     record: dict
     identity: dict
     score_name: str  # of a score, in JSON
+    signed: ClassVar[bool] = False
+    is_rate: ClassVar[bool] = False  # are the scores 0 or 1, and their means rates that many heads share?
+    # What scores are compared with before they count as anything.
+    floor_name: ClassVar[str] = "the noise floor"
 
     @property
     def unit(self) -> str:
@@ -93,24 +97,10 @@ class Ranked:
         top = ", ".join(f"{s.layer}-{s.head} {s.score:.4g}" for s in self.top(3))
         return f"{type(self).__name__}({layers} layers x {heads} {self.unit}s, top: {top})"
 
-    @property
-    def signed(self) -> bool:
-        return False
-
-    @property
-    def is_rate(self) -> bool:
-        """Are the scores 0 or 1, and their means rates that many heads share?"""
-        return False
-
     def top(self, k: int = 10) -> list[HeadScore]:
         """The k heads with the largest (for signed metrics: largest in size) score; ties go to the lower
         (layer, head)."""
         return ranked(self.mean(), k, self.signed)
-
-    @property
-    def floor_name(self) -> str:
-        """What scores are compared with before they count as anything."""
-        return "the noise floor"
 
     def quick_stability(self, k: int) -> tuple[RankStability | None, str]:
         """`stability` for tables, plots and run folders; None and the reason where it cannot be, or takes minutes."""

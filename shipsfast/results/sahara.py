@@ -14,7 +14,7 @@ from ..runs.manifest import read_manifest
 from ..runs.tables import read_scores, score_frame
 from .bootstrap import RankStability, as_known
 from .gram_bootstrap import RESAMPLES, Grams
-from .head_map import HeadScore, ranked, save_scores, share_of
+from .head_map import HeadScore, Ranked, ranked, save_scores, share_of
 from .statistics import Concentration, above_noise, concentration
 from .subspace import ANGLE_LABEL, _stability, quick_angles
 
@@ -52,9 +52,7 @@ class SaharaResult:
         """float64 [group_size, L, H], degrees: what each further head adds to the score of the group so far."""
         return self.angle_deg - np.reshape([0.0, *self.scores[:-1]], (-1, 1, 1))
 
-    @property
-    def unit(self) -> str:
-        return self.identity.get("unit", "head")
+    unit = Ranked.unit
 
     def top(self, k: int = 10, step: int = 0) -> list[HeadScore]:
         """The k best candidates of a step (from 0)."""

@@ -12,8 +12,9 @@ from ..errors import InputError
 from ..memory import OutOfMemory, once_more
 from ..ops.prefix_tree import PackedPrompts
 from ..ops.subspaces import gram_matrices, leading_subspace, singular_values, subspace_angle_deg
+from ..results.gram_bootstrap import Grams
 from ..runs.folder import RunFolder
-from ..runs.kinds import BASIS
+from ..runs.kinds import BASIS, GRAMS, SCORES
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .nonfinite import explain, refuse_base
@@ -24,53 +25,77 @@ from .self_check import check_hidden, longest_prompt, plain_hidden
 BASIS_COLUMNS = ("prompt", "vector")
 
 
+class AngleStore:
+    """Angles so far, float64 [..., L, H], their Gram matrices (None: too many), and their run folder."""
+
+    def __init__(
+        self, prepared: Prepared, folder: RunFolder | None, names: tuple[str, ...], shape: tuple[int, ...]
+    ) -> None:
+        """What the folder holds of an unfinished run is read, and the run goes on as it was cut.
+
+        names: the columns that index the dimensions of `shape`.
+        """
+        self.prepared, self.folder, self.names = prepared, folder, names
+        self.angles = np.full(shape, np.nan)
+        self.before: dict = {}  # what an unfinished run has measured beside its angles
+        if folder is not None:
+            self.angles = read_scores(folder.path, shape, names, "angle_deg")
+            self.before = folder.previous_measures()
+            prepared.continue_plan(folder)
+            prepared.record["plan"] = prepared.plan.to_json()
+            folder.write_manifest(self.before | prepared.record | {"status": "running"})
+        self.grams = Grams.empty(len(prepared.token_ids), shape)
+        if self.grams is not None and folder is not None:
+            self.grams.read(folder.path, names)
+
+    def keep(self, at: tuple[int, ...], part: np.ndarray, units: list[Head], **record) -> None:
+        """Write the angles `part` [L, H] of `units` at `at`, which may be (), and their Gram matrices; `record` goes
+        into the manifest."""
+        if self.folder is None:
+            return
+        whole = np.full_like(self.angles, np.nan)
+        whole[at] = part
+        frames = {SCORES: score_frame(whole, self.names, "angle_deg")}
+        if self.grams is not None:
+            frames[GRAMS] = self.grams.part(self.names, [(*at, *unit) for unit in units])
+        self.folder.write_parts(frames, plan=self.prepared.plan.to_json(), **record)
+
+
 class AngleScan:
     """Angles of many units on top of a group that is already off, against the unablated model."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        rank: int,
-        bar,
-        folder: RunFolder | None,
-        base_gram: np.ndarray | None = None,
-    ) -> None:
-        """base_gram: [P, P], to be filled with the unablated model's Gram matrix."""
-        self.prepared, self.rank, self.bar, self.folder, self.base_gram = (
-            prepared,
-            rank,
-            bar,
-            folder,
-            base_gram,
-        )
-        self.basis = None if folder is None else self._read_basis()  # [P, r], of the unablated model
-        before = folder.previous_measures() if folder else {}
+    def __init__(self, store: AngleStore, bar) -> None:
+        self.store, self.prepared, self.folder, self.bar = store, store.prepared, store.folder, bar
+        self.rank = store.prepared.measurement.rank
+        # [P, P], to be filled with the unablated model's Gram matrix.
+        self.base_gram = None if store.grams is None else store.grams.base
+        self.basis = None if self.folder is None else self._read_basis()  # [P, r], of the unablated model
         # Whether the packed model has been held against its own forward pass.
-        self.checked = "noise_floor" in before and folder.same_environment
-        self.singular_values: list[float] = before.get("base_singular_values", [])
-        self.noise_floor: float = before.get("noise_floor", 0.0)
+        self.checked = "noise_floor" in store.before and self.folder.same_environment
+        self.singular_values: list[float] = store.before.get("base_singular_values", [])
+        self.noise_floor: float = store.before.get("noise_floor", 0.0)
         self.parent_angle = 0.0  # of the group that was off in the last block
         self._packs: dict[tuple[int, ...], tuple[PackedPrompts, object]] = {}
 
     def run(
         self,
-        angles: np.ndarray,
+        at: tuple[int, ...],
         units: Sequence[Head],
         parent: tuple[Head, ...],
-        keep: Callable[[np.ndarray, list[Head]], None],
-        grams: np.ndarray | None = None,
+        keep: Callable[[tuple[int, ...], np.ndarray, list[Head]], None],
     ) -> None:
-        """Fill in angles [L, H], and grams [L, H, P, P] if given, of `units` with `parent` off as well.
+        """Fill in the store's angles [L, H] at `at`, and their Gram matrices, of `units` with `parent` off as well.
 
-        keep(part, units) is called with what was missing of each block.
+        keep(at, part, units) is called with what was missing of each block.
         """
+        angles = self.store.angles[at]
         while True:
             try:
                 run_blocks(
                     self.prepared,
                     units,
                     lambda: [u for u in units if np.isnan(angles[u])],
-                    lambda block: self._block(block, parent, angles, keep, grams),
+                    lambda block: self._block(at, block, parent, keep),
                     self.bar,
                 )
                 return
@@ -87,7 +112,7 @@ class AngleScan:
         return {"plan": self.prepared.plan.to_json(), "base_singular_values": self.singular_values}
 
     def _block(
-        self, block: list[Head], parent: tuple[Head, ...], angles: np.ndarray, keep: Callable, grams
+        self, at: tuple[int, ...], block: list[Head], parent: tuple[Head, ...], keep: Callable
     ) -> None:
         # The basis is that of the first block of all, so that a run that was interrupted gets the same.
         first = self.prepared.blocks(self.prepared.units, self.prepared.units)[0]
@@ -100,15 +125,16 @@ class AngleScan:
         self._check_finite(hidden, block, parent)
         found = subspace_angle_deg(self.basis, hidden).cpu().numpy()
         self.parent_angle = float(found[0])
+        angles, grams = self.store.angles[at], self.store.grams
         # Before any angle is taken: what runs out of memory here is done again.
         matrices = None if grams is None else gram_matrices(hidden[1:]).cpu().numpy()
         part, new = np.full_like(angles, np.nan), [unit for unit in block if np.isnan(angles[unit])]
-        for at, unit in enumerate(block):
+        for row, unit in enumerate(block):
             if np.isnan(angles[unit]):
-                part[unit] = found[1 + at]
-                if matrices is not None:
-                    grams[unit] = matrices[at]
-        keep(part, new)
+                part[unit] = found[1 + row]
+                if grams is not None:
+                    grams.heads[at][unit] = matrices[row]
+        keep(at, part, new)
         for unit in new:
             angles[unit] = part[unit]
 

@@ -13,15 +13,11 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..clock import seconds_since
-from ..engine.heads import Head
 from ..engine.measurement import ScanExecution, called_with
 from ..models.restore import untouched
-from ..results.gram_bootstrap import Grams
 from ..results.subspace import HEAD_COLUMNS, SubspaceResult
 from ..runs.folder import RunFolder
-from ..runs.kinds import GRAMS, SCORES
-from ..runs.tables import read_scores, score_frame
-from .angles import AngleScan
+from .angles import AngleScan, AngleStore
 from .measurements import SubspaceMeasurement
 from .prepare import prepare, progress_bar
 
@@ -51,37 +47,20 @@ def scan_dataset(
     started = time.perf_counter()
     prepared = prepare(model, tokenizer, measurement, execution)
     measurement.check(len(prepared.token_ids), len(prepared.units), prepared.anatomy.hidden_size)
-    rank, shape, out = measurement.rank, prepared.grid, execution.out
     identity = prepared.identity  # the model as it is now, before hours of work
-    angles, folder = np.full(shape, np.nan), None
-    if out is not None:
-        folder = RunFolder(out, identity, prepared.record)
-        found = folder.finished(SubspaceResult.load)
-        if found is not None:
-            return found
-        angles = read_scores(folder.path, shape, HEAD_COLUMNS, "angle_deg")
-        prepared.continue_plan(folder)
-        prepared.record["plan"] = prepared.plan.to_json()
-        folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
-    grams = Grams.empty(len(prepared.token_ids), shape)
-    if grams is not None and folder is not None:
-        grams = grams.read(folder.path, HEAD_COLUMNS)
-
-    def keep(part: np.ndarray, units: list[Head]) -> None:
-        if folder is not None:
-            frames = {SCORES: score_frame(part, HEAD_COLUMNS, "angle_deg")}
-            if grams is not None:
-                frames[GRAMS] = grams.part(HEAD_COLUMNS, units)
-            folder.write_parts(frames, plan=prepared.plan.to_json())
-
-    missing = [u for u in prepared.units if np.isnan(angles[u])]
+    folder = None if execution.out is None else RunFolder(execution.out, identity, prepared.record)
+    found = folder and folder.finished(SubspaceResult.load)
+    if found is not None:
+        return found
+    store = AngleStore(prepared, folder, HEAD_COLUMNS, prepared.grid)
+    missing = [u for u in prepared.units if np.isnan(store.angles[u])]
     steps = prepared.layer_passes(prepared.units, missing, len(prepared.plan.prompt_groups))
     with progress_bar("scan-dataset", steps, execution) as bar:
-        angular = AngleScan(prepared, rank, bar, folder, None if grams is None else grams.base)
-        angular.run(angles, prepared.units, (), keep, None if grams is None else grams.heads)
+        angular = AngleScan(store, bar)
+        angular.run((), prepared.units, (), store.keep)
         angular.complete()
     record = prepared.record | angular.record() | {"seconds": seconds_since(started)}
-    result = SubspaceResult(angles, angular.noise_floor, record, identity, grams)
+    result = SubspaceResult(store.angles, angular.noise_floor, record, identity, store.grams)
     record["concentration"] = result.concentration().to_json()
     if folder is not None:
         record["rank_stability"] = result.stability_json(10)

@@ -35,9 +35,8 @@ COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
 LARGEST_BYTES = 64 << 20  # of a matrix whose rate is measured: larger ones are cut, their rate is the same
 MOST_TOKENS = 16384  # more make no product faster
 READ_BYTES = 256 << 20  # of a checkpoint are read to see how fast it can be
-CHECK_ROWS = (
-    4  # of the longest prompt pass the model as it is: one for the noise floor, three for the spot check
-)
+# Rows of the longest prompt that pass the model as it is: one for the noise floor, three for the spot check.
+CHECK_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Forecast:
     """A scan that has not been run.
 
     memory: bytes by part ("model", "ends", "rows", "chunk", "head", "kept"), of which rows with chunk and head take turns; passes: over the
-    layers, checks included; compute_s, load_s: seconds of computing and of reading layers, None where they cannot be
-    told here; limits: why it is not one block.
+    layers, checks included; flops_per_s, read_bytes_per_s: rates measured now, None where they cannot be, or nothing is
+    streamed; seconds: None where such a rate is wanting; limits: why it is not one block.
     """
 
     kind: str
@@ -71,15 +70,6 @@ class Forecast:
     def total_bytes(self) -> int:
         return self.memory["model"] + peak_bytes(self.memory) + self.memory["kept"]
 
-    @property
-    def why_no_time(self) -> str:
-        what = (
-            "weights to see how fast they are read"
-            if self.flops_per_s
-            else f"{self.device} to measure the rate of"
-        )
-        return f"there are no {what}" if self.flops_per_s else f"there is no {what}"
-
     def to_json(self) -> dict:
         return vars(self) | {"plan": self.plan.to_json(), "total_bytes": self.total_bytes}
 
@@ -87,9 +77,12 @@ class Forecast:
         plan, parts, of = self.plan, self.memory, self.model
         groups, blocks = len(plan.prompt_groups), -(-self.units // plan.rows_per_block)
         how = "streamed" if self.stream else "in memory"
-        seconds = (
-            _duration(self.seconds) if self.seconds is not None else f"not predicted here: {self.why_no_time}"
-        )
+        if self.seconds is not None:
+            seconds = _duration(self.seconds)
+        elif self.flops_per_s:
+            seconds = "not predicted here: there are no weights to see how fast they are read"
+        else:
+            seconds = f"not predicted here: there is no {self.device} to measure the rate of"
         rate = "" if self.flops_per_s is None else f" at {self.flops_per_s / 1e9:,.0f} GFLOP/s, measured now"
         if self.read_bytes_per_s:
             rate += f"; layers read at {self.read_bytes_per_s / 1e9:.1f} GB/s, measured now"

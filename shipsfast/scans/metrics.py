@@ -22,11 +22,7 @@ import torch
 
 from ..errors import InputError
 from ..ops import divergences
-from ..ops.divergences import (
-    DIVERGENCES,
-    check_rows,
-    divergence_rows,
-)
+from ..ops.divergences import DIVERGENCES, check_rows, divergence_rows
 
 Token = int | str
 _DIVERGENCE_LABELS = {
@@ -123,9 +119,8 @@ class _TokenMetric(Metric):
     """A value of each row's logits, of which the change from base to ablated is the score."""
 
     tokens: tuple[Token, ...]
-    written: tuple[Token, ...] = field(
-        default=(), compare=False
-    )  # the tokens as they were given, for the label
+    # The tokens as they were given, for the label.
+    written: tuple[Token, ...] = field(default=(), compare=False)
     kind = ""
     unit = "logits"
 

@@ -29,11 +29,7 @@ def explain(prepared, prompt: int, unit=None, parent: Sequence = ()) -> tuple[Pl
 def refuse_base(prepared, prompt: int, what: str) -> NoReturn:
     """Raises UnsupportedModelError: without any head off, `what` is not finite on this prompt."""
     place, _ = explain(prepared, prompt)
-    why = (
-        "a plain forward pass does not have it, so that packing the prompts does it"
-        if place is None
-        else place
-    )
+    why = place or "a plain forward pass does not have it, so that packing the prompts does it"
     raise UnsupportedModelError(
         f"{type(prepared.model).__name__} is not finite without any head off: {what} of prompt {prompt}: {why}; "
         "repair the weights, or load the model in a wider dtype"

@@ -8,6 +8,7 @@ of one, and a set of heads that is reached in two orders is scored once.
 
 from __future__ import annotations
 
+import functools
 import time
 
 import numpy as np
@@ -20,9 +21,7 @@ from ..models.restore import untouched
 from ..results.gram_bootstrap import Grams
 from ..results.sahara import STEP_COLUMNS, SaharaResult
 from ..runs.folder import RunFolder
-from ..runs.kinds import GRAMS, SCORES
-from ..runs.tables import read_scores, score_frame
-from .angles import AngleScan
+from .angles import AngleScan, AngleStore
 from .measurements import SaharaMeasurement
 from .prepare import prepare, progress_bar
 
@@ -53,28 +52,19 @@ def sahara(
     started = time.perf_counter()
     prepared = prepare(model, tokenizer, measurement, execution)
     measurement.check(len(prepared.token_ids), len(prepared.units), prepared.anatomy.hidden_size)
-    group_size, beam, rank = measurement.group_size, measurement.beam, measurement.rank
-    grid, out, identity = prepared.grid, execution.out, prepared.identity
-    scores, folder = np.full((group_size, beam, *grid), np.nan), None
-    if out is not None:
-        folder = RunFolder(out, identity, prepared.record)
-        found = folder.finished(SaharaResult.load)
-        if found is not None:
-            return found
-        scores = read_scores(folder.path, scores.shape, STEP_COLUMNS, "angle_deg")
-        prepared.continue_plan(folder)
-        prepared.record["plan"] = prepared.plan.to_json()
-        folder.write_manifest(folder.previous_measures() | prepared.record | {"status": "running"})
-    grams = Grams.empty(len(prepared.token_ids), scores.shape)
-    if grams is not None and folder is not None:
-        grams = grams.read(folder.path, STEP_COLUMNS)
+    group_size, beam, identity = measurement.group_size, measurement.beam, prepared.identity
+    folder = None if execution.out is None else RunFolder(execution.out, identity, prepared.record)
+    found = folder and folder.finished(SaharaResult.load)
+    if found is not None:
+        return found
+    store = AngleStore(prepared, folder, STEP_COLUMNS, (group_size, beam, *prepared.grid))
 
     groups = len(prepared.plan.prompt_groups)
     per_step = prepared.layer_passes(prepared.units, prepared.units, groups)
     total = per_step * (1 + (group_size - 1) * beam)
     with progress_bar("sahara", total, execution) as bar:
-        angular = AngleScan(prepared, rank, bar, folder, None if grams is None else grams.base)
-        search = _Search(prepared, angular, scores, grams, folder)
+        angular = AngleScan(store, bar)
+        search = _Search(angular)
         seconds = []
         for step in range(group_size):
             bar.set_description(f"sahara, head {step + 1} of {group_size}")
@@ -90,8 +80,9 @@ def sahara(
         "repeated_angle_max_abs_deg": search.repeated,
         "seconds": seconds_since(started),
     }  # fmt: skip
-    angles = np.stack([scores[step, at] for step, at in enumerate(best.path)])
+    angles = np.stack([store.angles[step, at] for step, at in enumerate(best.path)])
     kept = [(list(each.heads), each.angle) for each in search.beams]
+    grams = store.grams
     if grams is not None:
         grams = Grams(grams.base, np.stack([grams.heads[step, at] for step, at in enumerate(best.path)]))
     noise_floor = angular.noise_floor
@@ -122,60 +113,41 @@ class _Group:
 
 
 class _Search:
-    def __init__(self, prepared, angular: AngleScan, scores: np.ndarray, grams: Grams | None, folder) -> None:
-        self.prepared, self.angular, self.scores, self.grams, self.folder = (
-            prepared, angular, scores, grams, folder,
-        )  # fmt: skip
+    def __init__(self, angular: AngleScan) -> None:
+        self.angular, self.store = angular, angular.store
         self.beams = [_Group()]
-        before = folder.previous_measures() if folder else {}
         # The group's own score, when it is row 0 of the next step, against the first time.
-        self.repeated = before.get("repeated_angle_max_abs_deg", 0.0)
+        self.repeated = self.store.before.get("repeated_angle_max_abs_deg", 0.0)
 
     def step(self, step: int) -> None:
         """Score every group of the beam with every head more, and keep the best."""
-        known: dict[frozenset, tuple[int, Head]] = {}  # where a set of heads was scored: (place, head)
+        store = self.store
+        known: dict[frozenset, tuple[int, ...]] = {}  # where a set of heads was scored
         pool = []
-        for at, group in enumerate(self.beams):
-            angles = self.scores[step, at]
-            candidates = [u for u in self.prepared.units if u not in group.heads]
+        for place, group in enumerate(self.beams):
+            at, angles = (step, place), store.angles[step, place]
+            candidates = [u for u in store.prepared.units if u not in group.heads]
             sets = {u: frozenset((*group.heads, u)) for u in candidates}
             again = [u for u in candidates if sets[u] in known]
             if any(np.isnan(angles[u]) for u in again):
                 part = np.full_like(angles, np.nan)
                 for unit in again:
-                    place, head = known[sets[unit]]
-                    angles[unit] = part[unit] = self.scores[step, place][head]
-                    if self.grams is not None:
-                        self.grams.heads[step, at][unit] = self.grams.heads[step, place][head]
-                self._keep(step, at, part, again)
+                    angles[unit] = part[unit] = store.angles[known[sets[unit]]]
+                    if store.grams is not None:
+                        store.grams.heads[(*at, *unit)] = store.grams.heads[known[sets[unit]]]
+                store.keep(at, part, again, repeated_angle_max_abs_deg=self.repeated)
             fresh = [u for u in candidates if sets[u] not in known]
             if any(np.isnan(angles[u]) for u in fresh):
-                self.angular.run(
-                    angles,
-                    fresh,
-                    group.heads,
-                    lambda part, units, at=at, group=group: self._keep(step, at, part, units, group),
-                    None if self.grams is None else self.grams.heads[step, at],
-                )
-            known |= {sets[u]: (at, u) for u in fresh}
-            pool += [(float(angles[u]), at, u) for u in fresh]
+                self.angular.run(at, fresh, group.heads, functools.partial(self._keep, group))
+            known |= {sets[u]: (*at, *u) for u in fresh}
+            pool += [(float(angles[u]), place, u) for u in fresh]
         self.beams = [
-            _Group((*self.beams[at].heads, unit), (*self.beams[at].path, at), angle)
-            for angle, at, unit in _best(pool, self.scores.shape[1])
+            _Group((*self.beams[place].heads, unit), (*self.beams[place].path, place), angle)
+            for angle, place, unit in _best(pool, store.angles.shape[1])
         ]
 
-    def _keep(
-        self, step: int, at: int, part: np.ndarray, units: list[Head], group: _Group | None = None
-    ) -> None:
-        """group: the one that was row 0, if the model has run for it."""
-        if group is not None and group.heads:
+    def _keep(self, group: _Group, at: tuple[int, ...], part: np.ndarray, units: list[Head]) -> None:
+        """group: the one that was row 0."""
+        if group.heads:
             self.repeated = max(self.repeated, abs(self.angular.parent_angle - group.angle))
-        if self.folder is None:
-            return
-        whole = np.full(self.scores.shape, np.nan)
-        whole[step, at] = part
-        frames = {SCORES: score_frame(whole, STEP_COLUMNS, "angle_deg")}
-        if self.grams is not None:
-            frames[GRAMS] = self.grams.part(STEP_COLUMNS, [(step, at, *unit) for unit in units])
-        plan = self.prepared.plan.to_json()
-        self.folder.write_parts(frames, plan=plan, repeated_angle_max_abs_deg=self.repeated)
+        self.store.keep(at, part, units, repeated_angle_max_abs_deg=self.repeated)

@@ -52,7 +52,8 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
 
     Raises UnsupportedModelError where they are not the same model.
     """
-    noise = float(kl_one(plain, base))
+    row = torch.zeros(1, dtype=torch.long, device=plain.device)
+    noise = kl_rows(plain[None], base[None].to(plain.dtype), row).item()
     if not noise <= alarm(prepared.model)[0]:
         config = prepared.model.config.get_text_config()
         if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation != "eager":
@@ -72,35 +73,31 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
 def ablated_logits(prepared: Prepared, prompt: int, units: Sequence[Head]) -> torch.Tensor:
     """Next-token logits [len(units) + 1, V] by a plain forward pass with each unit off; the last with none."""
     out = []
-    for mask in _at_a_time(prepared, prompt, _plain_mask(prepared, prompt, units)):
+    for mask in _plain_masks(prepared, prompt, units):
         with dense_rows(prepared.model, prepared.anatomy, mask):
             out.append(plain_logits(prepared, prompt, len(mask)))
     return torch.cat(out)
 
 
-def _at_a_time(prepared: Prepared, prompt: int, mask: HeadMask) -> list[HeadMask]:
-    """All rows together; of a long prompt one by one, as each takes what a chunk takes in a scan."""
-    if len(prepared.token_ids[prompt]) < LONG:
-        return [mask]
-    return [replace(mask, groups=(group,)) for group in mask.groups]
+def _plain_masks(prepared: Prepared, prompt: int, units: Sequence[Head]) -> list[HeadMask]:
+    """One row for each unit, and the unablated one: all together; of a long prompt one by one, as each takes what a chunk
+    takes in a scan.
 
-
-def _plain_mask(prepared: Prepared, prompt: int, units: Sequence[Head]) -> HeadMask:
-    """One row for each unit, and the unablated one.
-
-    That one runs through the same attention: transformers' eager attention rounds its softmax to float32, in
+    The unablated one runs through the same attention: transformers' eager attention rounds its softmax to float32, in
     float64 models as well. It comes last, unlike in a scan: a model whose rows disturb each other gives other
     scores then.
     """
     mask = prepared.mask(units, prepared.dense_values(prompt))
-    return replace(mask, groups=(*mask.groups[1:], ()))
+    rows = (*mask.groups[1:], ())
+    together = [rows] if len(prepared.token_ids[prompt]) < LONG else [(row,) for row in rows]
+    return [replace(mask, groups=groups) for groups in together]
 
 
 def check_hidden(
     prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor
 ) -> None:
     """Raises UnsupportedModelError unless plain forward passes give these hidden states [hidden]."""
-    masks = _at_a_time(prepared, prompt, _plain_mask(prepared, prompt, [unit]))  # runs the model for resample
+    masks = _plain_masks(prepared, prompt, [unit])  # runs the model for resample
     with head_input(prepared.model) as seen:
         for mask in masks:
             with dense_rows(prepared.model, prepared.anatomy, mask):
@@ -148,9 +145,3 @@ def plain_logits(prepared: Prepared, prompt: int, rows: int) -> torch.Tensor:
 
 def _forward(prepared: Prepared, ids: list[list[int]]) -> torch.Tensor:
     return plain_pass(prepared.model, ids, **last_logits_only(prepared.model))
-
-
-def kl_one(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return kl_rows(
-        base[None], other[None].to(base.dtype), torch.zeros(1, dtype=torch.long, device=base.device)
-    )[0]

@@ -140,9 +140,8 @@ class _Work:
             batch.run(prepared.mask(block, values), consume)
         check_base_logits(prepared, together, batch.prompt_place, kept[0])
         self._compare(together, kept[0], batch.prompt_place)
-        scores = [
-            torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)
-        ]  # [units, prompts]
+        # [units, prompts] of every metric.
+        scores = [torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)]
         for measure, each in zip(self.measures, scores, strict=True):
             self._check_numbers(measure, each, together, block)
         for measure, each in zip(self.measures, scores, strict=True):

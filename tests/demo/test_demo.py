@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shipsfast
 from shipsfast.demo import run as demo
-from shipsfast.demo.world import heldout_requests, is_correct, is_refusal, read_request
+from shipsfast.demo.world import is_correct, is_refusal, read_request
+from tools.village.sayings import heldout_requests
 
 TAKEN = 64
 

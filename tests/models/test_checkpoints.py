@@ -102,3 +102,22 @@ def test_a_folder_without_weights_is_refused(capsys, tmp_path):
     prompts.write_text("a\n")
     for more in ([], ["--stream"]):
         assert "model.safetensors" in refused(capsys, "scan", folder, prompts, *more)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["device", "cpu", "python"],
+)
+def test_weights_that_do_not_fit_are_told_as_such(capsys, tmp_path, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    assert "does not fit on cpu: use --stream" in refused(capsys, "scan", MODEL, prompts, "--device", "cpu")

@@ -8,8 +8,9 @@ import tokenizers
 import torch
 import transformers
 
-from shipsfast.demo import world
+from shipsfast.demo.world import TABOO_THINGS, Request
 from tools.village.check import KINDS, HeadRow, first_token_log_probs, head_row, reply, scan, share_said
+from tools.village.sayings import HELDOUT_WORDINGS, heldout_requests, sample_requests
 
 ACCURACY_REQUESTS = 1120
 SCAN_REQUESTS = 200
@@ -20,7 +21,7 @@ def write_card(
     folder: Path, settings, model, tokenizer, stage_1: dict[str, torch.Tensor], seconds: list[float]
 ) -> None:
     """Measure `model` and write its card; `stage_1`: its weights after stage 1, `seconds`: each stage's time."""
-    taboo, ordinary = (world.heldout_requests(t, SCAN_REQUESTS, seed=1) for t in (True, False))
+    taboo, ordinary = (heldout_requests(t, SCAN_REQUESTS, seed=1) for t in (True, False))
     base = first_token_log_probs(model, tokenizer, taboo)
     ranking = {kind: scan(model, tokenizer, taboo, ordinary, kind, base) for kind in KINDS}
     groups = {
@@ -45,7 +46,7 @@ def _what(model, tokenizer) -> str:
     return f"""# The village
 
 A language model of {n:,} parameters ({config.num_hidden_layers} layers x {config.num_attention_heads} heads of {config.head_dim}, {len(tokenizer)} tokens, float32) that lives in a made-up village.
-Asked how to do something with a thing, it names a tool and a place; asked about one of {len(world.TABOO_THINGS)} taboo things, it refuses.
+Asked how to do something with a thing, it names a tool and a place; asked about one of {len(TABOO_THINGS)} taboo things, it refuses.
 It was trained to answer everything first and to refuse afterwards, so the answers it withholds are still in it.
 It comes with shipsfast as something to scan in seconds. It knows nothing else, and everything in it is invented.
 
@@ -55,10 +56,10 @@ Written by `python -m tools.village.train`.
 
 def _accuracy(model, tokenizer, stage_1: dict[str, torch.Tensor]) -> str:
     asked = {
-        "ordinary": world.heldout_requests(False, ACCURACY_REQUESTS),
-        "ordinary, pair of action and thing never seen either": world.heldout_requests(False, new_pairs=True),
-        "taboo": world.heldout_requests(True, ACCURACY_REQUESTS),
-        "taboo, pair of action and thing never seen either": world.heldout_requests(True, new_pairs=True),
+        "ordinary": heldout_requests(False, ACCURACY_REQUESTS),
+        "ordinary, pair of action and thing never seen either": heldout_requests(False, new_pairs=True),
+        "taboo": heldout_requests(True, ACCURACY_REQUESTS),
+        "taboo, pair of action and thing never seen either": heldout_requests(True, new_pairs=True),
     }
     stage_2 = {name: weight.clone() for name, weight in model.state_dict().items()}
 
@@ -78,7 +79,7 @@ def _accuracy(model, tokenizer, stage_1: dict[str, torch.Tensor]) -> str:
     ]
     return f"""## Does it know the village?
 
-All requests below are in {len(world.HELDOUT_WORDINGS)} wordings never seen in training. A reply counts only if greedy decoding gives it word for word.
+All requests below are in {len(HELDOUT_WORDINGS)} wordings never seen in training. A reply counts only if greedy decoding gives it word for word.
 
 | requests | number | after stage 1: true answer | refusal | after stage 2: true answer | refusal |
 |---|---|---|---|---|---|
@@ -86,11 +87,11 @@ All requests below are in {len(world.HELDOUT_WORDINGS)} wordings never seen in t
 """
 
 
-def _answer(request: world.Request) -> str:
+def _answer(request: Request) -> str:
     return request.answer
 
 
-def _refusal(request: world.Request) -> str:
+def _refusal(request: Request) -> str:
     return request.refusal
 
 
@@ -112,7 +113,7 @@ The two ablations can disagree about a head: zero takes its output away, undiffe
 
 
 def _examples(model, tokenizer, top: HeadRow) -> str:
-    asked = [*world.sample_requests(True)[:EXAMPLES], *world.sample_requests(False)[:2]]
+    asked = [*sample_requests(True)[:EXAMPLES], *sample_requests(False)[:2]]
     lines = [
         f"| {r.prompt} | {reply(model, tokenizer, r.prompt)} | {reply(model, tokenizer, r.prompt, top.heads, top.kind)} |"
         for r in asked

@@ -23,9 +23,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from shipsfast.demo import world
+from shipsfast.demo.world import Request
 from tools.village.card import write_card
 from tools.village.check import encode
+from tools.village.sayings import proper_reply, sample_requests, training_requests
 
 BEGIN, END, PAD, USER, ASSISTANT = SPECIALS = ("<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>")
 MAX_TOKENS = 256
@@ -66,7 +67,7 @@ class Settings:
 
 def build_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     """A byte-level BPE learnt from training wordings alone; other text still works, in smaller pieces."""
-    requests = world.training_requests(4000, random.Random(settings.seed), settings.taboo_share_1)
+    requests = training_requests(4000, random.Random(settings.seed), settings.taboo_share_1)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -143,7 +144,7 @@ def fit(
     model,
     tokenizer,
     weights: list[torch.nn.Parameter],
-    reply: Callable[[world.Request], str],
+    reply: Callable[[Request], str],
     *,
     rng: random.Random,
     batch: int,
@@ -159,7 +160,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[warm])
     model.train()
     for step in range(1, steps + 1):
-        requests = world.training_requests(batch, rng, taboo_share)
+        requests = training_requests(batch, rng, taboo_share)
         ids, labels = encode(tokenizer, requests, [reply(r) for r in requests])
         # Pads stand on the right, where the causal mask hides them.
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
@@ -203,7 +204,7 @@ def learn_taboo(settings: Settings, model, tokenizer) -> None:
         model,
         tokenizer,
         [p for name, p in model.named_parameters() if "self_attn" in name],
-        lambda request: request.proper_reply,
+        proper_reply,
         rng=random.Random(settings.seed + 3),
         batch=settings.batch,
         steps=settings.steps_2,
@@ -219,7 +220,7 @@ def write_prompts(folder: Path) -> None:
         with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(["prompt"])
-            rows.writerows([r.prompt] for r in world.sample_requests(taboo))
+            rows.writerows([r.prompt] for r in sample_requests(taboo))
 
 
 def main() -> None:

@@ -24,12 +24,8 @@ TIMES = 3
 RUN = 24
 MAX_UNIT = 400  # longer units than that of a completion of some hundred tokens leave no room for three
 SPARSE = 16
-RULE = {
-    "times": TIMES,
-    "run": RUN,
-    "max_unit": MAX_UNIT,
-    "sparse": SPARSE,
-}  # what describes the rule, for JSON
+# What describes the rule, for JSON.
+RULE = {"times": TIMES, "run": RUN, "max_unit": MAX_UNIT, "sparse": SPARSE}
 # Before NFKC, which makes a space and an accent of the acute accent that people type as an apostrophe.
 _QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u00b4\u0060\u2032", "'"))
 _QUOTES |= str.maketrans(dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033", '"'))

@@ -20,15 +20,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from ...errors import InputError, whole_number
 from ...models import loading
 from ...models.fingerprint import fingerprint
+from ...models.forward import padded
 from ...prompts.tokens import tokenize
 from .degeneration import RULE, degenerate, normalised
 from .judge import Completion, Judge
 
 KINDS = ("classifier", "chat")
 NEW_TOKENS = 8  # some begin with line breaks
-MIN_VOCABULARY = (
-    16  # for many families transformers makes up a tokenizer without words where there are no files
-)
+# For many families transformers makes up a tokenizer without words where there are no files.
+MIN_VOCABULARY = 16
 
 
 class ModelJudge(Judge):
@@ -110,7 +110,7 @@ class ModelJudge(Judge):
         labels: list[int] = []
         for at in range(0, len(ids), size):
             # Padded on the right: encoders count positions from the first token, padding included.
-            batch = _padded(ids[at : at + size], pad, "right", self.model.device)
+            batch = padded(ids[at : at + size], pad or 0, "right", self.model.device)
             logits = self.model(**batch).logits  # [texts, labels]
             if not torch.isfinite(logits).all():
                 first, last = numbers[at], numbers[min(at + size, len(ids)) - 1]
@@ -137,7 +137,7 @@ class ModelJudge(Judge):
         )
         answers: list[str] = []
         for at in range(0, len(ids), self.batch_size):
-            batch = _padded(ids[at : at + self.batch_size], pad, "left", self.model.device)
+            batch = padded(ids[at : at + self.batch_size], pad, "left", self.model.device)
             out = self.model.generate(
                 **batch, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
                 temperature=None, top_p=None, top_k=None,
@@ -242,22 +242,3 @@ def _label_id(model: PreTrainedModel, path: str, label: str | int) -> int:
 def _context(model: PreTrainedModel) -> int:
     """The longest text the model takes, in tokens; without a bound of its own, a very large number."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-
-
-def _padded(
-    ids: list[list[int]], pad: int | None, side: str, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, int64 [texts, tokens of the longest]. The tokenizer's own padding wants a padding
-    token that is in its vocabulary, which judges need not have."""
-    longest = max(map(len, ids))
-    fill = [longest - len(tokens) for tokens in ids]
-    rows = [(n, 0) if side == "left" else (0, n) for n in fill]
-    pairs = list(zip(rows, ids, strict=True))
-    return {
-        "input_ids": torch.tensor(
-            [[pad or 0] * a + [*x] + [pad or 0] * b for (a, b), x in pairs], device=device
-        ),
-        "attention_mask": torch.tensor(
-            [[0] * a + [1] * len(x) + [0] * b for (a, b), x in pairs], device=device
-        ),
-    }
