@@ -5,6 +5,8 @@ import sys
 
 from .text import one_line
 
+MOST_DIGITS = 18
+
 
 class InputError(ValueError):
     """Bad input. The command line prints its message as one line and exits with status 2.
@@ -29,6 +31,14 @@ def whole_number(name: str, value, least: int = 1) -> int:
     if number is None or number < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+def from_digits(text: str) -> int:
+    """The number that decimal digits say. Raises InputError beyond 18 of them: no id has so many, and Python reads
+    4,300."""
+    if len(text) > MOST_DIGITS:
+        raise InputError(f"{text[:MOST_DIGITS]}... has {len(text)} digits: expected at most {MOST_DIGITS}")
+    return int(text)
 
 
 class WriteError(OSError):

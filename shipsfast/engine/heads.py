@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import InputError, from_digits
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -117,7 +117,7 @@ def parse_heads(text: str) -> list[tuple[int, int | None]]:
             raise InputError(
                 f"cannot read head {part!r}: write LAYER-HEAD, such as 2-26, or LAYER for a whole layer"
             )
-        out.append((int(layer), int(head) if dash else None))
+        out.append((from_digits(layer), from_digits(head) if dash else None))
     if not out:
         raise InputError("the list of heads is empty: write LAYER-HEAD, such as 2-26")
     return out

@@ -107,7 +107,7 @@ def in_order(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 def parse_bytes(text: str) -> int:
     """ "8GiB", "500 MB", "8G" (binary) or a plain number of bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise InputError(f"cannot read {text!r} as an amount of memory: write it like 8GiB or 500MB")
     base = 1000 if match[3] and match[3].lower() == "b" and match[2] else 1024

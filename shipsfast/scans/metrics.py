@@ -20,7 +20,7 @@ from types import FunctionType
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, from_digits
 from ..ops import divergences
 from ..ops.divergences import DIVERGENCES, check_rows, divergence_rows
 
@@ -322,6 +322,10 @@ def as_metric(metric: str | Metric | Callable, tokenizer=None, vocab_size: int |
     """
     if isinstance(metric, str):
         metric = parse_metric(metric)
+    elif metric in (logit_diff, refusal_logit):
+        raise InputError(
+            f"metric {metric.__name__} is not called yet: give it tokens, {metric.__name__}(...)"
+        )
     elif not isinstance(metric, Metric) and callable(metric):
         metric = _Custom(metric)
     if not isinstance(metric, Metric):
@@ -358,7 +362,7 @@ def parse_metric(text: str) -> Metric:
         return _Divergence(kind)
     if kind not in ("logit_diff", "refusal_logit"):
         raise InputError(f"unknown metric {text!r}: expected {_TEXT_FORMS}")
-    tokens = [int(part) if part.isascii() and part.isdigit() else part for part in rest.split(",")]
+    tokens = [from_digits(part) if part.isascii() and part.isdigit() else part for part in rest.split(",")]
     if "" in tokens or (kind == "logit_diff" and len(tokens) != 2):
         raise InputError(f"metric {text!r}: expected {_TEXT_FORMS}")
     return logit_diff(*tokens) if kind == "logit_diff" else refusal_logit(tokens)

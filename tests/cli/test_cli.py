@@ -328,6 +328,19 @@ def test_a_name_that_is_no_folder_is_looked_up_on_the_hub_and_says_so(capsys, mo
     assert "the hub's my-modle (there is no folder of that name): We couldn't connect" in err
 
 
+def test_numbers_of_thousands_of_digits_are_refused(capsys):
+    """Python reads no more than 4,300 of them."""
+    many, args = "9" * 5000, ("scan", MODEL, PROMPTS / "taboo.csv")
+    for more in (
+        ("--metric", f"logit_diff:{many},2"),
+        ("--metric", f"refusal_logit:{many}"),
+        ("--heads", f"0-{many}"),
+    ):
+        assert "999... has 5000 digits: expected at most 18" in refused(capsys, *args, *more)
+    for amount in (many, "9" * 400 + "T"):
+        assert "cannot read '999" in refused(capsys, *args, "--max-memory", amount)
+
+
 def test_messages_about_generation_name_the_options(capsys):
     args = ("generate", MODEL, PROMPTS / "taboo.csv", "--limit", 1)
     assert "--max-new-tokens" in refused(capsys, *args, "--max-new-tokens", 5000)
