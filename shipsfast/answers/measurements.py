@@ -152,8 +152,7 @@ class DecodingExecution(Execution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_rows is not None:
-            whole_number("batch_rows", self.batch_rows)
+        self._whole("batch_rows")
         if self.layers == FP32_RESIDUAL:
             raise InputError(
                 f"layers {self.layers!r} (--layers) is for scans: a text should be what the model itself says"

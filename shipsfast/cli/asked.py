@@ -15,7 +15,8 @@ running: dict[str, Path | None] = {"out": None}  # where the command at work wri
 class Asked:
     """The arguments and options that commands share, as they were given.
 
-    values: what describes the measurement and its execution, by the names of their fields.
+    values: what describes the measurement and its execution, by the names of their fields. An option of such a name is
+    taken as it was given, where nothing below makes something else of it.
     Raises InputError for what can be seen to be wrong before a model is loaded.
     """
 
@@ -24,7 +25,7 @@ class Asked:
         out, plot = given.get("out"), given.get("plot")
         running["out"] = out
         self.before = as_it_lies(out)
-        self.values = {"progress": not given["quiet"], "out": out, "template": given["template"]}
+        self.values = given | {"progress": not given["quiet"]}
         self._check_prompts()
         if plot is not None and plot.suffix.lower() not in PICTURES:
             raise InputError(
@@ -69,16 +70,13 @@ class Asked:
                 "--device-memory is for --plan: a scan is told what it may use with --max-memory"
             )
         self.device_memory = memory["device_memory"]
+        del self.values["scale"]  # it is in the ablation
         self.values |= {
-            "ablation": how, "unit": given["unit"].replace("-", "_"), "backend": given["backend"],
-            "layers": given["layers"], "max_memory": memory["max_memory"], "seed": given["seed"],
+            "ablation": how, "unit": given["unit"].replace("-", "_"), "max_memory": memory["max_memory"],
         }  # fmt: skip
         if given.get("heads") is not None:
             self.values["heads"] = parse_heads(given["heads"])
         if "eos_token_id" in given:
-            self.values |= {
-                name: given[name] for name in ("max_new_tokens", "do_sample", "top_k", "temperature")
-            }
             self.values["eos_token_id"] = _end_tokens(given["eos_token_id"])
 
     def run(self, function: Callable, **own):

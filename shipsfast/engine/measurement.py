@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar, NamedTuple, Self, get_args, get_type_hin
 
 from annotated_doc import Doc
 
-from ..errors import InputError
+from ..errors import InputError, whole_number
 from ..prompts.tokens import as_prompts
 from .ablation import DEFAULT_SCALE, Ablation, as_ablation
 
@@ -116,6 +116,13 @@ class Execution:
             raise InputError(
                 f"unknown layers {self.layers!r} (--layers): expected one of {', '.join(LAYER_PATHS)}"
             )
+        self._whole("max_memory")
+
+    def _whole(self, *names: str) -> None:
+        """Raises InputError for a field that was given and is no whole number of at least 1."""
+        for name in names:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,10 @@ class ScanExecution(Execution):
     ] = None
     rows_per_block: Annotated[int | None, Doc("ablations that pass the model together; the same.")] = None
     prompts_per_group: Annotated[int | None, Doc("prompts of a packed sequence; the same.")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._whole(*self.asked())
 
     def asked(self) -> dict:
         """The parts of the plan that the caller has set."""

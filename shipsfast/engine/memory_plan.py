@@ -223,12 +223,9 @@ def make_plan(
     """Choose groups, blocks and chunks for a scan of `num_ablations` ablations over token-id lists.
 
     execution: its max_memory, by default what is free on the device, and the parts of the plan that it sets.
-    Raises InputError if not even one ablation of one prompt fits, or for a part that is not positive.
+    Raises InputError if not even one ablation of one prompt fits.
     """
     device, size = held.device, held.dtype.itemsize
-    for name, value in execution.asked().items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
     prompts_per_group = execution.prompts_per_group
     if anatomy.plain_sequences:
         if (prompts_per_group or 1) > 1:

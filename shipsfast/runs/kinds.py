@@ -14,7 +14,7 @@ import numpy as np
 
 from .fields import check_fields, flag, list_of, need, number, scanned_head, text
 from .fields import count as whole
-from .part_file import ANSWER
+from .part_file import ANSWER, COLUMNS
 
 LABELS = ("complied", "refusal", "degenerate")
 SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS = "scores", "grams", "completions", "control", "basis"
@@ -37,6 +37,9 @@ class Table:
     lowest: int = 0
     more: tuple[str, ...] = ()
     marks: bool = False
+
+    def __post_init__(self) -> None:
+        assert set(self.columns) <= set(COLUMNS), "a column that part_file.COLUMNS has no type for"
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -12,9 +12,15 @@ import torch
 
 import shipsfast
 from shipsfast import Ablation, InputError
-from shipsfast.answers.measurements import AsrMeasurement, EvaluationMeasurement, GenerationMeasurement
-from shipsfast.engine.measurement import described
+from shipsfast.answers.measurements import (
+    AsrMeasurement,
+    DecodingExecution,
+    EvaluationMeasurement,
+    GenerationMeasurement,
+)
+from shipsfast.engine.measurement import ScanExecution, described
 from shipsfast.results.head_map import HeadScore
+from shipsfast.runs.kinds import Table
 from shipsfast.scans import dataset, sahara, ships
 from shipsfast.scans.measurements import SaharaMeasurement, ShipsMeasurement, SubspaceMeasurement
 from tests.support.models import build
@@ -141,3 +147,24 @@ def test_the_model_is_identified_before_the_work(module, name, monkeypatch):
     getattr(module, name)(build(), [[5, 9, 17], [5, 9, 4]], progress=False, **more)
     assert order[0] == "fingerprint"
     assert order.count("fingerprint") == 1
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "8GiB"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(ScanExecution, name) for name in ("chunk_tokens", "rows_per_block", "prompts_per_group", "max_memory")]
+    + [(DecodingExecution, "batch_rows"), (DecodingExecution, "max_memory")],
+)
+def test_parts_of_the_plan_are_whole_numbers(kind, name, value):
+    with pytest.raises(InputError, match=f"^{name} must be a whole number of at least 1, got {value!r}$"):
+        kind(**{name: value})
+
+
+def test_a_number_of_an_array_is_kept_as_pythons():
+    found = ScanExecution(chunk_tokens=np.int64(30))
+    assert type(found.chunk_tokens) is int
+
+
+def test_a_table_has_columns_of_known_types():
+    with pytest.raises(AssertionError, match="no type for"):
+        Table({"prompt": 2}, "norm")

@@ -125,4 +125,4 @@ def test_sigkill_in_the_other_runs(tmp_path, monkeypatch):
             whole_parts(out)
             assert what(run(out)) == whole and what(shipsfast.load(out)) == whole, (name, number)
             assert verify(out)["verdict"] == "sound", (name, number)
-    found("SIGKILL in scan_dataset, sahara, evaluate, scan_asr", killed)
+    found("SIGKILL in runs of the other kinds", killed)

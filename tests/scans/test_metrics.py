@@ -147,7 +147,10 @@ def test_tokens_that_are_refused():
         (lambda: refusal_logit([]), "at least one token"),
         (lambda: refusal_logit("Sorry"), r"write \['Sorry'\]"),
         (lambda: refusal_logit(5), r"write \[5\]"),
-        (lambda: as_metric(logit_diff), r"logit_diff is not called yet: give it tokens, logit_diff\(\.\.\.\)"),
+        (
+            lambda: as_metric(logit_diff),
+            r"logit_diff is not called yet: give it tokens, logit_diff\(\.\.\.\)",
+        ),
         (lambda: as_metric(logit_diff(4, 65), vocab_size=65), r"logit_diff\(4, 65\).*below.*65, got 65"),
         (lambda: as_metric(refusal_logit(range(65)), vocab_size=65), "whole vocabulary of 65"),
         (lambda: as_metric(logit_diff(4, 65)).rows(*draw(65)), "below.*65, got 65"),

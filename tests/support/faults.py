@@ -21,7 +21,7 @@ from tests.support.models import build
 FAULTS = {
     "SIGKILL in a scan": "a forked scan kills itself before the n-th line it runs; half of the n lie in what writes files",
     "SIGKILL in a scan, by the clock": "a forked scan is killed by its parent after a random time",
-    "SIGKILL in scan_dataset, sahara, evaluate, scan_asr": "as the first, some points each",
+    "SIGKILL in runs of the other kinds": "as the first, some points each",
     "Ctrl-C between two lines": "KeyboardInterrupt raised before the n-th line of the package that runs",
     "SIGINT and SIGTERM to the command": "sent to a running command; exit codes 130 and 143, one line",
     "disk full, I/O error": "ENOSPC, then EIO, raised by the n-th call of open, write, fsync or rename, for every n",
