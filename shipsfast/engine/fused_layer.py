@@ -220,10 +220,8 @@ class FusedLayer:
         self.before_mlp = layer.post_attention_layernorm
         if isinstance(layer, Gemma2DecoderLayer):
             self.after_attention = layer.post_attention_layernorm
-            self.before_mlp, self.after_mlp = (
-                layer.pre_feedforward_layernorm,
-                layer.post_feedforward_layernorm,
-            )
+            self.before_mlp = layer.pre_feedforward_layernorm
+            self.after_mlp = layer.post_feedforward_layernorm
 
     @contextlib.contextmanager
     def loaded(self, tokens: int, ends: int | None) -> Iterator[None]:
