@@ -95,8 +95,3 @@ def resampled_angle_deg(
 
 def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.eigh(gram)[1][:, :, -rank:]
-
-
-def singular_values(x: torch.Tensor) -> torch.Tensor:
-    """Singular values of one matrix [P, d], falling, float64."""
-    return torch.linalg.svdvals(x.double())
