@@ -33,11 +33,7 @@ class BlockTable:
     row_ptr: torch.Tensor
     full_end: torch.Tensor
     col: torch.Tensor
-    block_m: int
-    block_n: int
-    num_queries: int
-    num_keys: int
-    window: int | None
+    made_for: tuple  # block_m, block_n, queries, keys, window
 
     @property
     def num_query_blocks(self) -> int:
@@ -103,11 +99,7 @@ def block_table(
         row_ptr=to_device(row_ptr),
         full_end=to_device(full_end),
         col=to_device(col[order]),
-        block_m=block_m,
-        block_n=block_n,
-        num_queries=num_queries,
-        num_keys=num_keys,
-        window=window,
+        made_for=(block_m, block_n, num_queries, num_keys, window),
     )
 
 

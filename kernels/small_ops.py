@@ -259,11 +259,8 @@ def rope_launch(heads: int, size: int) -> tuple[int, int, int]:
     """(heads of a program, padded half of a head, warps) for heads of `size` numbers."""
     half = triton.next_power_of_2(size // 2)
     block = min(triton.next_power_of_2(heads), max(1, ROPE_TILE // half))
-    return (
-        block,
-        half,
-        min(8, max(1, block * half // (8 * 32))),
-    )  # 8 numbers of each half to a thread: 16 bytes
+    # 8 numbers of each half to a thread: 16 bytes.
+    return block, half, min(8, max(1, block * half // (8 * 32)))
 
 
 def _launch_norm(name: str, x, weight, eps: float, plus_one: bool, out, add: bool) -> None:

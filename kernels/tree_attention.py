@@ -286,18 +286,11 @@ def tree_attention(
             window=window,
             device=q.device,
         )
-    given = (
-        block_table.block_m,
-        block_table.block_n,
-        block_table.num_queries,
-        block_table.num_keys,
-        block_table.window,
-    )
     wanted = (config.block_m, config.block_n, num_queries, num_keys, window)
-    if given != wanted:
+    if block_table.made_for != wanted:
         raise ValueError(
             "block_table is for another call: (block_m, block_n, queries, keys, window) are "
-            f"{given} in the table and {wanted} here; build it with these values"
+            f"{block_table.made_for} in the table and {wanted} here; build it with these values"
         )
 
     out = torch.empty((rows, num_queries, heads, head_dim), dtype=q.dtype, device=q.device)

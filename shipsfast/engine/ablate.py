@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from transformers import PreTrainedModel
 
 from ..models.anatomy import Anatomy, base_model, inspect_model
@@ -66,15 +65,10 @@ def dense_rows(model: PreTrainedModel, anatomy: Anatomy, mask: HeadMask) -> Iter
         for index, layer in enumerate(anatomy.layers):
             here = mask.layer(index, anatomy.num_heads, device=layer.device, dtype=model.dtype)
             outer = layer.attention.__dict__.get(ATTRIBUTE)
-            if outer is not None:
+            if outer is None:
+                undo.callback(delattr, layer.attention, ATTRIBUTE)
+            else:
                 here = here.over(outer.mask)
-            undo.callback(_restore, layer.attention, outer)
+                undo.callback(setattr, layer.attention, ATTRIBUTE, outer)
             setattr(layer.attention, ATTRIBUTE, DenseCall(here))
         yield
-
-
-def _restore(module: torch.nn.Module, call: DenseCall | None) -> None:
-    if call is None:
-        delattr(module, ATTRIBUTE)
-    else:
-        setattr(module, ATTRIBUTE, call)

@@ -123,17 +123,11 @@ class Decoder:
         place = np.array([0, *order])  # of a row: its group; row 0 is the unablated model
         takers_of = [[g for g in range(len(groups)) if not groups[g]], *([g] for g in order)]
         packed = pack(prompts)
-        nodes, position, prompt = [], [], []
-        for p in range(len(prompts)):
-            path = packed.path_nodes(p)
-            nodes.append(path)
-            position.append(np.arange(len(path)))
-            prompt.append(np.full(len(path), p))
+        lengths = np.array([len(ids) for ids in prompts])
+        prompt = np.repeat(np.arange(len(prompts)), lengths)
+        path = np.concatenate([packed.path_nodes(p) for p in range(len(prompts))])
         device = input_device(self.model)
-        nodes, position = (
-            torch.as_tensor(np.concatenate(x), device=device).long() for x in (nodes, position)
-        )
-        prompt = np.concatenate(prompt)
+        nodes, position = (torch.as_tensor(x, device=device).long() for x in (path, packed.position[path]))
 
         def keep(layer: int, rows: slice, key: torch.Tensor, value: torch.Tensor) -> None:
             own = range(max(rows.start, 1), rows.stop)
@@ -162,7 +156,6 @@ class Decoder:
 
         with GrowingBatch(self.subject, packed, self.plan, keep=keep, own_head=True) as batch:
             batch.run(HeadMask(((), *(groups[g] for g in order)), self.how, self.values), consume)
-        lengths = np.array([len(ids) for ids in prompts])
         for g, row in enumerate(slots):
             self.length[row] = lengths
             for slot in row:

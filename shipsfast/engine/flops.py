@@ -60,9 +60,8 @@ def _products(layer: torch.nn.Module, config) -> list[tuple[int, int, float]]:
     taken = getattr(text, "num_experts_per_tok", None) or 1
     out = []
     for module in layer.modules():
-        if hasattr(module, "in_features") and hasattr(
-            module, "out_features"
-        ):  # quantised weights have other shapes
+        # Quantised weights have other shapes.
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
             out.append((module.in_features, module.out_features, 1.0))
             continue
         for weight in module.parameters(recurse=False):

@@ -220,10 +220,8 @@ class FusedLayer:
         self.before_mlp = layer.post_attention_layernorm
         if isinstance(layer, Gemma2DecoderLayer):
             self.after_attention = layer.post_attention_layernorm
-            self.before_mlp, self.after_mlp = (
-                layer.pre_feedforward_layernorm,
-                layer.post_feedforward_layernorm,
-            )
+            self.before_mlp = layer.pre_feedforward_layernorm
+            self.after_mlp = layer.post_feedforward_layernorm
 
     @contextlib.contextmanager
     def loaded(self, tokens: int, ends: int | None) -> Iterator[None]:
@@ -260,7 +258,7 @@ class FusedLayer:
         del q, k, v
         if nodes is not None:
             x = x.index_select(1, nodes)
-        self._add(self.out, x, _flat(out.flatten(2)), self.after_attention)
+        self._add(self.out, x, out.flatten(2).flatten(0, 1), self.after_attention)
         del out
         self._mlp(x)
         return x
@@ -295,9 +293,9 @@ class FusedLayer:
         norm = self.after_attention
         start = (base.index_select(1, nodes) if last else base).clone()
         if norm is None:
-            self.out.add_to(_flat(start), _flat(o_base.flatten(2)))
+            self.out.add_to(start.flatten(0, 1), o_base.flatten(2).flatten(0, 1))
         else:
-            added = self.out(_flat(o_base.flatten(2))).view_as(start)
+            added = self.out(o_base.flatten(2).flatten(0, 1)).view_as(start)
         # A copy of a few numbers that no earlier work waits for: one for all chunks.
         index = torch.tensor(heads).to(base.device, non_blocking=True)  # [forks, heads of each]
 
@@ -310,7 +308,7 @@ class FusedLayer:
             else:
                 out[rows] = start
                 y = torch.baddbmm(added.expand(len(chosen), -1, -1), change, each)
-                self.ops.add_rms_norm_(_flat(out[rows]), _flat(y), norm)
+                self.ops.add_rms_norm_(out[rows].flatten(0, 1), y.flatten(0, 1), norm)
 
         # The base row joins the last chunk: alone it would be a small, slow product.
         *chunks, final = even_slices(len(heads) + 1, most)
@@ -321,14 +319,14 @@ class FusedLayer:
         if final.start < final.stop:
             attended(final)
         if norm is not None:
-            self.ops.add_rms_norm_(_flat(start), _flat(added), norm)
+            self.ops.add_rms_norm_(start.flatten(0, 1), added.flatten(0, 1), norm)
         joined = torch.cat([out[final], start])
         self._mlp(joined)
         out[final] = joined[:-1]
         return joined[-1:]
 
     def _qkv(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, nodes: torch.Tensor | None):
-        normed = self.ops.rms_norm(_flat(x), self.before_attention)
+        normed = self.ops.rms_norm(x.flatten(0, 1), self.before_attention)
         if nodes is None:
             qkv = self.qkv(normed).view(*x.shape[:2], -1)
             q, kv = qkv.split([self.q.width, self.kv.width], 2)
@@ -344,7 +342,7 @@ class FusedLayer:
 
     def _mlp(self, x: torch.Tensor) -> None:
         """x += mlp(norm(x)), in place."""
-        gate_up = self.gate_up(self.ops.rms_norm(_flat(x), self.before_mlp))
+        gate_up = self.gate_up(self.ops.rms_norm(x.flatten(0, 1), self.before_mlp))
         inner = self.ops.gated(gate_up, self.activation)
         del gate_up  # before the next product makes its own
         self._add(self.down, x, inner, self.after_mlp)
@@ -352,11 +350,6 @@ class FusedLayer:
     def _add(self, product: Product, x: torch.Tensor, y: torch.Tensor, norm: torch.nn.Module | None) -> None:
         """x += product(y), or norm(product(y)), in place."""
         if norm is None:
-            product.add_to(_flat(x), y)
+            product.add_to(x.flatten(0, 1), y)
         else:
-            self.ops.add_rms_norm_(_flat(x), product(y), norm)
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    """[B, T, n] as [B T, n]"""
-    return x.reshape(-1, x.shape[-1]) if not x.is_contiguous() else x.view(-1, x.shape[-1])
+            self.ops.add_rms_norm_(x.flatten(0, 1), product(y), norm)

@@ -156,11 +156,6 @@ def peak_bytes(parts: dict[str, int]) -> int:
     return parts["ends"] + max(parts["rows"] + parts["chunk"], parts["head"])
 
 
-def block_bytes(*args) -> int:
-    """Predicted peak of a block beyond the model itself, in bytes. Arguments as in `block_parts`."""
-    return peak_bytes(block_parts(*args))
-
-
 @dataclass(frozen=True)
 class Held:
     """In what a scan is held, and what its caller holds beside the blocks.
@@ -199,7 +194,7 @@ class Needs:
     def __call__(self, ablations: int, chunk_tokens: int, head_rows: int) -> int:
         """At the worst moment of a block of so many ablations and the unablated row."""
         held, rows, size = self.held, ablations + 1, self.held.dtype.itemsize
-        block = block_bytes(
+        block = block_parts(
             self.anatomy,
             rows,
             self.tokens,
@@ -210,7 +205,7 @@ class Needs:
             held.row_size or size,
         )
         more = held.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * size
-        return block + more + rows * held.per_row_bytes + held.bytes
+        return peak_bytes(block) + more + rows * held.per_row_bytes + held.bytes
 
 
 def make_plan(
@@ -246,9 +241,6 @@ def make_plan(
         chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
     order = in_order(prompts)
 
-    def cut(per_group: int) -> list[tuple[int, ...]]:
-        return [tuple(order[part]) for part in even_slices(len(order), per_group)]
-
     per_group = prompts_per_group or len(prompts)
     needs = Needs(anatomy, held)
 
@@ -256,7 +248,7 @@ def make_plan(
         return needs(rows, chunk, head_rows)
 
     while True:
-        groups = cut(per_group)
+        groups = [tuple(order[part]) for part in even_slices(len(order), per_group)]
         needs = needs.of_groups(groups, prompts)
         too_long = on_cpu and prompts_per_group is None and needs.tokens > CPU_GROUP_FACTOR * chunk
         too_long |= anatomy.index_limit is not None and needs.tokens >= anatomy.index_limit

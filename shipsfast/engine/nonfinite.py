@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -63,9 +64,7 @@ def first_bad(model, anatomy: Anatomy, ids: Sequence[int], mask: HeadMask) -> Pl
     """
     seen: list[Place] = []  # at most one
     dtype = str(model.dtype).removeprefix("torch.")
-    with contextlib.ExitStack() as undo:
-        undo.enter_context(dense_rows(model, anatomy, mask))
-        undo.enter_context(_watched(model, anatomy, seen, dtype))
+    with dense_rows(model, anatomy, mask), _watched(model, anatomy, seen, dtype):
         plain_pass(model, [ids] * len(mask))
     return seen[0] if seen else None
 
@@ -108,21 +107,13 @@ def _watched(model, anatomy: Anatomy, seen: list[Place], dtype: str) -> Iterator
             if bad.any():
                 seen.append(place(name, tensor[:1], None, of_logits))
 
-    handles = []
-    try:
+    with contextlib.ExitStack() as undo:
         for name, module in model.named_modules():
             if not _children(module):
-                handles.append(
-                    module.register_forward_pre_hook(lambda m, args, name=name: before(name, m, args))
-                )
+                undo.enter_context(module.register_forward_pre_hook(partial(before, name)))
             # The modules around others too: what they compute themselves, with weights of their own, is in no other.
-            handles.append(
-                module.register_forward_hook(lambda m, args, out, name=name: after(name, m, args, out))
-            )
+            undo.enter_context(module.register_forward_hook(partial(after, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _children(module: torch.nn.Module) -> bool:

@@ -127,9 +127,8 @@ def values_for_ablate(
         )
     ids = to_token_ids(how.prompts, tokenizer, template)
     check_model(model, ids)
-    anatomy = inspect_model(
-        model, max(ids, key=len), max(map(len, ids))
-    )  # the windows that these lengths meet
+    # With the windows that these lengths meet.
+    anatomy = inspect_model(model, max(ids, key=len), max(map(len, ids)))
     backend = resolve_backend(
         "auto", input_device(model), model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )

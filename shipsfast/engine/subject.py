@@ -26,7 +26,6 @@ from ..runs.identity import prompt_hashes
 from . import fused_layer
 from .ablation import SOURCED, Ablation
 from .heads import check_unit
-from .layer_path import layer_path
 from .measurement import FP32_RESIDUAL, Execution, Measurement
 from .memory_plan import Held
 from .replacement_values import source_ids
@@ -144,6 +143,20 @@ def held_beside(
         bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head + loaded,
         row_size=row_size,
     )
+
+
+def layer_path(
+    layers: str, model: PreTrainedModel, anatomy: Anatomy, device: torch.device, backend: str
+) -> tuple[str, str | None]:
+    """How rows pass the layers, and why they go through their own forward, None if they do not."""
+    if layers == "model":
+        return "model", "asked for"
+    problem = fused_layer.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)
+    if layers == FP32_RESIDUAL and not problem:
+        problem = fused_layer.why_no_fp32_residual(model.dtype, backend, head_precision(model))
+    if layers != "auto" and problem:
+        raise InputError(f"layers {layers!r} (--layers) cannot run: {problem}; use layers='model' or 'auto'")
+    return ("model" if problem else "fused" if layers == "auto" else layers), problem
 
 
 def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, execution: Execution) -> Subject:

@@ -20,9 +20,8 @@ from .probing import Probe, ProbeCall, looks_beyond, probe, probe_rows
 from .weights import check_weights, execution_device
 
 PROBE_TOKENS = 3
-LOGIT_COPIES = (
-    3  # where a model does something to its logits: its own, a scaled or softcapped version, one in flight
-)
+# Where a model does something to its logits: its own, a scaled or softcapped version, one in flight.
+LOGIT_COPIES = 3
 # What a model's own code raises where it is not given what it wants.
 MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
@@ -69,9 +68,8 @@ class Anatomy:
     looks_beyond: bool
     index_limit: int | None
     longest: int  # tokens of the longest sequence that was announced
-    logit_copies: int = (
-        LOGIT_COPIES  # arrays of the logits' size that are alive at once: 1 where the head's are final
-    )
+    # Arrays of the logits' size that are alive at once: 1 where the head's are final.
+    logit_copies: int = LOGIT_COPIES
 
     @property
     def plain_sequences(self) -> bool:

@@ -44,13 +44,11 @@ class TreeCall:
     window: int | None
     mask: LayerMask
     capture: bool = False  # keep keys and values, then leave the layer by raising Captured
-    kv: tuple[torch.Tensor, torch.Tensor] | None = (
-        None  # use these keys and values; queries are the trimmed ones
-    )
+    # Use these keys and values; queries are the trimmed ones.
+    kv: tuple[torch.Tensor, torch.Tensor] | None = None
     tap: Callable[[torch.Tensor], None] | None = None  # is shown the heads' outputs [B, TQ, H, D]
-    keep: Callable[[torch.Tensor, torch.Tensor], None] | None = (
-        None  # is shown keys and values [B, HKV, T, D]
-    )
+    # Is shown keys and values [B, HKV, T, D].
+    keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
 
 class Captured(Exception):

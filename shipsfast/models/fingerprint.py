@@ -10,13 +10,8 @@ import torch
 
 from .weights import value_of
 
-NOT_THE_MODEL = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-)  # keys of a config
+# Keys of a config.
+NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 SAMPLES = 4096  # numbers of each tensor that enter the fingerprint
 
 

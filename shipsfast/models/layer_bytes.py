@@ -43,10 +43,11 @@ def places(file: str) -> dict[str, Place]:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
-    return {
-        name: Place(file, 8 + length + about["data_offsets"][0], _size(about["data_offsets"]), state)
-        for name, about in header.items()
-    }
+    found = {}
+    for name, about in header.items():
+        start, stop = about["data_offsets"]
+        found[name] = Place(file, 8 + length + start, stop - start, state)
+    return found
 
 
 def found_at(tensor: torch.Tensor, likely: Place | None, others: Sequence[Place]) -> list[Place]:
@@ -197,7 +198,3 @@ class _Reader:
 def _state(descriptor: int) -> tuple[int, ...]:
     about = os.fstat(descriptor)
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
-
-
-def _size(offsets: Sequence[int]) -> int:
-    return offsets[1] - offsets[0]

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import UnsupportedModelError
 
 
+@dataclass(eq=False)
 class LayerCall:
     """A decoder layer's forward with everything given but the hidden states it is to take.
 
     hidden: those the model gave it; tuples: of how many it returned a tuple, 0 for none, known after a call.
     """
 
-    def __init__(
-        self, forward: Callable, hidden: torch.Tensor, by_name: bool, args: tuple, kwargs: dict
-    ) -> None:
-        self.forward, self.hidden, self.by_name, self.args, self.kwargs = (
-            forward,
-            hidden,
-            by_name,
-            args,
-            kwargs,
-        )
-        self.tuples = 0
+    forward: Callable
+    hidden: torch.Tensor
+    by_name: bool
+    args: tuple
+    kwargs: dict
+    tuples: int = 0
 
     @classmethod
     def of(cls, forward: Callable, args: tuple, kwargs: dict) -> LayerCall:
@@ -36,7 +33,9 @@ class LayerCall:
         return cls(forward, args[0], False, args[1:], kwargs)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        call = self._for_rows(hidden)
+        # What has the shape of one row's hidden states, such as the embeddings, belongs to every row.
+        one_row = (1, *hidden.shape[1:])
+        call = self._cut(lambda x: x.expand_as(hidden) if x.shape == one_row else x)
         if self.by_name:
             out = self.forward(*call.args, hidden_states=hidden, **call.kwargs)
         else:
@@ -53,11 +52,6 @@ class LayerCall:
     def result(self, hidden: torch.Tensor):
         """`hidden` in the form in which the layer returns it."""
         return (hidden, *(None,) * (self.tuples - 1)) if self.tuples else hidden
-
-    def _for_rows(self, hidden: torch.Tensor) -> LayerCall:
-        """What has the shape of one row's hidden states, such as the embeddings, belongs to every row."""
-        one_row = (1, *hidden.shape[1:])
-        return self._cut(lambda x: x.expand_as(hidden) if x.shape == one_row else x)
 
     def at(self, nodes: torch.Tensor, num_tokens: int) -> LayerCall:
         """The same call for the tokens `nodes` only: positions, rotary tables and the like are cut to them."""

@@ -40,20 +40,19 @@ def load_model(
         raise InputError(
             f"device {where} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs"
         )
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    how = dict(
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
     try:
         if stream:
             from .streaming import load_streamed
 
-            model, loading = load_streamed(name, kind, where, trust_remote_code=trust_remote_code)
+            model, loading = load_streamed(name, where, **how)
         else:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=kind,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            )
+            model, loading = AutoModelForCausalLM.from_pretrained(name, **how)
         missing = sorted(loading["missing_keys"])
         if missing:
             raise InputError(

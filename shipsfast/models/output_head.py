@@ -27,15 +27,12 @@ def head_input(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
     head = model.get_output_embeddings()
 
-    def make(_forward):
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            seen.append(hidden)
-            # What the model does with logits costs nothing on a single number stretched to their shape.
-            return hidden.new_zeros(1).expand(*hidden.shape[:-1], 1)
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        # What the model does with logits costs nothing on a single number stretched to their shape.
+        return hidden.new_zeros(1).expand(*hidden.shape[:-1], 1)
 
-        return forward
-
-    with forward_replaced(head, make):
+    with forward_replaced(head, lambda _forward: forward):
         yield seen
 
 
@@ -50,15 +47,9 @@ def float32_head(model: PreTrainedModel) -> Iterator[None]:
     if head_precision(model) != "float32" or head.weight.dtype == torch.float32:
         yield
         return
-    with brought_in([head]), _float32_forward(head):
-        yield
+    with brought_in([head]):
+        wide = None if head.weight.is_cuda else head.weight.float()
 
-
-@contextlib.contextmanager
-def _float32_forward(head: torch.nn.Linear) -> Iterator[None]:
-    wide = None if head.weight.is_cuda else head.weight.float()
-
-    def make(_forward):
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.to(head.weight.device)
             if wide is not None:
@@ -69,7 +60,5 @@ def _float32_forward(head: torch.nn.Linear) -> Iterator[None]:
                 out = torch.mm(flat, head.weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
             return out if head.bias is None else out + head.bias.float()
 
-        return forward
-
-    with forward_replaced(head, make):
-        yield
+        with forward_replaced(head, lambda _forward: forward):
+            yield

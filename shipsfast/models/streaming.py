@@ -57,7 +57,7 @@ class CheckpointLayers(LayerWeights):
         """Of the largest layer, in a buffer."""
         return max(needed(t for *_, t in tensors) for tensors in self._empty)
 
-    def close(self) -> None:
+    def close(self, *_) -> None:
         super().close()
         if not self._idle:
             self._buffers = None
@@ -171,6 +171,7 @@ class Source:
 
     def __init__(self, name: str, target: str, place: Place, opened) -> None:
         self.name, self.target, self.place, self.slice = name, target, place, opened.get_slice(name)
+        self.get_shape, self.get_dtype = self.slice.get_shape, self.slice.get_dtype
 
     def __getitem__(self, index) -> torch.Tensor:
         shape = self.get_shape()
@@ -180,12 +181,6 @@ class Source:
 
     def __deepcopy__(self, _memo) -> Source:
         return self  # it is never changed, and neither is the file
-
-    def get_shape(self) -> list[int]:
-        return self.slice.get_shape()
-
-    def get_dtype(self) -> str:
-        return self.slice.get_dtype()
 
     def mapped(self) -> torch.Tensor:
         """The tensor, of which only what is looked at is read."""
@@ -198,11 +193,10 @@ class Source:
             ) from error
 
 
-def load_streamed(
-    name: str, dtype: str | torch.dtype, device: torch.device, *, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, dict]:
+def load_streamed(name: str, device: torch.device, **how) -> tuple[PreTrainedModel, dict]:
     """A causal language model whose decoder layers are read from its safetensors when they run; and loading info.
 
+    how: what from_pretrained takes, which is to use safetensors and to give loading info.
     Raises UnsupportedModelError for checkpoints whose layers cannot be read one by one, and what from_pretrained does.
     """
     made: list[CheckpointLayers] = []
@@ -223,13 +217,7 @@ def load_streamed(
         return info, offload
 
     with _one_at_a_time, _loading_with(load):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(name, **how)
     layers = made[-1]
     layers.device = device
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))

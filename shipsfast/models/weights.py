@@ -9,6 +9,7 @@ meanwhile one thread brings in those of the next layer. So at most two layers' w
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -48,22 +49,14 @@ class LayerWeights:
 
     def install(self, model: torch.nn.Module) -> list:
         """Hook into the layers, and into the model for what an exception leaves; returns the handles."""
-        # Partials of methods, not lambdas: a deep copy of the model has hooks of its own.
-        handles = [model.register_forward_hook(partial(self._after_pass), always_call=True)]
+        # Methods and partials of them, not lambdas: a deep copy of the model has hooks of its own. What torch hands
+        # to a hook they take as *_.
+        handles = [model.register_forward_hook(self.close, always_call=True)]
         for index, layer in enumerate(self.layers):
-            enter = layer.register_forward_pre_hook(partial(self._before_layer, index))
-            leave = layer.register_forward_hook(partial(self._after_layer, index), always_call=True)
+            enter = layer.register_forward_pre_hook(partial(self._enter, index))
+            leave = layer.register_forward_hook(partial(self._leave, index), always_call=True)
             handles += [enter, leave]
         return handles
-
-    def _after_pass(self, *_) -> None:
-        self.close()
-
-    def _before_layer(self, index: int, *_) -> None:
-        self._enter(index)
-
-    def _after_layer(self, index: int, *_) -> None:
-        self._leave(index)
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[None]:
@@ -74,24 +67,18 @@ class LayerWeights:
         finally:
             self._idle = before
 
-    def rest(self) -> None:
-        """Drop what is held."""
+    def close(self, *_) -> None:
+        """Drop what is held, and end the thread: no forked process has it, and no copy of the model can."""
         if self._idle:
             return
         self._settle()
         for index in list(self._held):
             self._leave(index)
-
-    def close(self) -> None:
-        """Drop what is held, and end the thread: no forked process has it, and no copy of the model can."""
-        if self._idle:
-            return
-        self.rest()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
-    def _enter(self, index: int) -> None:
+    def _enter(self, index: int, *_) -> None:
         if self._idle:
             return
         self._settle(index)
@@ -119,23 +106,15 @@ class LayerWeights:
         if index != wanted and index in self._held:
             self._leave(index)
 
-    def _leave(self, index: int) -> None:
+    def _leave(self, index: int, *_) -> None:
         if self._idle or index not in self._held:
             return
         self._held.discard(index)
         self._drop(index)
 
 
-class NoWeights:
-    """Stands for the weights of a model that has all in memory."""
-
-    idle = staticmethod(contextlib.nullcontext)
-
-
 @contextlib.contextmanager
-def on_demand(
-    model: torch.nn.Module, layers: Sequence[torch.nn.Module]
-) -> Iterator[LayerWeights | NoWeights]:
+def on_demand(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Iterator[LayerWeights]:
     """The model's layers bring in their weights once per pass; what lies outside them is in memory."""
     stream = model.__dict__.get(STREAM)
     if stream is not None:
@@ -144,10 +123,7 @@ def on_demand(
         finally:
             stream.close()
         return
-    if not any(offloading(m) for layer in layers for m in layer.modules()):
-        with brought_in(_outside(model, layers)):
-            yield NoWeights()
-        return
+    offloaded = any(offloading(m) for layer in layers for m in layer.modules())
     taken: dict[int, list] = {}
 
     def bring(index: int) -> None:
@@ -156,9 +132,10 @@ def on_demand(
 
     weights = LayerWeights(layers, bring, lambda index: _give_back(taken.pop(index, [])))
     with brought_in(_outside(model, layers)), contextlib.ExitStack() as undo:
-        undo.callback(weights.close)
-        for handle in weights.install(model):
-            undo.callback(handle.remove)
+        if offloaded:  # layers that are in memory do without hooks
+            undo.callback(weights.close)
+            for handle in weights.install(model):
+                undo.callback(handle.remove)
         yield weights
 
 
@@ -245,10 +222,7 @@ def check_weights(model: torch.nn.Module) -> None:
                     f"{family} carries accelerate's {type(hook).__name__}, which shipsfast does not know: load it "
                     "with device_map, or without"
                 )
-    if where_weights_are(model) == "memory":
-        lost = [name for name, p in model.named_parameters() if p.is_meta]
-    else:
-        lost = [name for name, p in model.named_parameters() if p.is_meta and not _known(model, name)]
+    lost = [name for name, p in model.named_parameters() if p.is_meta and _reader(model, name) is None]
     if lost:
         raise UnsupportedModelError(
             f"{family} has no weights for {lost[0]} (they are on the meta device): load them first"
@@ -261,33 +235,25 @@ def check_weights(model: torch.nn.Module) -> None:
         )
 
 
-def _known(model: torch.nn.Module, name: str) -> bool:
-    """Does somebody know the value of this meta tensor?"""
+def _reader(model: torch.nn.Module, name: str) -> Callable[[], torch.Tensor] | None:
+    """What gives the value of this meta tensor, None if nobody knows it."""
     stream = model.__dict__.get(STREAM)
     if stream is not None:
-        return any(name.startswith(prefix) for prefix in stream.prefixes)
-    return _offloaded_hook(model, name) is not None
-
-
-def _offloaded_hook(model: torch.nn.Module, name: str) -> tuple | None:
-    """(weights_map of the hook that has it, its name there)"""
+        return partial(stream.read, name) if name.startswith(tuple(stream.prefixes)) else None
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):
         for hook in offloading(model.get_submodule(".".join(parts[:cut]))):
             if hook.weights_map is not None and (cut == len(parts) - 1 or hook.place_submodules):
-                return hook.weights_map, ".".join(parts[cut:])
+                return partial(hook.weights_map.__getitem__, ".".join(parts[cut:]))
     return None
 
 
 def value_of(model: torch.nn.Module, name: str) -> torch.Tensor:
     """The value of a parameter or buffer that is not in memory. Raises InputError if nobody knows it."""
-    stream = model.__dict__.get(STREAM)
-    if stream is not None and _known(model, name):
-        return stream.read(name)
-    found = None if stream is not None else _offloaded_hook(model, name)
-    if found is None:
+    read = _reader(model, name)
+    if read is None:
         raise InputError(f"{type(model).__name__} has no weights for {name}: load them first")
-    return found[0][found[1]]
+    return read()
 
 
 def execution_device(model: torch.nn.Module, module: torch.nn.Module) -> torch.device:
@@ -297,9 +263,5 @@ def execution_device(model: torch.nn.Module, module: torch.nn.Module) -> torch.d
             device = getattr(hook, "execution_device", None)
             if device is not None:
                 return torch.device(device)
-    found = next((p.device for p in module.parameters() if not p.is_meta), None)
-    if found is None:
-        found = next((b.device for b in module.buffers() if not b.is_meta), None)
-    if found is None:
-        found = next((p.device for p in model.parameters() if not p.is_meta), torch.device("meta"))
-    return found
+    tensors = itertools.chain(module.parameters(), module.buffers(), model.parameters())
+    return next((t.device for t in tensors if not t.is_meta), torch.device("meta"))

@@ -55,14 +55,10 @@ def kl_rows(
     that cannot run. The range is not checked where row_map is on a GPU, as the host would have to wait for
     it: the rows concerned are NaN.
     """
-    backend = _choose_backend(base_logits, ablated_logits, row_map, backend, "kl_rows")
-    base_logits, ablated_logits = base_logits.detach(), ablated_logits.detach()
-    row_map = row_map.to(device=base_logits.device, dtype=torch.int64)
+    backend, base, ablated, row_map = _arguments(base_logits, ablated_logits, row_map, backend, "kl_rows")
     if backend == "reference":
-        return _in_chunks(_kl_chunk, base_logits, ablated_logits, row_map, 1, _LIVE_ARRAYS)[0]
-    return torch.ops.shipsfast.kl_rows(
-        _rows_contiguous(base_logits), _rows_contiguous(ablated_logits), row_map
-    )
+        return _in_chunks(_kl_chunk, base, ablated, row_map, 1, _LIVE_ARRAYS)[0]
+    return torch.ops.shipsfast.kl_rows(base, ablated, row_map)
 
 
 def divergence_rows(
@@ -96,20 +92,16 @@ def divergence_rows(
         raise InputError(f"divergences {names!r}: expected a list of {', '.join(DIVERGENCES)}")
     if set(names) == {"kl"}:
         return kl_rows(base_logits, ablated_logits, row_map, backend=backend).repeat(len(names), 1)
-    backend = _choose_backend(base_logits, ablated_logits, row_map, backend, "divergence_rows")
-    base_logits, ablated_logits = base_logits.detach(), ablated_logits.detach()
-    row_map = row_map.to(device=base_logits.device, dtype=torch.int64)
+    backend, base, ablated, row_map = _arguments(
+        base_logits, ablated_logits, row_map, backend, "divergence_rows"
+    )
     chosen = [name for name in DIVERGENCES if name in names]
     if backend == "reference":
         chunk = functools.partial(_divergence_chunk, names=chosen)
-        results = _in_chunks(
-            chunk, base_logits, ablated_logits, row_map, len(chosen), _LIVE_DIVERGENCE_ARRAYS
-        )
+        results = _in_chunks(chunk, base, ablated, row_map, len(chosen), _LIVE_DIVERGENCE_ARRAYS)
     else:
         which = sum(1 << DIVERGENCES.index(name) for name in chosen)
-        results = torch.ops.shipsfast.divergence_rows(
-            _rows_contiguous(base_logits), _rows_contiguous(ablated_logits), row_map, which
-        )
+        results = torch.ops.shipsfast.divergence_rows(base, ablated, row_map, which)
     return results if list(names) == chosen else results[[chosen.index(name) for name in names]]
 
 
@@ -118,19 +110,23 @@ def kl_backend(device: torch.device | str) -> str:
     return "reference" if _extension_problem(torch.device(device), "kl_rows") else "cpp"
 
 
-def _choose_backend(
+def _arguments(
     base: torch.Tensor, ablated: torch.Tensor, row_map: torch.Tensor, backend: str, op: str
-) -> str:
-    """Checks a call of `op`, and returns "cpp" or "reference"."""
+) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Checks a call of `op`. Returns "cpp" or "reference", and base, ablated and row_map as that takes them."""
     check_rows(base, ablated, row_map)
     if backend not in KL_BACKENDS:
         raise InputError(f"unknown backend {backend!r}: expected one of {', '.join(KL_BACKENDS)}")
-    if backend == "reference":
-        return backend
-    problem = _extension_problem(base.device, op)
-    if problem and backend == "cpp":
-        raise InputError(f"backend 'cpp' cannot run: {problem}; or use backend='reference' or 'auto'")
-    return "reference" if problem else "cpp"
+    if backend != "reference":
+        problem = _extension_problem(base.device, op)
+        if problem and backend == "cpp":
+            raise InputError(f"backend 'cpp' cannot run: {problem}; or use backend='reference' or 'auto'")
+        backend = "reference" if problem else "cpp"
+    base, ablated = base.detach(), ablated.detach()
+    row_map = row_map.to(device=base.device, dtype=torch.int64)
+    if backend == "cpp":
+        base, ablated = _rows_contiguous(base), _rows_contiguous(ablated)
+    return backend, base, ablated, row_map
 
 
 def _extension_problem(device: torch.device, op: str) -> str | None:

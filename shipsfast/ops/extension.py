@@ -10,13 +10,9 @@ import torch
 REMEDY = "run `pip install --no-build-isolation -e .` in the checkout, with torch and a C++ compiler there"
 
 
+@functools.cache
 def extension_status() -> tuple[bool, str]:
     """Whether the native extension shipsfast._C is loaded, and where from; if not, why, and the remedy."""
-    return _load_extension()
-
-
-@functools.cache
-def _load_extension() -> tuple[bool, str]:
     try:
         module = importlib.import_module("shipsfast._C")
     except ModuleNotFoundError as error:

@@ -49,10 +49,6 @@ class PackedPrompts:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @property
-    def num_prompts(self) -> int:
-        return len(self.last_index)
-
     def path(self, segment: int) -> list[int]:
         """Segment indices from the root down to and including `segment`."""
         out = []

@@ -41,9 +41,8 @@ def principal_angles(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     overlap = base.T @ other  # [N, r, r]
     cosine = torch.linalg.svdvals(overlap).clamp(max=1)  # falling, so angles rise
     residual = other - base @ overlap
-    residual = residual - base @ (
-        base.T @ residual
-    )  # once more: the first product leaves rounding along base
+    # Once more: the first product leaves rounding along base.
+    residual = residual - base @ (base.T @ residual)
     sine = torch.linalg.svdvals(residual).clamp(max=1).flip(1)  # rising
     small = cosine.square() >= 0.5
     return torch.rad2deg(torch.where(small, torch.asin(sine), torch.acos(cosine)))
@@ -96,8 +95,3 @@ def resampled_angle_deg(
 
 def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.eigh(gram)[1][:, :, -rank:]
-
-
-def singular_values(x: torch.Tensor) -> torch.Tensor:
-    """Singular values of one matrix [P, d], falling, float64."""
-    return torch.linalg.svdvals(x.double())

@@ -90,11 +90,9 @@ class TreeContext:
             elif self.backend == "torch":
                 plan = plan_segments(self.packed, window=window, query_index=query_index, device=self.device)
             else:
-                index = (
-                    None
-                    if query_index is None
-                    else torch.as_tensor(query_index.astype(np.int32), device=self.device)
-                )
+                index = query_index
+                if index is not None:
+                    index = torch.as_tensor(index.astype(np.int32), device=self.device)
                 plan = {"query_index": index}
             if self.backend == "triton":
                 plan |= _triton_plan(self.packed, window, query_index, query)

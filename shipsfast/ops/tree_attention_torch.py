@@ -190,10 +190,8 @@ def segment_attention(
         step = max(1, GATHER_BYTES // per_block)
         for start in range(0, len(stack.key_index), step):
             blocks = slice(start, start + step)
-            index, part = (
-                stack.query_index[blocks].flatten(),
-                _attend(q, k, v, keys, stack, blocks, scaling, softcap, sink),
-            )
+            index = stack.query_index[blocks].flatten()
+            part = _attend(q, k, v, keys, stack, blocks, scaling, softcap, sink)
             if stack.real is not None:
                 real = stack.real[blocks].flatten().nonzero().flatten()
                 index, part = index[real], part.index_select(1, real)

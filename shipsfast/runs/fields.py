@@ -17,7 +17,7 @@ Fields = dict[str, tuple[Test, str]]  # by name: the test, and what is expected 
 
 def check_fields(file: Path, where: str, found, tests: Fields, all_of: Iterable[str] = ()) -> None:
     need(file, where.rstrip("."), isinstance(found, dict), "an object")
-    for name in all_of or ():
+    for name in all_of:
         need(file, where + name, name in found, tests[name][1])
     for name, (test, expected) in tests.items():
         if name in found:

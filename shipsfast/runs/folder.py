@@ -161,9 +161,6 @@ class RunFolder:
                 f"{self.path} holds another run (different {', '.join(differs)}): {words}; choose another output folder"
             )
 
-    def _problems(self) -> dict[Part, str]:
-        return {part: problem for part in self.parts if (problem := part.problem(self.path))}
-
     def _unlisted(self) -> list[Path]:
         """Parts that the manifest does not list."""
         return [file for room in ROOMS for file in unlisted(self.path, room, self.parts)]
@@ -194,7 +191,7 @@ class RunFolder:
             self._lock = None
 
     def _sweep(self) -> None:
-        problems = self._problems()
+        problems = {part: problem for part in self.parts if (problem := part.read(self.path)[1])}
         for part, problem in problems.items():
             place = self.path / part.file
             note(f"{place} {problem}: its scores are computed again")
@@ -265,9 +262,8 @@ class RunFolder:
                 data = io.BytesIO()
                 frame.to_parquet(data, index=False)
                 (self.path / room).mkdir(exist_ok=True)
-                part = Part.of(
-                    f"{room}/part-{self._number(room):06d}.parquet", data.getbuffer(), len(frame), commit
-                )
+                number = 1 + max((p.number for p in self.parts if p.room == room), default=-1)
+                part = Part.of(f"{room}/part-{number:06d}.parquet", data.getbuffer(), len(frame), commit)
                 written.append(self.path / part.file)
                 write_whole(written[-1], lambda p, data=data: p.write_bytes(data.getbuffer()))
                 self.parts = [*self.parts, part]
@@ -292,9 +288,6 @@ class RunFolder:
         except InputError:
             return False
         return listed.issuperset(files)
-
-    def _number(self, room: str) -> int:
-        return 1 + max((part.number for part in self.parts if part.room == room), default=-1)
 
 
 def kept(path: Path | None) -> str:

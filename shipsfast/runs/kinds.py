@@ -51,7 +51,7 @@ class Kind:
     """One kind of run.
 
     result: module and class in results/ that a folder is loaded as. It has load, show, as_json, and plot or view;
-    index, value: the columns of its scores (value None: "kl_nats" or "score", by the metric);
+    index: the columns of its scores beside that of their value;
     read: the rooms that its loader reads, and so checks;
     check(file, manifest, identity): raises InputError for a run.json that no run of this kind has written, and gives the
     bytes that its result takes;
@@ -60,7 +60,6 @@ class Kind:
 
     result: str
     index: tuple[str, ...]
-    value: str | None
     read: tuple[str, ...]
     check: Callable[[Path, dict, dict], int]
     tables: Callable[[dict, dict], dict[str, Table]]
@@ -232,18 +231,14 @@ GENERATION = {
 }
 HEAD = ("layer", "head")
 KINDS = {
-    "ships": Kind(
-        "ships.ShipsResult", ("prompt", *HEAD), None, (SCORES,), _check_ships, _ships_tables
-    ),
-    "subspace": Kind(
-        "subspace.SubspaceResult", HEAD, "angle_deg", (SCORES, GRAMS), _check_subspace, _subspace_tables
-    ),
+    "ships": Kind("ships.ShipsResult", ("prompt", *HEAD), (SCORES,), _check_ships, _ships_tables),
+    "subspace": Kind("subspace.SubspaceResult", HEAD, (SCORES, GRAMS), _check_subspace, _subspace_tables),
     "sahara": Kind(
-        "sahara.SaharaResult", ("step", "beam", *HEAD), "angle_deg", (SCORES, GRAMS), _check_sahara, _sahara_tables
+        "sahara.SaharaResult", ("step", "beam", *HEAD), (SCORES, GRAMS), _check_sahara, _sahara_tables
     ),
     "evaluate": Kind(
-        "evaluation.EvalResult", ("group", "prompt"), "kl_nats", (COMPLETIONS, CONTROL, SCORES), _check_evaluation,
-        _evaluation_tables,
+        "evaluation.EvalResult", ("group", "prompt"), (COMPLETIONS, CONTROL, SCORES),
+        _check_evaluation, _evaluation_tables,
     ),
 }  # fmt: skip
 ROOMS = (SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS)

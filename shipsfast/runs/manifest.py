@@ -74,9 +74,6 @@ class Part:
             return b"", "is damaged: its SHA-256 is not that of what was written"
         return data, ""
 
-    def problem(self, folder: Path) -> str:
-        return self.read(folder)[1]
-
     def sound(self, folder: Path) -> bytes:
         """Its bytes. Raises DamagedPartError if they are not those that were written."""
         data, problem = self.read(folder)

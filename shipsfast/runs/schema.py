@@ -44,11 +44,10 @@ def check_manifest(file: Path, manifest: dict) -> None:
     need(file, "identity.kind", text(kind))
     check_fields(file, "identity.", identity, IDENTITY)
     check_fields(file, "", manifest, RECORD)
-    for name, required in (("metric", METRIC), ("model", MODEL)):
-        if name in manifest:
-            check_fields(
-                file, f"{name}.", manifest[name], required, all_of=name == "metric" and METRIC_NEEDED
-            )
+    if "metric" in manifest:
+        check_fields(file, "metric.", manifest["metric"], METRIC, all_of=METRIC_NEEDED)
+    if "model" in manifest:
+        check_fields(file, "model.", manifest["model"], MODEL)
     if kind not in KINDS:
         return
     size = KINDS[kind].check(file, manifest, identity)

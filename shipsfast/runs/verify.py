@@ -18,10 +18,11 @@ from ..errors import InputError
 from ..text import counted, one_line
 from .kinds import COUNTED, KINDS, LABELS, ROOMS, Table
 from .lock import NAME as LOCK
-from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest, without_run
+from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
 from .part_file import COLUMNS, TEXT, read_table
 
 LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
+CONTINUE = "run the same command again to continue"
 
 
 def verify(folder: str | Path) -> dict:
@@ -30,8 +31,6 @@ def verify(folder: str | Path) -> dict:
     Raises InputError if there is no run at all, or one of another schema.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file() and not (folder / BACKUP).is_file():
-        raise InputError(f"{folder} is not a shipsfast run: {without_run(folder)}")
     report = {
         "run_folder": str(folder), "kind": None, "status": None, "schema": SCHEMA, "parts": 0, "rows": 0,
         "marked": 0,
@@ -46,7 +45,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
     again = "run the same command again: it computes what is damaged anew"
 
     def problem(path: Path, what: str, do: str = again) -> None:
-        report["problems"].append({"path": str(path), "what": what, "do": do})
+        _tell(report, "problems", path, what, do)
 
     try:
         manifest = read_manifest(folder)
@@ -66,13 +65,8 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
         except InputError:
             copy = None
         if copy is None or (manifest.get("status") == "complete" and copy != manifest):
-            report["leftovers"].append(
-                {
-                    "path": str(folder / BACKUP),
-                    "what": "is not a sound copy of the manifest",
-                    "do": "nothing: it is only a spare",
-                }
-            )
+            what, do = "is not a sound copy of the manifest", "nothing: it is only a spare"
+            _tell(report, "leftovers", folder / BACKUP, what, do)
     identity = manifest["identity"]
     if not nested:
         report["kind"], report["status"] = identity.get("kind"), manifest.get("status")
@@ -97,13 +91,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
         if part.room not in tables:
             problem(folder / part.file, f"does not belong to a run of kind {identity['kind']}")
     if manifest.get("status") != "complete":
-        report["unfinished"].append(
-            {
-                "path": str(folder),
-                "what": "the run is not finished",
-                "do": "run the same command again to continue",
-            }
-        )
+        _tell(report, "unfinished", folder, "the run is not finished", CONTINUE)
     _leftovers(folder, parts, manifest, problem, report)
     for number in range(1, 1 + len(identity.get("further_metrics", []))):
         place = folder / FURTHER / str(number)
@@ -116,9 +104,11 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
         elif manifest.get("status") == "complete":
             problem(place, "is missing: the scores of a further metric")
         else:
-            report["unfinished"].append(
-                {"path": str(place), "what": "was not begun", "do": "run the same command again to continue"}
-            )
+            _tell(report, "unfinished", place, "was not begun", CONTINUE)
+
+
+def _tell(report: dict, where: str, path: Path, what: str, do: str) -> None:
+    report[where].append({"path": str(path), "what": what, "do": do})
 
 
 def _room(folder, room: str, table: Table, parts: list[Part], manifest: dict, problem, report: dict) -> None:
@@ -155,9 +145,7 @@ def _room(folder, room: str, table: Table, parts: list[Part], manifest: dict, pr
         if manifest.get("status") == "complete":
             problem(folder / room, what)
         else:
-            report["unfinished"].append(
-                {"path": str(folder / room), "what": what, "do": "run the same command again to continue"}
-            )
+            _tell(report, "unfinished", folder / room, what, CONTINUE)
 
 
 def _known(report: dict, room: Path) -> bool:
@@ -226,7 +214,7 @@ def _leftovers(folder: Path, parts: list[Part], manifest: dict, problem, report:
                 do = "nothing: the next run clears it away"
                 if what.startswith("is a damaged"):
                     do = "delete it when you have seen it"
-                report["leftovers"].append({"path": str(file), "what": what, "do": do})
+                _tell(report, "leftovers", file, what, do)
 
 
 def render(report: dict) -> str:

@@ -11,7 +11,7 @@ from ..engine.heads import Head
 from ..errors import InputError
 from ..memory import OutOfMemory, once_more
 from ..ops.prefix_tree import PackedPrompts
-from ..ops.subspaces import gram_matrices, leading_subspace, singular_values, subspace_angle_deg
+from ..ops.subspaces import gram_matrices, leading_subspace, subspace_angle_deg
 from ..results.gram_bootstrap import Grams
 from ..runs.folder import RunFolder
 from ..runs.kinds import BASIS, GRAMS, SCORES
@@ -204,7 +204,7 @@ class AngleScan:
         return out[0]
 
     def _set_basis(self, base: torch.Tensor) -> None:
-        values = singular_values(base)
+        values = torch.linalg.svdvals(base.double())
         span = int((values > values[0] * max(base.shape) * 1e-14).sum())
         if self.rank > span:
             raise InputError(

@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..engine.flops import gemm_flops_per_s, model_flops, scan_flops
-from ..engine.layer_path import layer_path
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
 from ..engine.replacement_values import pair_ids
-from ..engine.subject import held_beside, tokens_of
+from ..engine.subject import held_beside, layer_path, tokens_of
 from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
 from ..models.attention_hook import LONG

@@ -13,7 +13,7 @@ import torch
 import shipsfast
 from benchmarks.gpu.scans import SCANS
 from shipsfast.engine.measurement import ScanExecution
-from shipsfast.engine.memory_plan import CUDA_CHUNK_TOKENS, Held, block_bytes, make_plan
+from shipsfast.engine.memory_plan import CUDA_CHUNK_TOKENS, Held, block_parts, make_plan, peak_bytes
 from shipsfast.models.anatomy import LOGIT_COPIES, Anatomy, Block, Layer, inspect_model
 from tests.support import memory_child
 from tests.support.models import build
@@ -75,8 +75,10 @@ def test_more_memory_never_makes_blocks_smaller():
         limited = ScanExecution(max_memory=limit * GIB)
         plan = make_plan(anatomy(shape), ids, 1024, limited, HELD)
         assert plan.predicted_bytes <= limit * GIB
-        more = block_bytes(
-            anatomy(shape), plan.rows_per_block + 2, 1777, 100, plan.chunk_tokens, plan.head_rows, 2, 2
+        more = peak_bytes(
+            block_parts(
+                anatomy(shape), plan.rows_per_block + 2, 1777, 100, plan.chunk_tokens, plan.head_rows, 2, 2
+            )
         )
         if len(plan.prompt_groups) == 1 and plan.rows_per_block < 1024:
             assert more > limit * GIB, "the block is as large as fits"
