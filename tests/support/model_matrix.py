@@ -165,6 +165,9 @@ def committed_version() -> str:
 
 
 def main(names: list[str]) -> None:
+    unknown = set(names) - set(families())
+    if unknown:
+        sys.exit(f"{', '.join(sorted(unknown))}: not among the model_types that transformers has for text")
     rows, wrong = [], 0
     for family in names or families():
         start = time.perf_counter()

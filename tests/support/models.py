@@ -63,6 +63,10 @@ def build(family: str = "llama-gqa", dtype: torch.dtype = torch.float64, seed: i
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases, and weights of norms, which would be 0 and 1
+                parameter += torch.empty_like(parameter).normal_(std=0.1)
     return model.eval()
 
 
