@@ -36,6 +36,7 @@ def whole_number(name: str, value, least: int = 1) -> int:
 def from_digits(text: str) -> int:
     """The number that decimal digits say. Raises InputError beyond 18 of them: no id has so many, and Python reads
     4,300."""
+    text = text.lstrip("0") or "0"
     if len(text) > MOST_DIGITS:
         raise InputError(f"{text[:MOST_DIGITS]}... has {len(text)} digits: expected at most {MOST_DIGITS}")
     return int(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,8 @@ import torch
 
 from ..errors import InputError, whole_number
 from .measurements import TOP_K
+
+LARGEST = 1 << 63  # of a number that a run folder holds
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class Sampling:
     seed: int = 0
 
     def check(self, vocabulary: int) -> None:
-        whole_number("seed", self.seed, 0)
+        if whole_number("seed", self.seed, 0) >= LARGEST:
+            raise InputError(f"seed must be below {LARGEST:,}, got {self.seed:,}")
         whole_number("top_k", self.top_k, 0)
         if self.top_k > vocabulary:
             raise InputError(
                 f"top_k is {self.top_k}, and the model's vocabulary has {vocabulary} tokens: lower it"
             )
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < LARGEST):
             raise InputError(f"temperature must be a positive number, got {self.temperature!r}")
 
     def uniforms(self, row: str, count: int) -> np.ndarray:

@@ -108,10 +108,11 @@ def in_order(prompts: Sequence[Sequence[int]]) -> list[int]:
 def parse_bytes(text: str) -> int:
     """ "8GiB", "500 MB", "8G" (binary) or a plain number of bytes."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    base = 1000 if match and match[3] and match[3].lower() == "b" and match[2] else 1024
+    amount = int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")) if match else 0
+    if amount < 1:
         raise InputError(f"cannot read {text!r} as an amount of memory: write it like 8GiB or 500MB")
-    base = 1000 if match[3] and match[3].lower() == "b" and match[2] else 1024
-    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+    return amount
 
 
 def free_bytes(device: torch.device) -> int:

@@ -63,8 +63,9 @@ def load_model(
         raise
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
+            use = "another device or --dtype bfloat16"
             raise InputError(
-                f"{name} does not fit on {where}: use --stream, another device or --dtype bfloat16"
+                f"{name} does not fit on {where}: use {use if stream else '--stream, ' + use}"
             ) from error
         raise InputError(
             f"cannot load a causal language model from {_place(name)}: {first_line(error)}"

@@ -322,7 +322,7 @@ def as_metric(metric: str | Metric | Callable, tokenizer=None, vocab_size: int |
     """
     if isinstance(metric, str):
         metric = parse_metric(metric)
-    elif metric in (logit_diff, refusal_logit):
+    elif any(metric is each for each in (logit_diff, refusal_logit)):
         raise InputError(
             f"metric {metric.__name__} is not called yet: give it tokens, {metric.__name__}(...)"
         )

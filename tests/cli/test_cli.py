@@ -337,8 +337,9 @@ def test_numbers_of_thousands_of_digits_are_refused(capsys):
         ("--heads", f"0-{many}"),
     ):
         assert "999... has 5000 digits: expected at most 18" in refused(capsys, *args, *more)
-    for amount in (many, "9" * 400 + "T"):
-        assert "cannot read '999" in refused(capsys, *args, "--max-memory", amount)
+    for amount in (many, "9" * 400 + "T", "0.5"):
+        assert f"cannot read '{amount[:3]}" in refused(capsys, *args, "--max-memory", amount)
+    assert "max_memory must be at most" in refused(capsys, *args, "--max-memory", "9999999T")
 
 
 def test_messages_about_generation_name_the_options(capsys):

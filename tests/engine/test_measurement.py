@@ -160,6 +160,11 @@ def test_parts_of_the_plan_are_whole_numbers(kind, name, value):
         kind(**{name: value})
 
 
+def test_what_no_run_folder_holds_is_refused():
+    with pytest.raises(InputError, match="^max_memory must be at most 4,611,686,018,427,387,904, got"):
+        ScanExecution(max_memory=2**62 + 1)
+
+
 def test_a_number_of_an_array_is_kept_as_pythons():
     found = ScanExecution(chunk_tokens=np.int64(30))
     assert type(found.chunk_tokens) is int

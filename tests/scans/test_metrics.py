@@ -233,7 +233,9 @@ def test_what_a_callable_may_not_return(convert, pattern):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("metric", [3, None, ["kl"], "KL", "k", "", "kl:3", "logit-diff", "refusal_logit:"])
+@pytest.mark.parametrize(
+    "metric", [3, None, ["kl"], np.array(["kl", "js"]), "KL", "k", "", "kl:3", "logit-diff", "refusal_logit:"]
+)
 def test_what_is_no_metric(metric):
     with pytest.raises(InputError, match="metric.*expected.*kl, reverse_kl, js, total_variation"):
         as_metric(metric)
