@@ -36,7 +36,7 @@ TESTS = {
     ],
     "engine/growing_batch.py": [
         "tests/engine/test_fused.py", "tests/engine/test_exactness.py", "tests/models/test_model_untouched.py",
-        "tests/answers/test_generation.py::test_every_path_gives_that_text",
+        "tests/answers/test_generation.py::test_every_path_gives_that_text", "tests/models/test_wrapped_models.py",
     ],
     "ops/reference.py": [
         "tests/ops/test_decode_attention.py::test_the_oracle_is_the_formula",
@@ -45,7 +45,7 @@ TESTS = {
     ],
     "models/attention_hook.py": [
         "tests/models/test_model_untouched.py", "tests/models/test_refusals.py", "tests/engine/test_exactness.py",
-        "tests/engine/test_ablations.py",
+        "tests/engine/test_ablations.py", "tests/engine/test_long_prompts.py", "tests/models/test_wrapped_models.py",
     ],
 }  # fmt: skip
 TIMEOUT_S = 900

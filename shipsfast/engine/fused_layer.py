@@ -205,7 +205,7 @@ class FusedLayer:
     def __init__(self, layer: torch.nn.Module, num_heads: int, num_kv_heads: int, backend: str) -> None:
         attn, mlp = layer.self_attn, layer.mlp
         self.heads, self.kv_heads, self.ops = num_heads, num_kv_heads, small_ops(backend)
-        self.scaling = attn.scaling
+        self.scaling = attn.head_dim**-0.5 if attn.scaling is None else attn.scaling
         self.softcap = getattr(attn, "attn_logit_softcapping", None)
         self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
         self.q = Product(attn.q_proj)

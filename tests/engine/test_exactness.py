@@ -98,3 +98,20 @@ def _close(got, expected: torch.Tensor) -> None:
     got = torch.as_tensor(got)
     assert torch.isfinite(got).all()
     assert (got - expected).abs().max() <= TOLERANCE_NATS, (got - expected).abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", ["model", "fused"])
+def test_a_model_that_leaves_its_scale_to_attention(layers):
+    """Then it is one over the root of the head size, of which there are not as many as heads."""
+    prompts, model = [[3, 4, 5, 6], [3, 9]], build("qwen2-gqa")
+    exact = brute_force(model, prompts)
+    assert model.config.hidden_size // HEADS != HEADS
+    for layer in model.model.layers:
+        layer.self_attn.scaling = None
+    got = shipsfast.scan(model, prompts, layers=layers, progress=False).kl
+    assert abs(torch.from_numpy(got) - exact).max() < 1e-12
+    with shipsfast.ablate(model, [(1, 2)]):
+        ablated = model(torch.tensor([prompts[0]])).logits[0, -1].log_softmax(-1)
+    plain = model(torch.tensor([prompts[0]])).logits[0, -1].log_softmax(-1)
+    assert abs(float((plain.exp() * (plain - ablated)).sum()) - float(exact[0, 1, 2])) < 1e-12
