@@ -6,6 +6,7 @@ import sys
 from .text import one_line
 
 MOST_DIGITS = 18
+MOST = 1 << 62  # of what a run folder holds as a whole number
 
 
 class InputError(ValueError):
@@ -23,13 +24,15 @@ class UnsupportedModelError(InputError):
 
 
 def whole_number(name: str, value, least: int = 1) -> int:
-    """`value` as an int. Raises InputError unless it is a whole number of at least `least`."""
+    """`value` as an int. Raises InputError unless it is a whole number from `least` to what a run folder holds."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if number > MOST:
+        raise InputError(f"{name} must be at most {MOST:,}, got more")
     return number
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..errors import InputError, whole_number
+from ..errors import MOST, InputError, whole_number
 from .measurements import TOP_K
-
-LARGEST = 1 << 63  # of a number that a run folder holds
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,13 @@ class Sampling:
     seed: int = 0
 
     def check(self, vocabulary: int) -> None:
-        if whole_number("seed", self.seed, 0) >= LARGEST:
-            raise InputError(f"seed must be below {LARGEST:,}, got {self.seed:,}")
+        whole_number("seed", self.seed, 0)
         whole_number("top_k", self.top_k, 0)
         if self.top_k > vocabulary:
             raise InputError(
                 f"top_k is {self.top_k}, and the model's vocabulary has {vocabulary} tokens: lower it"
             )
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < LARGEST):
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature <= MOST):
             raise InputError(f"temperature must be a positive number, got {self.temperature!r}")
 
     def uniforms(self, row: str, count: int) -> np.ndarray:

@@ -29,7 +29,6 @@ from .ablation import DEFAULT_SCALE, Ablation, as_ablation
 Heads = Iterable[Sequence[int | None]]
 FP32_RESIDUAL = "fused_fp32_residual"
 LAYER_PATHS = ("auto", "model", "fused", FP32_RESIDUAL)
-LARGEST = 1 << 62  # of what a run folder holds as a whole number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +119,10 @@ class Execution:
         self._whole("max_memory")
 
     def _whole(self, *names: str) -> None:
-        """Raises InputError for a field that was given and is no whole number from 1 to what a run folder holds."""
+        """Raises InputError for a field that was given and is no whole number of at least 1."""
         for name in names:
             if getattr(self, name) is not None:
-                number = whole_number(name, getattr(self, name))
-                if number > LARGEST:
-                    raise InputError(f"{name} must be at most {LARGEST:,}, got {number:,}")
-                object.__setattr__(self, name, number)
+                object.__setattr__(self, name, whole_number(name, getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -266,7 +266,7 @@ def test_strings_go_in_and_out():
         ({"do_sample": True, "temperature": 0}, "temperature must be a positive number"),
         ({"do_sample": True, "temperature": 10**400}, "temperature must be a positive number"),
         ({"seed": -1}, "seed must be a whole number"),
-        ({"seed": 2**63}, "seed must be below 9,223,372,036,854,775,808, got"),
+        ({"seed": 2**63}, "seed must be at most 4,611,686,018,427,387,904, got more"),
         ({"batch_rows": 0}, "batch_rows must be a whole number"),
         ({"ablation": Ablation("resample", prompts=[[1, 2]])}, "prompt 0 has 6 tokens|cannot|resample"),
         ({"engine": "fast"}, "unknown engine 'fast'"),
