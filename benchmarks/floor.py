@@ -11,7 +11,7 @@ from .cases import Case
 def costs(case: Case) -> flops.ModelFlops:
     return flops.gated_model_flops(
         layers=case.layers, hidden=case.hidden, heads=case.heads, kv_heads=case.heads,
-        head_dim=case.hidden // case.heads, intermediate=case.intermediate, vocabulary=case.vocabulary,
+        head_dim=case.hidden // case.heads, intermediate=case.intermediate, vocabulary=case.vocabulary, fused=True,
     )  # fmt: skip
 
 

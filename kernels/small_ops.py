@@ -33,7 +33,7 @@ GELU_CUBE = tl.constexpr(0.044715)
 
 
 @triton.jit
-def _rounded(x, like_ptr):
+def rounded(x, like_ptr):
     """What x would be in the dtype of a pointer, in float32."""
     return x.to(like_ptr.dtype.element_ty).to(tl.float32)
 
@@ -42,8 +42,18 @@ def _rounded(x, like_ptr):
 def _weighted(x, scale, weight, like_ptr, PLUS_ONE: tl.constexpr):
     """x * scale * weight, rounded as the family's module rounds it."""
     if PLUS_ONE:
-        return _rounded(x * scale * (1.0 + weight), like_ptr)
-    return _rounded(_rounded(x * scale, like_ptr) * weight, like_ptr)
+        return rounded(x * scale * (1.0 + weight), like_ptr)
+    return rounded(rounded(x * scale, like_ptr) * weight, like_ptr)
+
+
+@triton.jit
+def activated(gate, like_ptr, GELU: tl.constexpr):
+    """silu(gate), or gelu(gate) by tanh, rounded as the activation's module rounds it."""
+    if GELU:  # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), which does not cancel where u is negative
+        steep = 2.0 * GELU_FACTOR * (gate + GELU_CUBE * gate * gate * gate)
+    else:
+        steep = gate
+    return rounded(gate / (1.0 + tl.exp(-steep)), like_ptr)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -115,8 +125,8 @@ def _rope_kernel(
     low_sin = tl.load(sin_ptr + at, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     high_cos = tl.load(cos_ptr + at + HALF, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     high_sin = tl.load(sin_ptr + at + HALF, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    new_low = _rounded(low * low_cos, x_ptr) - _rounded(high * low_sin, x_ptr)
-    new_high = _rounded(high * high_cos, x_ptr) + _rounded(low * high_sin, x_ptr)
+    new_low = rounded(low * low_cos, x_ptr) - rounded(high * low_sin, x_ptr)
+    new_high = rounded(high * high_cos, x_ptr) + rounded(low * high_sin, x_ptr)
     tl.store(low_ptr, new_low.to(x_ptr.dtype.element_ty), mask=mask)
     tl.store(low_ptr + HALF, new_high.to(x_ptr.dtype.element_ty), mask=mask)
 
@@ -136,12 +146,8 @@ def _gated_kernel(
     mask_m = offs_m < M
     gate = tl.load(gate_up_ptr + n * stride_gn + offs_m, mask=mask_m, other=0.0).to(tl.float32)  # [BLOCK_M]
     up = tl.load(gate_up_ptr + n * stride_gn + M + offs_m, mask=mask_m, other=0.0).to(tl.float32)
-    if GELU:  # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), which does not cancel where u is negative
-        steep = 2.0 * GELU_FACTOR * (gate + GELU_CUBE * gate * gate * gate)
-    else:
-        steep = gate
-    activated = _rounded(gate / (1.0 + tl.exp(-steep)), out_ptr)
-    tl.store(out_ptr + n * stride_on + offs_m, (activated * up).to(out_ptr.dtype.element_ty), mask=mask_m)
+    out = activated(gate, out_ptr, GELU) * up
+    tl.store(out_ptr + n * stride_on + offs_m, out.to(out_ptr.dtype.element_ty), mask=mask_m)
 
 
 # With TRITON_INTERPRET=1 at import, triton.jit gives another class, which runs on the CPU.
@@ -194,18 +200,18 @@ def rope_(
     Raises:
         ValueError: shapes, strides or dtypes that do not fit. RuntimeError: the tensors are not on a GPU.
     """
-    _require(
+    require(
         x.dim() == 4 and x.shape[3] % 2 == 0 and x.stride(3) == 1,
         "rope_",
         "x [B, T, H, D], D even and contiguous",
     )
     rows, tokens, heads, size = x.shape
     for each in (cos, sin):
-        _require(
+        require(
             each.shape == (tokens, size) and each.is_contiguous(), "rope_", "cos and sin [T, D], contiguous"
         )
-    _require(weight is None or weight.shape == (size,) and weight.is_contiguous(), "rope_", "weight [D]")
-    _check_kind("rope_", x, cos, sin, *(() if weight is None else (weight,)))
+    require(weight is None or weight.shape == (size,) and weight.is_contiguous(), "rope_", "weight [D]")
+    check_kind("rope_", x, cos, sin, *(() if weight is None else (weight,)))
     if x.numel() == 0:
         return x
     block_heads, block_half, warps = rope_launch(heads, size)
@@ -218,26 +224,32 @@ def rope_(
     return x
 
 
-def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+def gated(gate_up: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """act(gate) * up.
 
     Args:
         gate_up: [N, 2 M], the gates before the ups; bfloat16, float16 or float32, rows of any stride.
         activation: "silu" or "gelu" (by tanh).
+        out: [N, M] in gate_up's dtype, rows of any stride; by default a new contiguous tensor.
     Returns:
-        [N, M] in gate_up's dtype, contiguous.
+        out.
     Raises:
         ValueError: shapes, strides or dtypes that do not fit, or another activation. RuntimeError: not on a GPU.
     """
-    _require(activation in ("silu", "gelu"), "gated", "activation 'silu' or 'gelu'")
-    _require(
+    require(activation in ("silu", "gelu"), "gated", "activation 'silu' or 'gelu'")
+    require(
         gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0 and gate_up.stride(1) == 1,
         "gated",
         "gate_up [N, 2 M]",
     )
-    _check_kind("gated", gate_up)
     rows, width = len(gate_up), gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
+    out = gate_up.new_empty(rows, width) if out is None else out
+    require(
+        out.shape == (rows, width) and out.stride(1) == 1 and out.dtype == gate_up.dtype,
+        "gated",
+        "out [N, M] in one dtype",
+    )
+    check_kind("gated", gate_up, out)
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(gate_up):
@@ -264,12 +276,12 @@ def rope_launch(heads: int, size: int) -> tuple[int, int, int]:
 
 
 def _launch_norm(name: str, x, weight, eps: float, plus_one: bool, out, add: bool) -> None:
-    _require(x.dim() == 2 and x.stride(1) == 1 and 0 < x.shape[1] <= MOST_COLUMNS, name, "rows [N, D]")
-    _require(out.shape == x.shape and out.stride(1) == 1, name, "both of one shape")
-    _require(weight.shape == x.shape[1:] and weight.is_contiguous(), name, "weight [D]")
+    require(x.dim() == 2 and x.stride(1) == 1 and 0 < x.shape[1] <= MOST_COLUMNS, name, "rows [N, D]")
+    require(out.shape == x.shape and out.stride(1) == 1, name, "both of one shape")
+    require(weight.shape == x.shape[1:] and weight.is_contiguous(), name, "weight [D]")
     one = {x.dtype, out.dtype} - {torch.float32}
-    _require(len(one) < 2, name, "both of one dtype, or one in float32")
-    _check_kind(name, x, out, weight)
+    require(len(one) < 2, name, "both of one dtype, or one in float32")
+    check_kind(name, x, out, weight)
     if x.numel() == 0:
         return
     rows, block, warps = norm_launch(x.shape[1])
@@ -281,15 +293,15 @@ def _launch_norm(name: str, x, weight, eps: float, plus_one: bool, out, add: boo
         )  # fmt: skip
 
 
-def _require(condition: bool, name: str, expected: str) -> None:
+def require(condition: bool, name: str, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}")
 
 
-def _check_kind(name: str, *tensors: torch.Tensor) -> None:
+def check_kind(name: str, *tensors: torch.Tensor) -> None:
     device = tensors[0].device
-    _require(all(x.dtype in DTYPES for x in tensors), name, "bfloat16, float16 or float32")
-    _require(all(x.device == device for x in tensors), name, "all tensors on one device")
+    require(all(x.dtype in DTYPES for x in tensors), name, "bfloat16, float16 or float32")
+    require(all(x.device == device for x in tensors), name, "all tensors on one device")
     if device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(
             f"{name}: the Triton kernel needs a CUDA device and its input is on {device}: use layers='model', "

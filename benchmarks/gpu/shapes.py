@@ -70,7 +70,7 @@ class Shape:
     def costs(self) -> flops.ModelFlops:
         return flops.gated_model_flops(
             layers=self.layers, hidden=self.hidden, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
-            intermediate=self.intermediate, vocabulary=self.vocabulary,
+            intermediate=self.intermediate, vocabulary=self.vocabulary, fused=True, second_norm=self.family == "gemma2",
         )  # fmt: skip
 
     @property

@@ -4,7 +4,9 @@
             (the last layer: keys and values everywhere, the rest at the prompts' ends) + the output head
 
 Attention counts the keys each token really sees. A multiplication with its addition is two FLOPs; norms, rotary
-embeddings and activations are not counted.
+embeddings and activations are not counted. In fused layers a row that forks does not pass the layer in full: it takes
+the base row's queries, keys and values, and what follows from the change of its own heads (fused_layer.py,
+forked_gate_up.py). That is counted as it is done.
 """
 
 from __future__ import annotations
@@ -19,17 +21,43 @@ import torch
 
 from ..models.anatomy import Anatomy
 from ..ops.prefix_tree import PackedPrompts
+from .forked_gate_up import pays
+from .memory_plan import even_slices
+
+
+@dataclass(frozen=True)
+class FusedForks:
+    """Of a layer of form fused_layer.py. rank: numbers of the heads that a fork adds, R; gate_up, down: outputs of gate and
+    up together, and inputs of down; second_norm: one stands between the output projection and the residual stream."""
+
+    hidden: int
+    rank: int
+    gate_up: int
+    down: int
+    second_norm: bool
+    dtype: torch.dtype
+
+    def flops(self, tokens: int, forks: int) -> int:
+        """Of `forks` rows with `tokens` tokens that are read, without attention."""
+        wide = tokens * self.hidden
+        if pays(tokens, self.hidden, self.rank, forks, second_norm=self.second_norm, dtype=self.dtype):
+            products = forks * self.rank * (self.hidden + tokens) + self.second_norm * wide
+        else:
+            products = forks * wide
+        return 2 * (forks * wide * (self.rank + self.down) + products * self.gate_up)
 
 
 @dataclass(frozen=True)
 class LayerFlops:
     """keys_values, rest: per token, of the key and value projections and of all other weights; per_key: per query
-    token and key that it sees, all heads together; window: sliding window in tokens."""
+    token and key that it sees, all heads together; window: sliding window in tokens; forks: how rows that fork pass, None if
+    as all others do."""
 
     keys_values: int
     rest: int
     per_key: int
     window: int | None = None
+    forks: FusedForks | None = None
 
 
 @dataclass(frozen=True)
@@ -41,15 +69,27 @@ class ModelFlops:
     products: tuple[tuple[int, int], ...]
 
 
-def model_flops(model: torch.nn.Module, anatomy: Anatomy) -> ModelFlops:
-    """What the weights of a loaded model's layers cost per token. Experts count as many times as a token takes."""
+def model_flops(
+    model: torch.nn.Module, anatomy: Anatomy, *, fused: bool = False, unit_heads: int = 1
+) -> ModelFlops:
+    """What the weights of a loaded model's layers cost per token. Experts count as many times as a token takes.
+
+    fused: rows pass the layers by fused_layer.py, which must be able to; unit_heads: query heads that a fork adds.
+    """
     kv_width = 2 * anatomy.num_kv_heads * anatomy.head_dim
     layers = []
     for layer in anatomy.layers:
         total = 2 * sum(round(a * b * share) for a, b, share in _products(layer.module, model.config))
         keys_values = min(total, 2 * anatomy.hidden_size * kv_width)
         per_key = 4 * anatomy.num_heads * anatomy.head_dim
-        layers.append(LayerFlops(keys_values, total - keys_values, per_key, layer.window))
+        forks = None
+        if fused:
+            mlp = layer.module.mlp
+            forks = FusedForks(
+                anatomy.hidden_size, unit_heads * anatomy.head_dim, 2 * mlp.gate_proj.out_features,
+                mlp.down_proj.in_features, hasattr(layer.module, "pre_feedforward_layernorm"), model.dtype,
+            )  # fmt: skip
+        layers.append(LayerFlops(keys_values, total - keys_values, per_key, layer.window, forks))
     products = tuple((a, b) for a, b, _ in _products(anatomy.layers[0].module, model.config))
     return ModelFlops(tuple(layers), 2 * anatomy.hidden_size * anatomy.vocab_size, products)
 
@@ -82,16 +122,26 @@ def gated_model_flops(
     intermediate: int,
     vocabulary: int,
     windows: Sequence[int | None] | None = None,
+    fused: bool = False,
+    second_norm: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> ModelFlops:
-    """The same from a shape: separate q, k, v and o projections, an MLP of gate, up and down."""
+    """The same from a shape: separate q, k, v and o projections, an MLP of gate, up and down.
+
+    fused, and if so second_norm and dtype: as in `model_flops` and `FusedForks`, for one head switched off at a time.
+    """
     q, kv = heads * head_dim, kv_heads * head_dim
     products = (
         (hidden, q), (hidden, kv), (hidden, kv), (q, hidden),
         (hidden, intermediate), (hidden, intermediate), (intermediate, hidden),
     )  # fmt: skip
     total, keys_values = 2 * sum(a * b for a, b in products), 4 * hidden * kv
+    forks = None
+    if fused:
+        forks = FusedForks(hidden, head_dim, 2 * intermediate, intermediate, second_norm, dtype)
     each = [
-        LayerFlops(keys_values, total - keys_values, 4 * q, window) for window in windows or [None] * layers
+        LayerFlops(keys_values, total - keys_values, 4 * q, window, forks)
+        for window in windows or [None] * layers
     ]
     return ModelFlops(tuple(each), 2 * hidden * vocabulary, products)
 
@@ -110,20 +160,27 @@ def scan_flops(
     is. head: whether logits are computed (a dataset-level scan needs none).
     """
     num_layers = len(costs.layers)
-    blocks = -(-len(units) // (rows_per_block or max(1, len(units)))) if units else 1
-    forks = np.bincount([layer for layer, _ in units], minlength=num_layers)
-    alive = blocks + np.cumsum(forks)
+    # [blocks, layers]: rows that fork, and all that are alive then
+    blocks = [units[part] for part in even_slices(len(units), rows_per_block or len(units))] or [[]]
+    forks = np.stack([np.bincount([layer for layer, _ in block], minlength=num_layers) for block in blocks])
+    alive = 1 + np.cumsum(forks, 1)
     total = 0
     for packed in packs:
         ends = np.unique(packed.last_index)
-        for index, (layer, rows) in enumerate(zip(costs.layers, alive.tolist(), strict=True)):
+        for index, layer in enumerate(costs.layers):
             last = index == num_layers - 1
             queries = packed.position[ends] if last else packed.position
-            seen = np.minimum(queries + 1, layer.window or np.iinfo(np.int32).max)
-            work = packed.num_tokens * layer.keys_values + len(queries) * layer.rest
-            total += rows * (work + layer.per_key * int(seen.sum()))
+            seen = int(np.minimum(queries + 1, layer.window or np.iinfo(np.int32).max).sum())
+            work = packed.num_tokens * layer.keys_values + len(queries) * layer.rest + layer.per_key * seen
+            if layer.forks is None:
+                total += int(alive[:, index].sum()) * work
+                continue
+            total += int((alive - forks)[:, index].sum()) * work
+            for new in forks[:, index].tolist():
+                # All heads off in one row gives every fork's change in attention.
+                total += layer.forks.flops(len(queries), new) + (new > 0) * layer.per_key * seen
         if head:
-            total += int(alive[-1]) * len(ends) * costs.head
+            total += int(alive[:, -1].sum()) * len(ends) * costs.head
     return int(total)
 
 

@@ -162,7 +162,7 @@ class Held:
     """In what a scan is held, and what its caller holds beside the blocks.
 
     dtype: of the model; extra_rows: streams beside those of the block; per_row_bytes, bytes: kept of every row, and in all; coming_bytes: weights
-    of the model that are brought into memory while it runs; row_size: bytes per number of the residual streams, by default
+    of the model that are brought into memory while it runs; per_token_bytes: held of the base row's tokens beside a chunk; row_size: bytes per number of the residual streams, by default
     those of the model's dtype.
     """
 
@@ -172,6 +172,7 @@ class Held:
     per_row_bytes: int = 0
     bytes: int = 0
     coming_bytes: int = 0
+    per_token_bytes: int = 0
     row_size: int | None = None
 
 
@@ -206,6 +207,7 @@ class Needs:
             held.row_size or size,
         )
         more = held.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * size
+        more += held.per_token_bytes * self.tokens
         return peak_bytes(block) + more + rows * held.per_row_bytes + held.bytes
 
 

@@ -134,13 +134,17 @@ def held_beside(
     row_size = 4 if layers == FP32_RESIDUAL else model.dtype.itemsize
     # A half-precision output head on a CPU is copied to float32 while a scan runs.
     wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
-    loaded = fused_layer.loaded_bytes(anatomy.layers[0].module, device) if layers != "model" else 0
+    loaded = by_token = 0
+    if layers != "model":
+        loaded = fused_layer.loaded_bytes(anatomy.layers[0].module, device)
+        by_token = fused_layer.base_row_bytes(anatomy.layers[0].module)
     return Held(
         device,
         model.dtype,
         extra_rows=anatomy.num_layers * (measurement.ablation.kind == "resample"),
         per_row_bytes=len(measurement.prompts) * anatomy.hidden_size * row_size * measurement.keeps_hidden,
         bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head + loaded,
+        per_token_bytes=by_token,
         row_size=row_size,
     )
 

@@ -32,8 +32,26 @@ class SmallOps(Protocol):
     def values(self, v: torch.Tensor) -> torch.Tensor:
         """v [B, T, HKV, D], a slice of wider rows, as attention likes it best."""
 
-    def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        """act(gate) * up [N, M] of gate_up [N, 2 M]; activation "silu" or "gelu" (by tanh)."""
+    def gated(self, gate_up: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """act(gate) * up of gate_up [N, 2 M], to out [N, M]; activation "silu" or "gelu" (by tanh)."""
+
+    def forked_gated(
+        self,
+        change: torch.Tensor,
+        products: torch.Tensor,
+        base: torch.Tensor,
+        scale: torch.Tensor,
+        drift: torch.Tensor | None,
+        other: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        activation: str,
+        out: torch.Tensor,
+    ) -> None:
+        """The same of scale (change @ products + base + drift other) + bias, for n rows, to out [n * T, M].
+
+        change [n, T, R]; products [n, R, 2 M]; base, other [T, 2 M]; scale, drift [n, T] in float32, or float64 of float64;
+        bias [2 M]. All are contiguous.
+        """
 
 
 def small_ops(backend: str) -> SmallOps:
@@ -46,21 +64,21 @@ class CppOps:
         if x.dtype == torch.float64:
             return norm(x)
         out = torch.empty_like(x)
-        torch.ops.shipsfast.rms_norm(x, *_numbers(norm), out)
+        torch.ops.shipsfast.rms_norm(x, *numbers(norm), out)
         return out
 
     def add_rms_norm_(self, x, y, norm):
         if x.dtype == torch.float64:
             x += norm(y)
         else:
-            torch.ops.shipsfast.add_rms_norm_(x, y, *_numbers(norm))
+            torch.ops.shipsfast.add_rms_norm_(x, y, *numbers(norm))
 
     def rope(self, x, cos, sin, norm):
         weight, eps = x.new_empty(0), 0.0
         if norm is not None and x.dtype == torch.float64:
             x = norm(x)
         elif norm is not None:
-            weight, eps, _ = _numbers(norm)
+            weight, eps, _ = numbers(norm)
         out = torch.empty(x.shape, dtype=x.dtype)
         torch.ops.shipsfast.rope(x, cos, sin, weight, eps, out)
         return out
@@ -68,42 +86,56 @@ class CppOps:
     def values(self, v):
         return v.contiguous()
 
-    def gated(self, gate_up, activation):
-        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    def gated(self, gate_up, activation, out=None):
+        if out is None:
+            out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         op = torch.ops.shipsfast.gelu_mul if activation == "gelu" else torch.ops.shipsfast.silu_mul
         op(gate_up, out)
         return out
+
+    def forked_gated(self, change, products, base, scale, drift, other, bias, activation, out):
+        none, wide = base.new_empty(0), torch.empty_like(base)
+        other, bias = (none if x is None else x for x in (other, bias))
+        for i, part in enumerate(out.split(len(base))):  # what is of their width stays in the cache
+            torch.mm(change[i], products[i], out=wide)
+            moved = none if drift is None else drift[i]
+            torch.ops.shipsfast.forked_gated(
+                wide, base, scale[i], moved, other, bias, activation == "gelu", part
+            )
 
 
 class TritonOps:
     """Queries and keys are turned where they lie, and values stay there: the kernels of attention take any strides."""
 
     def __init__(self) -> None:
-        from ..kernels import small_ops as kernels  # needs triton
+        from ..kernels import forked_gated, small_ops  # need triton
 
-        self._kernels = kernels
+        self._kernels, self._forked_gated = small_ops, forked_gated.forked_gated
 
     def rms_norm(self, x, norm):
-        weight, eps, offset = _numbers(norm)
+        weight, eps, offset = numbers(norm)
         out = x.new_empty(x.shape, dtype=weight.dtype)
         return self._kernels.rms_norm(x, weight, eps, offset == 1, out=out)
 
     def add_rms_norm_(self, x, y, norm):
-        weight, eps, offset = _numbers(norm)
+        weight, eps, offset = numbers(norm)
         self._kernels.add_rms_norm_(x, y, weight, eps, offset == 1)
 
     def rope(self, x, cos, sin, norm):
-        weight, eps = (None, 0.0) if norm is None else _numbers(norm)[:2]
+        weight, eps = (None, 0.0) if norm is None else numbers(norm)[:2]
         return self._kernels.rope_(x, cos, sin, weight, eps)
 
     def values(self, v):
         return v
 
-    def gated(self, gate_up, activation):
-        return self._kernels.gated(gate_up, activation)
+    def gated(self, gate_up, activation, out=None):
+        return self._kernels.gated(gate_up, activation, out)
+
+    def forked_gated(self, change, products, base, scale, drift, other, bias, activation, out):
+        self._forked_gated(change, products, base, scale, drift, other, bias, activation, out)
 
 
-def _numbers(norm: torch.nn.Module) -> tuple[torch.Tensor, float, float]:
+def numbers(norm: torch.nn.Module) -> tuple[torch.Tensor, float, float]:
     """Weight, eps, and what is added to the weight: 1 in Gemma's norms, which call their eps so."""
     if hasattr(norm, "variance_epsilon"):
         return norm.weight, norm.variance_epsilon, 0.0

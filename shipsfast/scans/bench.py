@@ -117,7 +117,7 @@ def bench(
     how = dict(template=template, backend=backend, layers=layers, max_memory=max_memory)
     execution = ScanExecution(backend=backend, layers=layers, max_memory=max_memory)
     prepared = prepare(model, tokenizer, ShipsMeasurement(prompts=prompts, template=template), execution)
-    costs = model_flops(model, prepared.anatomy)
+    costs = model_flops(model, prepared.anatomy, fused=prepared.fused)
     packs = [pack([prepared.token_ids[i] for i in group]) for group in prepared.plan.prompt_groups]
     tokens = max(packed.num_tokens for packed in packs)
     chunk = max(tokens, min(prepared.plan.chunk_tokens, tokens * (1 + len(prepared.units))))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..engine.flops import gemm_flops_per_s, model_flops, scan_flops
+from ..engine.heads import check_unit
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
 from ..engine.replacement_values import pair_ids
@@ -167,9 +168,14 @@ def forecast(
         model.dtype.itemsize,
         beside.row_size,
     )
-    memory = {"model": held, **parts, "kept": rows * beside.per_row_bytes + beside.bytes}
+    memory = {
+        "model": held,
+        **parts,
+        "kept": rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes,
+    }
     rounds = 1 + (steps - 1) * beam
-    costs = model_flops(model, anatomy)
+    unit_heads = anatomy.num_heads // check_unit(measurement.unit, anatomy)
+    costs = model_flops(model, anatomy, fused=layers != "model", unit_heads=unit_heads)
     flops = rounds * scan_flops(costs, packs, units, rows_per_block=plan.rows_per_block)
     flops += CHECK_ROWS * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
     blocks = len(packs) * len(even_slices(len(units), plan.rows_per_block))

@@ -1,10 +1,14 @@
 """FLOP counts, against counts by hand and against torch's own counter on a real pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import shipsfast
+from shipsfast.engine import fused_layer
 from shipsfast.engine.flops import gated_model_flops, gemm_flops_per_s, model_flops, scan_flops
 from shipsfast.models.anatomy import inspect_model
 from shipsfast.ops.prefix_tree import pack
@@ -94,6 +98,77 @@ def test_a_scan_does_as_much_as_its_count(family):
     counted = sum(counter.get_flop_counts()["Global"].values())
     expected = scan_flops(costs, [pack(PROMPTS)], UNITS)
     assert expected <= counted <= 1.6 * expected
+
+
+SMALL = dict(
+    vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+LONG = [[3, 4, 5, 6, *range(7 + i, 17 + i)] for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("config", "prompts", "unit", "by_rank"),
+    [
+        (LlamaConfig, LONG, "head", 2),  # in all layers but the last, where 4 ends are read
+        (LlamaConfig, LONG, "kv_group", 2),
+        (LlamaConfig, PROMPTS, "head", 0),  # too few tokens
+        (Gemma2Config, LONG, "head", 2),
+    ],
+)
+def test_fused_layers_do_exactly_what_is_counted(config, prompts, unit, by_rank, monkeypatch):
+    """Of many heads less of one, so that the look at the model and the checks, which are the same, fall out. Attention is
+    one operation, of which the counter knows nothing."""
+    torch.manual_seed(0)
+    how = {"attn_implementation": "eager"} if config is Gemma2Config else {}
+    model = AutoModelForCausalLM.from_config(config(**SMALL), dtype=torch.float32, **how).eval()
+    taken = []
+    pays = fused_layer.pays
+    monkeypatch.setattr(fused_layer, "pays", lambda *a, **k: taken.append(pays(*a, **k)) or taken[-1])
+    unknown = {  # to torch's counter
+        torch.ops.mkl._mkl_linear: lambda x, _packed, weight, *_, **__: 2 * x[0] * weight[0] * weight[1],
+        torch.ops.aten.addmm_: lambda _x, a, b, **_: 2 * a[0] * a[1] * b[1],
+    }
+
+    def counted(units):
+        with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
+            record = shipsfast.scan(model, prompts, progress=False, heads=units, unit=unit).record
+        assert record["layers"] == "fused"
+        return sum(counter.get_flop_counts()["Global"].values())
+
+    each = 2 if unit == "kv_group" else 1
+    units = [(layer, index) for layer in range(3) for index in range(4 // each)]
+    costs = model_flops(model, inspect_model(model, [3, 4], 40), fused=True, unit_heads=each)
+    costs = replace(costs, layers=tuple(replace(layer, per_key=0) for layer in costs.layers))
+    packs = [pack(prompts)]
+    taken.clear()
+    many = counted(units)
+    assert sum(taken) == by_rank and len(taken) == 3
+    # One of the last layer, which is looked at by the checks in both.
+    found, expected = (
+        many - counted(units[-1:]),
+        scan_flops(costs, packs, units) - scan_flops(costs, packs, units[-1:]),
+    )
+    assert found == expected
+
+
+def test_fused_forks_by_hand():
+    """Two forks of rank 4 in each of two layers of 5 tokens, of which the last is read at 2 ends, where rank 4 does not pay."""
+    costs = gated_model_flops(
+        layers=2, hidden=16, heads=4, kv_heads=2, head_dim=4, intermediate=20, vocabulary=30, fused=True
+    )
+    packed = pack([[1, 2, 3, 4], [1, 2, 5]])
+    key_value, rest = 2 * 2 * 16 * 8, 2 * (2 * 16 * 16 + 3 * 16 * 20)
+    first = (
+        5 * (key_value + rest) + 4 * 16 * (1 + 2 + 3 + 4 + 3) * 2
+    )  # the base row, attention once more with all heads off
+    first += (
+        2 * 2 * (5 * 16 * 4 + 4 * (16 + 5) * 40 + 5 * 20 * 16)
+    )  # out, gate and up with what they take, down
+    last = 3 * (5 * key_value + 2 * rest + 4 * 16 * (4 + 3)) + 4 * 16 * (4 + 3)
+    last += 2 * 2 * (2 * 16 * 4 + 2 * 16 * 40 + 2 * 20 * 16)
+    units = [(0, 0), (0, 1), (1, 0), (1, 3)]
+    assert scan_flops(costs, [packed], units, head=False) == first + last
 
 
 def test_a_rate_is_measured():

@@ -50,8 +50,8 @@ def test_a_sample_stands_for_all_heads(monkeypatch):
     monkeypatch.setattr(bench_module, "gemm_flops_per_s", lambda *args, **kwargs: 1e9)
     model = build("llama-gqa", torch.float32)
     result = bench(model, IDS, seconds=1e-6, progress=False)
-    assert result.heads == LAYERS
-    costs = model_flops(model, prepared().anatomy)
+    assert result.heads == LAYERS and result.layers == "fused"
+    costs = model_flops(model, prepared().anatomy, fused=True)
     units = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
     ratio = scan_flops(costs, [pack(IDS)], units) / scan_flops(
         costs, [pack(IDS)], [(i, 0) for i in range(LAYERS)]

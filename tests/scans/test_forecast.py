@@ -69,7 +69,7 @@ def test_flops_are_those_of_the_benchmarks_floor(case):
     ids = chosen.token_ids()
     anatomy = inspect_model(model, ids[0], max(map(len, ids)))
     units = [(layer, head) for layer in range(chosen.layers) for head in range(chosen.heads)]
-    assert scan_flops(model_flops(model, anatomy), [pack(ids)], units) == pytest.approx(
+    assert scan_flops(model_flops(model, anatomy, fused=True), [pack(ids)], units) == pytest.approx(
         floor_flops(chosen), rel=1e-12
     )
 
