@@ -153,7 +153,7 @@ def layer_path(
         return "model", "asked for"
     problem = fused_layer.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)
     if layers == FP32_RESIDUAL and not problem:
-        problem = fused_layer.why_no_fp32_residual(model.dtype, backend, head_precision(model))
+        problem = fused_layer.why_no_fp32_residual(model.dtype, device, backend, head_precision(model))
     if layers != "auto" and problem:
         raise InputError(f"layers {layers!r} (--layers) cannot run: {problem}; use layers='model' or 'auto'")
     return ("model" if problem else "fused" if layers == "auto" else layers), problem
