@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedModel
 
+from ..models.ambient import set_aside, without_autocast
 from ..models.anatomy import Anatomy, base_model, inspect_model
 from ..models.attention_hook import ATTRIBUTE, DENSE, DenseCall, installed
 from .ablation import DEFAULT_SCALE, SOURCED, Ablation, as_ablation
@@ -29,7 +30,8 @@ def ablate(
 
     model(...), model.generate(...) and any library that drives the model see the ablation, in prefill and in
     every decode step; uniform attention is over visible tokens only. May be nested: then the heads of both are
-    off. The model is put back on leaving, also after an exception; inside, it is in evaluation mode.
+    off. The model is put back on leaving, also after an exception; inside, it is in evaluation mode. What runs inside is the
+    caller's: torch.autocast, the precision of matrix products and torch.compile act on it as on any call of the model.
 
     Args:
         heads: (layer, head) pairs, from 0; (layer, None) for a whole layer; may be empty.
@@ -42,17 +44,19 @@ def ablate(
         UnsupportedModelError: a model whose attention cannot be reached.
     """
     how = as_ablation(ablation, scale)
-    model = base_model(model)
-    anatomy = inspect_model(model, [0], 1)
-    heads = list(heads) if isinstance(heads, Iterable) else heads
-    chosen = check_heads(heads, anatomy.num_layers, check_unit(unit, anatomy), unit) if heads else []
-    group = tuple(head for each in chosen for head in unit_heads(each, unit, anatomy))
-    values = None
-    if how.kind in SOURCED and group:
-        from .replacement_values import values_for_ablate  # it runs the model, and imports this file
+    with contextlib.ExitStack() as off:
+        with set_aside(), without_autocast():
+            model = base_model(model)
+            anatomy = inspect_model(model, [0], 1)
+            heads = list(heads) if isinstance(heads, Iterable) else heads
+            chosen = check_heads(heads, anatomy.num_layers, check_unit(unit, anatomy), unit) if heads else []
+            group = tuple(head for each in chosen for head in unit_heads(each, unit, anatomy))
+            values = None
+            if how.kind in SOURCED and group:
+                from .replacement_values import values_for_ablate  # it runs the model, and imports this file
 
-        values = values_for_ablate(model, anatomy, how, tokenizer, template)
-    with dense_rows(model, anatomy, HeadMask((group,), how, values)):
+                values = values_for_ablate(model, anatomy, how, tokenizer, template)
+            off.enter_context(dense_rows(model, anatomy, HeadMask((group,), how, values)))
         yield
 
 

@@ -37,6 +37,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from ..ops import mixed_products
 from ..ops.extension import extension_status
 from ..ops.layer_ops import small_ops
 from ..ops.masks import LayerMask
@@ -97,14 +98,16 @@ def why_not(
     return None
 
 
-def why_no_fp32_residual(dtype: torch.dtype, backend: str, head: str) -> str | None:
+def why_no_fp32_residual(dtype: torch.dtype, device: torch.device, backend: str, head: str) -> str | None:
     """Why rows that go this way cannot keep their residual stream in float32, None if they can. head: the precision of
     the model's output head, which has to take what they end in."""
     if dtype.itemsize < 4 and head != "float32":
         return "the output head is not a plain linear layer"
     if dtype.itemsize >= 4:
         return f"the model is in {str(dtype).removeprefix('torch.')} as it is"
-    return None if backend == "triton" else "the small operations are not Triton's"
+    if backend != "triton":
+        return "the small operations are not Triton's"
+    return mixed_products.why_not(dtype, device)
 
 
 def _is_patched(function: Callable | None) -> bool:

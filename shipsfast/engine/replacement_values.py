@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..models.anatomy import Anatomy, check_model, inspect_model
+from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_model
 from ..models.attention_hook import ATTRIBUTE, TREE, TreeCall, installed
 from ..models.forward import input_device, last_logits_only
 from ..ops.masks import LayerMask
@@ -129,6 +129,7 @@ def values_for_ablate(
     check_model(model, ids)
     # With the windows that these lengths meet.
     anatomy = inspect_model(model, max(ids, key=len), max(map(len, ids)))
+    check_own_dtype(model, anatomy)
     backend = resolve_backend(
         "auto", input_device(model), model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )

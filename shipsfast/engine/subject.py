@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from .._version import __version__
 from ..errors import InputError
 from ..memory import once_more
-from ..models.anatomy import Anatomy, base_model, check_model, inspect_model
+from ..models.ambient import describe_matmul
+from ..models.anatomy import Anatomy, base_model, check_model, check_own_dtype, inspect_model
 from ..models.attention_hook import ATTRIBUTE
 from ..models.fingerprint import fingerprint
 from ..models.forward import input_device
@@ -157,7 +158,7 @@ def layer_path(
         return "model", "asked for"
     problem = fused_layer.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)
     if layers == FP32_RESIDUAL and not problem:
-        problem = fused_layer.why_no_fp32_residual(model.dtype, backend, head_precision(model))
+        problem = fused_layer.why_no_fp32_residual(model.dtype, device, backend, head_precision(model))
     if layers != "auto" and problem:
         raise InputError(f"layers {layers!r} (--layers) cannot run: {problem}; use layers='model' or 'auto'")
     return ("model" if problem else "fused" if layers == "auto" else layers), problem
@@ -173,8 +174,8 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     )
     if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
+    check_own_dtype(model, anatomy)
     device = input_device(model)
-    check_sums(device, model.dtype)
     backend = resolve_backend(
         execution.backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
@@ -186,25 +187,13 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         "layers": layers,
         "weights": where_weights_are(model),
         "kl_backend": kl_backend(device),
+        "matmul": describe_matmul(),
     }
     if anatomy.plain_sequences:
         record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
     return Subject(model, anatomy, measurement, token_ids, others, device, backend, layers, record)
-
-
-def check_sums(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises InputError where torch is told to add up float16 products in float16: it then has none that end in float32,
-    which logits need."""
-    if (
-        device.type == "cuda"
-        and dtype == torch.float16
-        and torch.backends.cuda.matmul.allow_fp16_accumulation
-    ):
-        raise InputError(
-            "torch.backends.cuda.matmul.allow_fp16_accumulation is on: sums in float16 are too coarse for scores, turn it off"
-        )
 
 
 def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:

@@ -70,6 +70,7 @@ class Anatomy:
     longest: int  # tokens of the longest sequence that was announced
     # Arrays of the logits' size that are alive at once: 1 where the head's are final.
     logit_copies: int = LOGIT_COPIES
+    autocast: str | None = None  # where torch.autocast was on while attention ran, in words
 
     @property
     def plain_sequences(self) -> bool:
@@ -87,10 +88,13 @@ class Anatomy:
 
 
 def base_model(model):
-    """The transformers model inside a PEFT wrapper, whose adapter acts in its modules; any other model as it is.
+    """The transformers model inside a PEFT wrapper, whose adapter acts in its modules, or of torch.compile; any other model
+    as it is.
 
     Raises UnsupportedModelError for an adapter that acts outside them: prompt learning.
     """
+    if isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+        model = model._orig_mod
     if not hasattr(model, "get_base_model") or not hasattr(model, "peft_config"):
         return model
     learned = [
@@ -143,6 +147,15 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights:
             )
         if not (0 <= min(ids) and max(ids) < vocabulary):
             raise InputError(f"prompt {i} has token ids outside the model's vocabulary of {vocabulary}")
+
+
+def check_own_dtype(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Raises InputError for a model that switches torch.autocast on by itself."""
+    if anatomy.autocast is not None:
+        raise InputError(
+            f"{type(model).__name__}.forward switches torch.autocast on ({anatomy.autocast}), and what is measured is the model "
+            "in its own dtype: take that wrapper off (accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+        )
 
 
 @torch.inference_mode()
@@ -237,6 +250,7 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
         index_limit=_index_limit(model),
         longest=longest,
         logit_copies=1 if len(given) == 1 and given[0] is logits else LOGIT_COPIES,
+        autocast=next((c.autocast for c in recorder.calls if c.autocast), None),
     )
 
 

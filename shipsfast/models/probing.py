@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import UnsupportedModelError
+from .ambient import autocast
 
 # By how much the logits of two rows may differ where they should agree, in standard deviations of the logits: a
 # mixture of experts rounds otherwise when another token goes to another expert.
@@ -38,6 +39,7 @@ class ProbeCall:
     head_dim: int  # of queries and keys
     value_dim: int
     window: int | None
+    autocast: str | None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def record_call(recorder: Probe, module, query, key, value, mask, sliding_window
             f"{type(module).__name__} attends to {tokens[1]} keys from {tokens[0]} tokens: it adds keys of its own, "
             "which shipsfast does not know how to pack"
         )
-    call = ProbeCall(module, query.shape[1], key.shape[1], query.shape[3], value.shape[3], mask.window)
+    call = ProbeCall(
+        module, query.shape[1], key.shape[1], query.shape[3], value.shape[3], mask.window, autocast()
+    )
     recorder.calls.append(call)
     return value.repeat_interleave(call.num_heads // call.num_kv_heads, 1).transpose(1, 2).contiguous()
 

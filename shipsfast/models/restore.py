@@ -1,4 +1,4 @@
-"""The model and the run folders of a call are left in order, whatever ends it and wherever.
+"""The model, the run folders and torch's settings are left in order by a call, whatever ends it and wherever.
 
 Every part of a scan puts back what it changes. That is enough for errors, not for Ctrl-C: the exception can rise between
 any two lines, those that put things back among them. So the outermost call notes the model's state first, lets one
@@ -18,6 +18,7 @@ import torch
 
 from ..errors import InputError
 from ..runs.folder import closing
+from .ambient import refuse_surroundings, set_aside
 from .attention_hook import ATTRIBUTE, _configs
 from .probing import probe
 
@@ -29,12 +30,16 @@ _taking = threading.Lock()
 
 
 def untouched(function: Callable) -> Callable:
-    """Decorates a function whose first argument, `model`, is the model."""
+    """Decorates a function whose first argument, `model`, is the model: the one way into every call that runs a model.
+
+    What is set around the call changes nothing in it (ambient.py). Raises InputError inside of torch.autocast or a transform of torch.func.
+    """
 
     @functools.wraps(function)
     def call(*args, **kwargs):
+        refuse_surroundings()
         model = args[0] if args else kwargs.get("model")
-        with _OneSignal() as signals, _alone(model):
+        with _OneSignal() as signals, _alone(model), set_aside():
             before = _state(model) if isinstance(model, torch.nn.Module) else None
             try:
                 with closing():
@@ -44,6 +49,8 @@ def untouched(function: Callable) -> Callable:
                 if before is not None:
                     _put_back(before)
                 raise
+            finally:
+                signals.closed = True
 
     return call
 

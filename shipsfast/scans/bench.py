@@ -23,6 +23,7 @@ from ..engine.heads import Head
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from ..errors import InputError
+from ..models.restore import untouched
 from ..ops.extension import REMEDY, extension_status
 from ..ops.prefix_tree import pack
 from ..text import counted
@@ -89,6 +90,7 @@ class BenchResult:
         )
 
 
+@untouched
 def bench(
     model: PreTrainedModel,
     prompts: Sequence[str] | Sequence[Sequence[int]] | None = None,

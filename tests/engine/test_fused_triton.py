@@ -140,6 +140,20 @@ def test_where_a_float32_residual_stream_is_refused():
         )
 
 
+def test_a_float32_residual_stream_is_tried_first(monkeypatch):
+    """A PyTorch that adds half-precision products wrongly to float32 is refused; without being asked for it, all is well."""
+    half = build("llama-gqa").half()
+    monkeypatch.setattr(
+        "shipsfast.ops.mixed_products.why_not", lambda dtype, _: f"torch is too old for {dtype}"
+    )
+    with pytest.raises(
+        shipsfast.InputError, match="cannot run: torch is too old for torch.float16; use layers="
+    ):
+        shipsfast.scan(half, PROMPTS[:1], heads=SOME, **TRITON | {"layers": FP32_RESIDUAL})
+    found = shipsfast.scan(half, PROMPTS[:1], heads=SOME[:1], **TRITON | {"layers": "auto"})
+    assert found.record["layers"] == "fused" and "layers_why" not in found.record
+
+
 CASES = {
     "cut": ("llama-gqa", dict(chunk_tokens=8, rows_per_block=5)),
     "cut gemma": ("gemma2-softcap-window", dict(chunk_tokens=16, rows_per_block=5)),

@@ -16,7 +16,7 @@ import torch
 import shipsfast
 from shipsfast.demo.run import MODEL
 from shipsfast.demo.run import PROMPTS as DEMO
-from shipsfast.models import restore
+from shipsfast.models import ambient, restore
 from shipsfast.runs.lock import FolderLock
 from shipsfast.runs.verify import verify
 from tests.support import warm
@@ -34,11 +34,12 @@ def model():
 
 
 def test_ctrl_c_between_any_two_lines(tmp_path, model):
-    """The lines that put things back among them; but for models/restore.py, in which signals wait."""
+    """The lines that put things back among them; but for models/restore.py and ambient.py, in which signals wait."""
     whole, before, draw = numbers(scan(tmp_path / "whole", model)), state(model), random.Random(5)
+    settings = ambient.matmul_settings()
 
     def stop():
-        if sys._getframe(2).f_code.co_filename != restore.__file__:
+        if sys._getframe(2).f_code.co_filename not in (restore.__file__, ambient.__file__):
             raise KeyboardInterrupt
 
     restoring = (
@@ -57,7 +58,7 @@ def test_ctrl_c_between_any_two_lines(tmp_path, model):
         finally:
             sys.settrace(None)
         assert_same(dict(before), state(model))
-        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_inference_mode_enabled() and ambient.matmul_settings() == settings
         if number % 4 == 0:
             assert numbers(scan(out, model)) == whole and verify(out)["verdict"] == "sound"
     assert stopped >= 50
