@@ -3,12 +3,12 @@
 X [P, d] holds one hidden state per prompt, U its left singular vectors. Dataset-level Ships (arXiv 2410.13708,
 eq. 11) is the sum of the r principal angles between span(U_base[:, :r]) and span(U_ablated[:, :r]), in degrees.
 
-Two ways, by device (`LAPACK_ON`), equally exact; each test of angles runs both on a CPU:
+Two ways, by device (`LAPACK_ON`), equally exact; tests of angles run both on a CPU:
 
 - on CPUs a QR decomposition that leaves [n, n], n = min(P, d), and LAPACK's singular value decomposition of that:
   N (4 max(P, d) n^2 + O(n^3)) operations in float64;
 - elsewhere ops/jacobi.py, because torch's QR and SVD go through the matrices one by one on CUDA: matrix products and
-  rotations of all matrices at once. On a CPU it takes ten times as long.
+  rotations of all matrices at once. On a CPU it takes three to eight times as long.
 
 Both in batches of at most SCRATCH_BYTES. Gram matrices X X^T alone would be two to four times as fast, but they square
 the ratio of the singular values: with sigma_2 a thousandth of sigma_1, which one strong common direction of the prompts is
