@@ -31,6 +31,7 @@ TESTS = {
         "tests/scans/test_metrics.py", "tests/scans/test_scan_metrics.py", "tests/scans/test_several_metrics.py",
     ],
     "ops/divergences.py": ["tests/ops/test_divergences.py", "tests/ops/test_kl_calls.py", "tests/ops/test_kl.py"],
+    "ops/jacobi.py": ["tests/ops/test_jacobi.py"],
     "ops/prefix_tree.py": [
         "tests/ops/test_prefix_tree.py", "tests/ops/test_tree_attention_torch.py", "tests/ops/test_block_table.py",
     ],

@@ -3,11 +3,16 @@
 X [P, d] holds one hidden state per prompt, U its left singular vectors. Dataset-level Ships (arXiv 2410.13708,
 eq. 11) is the sum of the r principal angles between span(U_base[:, :r]) and span(U_ablated[:, :r]), in degrees.
 
-All N matrices go through batched calls on their device: a QR decomposition that leaves [n, n], n = min(P, d), the
-singular value decomposition of that, and singular values of [P, r] and [r, r] matrices. That is N (4 max(P, d) n^2
-+ O(n^3)) operations in float64, in batches of at most SCRATCH_BYTES. Gram matrices X X^T would be two to four times as
-fast, but they square the ratio of the singular values: with sigma_2 a thousandth of sigma_1, which one strong common
-direction of the prompts is enough for, angles of rank 2 were off by 1e-9 degrees, with a millionth by 2e-3.
+Two ways, by device (`LAPACK_ON`), equally exact; tests of angles run both on a CPU:
+
+- on CPUs a QR decomposition that leaves [n, n], n = min(P, d), and LAPACK's singular value decomposition of that:
+  N (4 max(P, d) n^2 + O(n^3)) operations in float64;
+- elsewhere ops/jacobi.py, because torch's QR and SVD go through the matrices one by one on CUDA: matrix products and
+  rotations of all matrices at once. On a CPU it takes three to eight times as long.
+
+Both in batches of at most SCRATCH_BYTES. Gram matrices X X^T alone would be two to four times as fast, but they square
+the ratio of the singular values: with sigma_2 a thousandth of sigma_1, which one strong common direction of the prompts is
+enough for, angles of rank 2 were off by 1e-9 degrees, with a millionth by 2e-3.
 """
 
 from __future__ import annotations
@@ -17,17 +22,37 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-SCRATCH_BYTES = 256 << 20
+from .jacobi import SCRATCH_BYTES, left_singular_vectors, orthogonal_rows
+
+LAPACK_ON = ("cpu",)  # types of devices
 
 
 def leading_subspace(x: torch.Tensor, rank: int) -> torch.Tensor:
-    """Leading left singular vectors: x [N, P, d] -> float64 [N, P, rank], orthonormal columns."""
-    x = x.double()
+    """Leading left singular vectors: x [N, P, d] -> float64 [N, P, rank], orthonormal columns.
+
+    Raises:
+        torch.linalg.LinAlgError: x is not finite.
+    """
+    if x.device.type not in LAPACK_ON:
+        return left_singular_vectors(x, rank)
+    n = min(x.shape[1:])
+    step = max(1, SCRATCH_BYTES // (8 * (4 * n * n + 3 * x.shape[1] * x.shape[2])))
+    return torch.cat([_by_lapack(part.double(), rank) for part in x.split(step)])
+
+
+def _by_lapack(x: torch.Tensor, rank: int) -> torch.Tensor:
     if x.shape[1] <= x.shape[2]:  # U of X is that of R^T, with X^T = Q R
         r = torch.linalg.qr(x.transpose(1, 2), mode="r")[1]
         return torch.linalg.svd(r.transpose(1, 2))[0][:, :, :rank]
     q, r = torch.linalg.qr(x)
     return q @ torch.linalg.svd(r)[0][:, :, :rank]
+
+
+def _singular_values(x: torch.Tensor) -> torch.Tensor:
+    """x [N, m, r], m >= r -> [N, r], falling."""
+    if x.device.type not in LAPACK_ON:
+        return orthogonal_rows(x.mT).norm(dim=2)
+    return torch.linalg.svdvals(x)
 
 
 def principal_angles(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -39,11 +64,11 @@ def principal_angles(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     by about 1e-6 degrees where some angles exceed 45 degrees and others do not.)
     """
     overlap = base.T @ other  # [N, r, r]
-    cosine = torch.linalg.svdvals(overlap).clamp(max=1)  # falling, so angles rise
+    cosine = _singular_values(overlap).clamp(max=1)  # falling, so angles rise
     residual = other - base @ overlap
     # Once more: the first product leaves rounding along base.
     residual = residual - base @ (base.T @ residual)
-    sine = torch.linalg.svdvals(residual).clamp(max=1).flip(1)  # rising
+    sine = _singular_values(residual).clamp(max=1).flip(1)  # rising
     small = cosine.square() >= 0.5
     return torch.rad2deg(torch.where(small, torch.asin(sine), torch.acos(cosine)))
 
@@ -51,10 +76,9 @@ def principal_angles(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def subspace_angle_deg(base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Dataset-level Ships of N matrices: base [P, r] (from `leading_subspace`), x [N, P, d] -> float64 [N], degrees."""
     rank = base.shape[1]
-    n = min(x.shape[1:])
-    step = max(1, SCRATCH_BYTES // (8 * (4 * n * n + 3 * x.shape[1] * x.shape[2])))
-    parts = [principal_angles(base, leading_subspace(part, rank)).sum(1) for part in x.split(step)]
-    return torch.cat(parts)
+    step = max(1, SCRATCH_BYTES // (8 * 6 * base.numel()))
+    parts = leading_subspace(x, rank).split(step)
+    return torch.cat([principal_angles(base, part).sum(1) for part in parts])
 
 
 def gram_matrices(x: torch.Tensor) -> torch.Tensor:

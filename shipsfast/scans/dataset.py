@@ -35,7 +35,7 @@ def scan_dataset(
 
     Time grows as in `scan`, linearly with P; the angles add about 4 n^2 max(P, hidden) operations and a singular value
     decomposition of size n = min(P, hidden) for each head, in float64: 4 ms a head for P = 100 and hidden 640 on
-    two cores, growing with P^2 and then P^3. For `stability` of the result each head's Gram matrix [P, P] is kept, as
+    two cores, growing with P^2 and then P^3. GPUs take all heads together (ops/jacobi.py). For `stability` of the result each head's Gram matrix [P, P] is kept, as
     long as all of them take 256 MiB or less (180 prompts for 1,024 heads).
 
     Returns:

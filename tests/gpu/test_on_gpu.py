@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import shipsfast
+from shipsfast.ops.subspaces import leading_subspace, subspace_angle_deg
 from tests.support.numerics import assert_close_abs
 
 pytestmark = [
@@ -153,3 +154,19 @@ def test_generation(family, dtype):
         assert found == shipsfast.generate(exact, PROMPTS, **how)
     assert found == shipsfast.generate(model, PROMPTS, **how)
     assert shipsfast.generate(model, PROMPTS, batch_rows=3, do_sample=True, **how)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("common", [0, 1e4], ids=["", "common"])
+@pytest.mark.parametrize(("prompts", "width"), [(100, 4096), (31, 20)])
+def test_angles_of_many_matrices(prompts, width, common, rank):
+    """Without LAPACK there, with it here; `common` is a direction that all prompts share."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(prompts, width)) + common
+    base[:4] *= np.array([[8], [6], [4], [3]])
+    x = torch.from_numpy(base + 1e-3 * rng.normal(size=(40, prompts, width)))
+    expected = subspace_angle_deg(leading_subspace(x[:1], rank)[0], x)
+    on_gpu = x.cuda()
+    found = subspace_angle_deg(leading_subspace(on_gpu[:1], rank)[0], on_gpu)
+    assert expected[1:].min() > 1e-7
+    assert_close_abs(found, expected, 1e-8)

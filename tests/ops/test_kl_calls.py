@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shipsfast.errors import InputError
 from shipsfast.ops import divergences
@@ -23,6 +22,7 @@ from tests.support.divergence_cases import (
     oracle,
     run,
 )
+from tests.support.largest_double import LargestDouble
 from tests.support.numerics import assert_close_abs
 from tests.support.places import ROOT
 
@@ -172,16 +172,6 @@ def test_every_instruction_set(isa):
 
 def test_the_torch_path_stays_within_its_scratch(monkeypatch):
     monkeypatch.setattr(divergences, "SCRATCH_BYTES", 2**20)
-
-    class LargestDouble(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-            result = function(*arguments, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
-                self.elements = max(self.elements, result.numel())
-            return result
-
     base, ablated, row_map = draw(1000, num_ablated=200)
     with LargestDouble() as largest:
         result = kl_rows(base, ablated, row_map, backend="reference")

@@ -43,6 +43,7 @@ def scan(family: str = "llama-gqa", prompts=PROMPTS, **options) -> SubspaceResul
     return shipsfast.scan_dataset(model_of(family), prompts, **options)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_angles_equal_hooks(family, rank):
@@ -51,6 +52,7 @@ def test_angles_equal_hooks(family, rank):
     assert_close_abs(scan(family, rank=rank, layers="model").angle_deg, expected, TOLERANCE_DEG)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
 def test_cut_into_chunks_blocks_and_groups(family, rank):
@@ -68,6 +70,7 @@ def test_fused_layers_equal_hooks(family):
         assert_close_abs(got.angle_deg, oracle(family).angles_deg(2), TOLERANCE_DEG, str(options))
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_ablation_equals_hooks(kind):
     how = Ablation(kind, 0.3, SOURCES if kind == "resample" else None)
@@ -89,6 +92,7 @@ def test_some_heads_only():
     assert_close_abs(got[scanned], oracle("llama-gqa").angles_deg(2)[scanned], TOLERANCE_DEG)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("rank", [1, 5, HIDDEN])
 def test_more_prompts_than_dimensions(rank):
     expected = some(many().angles_deg(rank, among=SOME))
@@ -111,6 +115,7 @@ def many() -> hooks.Oracle:
     return hooks.Oracle(model_of("llama-gqa"), prompts, "undifferentiated")
 
 
+@pytest.mark.usefixtures("each_way")
 def test_duplicates_weigh_twice():
     """A duplicate is a row of X like any other: it turns the subspace, and the order of prompts does not."""
     prompts = [PROMPTS[0], *PROMPTS[:4], PROMPTS[1], PROMPTS[0]]
@@ -124,17 +129,20 @@ def test_duplicates_weigh_twice():
     assert_close_abs(turned, expected, TOLERANCE_DEG, "reversed")
 
 
+@pytest.mark.usefixtures("each_way")
 def test_one_prompt_spans_everything():
     """U is [1, 1]: no head can turn it."""
     got = scan(prompts=PROMPTS[:1]).angle_deg
     assert got.shape == (LAYERS, HEADS) and np.array_equal(got, np.zeros_like(got))
 
 
+@pytest.mark.usefixtures("each_way")
 def test_as_many_directions_as_prompts_span_everything():
     got = scan(prompts=PROMPTS[:3], rank=3).angle_deg
     assert_close_abs(got, np.zeros_like(got), TOLERANCE_DEG)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("rank", [1, 3])
 def test_very_small_angles(rank):
     """Far below what an arccosine can see (1e-6 degrees in float64), and as exact as float64 hidden states are.
@@ -151,6 +159,7 @@ def test_very_small_angles(rank):
     assert_close_abs(got, expected, 10 * noise)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("prompts", ["few", "many"])
 @pytest.mark.parametrize("ratio", [1e-3, 1e-8])
 def test_a_direction_that_all_prompts_share(ratio, prompts):
@@ -173,8 +182,11 @@ def test_a_direction_that_all_prompts_share(ratio, prompts):
     assert_close_abs(some(got.angle_deg), expected, TOLERANCE_DEG + 100 * rounding_deg)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(
-    "angles", [[0, 1e-9, 1e-3, 45, 60], [90 - 1e-9, 30], [90, 90 - 1e-7, 1e-9], [90], [0]], ids=str
+    "angles",
+    [[0, 1e-9, 1e-3, 45, 60], [1e-10, 1e-6], [90 - 1e-9, 30], [90, 90 - 1e-7, 1e-9], [90], [0]],
+    ids=str,
 )
 @pytest.mark.parametrize("num_prompts", [12, 40])
 def test_known_angles(angles, num_prompts):
@@ -201,6 +213,7 @@ def test_angles_of_the_oracle_are_those_of_scipy(rank):
     )
 
 
+@pytest.mark.usefixtures("each_way")
 def test_float32_is_close():
     model = build("llama-gqa").float()
     got = shipsfast.scan_dataset(model, PROMPTS, rank=2, progress=False)
@@ -273,6 +286,7 @@ def stop_at(monkeypatch, number: int, calls: list) -> None:
     monkeypatch.setattr(GrowingBatch, "run", run)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_a_killed_scan_continues(tmp_path, monkeypatch):
     """Three blocks of four heads, for two groups of prompts each: killed in the second half of the second block."""
     options = dict(rank=2, rows_per_block=4, prompts_per_group=3, layers="model")

@@ -78,6 +78,7 @@ def assert_search(got: SaharaResult, heads: Sequence, steps: np.ndarray) -> None
     assert got.beams[0] == (list(heads), got.scores[-1])
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(
     ("family", "rank"),
     [
@@ -124,6 +125,7 @@ def test_other_ablations(kind):
     assert_search(got, *naive(oracle(kind=kind), 3, 2, among=among))
 
 
+@pytest.mark.usefixtures("each_way")
 def test_key_value_groups():
     heads, steps = naive(oracle(), 3, 2, unit="kv_group")
     got = search(unit="kv_group", rank=2)
@@ -154,6 +156,7 @@ def test_group_of_one_is_the_best_of_the_scan():
 # --- ties -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_way")
 def test_exact_ties_go_to_the_lower_head():
     """One prompt: its left singular vector is 1 whatever is off, so every head scores exactly 0."""
     got = search(prompts=PROMPTS[:1], group_size=6)
@@ -182,6 +185,7 @@ def twins(family: str, low: int, high: int, seed: int = 0):
     return model
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("seed", [0, 4])
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 3), (1, 3)])
 @pytest.mark.parametrize("family", ["llama-mha", "gpt2"])
@@ -201,6 +205,7 @@ def test_exchangeable_heads_go_to_the_lower(family, low, high, seed):
 # --- beam -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("family", "rank"), [("llama-gqa", 1), ("llama-gqa", 2), ("gpt2", 2)])
 def test_beam_of_two_equals_naive(family, rank):
     exact = oracle(family)
@@ -276,6 +281,7 @@ def test_save_and_load_key_value_groups(tmp_path):
     same(SaharaResult.load(tmp_path / "saved"), got)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("stop", [2, 5, 8])
 @pytest.mark.parametrize("beam", [1, 2])
 def test_a_killed_search_continues(tmp_path, monkeypatch, beam, stop):
