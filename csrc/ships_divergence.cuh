@@ -10,43 +10,28 @@
 // equal rows have equal sums of exps, bit by bit, and give exactly 0. Nothing of size [., V] is kept.
 #pragma once
 
+#include "ships_block.cuh"
 #include "ships_divergence.h"
-#include "ships_kl.cuh"
 
 namespace shipsfast {
 
-// log sum exp of a row, for all threads; log_sum is NaN for a row with NaN, +inf, or nothing but -inf.
-template <typename T>
-__device__ RowNorm block_norm(const T* x, int64_t vocab, double* shared, int64_t* shared_at) {
-  const int64_t at = block_argmax(x, vocab, shared, shared_at);
-  if (at < 0) return {0.0, CUDART_NAN};
-  const double largest = to_double(x[at]);
-  double exps = 0.0;
-  for (int64_t v = threadIdx.x; v < vocab; v += kKlThreads) {
-    exps += exp_f64(clamp_exponent(to_double(x[v]) - largest));
-  }
-  exps = block_sum(exps, shared);
-  __syncthreads();
-  if (threadIdx.x == 0) shared[0] = log(exps);
-  __syncthreads();
-  return {largest, shared[0]};
-}
+constexpr int kDivergenceThreads = 512;
+constexpr int kDivergenceWarps = kDivergenceThreads / 32;
 
 // grid [P]
 template <typename T>
-__global__ void __launch_bounds__(kKlThreads, 1)
+__global__ void __launch_bounds__(kDivergenceThreads, 1)
     norm_rows_kernel(const T* __restrict__ base,  // [P, V]
                      int64_t base_stride, int64_t vocab, RowNorm* __restrict__ norms /* [P] */) {
-  __shared__ double shared[kKlWarps];
-  __shared__ int64_t shared_at[kKlWarps];
+  __shared__ double shared[kDivergenceWarps];
   const int64_t p = blockIdx.x;
-  const RowNorm norm = block_norm(base + p * base_stride, vocab, shared, shared_at);
+  const RowNorm norm = block_norm<kDivergenceThreads>(base + p * base_stride, vocab, shared);
   if (threadIdx.x == 0) norms[p] = norm;
 }
 
 // grid [N]
 template <typename T, bool with_js>
-__global__ void __launch_bounds__(kKlThreads, 1)
+__global__ void __launch_bounds__(kDivergenceThreads, 1)
     divergence_rows_kernel(const T* __restrict__ base,  // [P, V]
                            int64_t base_stride,
                            const T* __restrict__ ablated,  // [N, V]
@@ -55,16 +40,15 @@ __global__ void __launch_bounds__(kKlThreads, 1)
                            int64_t num_base, int64_t vocab,
                            const RowNorm* __restrict__ norms,  // [P]
                            int64_t which, int64_t num_ablated, double* __restrict__ results /* [bits, N] */) {
-  __shared__ double shared[kKlWarps];
-  __shared__ int64_t shared_at[kKlWarps];
+  __shared__ double shared[kDivergenceWarps];
   const int64_t i = blockIdx.x;
   const int64_t p = row_map[i];
   const bool known = p >= 0 && p < num_base && !isnan(norms[p].log_sum);
   const T* x_a = ablated + i * ablated_stride;  // [V]
-  const RowNorm a_norm = known ? block_norm(x_a, vocab, shared, shared_at) : RowNorm{0.0, CUDART_NAN};
+  const RowNorm a_norm = known ? block_norm<kDivergenceThreads>(x_a, vocab, shared) : RowNorm{0.0, NAN};
   if (isnan(a_norm.log_sum)) {
     if (threadIdx.x == 0) {
-      const DivergenceSums none{CUDART_NAN, CUDART_NAN, CUDART_NAN, CUDART_NAN, CUDART_NAN, CUDART_NAN};
+      const DivergenceSums none{NAN, NAN, NAN, NAN, NAN, NAN};
       store_divergences(none, which, results + i, num_ablated);
     }
     return;
@@ -73,15 +57,15 @@ __global__ void __launch_bounds__(kKlThreads, 1)
   const RowNorm b_norm = norms[p];
   const double shift = (a_norm.largest - b_norm.largest) + (a_norm.log_sum - b_norm.log_sum);
   DivergenceSums sums;
-  for (int64_t v = threadIdx.x; v < vocab; v += kKlThreads) {
+  for (int64_t v = threadIdx.x; v < vocab; v += kDivergenceThreads) {
     sums += divergence_terms<with_js>(to_double(x_a[v]), to_double(x_b[v]), a_norm, b_norm, shift);
   }
-  sums.kl = block_sum(sums.kl, shared);
-  sums.reverse_kl = block_sum(sums.reverse_kl, shared);
-  if constexpr (with_js) sums.js = block_sum(sums.js, shared);
-  sums.gained = block_sum(sums.gained, shared);
-  sums.lost = block_sum(sums.lost, shared);
-  sums.mass_up = block_sum(sums.mass_up, shared);
+  sums.kl = block_sum<kDivergenceThreads>(sums.kl, shared);
+  sums.reverse_kl = block_sum<kDivergenceThreads>(sums.reverse_kl, shared);
+  if constexpr (with_js) sums.js = block_sum<kDivergenceThreads>(sums.js, shared);
+  sums.gained = block_sum<kDivergenceThreads>(sums.gained, shared);
+  sums.lost = block_sum<kDivergenceThreads>(sums.lost, shared);
+  sums.mass_up = block_sum<kDivergenceThreads>(sums.mass_up, shared);
   if (threadIdx.x == 0) store_divergences(sums, which, results + i, num_ablated);
 }
 
@@ -90,11 +74,11 @@ void launch_divergence_rows(const DivergenceRows& rows, RowNorm* norms, cudaStre
   const T* base = static_cast<const T*>(rows.base);
   const T* ablated = static_cast<const T*>(rows.ablated);
   if (rows.num_base > 0) {  // with none, every row_map is out of range
-    norm_rows_kernel<T><<<static_cast<unsigned>(rows.num_base), kKlThreads, 0, stream>>>(base, rows.base_stride,
+    norm_rows_kernel<T><<<static_cast<unsigned>(rows.num_base), kDivergenceThreads, 0, stream>>>(base, rows.base_stride,
                                                                                          rows.vocab, norms);
   }
   const auto kernel = rows.which & kJs ? divergence_rows_kernel<T, true> : divergence_rows_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(rows.num_ablated), kKlThreads, 0, stream>>>(
+  kernel<<<static_cast<unsigned>(rows.num_ablated), kDivergenceThreads, 0, stream>>>(
       base, rows.base_stride, ablated, rows.ablated_stride, rows.row_map, rows.num_base, rows.vocab, norms,
       rows.which, rows.num_ablated, rows.results);
 }

@@ -1,103 +1,59 @@
-// KL(base || ablated) per row of logits, on CUDA, with one read of the ablated logits. No torch in here.
+// KL(base || ablated) per row of logits, on CUDA, with one read of the logits from memory. No torch in here.
 //
-// The formula is that of ships_kl_cpu.cpp: with z = x_b - max(x_b), t = x_a - x_a[argmax x_b], e = exp(.),
+// Formula. With weights w ~ p_b, d = (x_a - x_b) - center and any center near log(sum e_a / sum e_b),
 //
-//     KL = log(sum e_a / sum e_b) - sum e_b (t - z) / sum e_b
+//     KL = E - (g - log1p(g)),  E = sum w (exp(d) - 1 - d) / sum w,  g = E + sum w d / sum w
 //
-// with log1p(sum (e_a - e_b) / sum e_b) for the first term where the sums are close.
+// E has no negative term and x_a - x_b no rounding, so that a small KL keeps its digits; what is taken from E is
+// about half the square of what center is off. So one pass does, with center a mean of x_a - x_b over the largest
+// base logits, and no log sum of exps is needed before it. The vocabulary is cut into parts, each with its own
+// center, and kl_of_parts puts them together by the chain rule of KL. Where a part's E is more than kLargestLoss
+// times its KL, or a distance or logit is out of float32's range (masks, NaN), the part is done again in float64, by
+// ships_divergence.h. Logits in float64 always go that way.
 //
-// Arithmetic. Data-centre GPUs run float64 at half the rate of float32, others at 1/64, where one float64 exp
-// an element would be tens of times slower than the memory. Plain float32 exps would leave errors near 1e-7,
-// which is what small scores are made of. So everything per element is done in pairs of floats
-// (ships_two_float.cuh), in some hundred float32 instructions; only the 512 partial sums of a row meet in float64.
-// The error is a few 1e-14 of the sums, instead of 1e-16 on the CPU. The functions are also host functions, so
-// that their accuracy is tested without a GPU (tests/support/kl_driver.cu).
+// Error. A relative error in a weight changes KL by at most as much, since KL is the minimum of E over all centers,
+// so exp_f32's 1.2e-7 will do; the terms are good to 2e-7 and are summed by fours in float32, then in float64. The
+// result is off by at most 1e-6 of the KL and 1e-18 nats (tests/kernels/test_csrc_nvcc.py; float64 logits: 1e-12 of
+// the KL). Equal rows give exactly 0. A row's bits depend on nothing but its two rows of logits: not on alignment, nor
+// on the rows beside it. For that the functions of ships_kl_terms.cuh spell out each operation.
 //
-// Layout. kl_base_kernel: one block per base row, writes e_b [P, pitch] and each row's argmax and sum.
-// kl_rows_kernel: one block per ablated row. Loads are 16 bytes wide from the first aligned element of the
-// ablated row on; base logits and e_b are read as wide where their alignment allows it. Nothing of size
-// [N, V] is kept.
+// Speed. A float32 logit takes 27 instructions in the loop of a full group, and 30 in all, where pairs of floats took
+// 151. Issued at 1.7 GHz on an H100's 132 multiprocessors that is 3.8 TB/s, 114 % of its memory's 3.35 TB/s [calc];
+// in half precision 55 %. Not measured. Details are in docs/kernels.md.
+//
+// Layout. kl_order_kernel sorts the rows by base row. kl_parts_kernel: one block per part of kRowsAtOnce rows in that
+// order, so that a base row is read from memory once and then found in L2, and its exps are shared by the rows.
+// kl_rows_kernel: one warp per ablated row. Of size [., V] nothing is kept.
 #pragma once
 
-#include <cfloat>
-#include <cstdint>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <math_constants.h>
-
+#include "ships_block.cuh"
 #include "ships_kl.h"
-#include "ships_two_float.cuh"
+#include "ships_kl_terms.cuh"
 
 namespace shipsfast {
 
-constexpr int kKlThreads = 512;
+constexpr int kKlThreads = 128;
 constexpr int kKlWarps = kKlThreads / 32;
-constexpr double kLargestPairSum = 1e30;  // a sum above this may have met kHighestExponent
+constexpr int kSamples = kKlThreads / 16;  // of base logits, for center
+constexpr int kKlPart = 8192;              // logits of a part
+constexpr int kRowsAtOnce = 4;             // ablated rows that share one pass over their base row
+constexpr int kTerms = 4;                  // summed in float32
+constexpr int kOrderThreads = 128;
 
-SHIPS_HD double to_double(double x) { return x; }
-SHIPS_HD float to_float(float x) { return x; }
-SHIPS_HD float to_float(__half x) { return __half2float(x); }
-SHIPS_HD float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+// Blocks to a multiprocessor, for which the registers must do
 template <typename T>
-SHIPS_HD double to_double(T x) {
-  return to_float(x);
-}
+constexpr int kKlBlocks = sizeof(T) == 2 ? 4 : 5;
 
-// x - pivot: exact in pairs for up to 32 bits, rounded to a pair for float64
-template <typename T>
-SHIPS_HD TwoFloat distance(T x, T pivot) {
-  return two_sum(to_float(x), -to_float(pivot));
-}
-template <>
-SHIPS_HD TwoFloat distance(double x, double pivot) {
-  const double d = x - pivot;
-  const float hi = static_cast<float>(d);
-  return {hi, isinf(hi) ? 0.0f : static_cast<float>(d - hi)};
-}
+inline int64_t kl_parts(int64_t vocab) { return (vocab + kKlPart - 1) / kKlPart; }
 
-struct RowSums {
-  TwoFloat exps{0.0f, 0.0f};        // sum e_a
-  TwoFloat difference{0.0f, 0.0f};  // sum (e_a - e_b)
-  TwoFloat weighted{0.0f, 0.0f};    // sum e_b (t - z)
-  bool unbounded = false;           // an ablated -inf where e_b > 0
-};
-
-template <typename T>
-SHIPS_HD void add_logit(RowSums& sums, T x_a, T x_b, TwoFloat e_b, T pivot_a, T pivot_b, const TwoFloat* exp2_table) {
-  TwoFloat t = distance(x_a, pivot_a);
-  TwoFloat z = distance(x_b, pivot_b);
-  if (t.hi < -FLT_MAX) {
-    sums.unbounded |= e_b.hi > 0.0f;
-    t = {kLowestExponent, 0.0f};
-  }
-  if (e_b.hi == 0.0f) z = {kLowestExponent, 0.0f};  // x_b is -inf, and pairs cannot compute with it
-  const TwoFloat e_a = exp_pair(t, exp2_table);
-  sums.exps = plus(sums.exps, e_a);
-  sums.difference = plus(sums.difference, plus(e_a, negative(e_b)));
-  sums.weighted = plus(sums.weighted, times(e_b, plus(t, negative(z))));
-}
-
-SHIPS_HD double kl_from_sums(double exps, double difference, double weighted, double base_exps) {
-  const double log_ratio =
-      fabs(difference) < 0.5 * base_exps ? log1p(difference / base_exps) : log(exps / base_exps);
-  const double kl = log_ratio - weighted / base_exps;
-  return kl < 0.0 ? 0.0 : kl;  // KL >= 0: what is below is rounding
-}
-
-struct BaseStats {
-  double exps;     // sum e_b
-  int64_t argmax;  // -1 for a row with NaN, +inf, or nothing but -inf
-};
-
-// `count` consecutive elements, by 16 bytes where they are aligned. All threads of a block take the same way.
-template <int count, typename U>
+// `count` consecutive elements, by 16 bytes where they are aligned.
+template <bool aligned, int count, typename U>
 __device__ __forceinline__ void load_run(const U* source, U* target) {
-  if (reinterpret_cast<uintptr_t>(source) % 16 == 0) {
+  if constexpr (aligned) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(count * sizeof(U) / 16); ++i) {
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
+      const uint4 loaded = reinterpret_cast<const uint4*>(source)[i];
+      memcpy(target + 16 / sizeof(U) * i, &loaded, sizeof loaded);  // a cast would break the rules of aliasing
     }
   } else {
 #pragma unroll
@@ -105,182 +61,280 @@ __device__ __forceinline__ void load_run(const U* source, U* target) {
   }
 }
 
-// The sum over the block, for thread 0; always in the same order.
-__device__ __forceinline__ double block_sum(double value, double* shared /* [kKlWarps] */) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  __syncthreads();  // shared may still be in use by the sum before
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+// grid [P + 1]: order [N], the rows of base row 0 first, those out of range last
+__global__ void __launch_bounds__(kOrderThreads)
+    kl_order_kernel(const int64_t* __restrict__ row_map,  // [N]
+                    int64_t num_ablated, int64_t num_base, int32_t* __restrict__ order /* [N] */) {
+  __shared__ RowCounts counts[kOrderThreads];
+  counts[threadIdx.x] = count_rows(row_map, num_ablated, num_base, blockIdx.x, threadIdx.x, kOrderThreads);
   __syncthreads();
-  if (threadIdx.x >= 32) return 0.0;
-  value = threadIdx.x < kKlWarps ? shared[threadIdx.x] : 0.0;
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  return value;
+  const int at = first_place(counts, threadIdx.x, kOrderThreads);
+  place_rows(row_map, num_ablated, num_base, blockIdx.x, threadIdx.x, kOrderThreads, at, order);
 }
 
-// The first position of the largest logit, for all threads; -1 if that is not finite or there is a NaN.
-template <typename T>
-__device__ int64_t block_argmax(const T* x, int64_t vocab, double* shared, int64_t* shared_at) {
-  double largest = -CUDART_INF;
-  int64_t at = -1;
-  bool has_nan = false;
-  for (int64_t v = threadIdx.x; v < vocab; v += kKlThreads) {
-    const double value = to_double(x[v]);
-    has_nan |= isnan(value);
-    if (value > largest) {
-      largest = value;
-      at = v;
-    }
-  }
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const double other = __shfl_down_sync(0xffffffffu, largest, offset);
-    const int64_t other_at = __shfl_down_sync(0xffffffffu, at, offset);
-    if (other > largest || (other == largest && other_at < at)) {
-      largest = other;
-      at = other_at;
-    }
-  }
-  has_nan = __syncthreads_or(has_nan);
-  if (threadIdx.x % 32 == 0) {
-    shared[threadIdx.x / 32] = largest;
-    shared_at[threadIdx.x / 32] = at;
-  }
-  __syncthreads();
-  largest = shared[0];
-  at = shared_at[0];
-  for (int warp = 1; warp < kKlWarps; ++warp) {
-    if (shared[warp] > largest || (shared[warp] == largest && shared_at[warp] < at)) {
-      largest = shared[warp];
-      at = shared_at[warp];
-    }
-  }
-  return has_nan || isinf(largest) ? -1 : at;
-}
+struct KlScratch {
+  double sums[2 * kRowsAtOnce + 1][kKlThreads];  // of each thread: excess and mean of each row, the weights
+  double totals[2 * kRowsAtOnce + 1];
+  double block[kKlWarps];
+  float largest[kSamples];  // of each half warp's base logits, and where
+  int at[kSamples];
+  int64_t row[kRowsAtOnce];  // the ablated rows at hand
+  float center[kRowsAtOnce];
+  bool exact[kRowsAtOnce];  // left to float64
+};
 
-// grid [P]
+// A part of one base row, and of the ablated rows in scratch
 template <typename T>
-__global__ void __launch_bounds__(kKlThreads, 1)
-    kl_base_kernel(const T* __restrict__ base,  // [P, V]
-                   int64_t base_stride, int64_t vocab,
-                   TwoFloat* __restrict__ e_b,  // [P, pitch]
-                   int64_t pitch, BaseStats* __restrict__ stats /* [P] */) {
-  __shared__ double shared[kKlWarps];
-  __shared__ int64_t shared_at[kKlWarps];
-  __shared__ TwoFloat exp2_table[32];
-  if (threadIdx.x < 32) exp2_table[threadIdx.x] = kExp2Device[threadIdx.x];
-  const int64_t p = blockIdx.x;
-  const T* x = base + p * base_stride;  // [V]
-  const int64_t at = block_argmax(x, vocab, shared, shared_at);
-  if (at < 0) {
-    if (threadIdx.x == 0) stats[p] = {0.0, -1};
-    return;
-  }
-  const T pivot = x[at];
-  TwoFloat sum = {0.0f, 0.0f};
-  for (int64_t v = threadIdx.x; v < vocab; v += kKlThreads) {
-    const TwoFloat z = distance(x[v], pivot);
-    const TwoFloat e = z.hi < -FLT_MAX ? TwoFloat{0.0f, 0.0f} : exp_pair(z, exp2_table);
-    e_b[p * pitch + v] = e;
-    sum = plus(sum, e);
-  }
-  const double exps = block_sum(static_cast<double>(sum.hi) + sum.lo, shared);
-  if (threadIdx.x == 0) stats[p] = {exps, at};
-}
+struct KlGroup {
+  const T* x_b;
+  const T* ablated;  // of ablated row 0
+  int64_t ablated_stride;
+  int count;
+  KlPart* parts;  // of ablated row 0
+  int num_parts;
 
-template <typename T>
-__device__ __forceinline__ RowSums thread_sums(const T* x_a, const T* x_b, const TwoFloat* e_b, int64_t vocab,
-                                               T pivot_a, T pivot_b, const TwoFloat* exp2_table) {
+  __device__ const T* x_a(int64_t row) const { return ablated + row * ablated_stride; }
+  __device__ KlPart* part(int64_t row) const { return parts + row * num_parts; }
+};
+
+// The largest base logit of each half warp, and where it is first; -inf where there is none.
+template <bool aligned, typename T>
+__device__ __forceinline__ void find_largest(const T* x_b, int count, KlScratch& scratch) {
   constexpr int kRun = 16 / sizeof(T);
-  RowSums sums;
-  const int64_t misaligned = reinterpret_cast<uintptr_t>(x_a) % 16 / sizeof(T);
-  const int64_t head = misaligned == 0 ? 0 : min(kRun - misaligned, vocab);
-  const int64_t tail = head + (vocab - head) / kRun * kRun;
-  for (int64_t v = head + threadIdx.x * kRun; v < tail; v += kKlThreads * kRun) {
-    alignas(16) T run_a[kRun], run_b[kRun];
-    load_run<kRun>(x_a + v, run_a);
-    load_run<kRun>(x_b + v, run_b);
+  float largest = -HUGE_VALF;
+  int at = 0;
+  const int whole = count / kRun * kRun;
+  for (int v = threadIdx.x * kRun; v < whole; v += kKlThreads * kRun) {
+    alignas(16) T run[kRun];
+    load_run<aligned, kRun>(x_b + v, run);
 #pragma unroll
-    for (int i = 0; i < kRun; i += 2) {
-      alignas(16) TwoFloat pair_e[2];
-      load_run<2>(e_b + v + i, pair_e);
-      add_logit(sums, run_a[i], run_b[i], pair_e[0], pivot_a, pivot_b, exp2_table);
-      add_logit(sums, run_a[i + 1], run_b[i + 1], pair_e[1], pivot_a, pivot_b, exp2_table);
+    for (int i = 0; i < kRun; ++i) {
+      const float x = to_float(run[i]);
+      at = x > largest ? v + i : at;
+      largest = fmaxf(largest, x);
     }
   }
-  // What is left on both sides is less than a run each.
-  const int64_t v = threadIdx.x < head ? threadIdx.x : tail + threadIdx.x - head;
-  if (v < vocab) add_logit(sums, x_a[v], x_b[v], e_b[v], pivot_a, pivot_b, exp2_table);
-  return sums;
+  if (const int v = whole + threadIdx.x; v < count && to_float(x_b[v]) > largest) {
+    largest = to_float(x_b[v]);
+    at = v;
+  }
+  for (int offset = 8; offset > 0; offset /= 2) {
+    const float other = __shfl_down_sync(0xffffffffu, largest, offset);
+    const int other_at = __shfl_down_sync(0xffffffffu, at, offset);
+    at = other > largest || (other == largest && other_at < at) ? other_at : at;
+    largest = fmaxf(largest, other);
+  }
+  if (threadIdx.x % 16 == 0) {
+    scratch.largest[threadIdx.x / 16] = largest;
+    scratch.at[threadIdx.x / 16] = at;
+  }
 }
 
-// grid [N]
+// The mean of x_a - x_b over the largest base logits, weighted by their exps.
 template <typename T>
-__global__ void __launch_bounds__(kKlThreads, 1)
-    kl_rows_kernel(const T* __restrict__ base,  // [P, V]
-                   int64_t base_stride,
-                   const T* __restrict__ ablated,  // [N, V]
-                   int64_t ablated_stride,
-                   const int64_t* __restrict__ row_map,  // [N]
-                   int64_t num_base, int64_t vocab,
-                   const TwoFloat* __restrict__ e_b,  // [P, pitch]
-                   int64_t pitch,
-                   const BaseStats* __restrict__ stats,  // [P]
-                   double* __restrict__ kl_nats /* [N] */) {
-  __shared__ double shared[kKlWarps];
-  __shared__ int64_t shared_at[kKlWarps];
-  __shared__ TwoFloat exp2_table[32];
-  __shared__ bool again;
-  if (threadIdx.x < 32) exp2_table[threadIdx.x] = kExp2Device[threadIdx.x];
-  const int64_t i = blockIdx.x;
-  const int64_t p = row_map[i];
-  if (p < 0 || p >= num_base || stats[p].argmax < 0) {
-    if (threadIdx.x == 0) kl_nats[i] = CUDART_NAN;
-    return;
+SHIPS_INLINE float center_of(const T* x_a, const T* x_b, ExpPivot pivot, const KlScratch& scratch) {
+  double weights = 0.0, sum = 0.0;
+  for (int i = 0; i < kSamples; ++i) {
+    if (scratch.largest[i] == -HUGE_VALF) continue;
+    const int v = scratch.at[i];
+    const double weight = exp_f32(scratch.largest[i], pivot);
+    weights += weight;
+    sum += weight * add(to_float(x_a[v]), -to_float(x_b[v]));
   }
-  const T* x_a = ablated + i * ablated_stride;  // [V]
-  const T* x_b = base + p * base_stride;        // [V]
-  const double base_exps = stats[p].exps;
-  const T pivot_b = x_b[stats[p].argmax];
-  T pivot_a = x_a[stats[p].argmax];
-  __syncthreads();  // exp2_table
-  // The second time, if there is one, takes the row's true maximum as pivot.
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    if (attempt == 1) {
-      const int64_t at = block_argmax(x_a, vocab, shared, shared_at);
-      if (at < 0) {
-        if (threadIdx.x == 0) kl_nats[i] = CUDART_NAN;
-        return;
+  return static_cast<float>(sum / weights);
+}
+
+// Writes each thread's sums to scratch. Every operation is spelled out, so that `rows` changes no bit.
+template <int rows, bool aligned, typename T>
+__device__ __forceinline__ void sums_of_rows(const KlGroup<T>& group, ExpPivot pivot, KlScratch& scratch) {
+  constexpr int kRun = 16 / sizeof(T);
+  KlSums sums[rows];
+  double weight_sum = 0.0;
+  const T* x_b = group.x_b;
+  const T* x_a[rows];
+  float center[rows];
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+    x_a[r] = group.x_a(scratch.row[r]);
+    center[r] = scratch.center[r];
+  }
+  const int count = group.count;
+  const int whole = count / kRun * kRun;
+  for (int v = threadIdx.x * kRun; v < whole; v += kKlThreads * kRun) {
+    alignas(16) T run_b[kRun], run_a[rows][kRun];
+    load_run<aligned, kRun>(x_b + v, run_b);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) load_run<aligned, kRun>(x_a[r] + v, run_a[r]);
+#pragma unroll
+    for (int first = 0; first < kRun; first += kTerms) {
+      float weights[kTerms], d[kTerms];
+#pragma unroll
+      for (int i = 0; i < kTerms; ++i) weights[i] = exp_f32(to_float(run_b[first + i]), pivot);
+      add_weights(weight_sum, weights);
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kTerms; ++i) d[i] = distance(to_float(run_a[r][first + i]), to_float(run_b[first + i]), center[r]);
+        add_run(sums[r], d, weights);
       }
-      pivot_a = x_a[at];
     }
-    const RowSums sums = thread_sums(x_a, x_b, e_b + p * pitch, vocab, pivot_a, pivot_b, exp2_table);
-    const double exps = block_sum(static_cast<double>(sums.exps.hi) + sums.exps.lo, shared);
-    const double difference = block_sum(static_cast<double>(sums.difference.hi) + sums.difference.lo, shared);
-    const double weighted = block_sum(static_cast<double>(sums.weighted.hi) + sums.weighted.lo, shared);
-    const bool unbounded = __syncthreads_or(sums.unbounded);
-    if (threadIdx.x == 0) {
-      again = !(exps < kLargestPairSum);  // also NaN, and with an infinite pivot
-      kl_nats[i] = unbounded ? CUDART_INF : kl_from_sums(exps, difference, weighted, base_exps);
+  }
+  if (const int v = whole + threadIdx.x; v < count) {
+    const float weights[1] = {exp_f32(to_float(x_b[v]), pivot)};
+    add_weights(weight_sum, weights);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      const float d[1] = {distance(to_float(x_a[r][v]), to_float(x_b[v]), center[r])};
+      add_run(sums[r], d, weights);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+    scratch.sums[2 * r][threadIdx.x] = sums[r].excess;
+    scratch.sums[2 * r + 1][threadIdx.x] = sums[r].mean;
+  }
+  scratch.sums[2 * rows][threadIdx.x] = weight_sum;
+}
+
+template <bool aligned, typename T>
+__device__ __forceinline__ void thread_sums(const KlGroup<T>& group, int taken, ExpPivot pivot, KlScratch& scratch) {
+  if (taken == 4) sums_of_rows<4, aligned>(group, pivot, scratch);
+  if (taken == 2) sums_of_rows<2, aligned>(group, pivot, scratch);
+  if (taken == 1) sums_of_rows<1, aligned>(group, pivot, scratch);
+}
+
+// scratch.sums over the threads, into scratch.totals
+__device__ __forceinline__ void add_threads(int sums, KlScratch& scratch) {
+  for (int s = threadIdx.x / 32; s < sums; s += kKlWarps) {
+    double sum = 0.0;
+    for (int i = threadIdx.x % 32; i < kKlThreads; i += 32) sum += scratch.sums[s][i];
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % 32 == 0) scratch.totals[s] = sum;
+  }
+}
+
+// A part in float64, for thread 0: three passes over it, for logits of any kind.
+template <typename T>
+__device__ __noinline__ KlPart exact_part(const T* x_a, const T* x_b, int count, double* shared /* [kKlWarps] */) {
+  const RowNorm a = block_norm<kKlThreads>(x_a, count, shared);
+  const RowNorm b = block_norm<kKlThreads>(x_b, count, shared);
+  KlPart part = part_from_norms(a, b);
+  if (!has_terms(part)) return part;
+  const double shift = shift_of(a, b);
+  for (int v = threadIdx.x; v < count; v += kKlThreads) {
+    part.kl_nats += divergence_terms<false>(to_double(x_a[v]), to_double(x_b[v]), a, b, shift).kl;
+  }
+  part.kl_nats = block_sum<kKlThreads>(part.kl_nats, shared);
+  return part;
+}
+
+// The part of the first `taken` rows in scratch, in float32 where that tells enough.
+template <typename T>
+__device__ __forceinline__ void group_parts(const KlGroup<T>& group, int taken, KlScratch& scratch) {
+  bool exact = true;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    bool aligned = reinterpret_cast<uintptr_t>(group.x_b) % 16 == 0;
+    for (int r = 0; r < taken; ++r) aligned &= reinterpret_cast<uintptr_t>(group.x_a(scratch.row[r])) % 16 == 0;
+    if (aligned) find_largest<true>(group.x_b, group.count, scratch);
+    else find_largest<false>(group.x_b, group.count, scratch);
+    __syncthreads();
+    float largest = scratch.largest[0];
+    for (int i = 1; i < kSamples; ++i) largest = fmaxf(largest, scratch.largest[i]);
+    const ExpPivot pivot = exp_pivot(largest);
+    if (threadIdx.x < taken) {
+      const T* x_a = group.x_a(scratch.row[threadIdx.x]);
+      scratch.center[threadIdx.x] = center_of(x_a, group.x_b, pivot, scratch);
     }
     __syncthreads();
-    if (!again) return;
+    if (aligned) thread_sums<true>(group, taken, pivot, scratch);
+    else thread_sums<false>(group, taken, pivot, scratch);
+    __syncthreads();
+    add_threads(2 * taken + 1, scratch);
+    __syncthreads();
+    if (threadIdx.x < taken) {
+      const int r = threadIdx.x;
+      const KlSums sums{scratch.totals[2 * r], scratch.totals[2 * r + 1]};
+      KlPart* part = group.part(scratch.row[r]);
+      exact = !part_from_sums(scratch.totals[2 * taken], sums, largest, scratch.center[r], *part);
+    }
+  }
+  if (threadIdx.x < taken) scratch.exact[threadIdx.x] = exact;
+  __syncthreads();
+  for (int r = 0; r < taken; ++r) {
+    if (!scratch.exact[r]) continue;
+    const KlPart part = exact_part(group.x_a(scratch.row[r]), group.x_b, group.count, scratch.block);
+    if (threadIdx.x == 0) *group.part(scratch.row[r]) = part;
   }
 }
 
-// Row length of e_b: rows start at 16 bytes.
-inline int64_t kl_pitch(int64_t vocab) { return (vocab + 1) / 2 * 2; }
-
+// grid [ceil(N / rows at once) * parts], parts fastest: neighbours read the same base row
 template <typename T>
-void launch_kl_rows(const KlRows& rows, TwoFloat* e_b, BaseStats* stats, cudaStream_t stream) {
-  const T* base = static_cast<const T*>(rows.base);
-  const T* ablated = static_cast<const T*>(rows.ablated);
-  const int64_t pitch = kl_pitch(rows.vocab);
-  if (rows.num_base > 0) {  // with none, every row_map is out of range
-    kl_base_kernel<T><<<static_cast<unsigned>(rows.num_base), kKlThreads, 0, stream>>>(
-        base, rows.base_stride, rows.vocab, e_b, pitch, stats);
+__global__ void __launch_bounds__(kKlThreads, kKlBlocks<T>)
+    kl_parts_kernel(const T* __restrict__ base,  // [P, V]
+                    int64_t base_stride,
+                    const T* __restrict__ ablated,  // [N, V]
+                    int64_t ablated_stride,
+                    const int64_t* __restrict__ row_map,  // [N]
+                    int64_t num_base, int64_t num_ablated, int64_t vocab, int num_parts,
+                    const int32_t* __restrict__ order,  // [N]
+                    KlPart* __restrict__ parts /* [N, num_parts] */) {
+  __shared__ KlScratch scratch;
+  const int64_t tile = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
+  const int64_t begin = part * kKlPart;
+  const int count = static_cast<int>(min(vocab - begin, int64_t{kKlPart}));
+  const int64_t end = min((tile + 1) * kRowsAtOnce, num_ablated);
+  int taken;
+  for (int64_t at = tile * kRowsAtOnce; at < end; at += taken) {
+    const int64_t p = base_of(row_map[order[at]], num_base);
+    if (p == num_base) return;  // and so are all that follow
+    taken = 1;  // then 2, then 4, while they share the base row
+    while (2 * taken <= kRowsAtOnce && at + 2 * taken <= end && row_map[order[at + 2 * taken - 1]] == p) taken *= 2;
+    __syncthreads();  // scratch is free again
+    if (threadIdx.x < taken) scratch.row[threadIdx.x] = order[at + threadIdx.x];
+    __syncthreads();
+    const T* x_b = base + p * base_stride + begin;
+    group_parts(KlGroup<T>{x_b, ablated + begin, ablated_stride, count, parts + part, num_parts}, taken, scratch);
   }
-  kl_rows_kernel<T><<<static_cast<unsigned>(rows.num_ablated), kKlThreads, 0, stream>>>(
-      base, rows.base_stride, ablated, rows.ablated_stride, rows.row_map, rows.num_base, rows.vocab, e_b, pitch,
-      stats, rows.kl_nats);
 }
+
+// grid [ceil(N / kKlWarps)], a warp for each ablated row
+__global__ void __launch_bounds__(kKlThreads)
+    kl_rows_kernel(const KlPart* __restrict__ parts,  // [N, num_parts]
+                   int num_parts,
+                   const int64_t* __restrict__ row_map,  // [N]
+                   int64_t num_base, int64_t num_ablated, double* __restrict__ kl_nats /* [N] */) {
+  const int64_t i = int64_t{blockIdx.x} * kKlWarps + threadIdx.x / 32;
+  if (i >= num_ablated) return;
+  const int lane = threadIdx.x % 32;
+  if (base_of(row_map[i], num_base) == num_base) {
+    if (lane == 0) kl_nats[i] = NAN;
+    return;
+  }
+  const auto largest = [](double x) {
+    for (int offset = 16; offset > 0; offset /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+  };
+  const auto total = [](double x) {
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+  };
+  const double kl = kl_of_parts(parts + i * num_parts, num_parts, lane, 32, largest, total);
+  if (lane == 0) kl_nats[i] = kl;
+}
+
+#ifdef __CUDACC__  // tests/support/kl_on_threads.cpp launches them otherwise
+template <typename T>
+void launch_kl_rows(const KlRows& rows, int32_t* order, KlPart* parts, cudaStream_t stream) {
+  const int num_parts = static_cast<int>(kl_parts(rows.vocab));
+  const int64_t tiles = (rows.num_ablated + kRowsAtOnce - 1) / kRowsAtOnce;
+  kl_order_kernel<<<static_cast<unsigned>(rows.num_base + 1), kOrderThreads, 0, stream>>>(
+      rows.row_map, rows.num_ablated, rows.num_base, order);
+  kl_parts_kernel<T><<<static_cast<unsigned>(tiles * num_parts), kKlThreads, 0, stream>>>(
+      static_cast<const T*>(rows.base), rows.base_stride, static_cast<const T*>(rows.ablated), rows.ablated_stride,
+      rows.row_map, rows.num_base, rows.num_ablated, rows.vocab, num_parts, order, parts);
+  kl_rows_kernel<<<static_cast<unsigned>((rows.num_ablated + kKlWarps - 1) / kKlWarps), kKlThreads, 0, stream>>>(
+      parts, num_parts, rows.row_map, rows.num_base, rows.num_ablated, rows.kl_nats);
+}
+#endif
 
 }  // namespace shipsfast

@@ -26,7 +26,7 @@ torch::stable::Tensor device_bytes(int64_t bytes, int32_t device_index) {
 // torch's current stream, once the launch is known to fit.
 cudaStream_t stream_for(const LogitRows& rows, int32_t device_index) {
   constexpr int64_t kLargestGrid = std::numeric_limits<int32_t>::max();
-  if (rows.num_base > kLargestGrid || rows.num_ablated > kLargestGrid) {
+  if (rows.num_base >= kLargestGrid || rows.num_ablated > kLargestGrid) {
     throw std::runtime_error("shipsfast: base [" + std::to_string(rows.num_base) + ", V] or ablated [" +
                              std::to_string(rows.num_ablated) + ", V] has more rows than a CUDA grid");
   }
@@ -40,12 +40,12 @@ cudaStream_t stream_for(const LogitRows& rows, int32_t device_index) {
 void kl_rows_cuda(const KlRows& rows, int32_t device_index) {
   const cudaStream_t stream = stream_for(rows, device_index);
   // Freed on return while the kernels still run: torch reuses the memory on this stream only, after them.
-  const auto e_b = device_bytes(rows.num_base * kl_pitch(rows.vocab) * static_cast<int64_t>(sizeof(TwoFloat)),
-                                device_index);
-  const auto stats = device_bytes(rows.num_base * static_cast<int64_t>(sizeof(BaseStats)), device_index);
+  const auto order = device_bytes(rows.num_ablated * static_cast<int64_t>(sizeof(int32_t)), device_index);
+  const auto parts = device_bytes(
+      rows.num_ablated * kl_parts(rows.vocab) * static_cast<int64_t>(sizeof(KlPart)), device_index);
   with_logit_type<__nv_bfloat16, __half>(rows.type, [&](auto logit) {
-    launch_kl_rows<decltype(logit)>(rows, static_cast<TwoFloat*>(e_b.mutable_data_ptr()),
-                                    static_cast<BaseStats*>(stats.mutable_data_ptr()), stream);
+    launch_kl_rows<decltype(logit)>(rows, static_cast<int32_t*>(order.mutable_data_ptr()),
+                                    static_cast<KlPart*>(parts.mutable_data_ptr()), stream);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

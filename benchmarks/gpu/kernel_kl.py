@@ -19,6 +19,7 @@ CASES = {"kl-v32000": (100, 20, 32000), "kl-v128256": (100, 5, 128256), "kl-v256
 SMOKE_CASE = (3, 4, 61)
 TOLERANCE_NATS = 1e-5  # of the peers, whose KL is in float32
 OURS_TOLERANCE_NATS = 1e-12
+CUDA_TOLERANCE = 1e-6  # of the KL, beside it: the terms of csrc/ships_kl.cuh are float32
 
 
 def kl_kernels(session: Session) -> None:
@@ -63,6 +64,8 @@ def _case(session: Session, case: str, prompts: int, ablations: int, vocabulary:
             run = prepare()
             error = float((run()[0].double() - exact).abs().max())
             allowed = OURS_TOLERANCE_NATS if name == OURS else TOLERANCE_NATS
+            if name == OURS and session.on_gpu and backend == "cpp":  # a case's rows have about the same KL
+                allowed += CUDA_TOLERANCE * float(exact.min())
             if not error <= allowed:
                 raise ValueError(f"differs from float64 by {error:.3g} nats, allowed are {allowed:.3g}")
             timing = timed(run, session.device, budget_s=session.share_s(0.3))

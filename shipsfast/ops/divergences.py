@@ -49,6 +49,8 @@ def kl_rows(
 
     A logit of -inf is a token that cannot come: it weighs nothing in base, and gives +inf in ablated where base
     allows the token. NaN, +inf, or nothing but -inf in either row gives NaN. Equal rows give exactly 0.
+    The error is about 1e-15 nats for logits of ordinary range. On CUDA, "cpp" is off by up to 1e-6 of the KL
+    instead, however small that is, but for float64 logits, by 1e-12 of it.
     Rows may have any stride; a last dimension that is not contiguous is copied for the extension.
 
     Raises InputError for wrong shapes, dtypes or devices, for a row_map out of range, and for a named backend
@@ -79,7 +81,7 @@ def divergence_rows(
 
     Small divergences keep their digits: the error is relative, near 1e-14 for logits of ordinary range (1e-12
     where a divergence is below 1e-18), unless rounding a large common offset between the two rows hides their
-    difference. "kl" alone is kl_rows, which is faster, and whose error is absolute, about 1e-15 nats.
+    difference. "kl" alone is kl_rows, which is faster, and whose error is another.
 
     A logit of -inf is a token that cannot come. Where it can come in the other row, it gives kl = +inf for -inf
     in ablated, reverse_kl = +inf for -inf in base, and its share in the other divergences; -inf in both weighs

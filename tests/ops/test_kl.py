@@ -1,8 +1,8 @@
 """KL(base || ablated) of rows of logits, both backends, against float64 oracles written here.
 
 Tolerances, absolute, in nats: KL_ATOL is for logits of ordinary range, and scales with the logits' range where
-that is larger, since log-probabilities have that size and float64 carries 1.1e-16 of it. The GPU computes in
-pairs of floats (48 bits, 3.6e-15), which KL_ATOL also covers.
+that is larger, since log-probabilities have that size and float64 carries 1.1e-16 of it. The CUDA kernel computes in
+sums of float32 terms, none of them negative, but for float64 logits: kl_atol allows KL_RTOL of the KL there.
 """
 
 import math
@@ -15,17 +15,19 @@ from tests.support.divergence_cases import (
     INF,
     KL_ATOL,
     NAN,
+    SPECIAL,
     N,
     P,
     draw,
     each_backend,
     each_dtype,
+    kl_atol,
     oracle,
     run,
 )
 from tests.support.numerics import assert_close_abs
 
-NEAR_ATOL = {"cpu": 1e-15, "cuda": 2e-14}  # for rows one rounding step apart, whose KL is near 1e-14
+NEAR_ATOL = 1e-15  # for rows one rounding step apart, whose KL is near 1e-14
 
 
 def exact_oracle(base_row, ablated_row):
@@ -46,14 +48,18 @@ def exact_oracle(base_row, ablated_row):
 @pytest.mark.parametrize("vocab", [1, 2, 7, 1023, 32000], ids=lambda v: f"V{v}")
 def test_matches_the_oracle(vocab, dtype, backend, device):
     base, ablated, row_map = draw(vocab, dtype)
-    assert_close_abs(run(base, ablated, row_map, backend, device), oracle(base, ablated, row_map), KL_ATOL)
+    expected = oracle(base, ablated, row_map)
+    atol = kl_atol(expected, base, backend, device)
+    assert_close_abs(run(base, ablated, row_map, backend, device), expected, atol)
 
 
 @each_backend
 @pytest.mark.parametrize("vocab", [2047, 2048, 2049, 4096 + 5], ids=lambda v: f"V{v}")
 def test_block_boundaries(vocab, backend, device):
     base, ablated, row_map = draw(vocab, torch.bfloat16)
-    assert_close_abs(run(base, ablated, row_map, backend, device), oracle(base, ablated, row_map), KL_ATOL)
+    expected = oracle(base, ablated, row_map)
+    atol = kl_atol(expected, base, backend, device)
+    assert_close_abs(run(base, ablated, row_map, backend, device), expected, atol)
 
 
 @each_backend
@@ -64,7 +70,8 @@ def test_float16_subnormals(backend, device):
     atol = KL_ATOL * 65504
     assert_close_abs(run(base, ablated, row_map, backend, device), oracle(base, ablated, row_map), atol)
     gap = kl_rows(base, base.flip(1), row_map, backend="reference")
-    assert_close_abs(run(base, base.flip(1), row_map, backend, device), gap, 1e-15)
+    atol = kl_atol(gap, base, backend, device, floor=1e-15)
+    assert_close_abs(run(base, base.flip(1), row_map, backend, device), gap, atol)
 
 
 @each_backend
@@ -78,7 +85,8 @@ def test_strided_rows(dtype, backend, device):
     wide_map = torch.full((2 * N,), P - 1, device=device)
     wide_map[::2] = row_map.to(device)
     result = kl_rows(wide_base[:, 3:1026], wide_ablated[::2, 5:1028], wide_map[::2], backend=backend)
-    assert_close_abs(result, oracle(base, ablated, row_map), KL_ATOL)
+    expected = oracle(base, ablated, row_map)
+    assert_close_abs(result, expected, kl_atol(expected, base, backend, device))
 
 
 @each_backend
@@ -90,7 +98,8 @@ def test_transposed_and_expanded_logits(backend, device):
     expanded = kl_rows(
         base[:1].expand(P, -1).to(device), ablated.to(device), row_map.to(device), backend=backend
     )
-    assert_close_abs(expanded, oracle(base[:1].expand(P, -1), ablated, row_map), KL_ATOL)
+    expected = oracle(base[:1].expand(P, -1), ablated, row_map)
+    assert_close_abs(expanded, expected, kl_atol(expected, base, backend, device))
 
 
 @each_backend
@@ -140,7 +149,8 @@ def test_flat_base_against_a_peak(backend, device):
         for peak in peaks.tolist()
     ]
     result = run(base, ablated, torch.zeros(3, dtype=torch.int64), backend, device)
-    assert_close_abs(result, torch.tensor(expected, dtype=torch.float64), KL_ATOL)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    assert_close_abs(result, expected, kl_atol(expected, base, backend, device))
 
 
 @each_backend
@@ -159,7 +169,8 @@ def test_rows_one_rounding_step_apart(dtype, backend, device):
     )
     if dtype.itemsize >= 4:
         assert 1e-16 < float(expected.max()) < 1e-12
-    atol = NEAR_ATOL[device] if dtype.itemsize >= 4 else KL_ATOL
+    floor = NEAR_ATOL if dtype.itemsize >= 4 else KL_ATOL
+    atol = kl_atol(expected, base, backend, device, floor)
     assert_close_abs(run(base, ablated, row_map, backend, device), expected, atol)
 
 
@@ -171,26 +182,6 @@ def test_equal_rows_give_exactly_zero(vocab, dtype, backend, device):
     assert torch.equal(
         run(base, base[row_map], row_map, backend, device), torch.zeros(N, dtype=torch.float64)
     )
-
-
-SPECIAL = {
-    "masked-in-both": ([0.0, 1.0, -INF, 2.0], [0.5, 1.0, -INF, 2.0], None),
-    "masked-in-base": ([0.0, 1.0, -INF, 2.0], [0.5, 1.0, 3.0, 2.0], None),
-    "finite-minimum": ([0.0, 1.0, -3e38, 2.0], [0.5, 1.0, -3e38, 2.0], None),
-    "masked-in-ablated": ([0.0, 1.0, 5.0, 2.0], [0.5, -INF, 3.0, 2.0], INF),
-    "masked-at-the-maximum": ([0.0, 1.0, 5.0, 2.0], [0.5, 1.0, -INF, 2.0], INF),
-    "masked-where-p-underflows": ([0.0, 1.0, -5e3, 2.0], [0.5, 1.0, -INF, 2.0], INF),
-    "nan-in-base": ([0.0, NAN, 5.0, 2.0], [0.5, 1.0, 3.0, 2.0], NAN),
-    "nan-in-ablated": ([0.0, 1.0, 5.0, 2.0], [0.5, NAN, 3.0, 2.0], NAN),
-    "nan-where-base-is-masked": ([0.0, -INF, 5.0, 2.0], [0.5, NAN, 3.0, 2.0], NAN),
-    "nan-beside-a-mask": ([0.0, 1.0, 5.0, 2.0], [-INF, NAN, 3.0, 2.0], NAN),
-    "inf-in-base": ([0.0, INF, 5.0, 2.0], [0.5, 1.0, 3.0, 2.0], NAN),
-    "inf-in-ablated": ([0.0, 1.0, 5.0, 2.0], [0.5, 1.0, INF, 2.0], NAN),
-    "inf-where-base-is-masked": ([0.0, -INF, 5.0, 2.0], [0.5, INF, 3.0, 2.0], NAN),
-    "inf-in-both": ([0.0, 1.0, INF, 2.0], [0.5, 1.0, INF, 2.0], NAN),
-    "base-all-masked": ([-INF] * 4, [0.5, 1.0, 3.0, 2.0], NAN),
-    "ablated-all-masked": ([0.5, 1.0, 3.0, 2.0], [-INF] * 4, NAN),
-}
 
 
 @each_backend
@@ -209,7 +200,8 @@ def test_infinities_and_nan(case, copies, dtype, backend, device):
     x_b, x_a, row_map = x_b.to(dtype), x_a.to(dtype), torch.zeros(1, dtype=torch.int64)
     result = run(x_b, x_a, row_map, backend, device)
     if expected is None:
-        assert_close_abs(result, oracle(x_b, x_a.clamp(min=-1e4), row_map), KL_ATOL)
+        finite = oracle(x_b, x_a.clamp(min=-1e4), row_map)
+        assert_close_abs(result, finite, kl_atol(finite, x_b, backend, device))
     elif math.isnan(expected):
         assert result.isnan().all()
     else:
@@ -270,4 +262,7 @@ def test_rows_do_not_depend_on_their_company(backend, device):
         alone = run(
             base[row_map[i] : row_map[i] + 1], ablated[i : i + 1], torch.zeros(1).long(), backend, device
         )
-        assert_close_abs(alone, together[i : i + 1], 1e-15)
+        if backend == "cpp":
+            assert torch.equal(alone, together[i : i + 1])
+        else:
+            assert_close_abs(alone, together[i : i + 1], 1e-15)
