@@ -184,5 +184,7 @@ def check_texts(session: Session, job: Job, texts) -> dict:
         short.append(float(((logits.amax(-1) - chosen) / logits.std(-1)).max()))
     worst, wrong = float(np.max(short)), None  # NaN, if one is
     if not worst <= ALARM_LOGIT[job.model.dtype]:
-        wrong = f"texts are not those of a float32 pass: a logit falls short by {worst:.2g} standard deviations"
+        wrong = (
+            f"texts are not those of a float32 pass: a logit falls short by {worst:.2g} standard deviations"
+        )
     return {"check": verdict(wrong), "max_shortfall_std": float(f"{worst:.4g}")}

@@ -86,7 +86,9 @@ class Oracle:
         if not np.isfinite(own).all():
             wrong = "a score is not a finite number"
         elif not rms <= allowed:
-            wrong = f"scores differ from float32 by {rms:.3g} nats (root mean square), allowed are {allowed:.3g}"
+            wrong = (
+                f"scores differ from float32 by {rms:.3g} nats (root mean square), allowed are {allowed:.3g}"
+            )
         return {
             "check": verdict(wrong), "rms_error_nats": float(f"{rms:.4g}"),
             "plain_rms_error_nats": float(f"{self.plain_rms:.4g}"), "rms_score_nats": float(f"{_rms(self.kl):.4g}"),
@@ -162,7 +164,9 @@ def run_scan(session: Session, case: ScanCase) -> None:
             _run_own_layers(session, case, token_ids, units, common | floor, oracle, ours_s)
         session.clear()
     if case.peers:
-        _run_peers(session, case, shape, token_ids, common | floor, ours_s, None if row is None else result.kl)
+        _run_peers(
+            session, case, shape, token_ids, common | floor, ours_s, None if row is None else result.kl
+        )
 
 
 def scan_oracle(session: Session, shape: Shape, token_ids: list[list[int]]) -> Callable[[object], dict]:

@@ -233,7 +233,7 @@ def summary(row: dict) -> str:
         ("median_s", "{:.2f} s"), ("median_ms", "{:.3f} ms"), ("tflops_per_s", "{:.0f} TFLOP/s"), ("gb_per_s", "{:.0f} GB/s"),
         ("rows_per_s", "{:.1f} rows/s"), ("share_of_floor", "{:.0%} of the floor"),
         ("share_of_ceiling", "{:.0%} of the ceiling"), ("times_slower_than_shipsfast", "{:.2f} x shipsfast"),
-        ("peak_mib", "{:.0f} MiB"), ("extrapolated_from", "extrapolated from {}"), ("passed", "{} passed"), ("spearman", "Spearman {:.3f}"),
+        ("peak_mib", "{:.0f} MiB"), ("extrapolated_from", "extrapolated from {}"), ("passed", "{} passed"), ("failed_tests", "{} failed"), ("spearman", "Spearman {:.3f}"),
         ("top10_overlap", "top 10: {:.0%}"),
     ):  # fmt: skip
         if row.get(name) is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import provenance
+from .chunks import CASES as CHUNKS
 from .kernel_attention import DECODES, TREES
 from .kernel_kl import CASES as KL
 from .kernel_small_ops import OPS
@@ -82,7 +83,7 @@ TARGETS = (
     ),
     *(Target(name, "share of copy bandwidth", 0.9, _figure(OURS, "share_of_ceiling")) for name in KL),
 )
-CASES = ("ceilings", *SCANS, SAHARA, GENERATION, *TREES, *DECODES, *KL, *OPS, PRECISION)
+CASES = ("ceilings", *SCANS, *CHUNKS, SAHARA, GENERATION, *TREES, *DECODES, *KL, *OPS, PRECISION)
 
 
 def devices() -> dict[str, list[dict]]:
