@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import checkup
-from .rows import problem
+from .rows import OURS, problem
 
 QUICK_BUDGET_S = 460.0
 TEST_SHARE = 0.15  # of the budget, for each run of GPU tests
@@ -61,6 +61,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="folder of all that is written (default benchmarks/results)"
     )
+    parser.add_argument(
+        "--no-build", action="store_true", help="take the extension as it is, also if it is missing"
+    )
     parser.add_argument("--profile", action="store_true", help="also write the profiler's table")
     parser.add_argument("--device", default="cuda", help="default cuda")
     parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU, to try the command")
@@ -75,9 +78,9 @@ def chosen(args: argparse.Namespace) -> list[str]:
     wanted = args.case or [name for name in NAMES if name != "profile"]
     if args.profile and "profile" not in wanted:
         wanted = [*wanted, "profile"]
-    return [
-        name for name in NAMES if name in wanted or name == "build"
-    ]  # that one costs nothing where it is done
+    if "build" not in wanted and not args.no_build:  # costs nothing where it is done
+        wanted = ["build", *wanted]
+    return [name for name in NAMES if name in wanted]
 
 
 def main(argv: list[str]) -> int:
@@ -129,10 +132,15 @@ def run(session, names: list[str], args: argparse.Namespace) -> int:
         needed = 0 if session.smoke else NEEDS_S[name]
         if session.left_s < needed:
             session.write(
-                name, "shipsfast", {"not_measured": f"{max(0, session.left_s):.0f} s of the budget were left"}
+                name, OURS, {"not_measured": f"{max(0, session.left_s):.0f} s of the budget were left"}
             )
             continue
-        todo[name](session)
+        try:
+            todo[name](session)
+        except SystemExit:
+            for rest in names[place:]:
+                session.write(rest, OURS, {"not_measured": "the benchmark was told to end"})
+            raise
         if session.broken is not None:
             print(
                 f"the device no longer answers ({session.broken}): the rest runs in a new process", flush=True
@@ -163,6 +171,7 @@ def elsewhere(session, names: list[str], args: argparse.Namespace) -> int:
         args.device,
     ]
     command += [part for name in names for part in ("--case", name)] + ["--quick"] * args.quick
+    command += ["--no-build"] * args.no_build
     if session.budget_s != float("inf"):
         command += ["--budget-s", str(max(0.0, session.left_s))]
     return subprocess.run(command, cwd=checkup.ROOT, check=False).returncode

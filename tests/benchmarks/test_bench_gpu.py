@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -369,6 +370,19 @@ def test_what_does_not_fit_the_budget_is_not_measured(tmp_path):
     assert all("of the budget were left" in row["not_measured"] for row in session.rows)
 
 
+def test_a_run_that_is_told_to_end_says_what_it_did_not_get_to(session, monkeypatch):
+    def ended(_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(
+        run, "stages", lambda _: {"ceilings": lambda _: None, "precision": ended, "qwen3-8b": ended}
+    )
+    with pytest.raises(SystemExit):
+        run.run(session, ["ceilings", "precision", "qwen3-8b"], run.parse([]))
+    assert [row["case"] for row in session.rows] == ["precision", "qwen3-8b"]
+    assert {row["not_measured"] for row in session.rows} == {"the benchmark was told to end"}
+
+
 def test_the_command_line():
     args = run.parse(["--quick"])
     assert args.budget_s == run.QUICK_BUDGET_S < 480 and run.chosen(args)[:4] == [
@@ -377,6 +391,7 @@ def test_the_command_line():
         "ceilings",
         "llama2-7b-short",
     ]
+    assert run.chosen(run.parse(["--case", "precision", "--no-build"])) == ["precision"]
     assert run.chosen(run.parse(["--case", "precision", "--profile"])) == ["build", "profile", "precision"]
     assert set(run.stages(None)) == set(run.NAMES)
 
@@ -472,6 +487,25 @@ def test_a_program_that_takes_too_long_is_ended_with_its_children():
     code, output = checkup.bounded([sys.executable, "-c", script], dict(os.environ), 4.0)
     assert code is None and output.strip() in ("1", "")
     assert checkup.bounded([sys.executable, "-c", "print(3)"], dict(os.environ), 20.0) == (0, "3\n")
+
+
+def test_a_program_ends_with_the_one_that_waits_for_it(tmp_path):
+    """Also in its session of its own, or it would go on using the GPU."""
+    child = f"import os, time, pathlib; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import os, signal, sys; from benchmarks.gpu import checkup\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"checkup.bounded([sys.executable, '-c', {child!r}], dict(os.environ), 60.0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=checkup.ROOT)
+    until = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_an_extension_of_other_sources_is_built_again(tmp_path, monkeypatch):
