@@ -76,7 +76,7 @@ stage() { # stage NAME MOST KEEP COMMAND...: at most MOST seconds, and KEEP are 
   timeout -k 5 "$most" "${@//@LIMIT@/$((most - 8))}"
   code=$?
   case $code in
-    124 | 137) echo "$name: ended after $most s" ;;
+    124 | 137) echo "$name: ended after $((SECONDS - start)) s" ;;
     *) echo "$name: $((SECONDS - start)) s, exit code $code" ;;
   esac | tee -a "$dir/stages.txt"
 }
@@ -101,14 +101,13 @@ second() {
 
 everything() {
   environment >>"$dir/environment.txt" 2>&1
-  local sampler=""
   if command -v nvidia-smi >/dev/null; then # what clock and power the figures were taken at
     nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv -l 2 \
       >>"$dir/environment.txt" 2>/dev/null </dev/null &
     sampler=$!
+    trap '{ kill $sampler; wait $sampler; } 2>/dev/null' EXIT
   fi
   $which
-  [ -z "$sampler" ] || kill "$sampler" 2>/dev/null
   echo "== $which light, $SECONDS s of $budget s"
   timeout -k 2 20 "$python" -m benchmarks gpu-table "$dir"
 }

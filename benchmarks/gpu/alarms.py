@@ -18,9 +18,10 @@ NEVER = 1e30  # and not infinity, which is no number any more when it is multipl
 
 @contextlib.contextmanager
 def alarms_off() -> Iterator[None]:
-    """shipsfast.scan and shipsfast.generate run to their end whatever their checks of themselves find."""
+    """Scans, searches and texts run to their end whatever their checks of themselves find."""
     with (
         mock.patch.dict(of_scans.ALARM_NATS, dict.fromkeys(ALARM_NATS, (NEVER, NEVER))),
+        mock.patch.dict(of_scans.ALARM_HIDDEN, dict.fromkeys(of_scans.ALARM_HIDDEN, NEVER)),
         mock.patch.dict(of_texts.ALARM_LOGIT, dict.fromkeys(ALARM_LOGIT, NEVER)),
     ):
         yield

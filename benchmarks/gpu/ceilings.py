@@ -34,8 +34,8 @@ def ceilings(session: Session) -> None:
                 CASE,
                 f"gemm {name}",
                 {
-                    "tflops_per_s": round(rate.sustained / 1e12, 4),
-                    "burst_tflops_per_s": round(rate.burst / 1e12, 4), "tokens": session.chunk_tokens,
+                    "tflops_per_s": float(f"{rate.sustained / 1e12:.4g}"),
+                    "burst_tflops_per_s": float(f"{rate.burst / 1e12:.4g}"), "tokens": session.chunk_tokens,
                     "products": [list(p) for p in shape.costs().products],
                 },
             )  # fmt: skip

@@ -41,8 +41,8 @@ class GemmRate:
 
     def figures(self) -> dict:
         return {
-            "gemm_tflops_per_s": round(self.sustained / 1e12, 4),
-            "gemm_burst_tflops_per_s": round(self.burst / 1e12, 4),
+            "gemm_tflops_per_s": float(f"{self.sustained / 1e12:.4g}"),
+            "gemm_burst_tflops_per_s": float(f"{self.burst / 1e12:.4g}"),
         }
 
 
