@@ -175,7 +175,10 @@ def readme() -> list[str]:
     lines = ["", "**On a GPU: what is to be reached, and what was**", ""]
     rows = next(iter(found.values()), [])
     if not rows:
-        lines += ["No GPU has run this version: `python -m benchmarks gpu` on one fills this table.", ""]
+        lines += [
+            "No GPU has run this version: `benchmarks/first_light.sh DIR` on one measures the first of this, `python -m benchmarks gpu` all.",
+            "",
+        ]
     lines += targets(rows, (*SCANS, SAHARA, GENERATION))
     lines += [
         "",
