@@ -5,6 +5,7 @@ sahara      a Sahara search beside a KL scan, appended to benchmarks/results/sah
 generation  answers with groups of heads off against the best other ways, appended to .../generation.jsonl
 stream      a model streamed from its checkpoint beside the same one in memory, appended to .../stream.jsonl
 gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
+gpu-table   what a folder of its rows says
 tables      rewrite the tables of README.md and docs/performance.md from the results
 """
 
@@ -17,6 +18,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 if sys.argv[1:2] == ["gpu"]:  # before anything is imported that may be missing where it runs
     from .gpu.run import main
+
+    sys.exit(main(sys.argv[2:]))
+if sys.argv[1:2] == ["gpu-table"]:
+    from .gpu.light_table import main
 
     sys.exit(main(sys.argv[2:]))
 

@@ -42,10 +42,12 @@ def provenance(device: str) -> dict:
             "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
             "memory_mib": torch.cuda.get_device_properties(device).total_memory >> 20,
         }
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
-    changes = _output(
-        "git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
-    )
+    commit = changes = None
+    if (ROOT / ".git").exists():  # a copy may lie inside of some other repository
+        commit = _output("git", "rev-parse", "--short=12", "HEAD")
+        changes = _output(
+            "git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+        )
     versions = {
         "shipsfast": shipsfast.__version__,
         "torch": torch.__version__,

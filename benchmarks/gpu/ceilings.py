@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .clock import Timing, timed
-from .session import Session
+from .session import SUSTAINED_S, SUSTAINED_SHORT_S, Session
 from .shapes import LLAMA2_7B
 
 CASE = "ceilings"
@@ -25,15 +25,17 @@ def ceilings(session: Session) -> None:
             before = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(precision)
             try:
-                rate = session.gemm_flops_per_s(shape, dtype)
+                whole = dtype == session.dtype or not session.quick
+                rate = session.gemm_rate(shape, dtype, seconds=SUSTAINED_S if whole else SUSTAINED_SHORT_S)
             finally:
                 torch.set_float32_matmul_precision(before)
-            session.ceilings[name] = rate
+            session.ceilings[name] = rate.burst
             session.write(
                 CASE,
                 f"gemm {name}",
                 {
-                    "tflops_per_s": round(rate / 1e12, 4), "tokens": session.chunk_tokens,
+                    "tflops_per_s": float(f"{rate.sustained / 1e12:.4g}"),
+                    "burst_tflops_per_s": float(f"{rate.burst / 1e12:.4g}"), "tokens": session.chunk_tokens,
                     "products": [list(p) for p in shape.costs().products],
                 },
             )  # fmt: skip
@@ -55,9 +57,9 @@ def ceilings(session: Session) -> None:
 
 
 def gemm_ceiling(session: Session, name: str = "bf16") -> float:
-    """Of this run; measured now if it has not been."""
+    """FLOP/s of a burst, as kernels alone are: of this run, measured now if it has not been."""
     if name not in session.ceilings:
-        session.ceilings[name] = session.gemm_flops_per_s(session.shape(LLAMA2_7B), PRECISIONS[name][0])
+        session.ceilings[name] = session.gemm_rate(session.shape(LLAMA2_7B), PRECISIONS[name][0]).burst
     return session.ceilings[name]
 
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import shipsfast
 from shipsfast.answers.generation import prepare_generation
 from shipsfast.answers.measurements import DecodingExecution, GenerationMeasurement
-from shipsfast.answers.self_check import ALARM_LOGIT
 from shipsfast.engine import flops
 from shipsfast.ops.prefix_tree import pack
 
 from .. import generation as cpu
 from ..cases import GenerationCase
 from . import peers
+from .alarms import ALARM_LOGIT, alarms_off
 from .ceilings import copy_ceiling
 from .clock import peak_mib, reset_peak, seconds
+from .rows import verdict
 from .session import OURS, Session
 from .shapes import LLAMA2_7B, Prompts, Shape, twin
 
@@ -90,7 +92,7 @@ def run_generation(session: Session) -> None:
     token_ids = prompts.token_ids(shape.vocabulary)
     common = {"dtype": "bfloat16", "prompts": len(token_ids), "new_tokens": new_tokens}
     ours_rate, texts, job = None, None, None
-    with session.guarded(CASE, OURS, common):
+    with session.guarded(CASE, OURS, common), alarms_off():
         model = session.model(shape)
         every = peers.every_head(model)
         step = max(1, len(every) // QUICK_GROUPS) if session.quick else 1
@@ -102,34 +104,36 @@ def run_generation(session: Session) -> None:
             lambda: shipsfast.generate(model, token_ids, groups=job.heads, **how), session.device
         )
         peak = peak_mib(session.device, before)
-        shortfall = check_texts(session, job, texts)
         measurement = GenerationMeasurement(
             prompts=token_ids, groups=job.heads, max_new_tokens=new_tokens, eos_token_id=[]
         )
         plan = prepare_generation(model, None, measurement, DecodingExecution())
         slots = plan.plan.slots
-        gemm = session.gemm_flops_per_s(shape, tokens=slots)
-        floor = decode_floor(shape, token_ids, len(job.heads), new_tokens, slots, gemm, copy_ceiling(session))
+        gemm = session.gemm_rate(shape, tokens=slots)
+        floor = decode_floor(
+            shape, token_ids, len(job.heads), new_tokens, slots, gemm.sustained, copy_ceiling(session)
+        )
         rows = len(job.heads) * len(token_ids)
         ours_rate = rows / taken
         wide_prompts, wide_tokens = PAPER
         tokens_per_s = ours_rate * new_tokens
-        session.write(
+        row = session.write_unchecked(
             CASE,
             OURS,
-            common | {
+            common | gemm.figures() | {
                 "groups": len(job.heads), "rows": rows, "median_s": round(taken, 4), "runs": 1,
                 "rows_per_s": round(ours_rate, 3), "tokens_per_s": round(tokens_per_s, 1),
                 "floor_s": float(f"{floor.total:.4g}"), "share_of_floor": round(floor.total / taken, 4),
-                "gemm_tflops_per_s": round(gemm / 1e12, 4), "slots": slots, "peak_mib": peak,
+                "slots": slots, "peak_mib": peak,
                 "predicted_mib": round(plan.plan.predicted_bytes / 2**20, 1),
-                "max_shortfall_std": float(f"{shortfall:.4g}"), "times_slower_than_shipsfast": 1.0,
+                "times_slower_than_shipsfast": 1.0,
                 "resolved_backend": plan.subject.backend,
                 # By tokens: rows of twice the length take a little more than twice as long.
                 "full_scan_s": round(len(every) * wide_prompts * wide_tokens / tokens_per_s, 1),
                 "full_scan_of": f"{len(every)} heads x {wide_prompts} prompts x {wide_tokens} tokens",
             },
         )  # fmt: skip
+        session.settle(row, session.checked(lambda: check_texts(session, job, texts)))
     session.clear()
     if job is None:
         return
@@ -146,13 +150,13 @@ def run_generation(session: Session) -> None:
 
 
 def _write_peer(session: Session, name: str, common: dict, taken: float, some: Job, found, ours_rate) -> None:
-    if any(len(text) != some.case.new_tokens for group in found for text in group):
-        raise ValueError(f"not every row has {some.case.new_tokens} tokens")
+    short = any(len(text) != some.case.new_tokens for group in found for text in group)
     rows = len(some.heads) * len(some.prompts)
     session.write(
         CASE,
         name,
         common | {
+            "check": verdict(f"not every row has {some.case.new_tokens} tokens" if short else None),
             "groups": len(some.heads), "rows": rows, "median_s": round(taken, 4), "runs": 1,
             "rows_per_s": round(rows / taken, 3), "tokens_per_s": round(rows * some.case.new_tokens / taken, 1),
             "times_slower_than_shipsfast": round(ours_rate / (rows / taken), 3) if ours_rate else None,
@@ -161,25 +165,26 @@ def _write_peer(session: Session, name: str, common: dict, taken: float, some: J
 
 
 @torch.inference_mode()
-def check_texts(session: Session, job: Job, texts) -> float:
-    """By how much a token's logit falls short of the largest of a float32 pass over prompt and text, at most, in
-    standard deviations of the logits, for some rows. Raises ValueError where that is more than half precision does."""
+def check_texts(session: Session, job: Job, texts) -> dict:
+    """`check`, and by how much a token's logit falls short of the largest of a float32 pass over prompt and text, at
+    most, in standard deviations of the logits, for some rows: half precision does so by a little."""
     rows = [
         (g, g % len(job.prompts)) for g in range(0, len(job.heads), max(1, len(job.heads) // CHECKED_ROWS))
     ]
     session.clear()  # the run's cache
-    exact, worst = twin(job.model, torch.float32), 0.0
+    exact, short = twin(job.model, torch.float32), []
     for g, p in rows:
         prompt, text = job.prompts[p], texts[g][p]
         if len(text) != job.case.new_tokens:
-            raise ValueError(f"a row has {len(text)} tokens instead of {job.case.new_tokens}")
+            return {"check": verdict(f"a row has {len(text)} tokens instead of {job.case.new_tokens}")}
         ids = torch.tensor([[*prompt, *text[:-1]]], device=session.device)
         with peers.head_off(exact, job.heads[g][0]):
             logits = exact(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
         chosen = logits.gather(-1, torch.tensor(text, device=session.device)[:, None])[:, 0]
-        worst = max(worst, float(((logits.amax(-1) - chosen) / logits.std(-1)).max()))
+        short.append(float(((logits.amax(-1) - chosen) / logits.std(-1)).max()))
+    worst, wrong = float(np.max(short)), None  # NaN, if one is
     if not worst <= ALARM_LOGIT[job.model.dtype]:
-        raise ValueError(
+        wrong = (
             f"texts are not those of a float32 pass: a logit falls short by {worst:.2g} standard deviations"
         )
-    return worst
+    return {"check": verdict(wrong), "max_shortfall_std": float(f"{worst:.4g}")}

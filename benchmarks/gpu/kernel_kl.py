@@ -12,6 +12,7 @@ from shipsfast.ops.divergences import kl_backend, kl_rows
 from .ceilings import bandwidth_figures
 from .clock import timed
 from .kernel_attention import compiled
+from .rows import held
 from .session import OURS, NotMeasured, Session
 
 # (case, prompts, ablations, vocabulary); logits leave the head in float32.
@@ -66,15 +67,12 @@ def _case(session: Session, case: str, prompts: int, ablations: int, vocabulary:
             allowed = OURS_TOLERANCE_NATS if name == OURS else TOLERANCE_NATS
             if name == OURS and session.on_gpu and backend == "cpp":  # a case's rows have about the same KL
                 allowed += CUDA_TOLERANCE * float(exact.min())
-            if not error <= allowed:
-                raise ValueError(f"differs from float64 by {error:.3g} nats, allowed are {allowed:.3g}")
             timing = timed(run, session.device, budget_s=session.share_s(0.3))
             first = timing.median if name == OURS else first
             session.write(
                 case,
                 name,
-                common | bandwidth_figures(session, timing, moved, first) | {
-                    "max_abs_error_nats": error,
+                common | bandwidth_figures(session, timing, moved, first) | held(error, allowed, "float64", "_nats") | {
                     "resolved_backend": backend if name == OURS else None,
                 },
             )  # fmt: skip

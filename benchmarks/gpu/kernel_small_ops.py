@@ -1,13 +1,14 @@
 """The small operations of a decoder layer alone, at the scan's shapes and chunk: ours against the modules of transformers,
 those compiled, and Liger-Kernel's. Bytes are every input read once and every output written once.
 
-Each path is held against float64 before it is timed: at most twice the error of the module in the same dtype.
+Each path is held against float64: at most twice the error of the module in the same dtype.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from shipsfast.ops.layer_ops import SmallOps, small_ops
 from .ceilings import bandwidth_figures
 from .clock import timed
 from .kernel_attention import compiled
+from .rows import held
 from .session import OURS, NotMeasured, Session
 from .shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, Shape
 
@@ -194,15 +196,12 @@ def _case(session: Session, case: str, op: Op) -> None:
         with session.guarded(case, name, common), torch.inference_mode():
             run = prepare()
             error = _error(run(*(x.clone() for x in few)), exact)
-            if not error <= allowed:
-                raise ValueError(f"differs from float64 by {error:.3g}, allowed are {allowed:.3g}")
             timing = timed(lambda run=run: run(*inputs), session.device, budget_s=session.share_s(0.2))
             first = timing.median if name == OURS else first
             session.write(
                 case,
                 name,
-                common | bandwidth_figures(session, timing, moved, first) | {
-                    "max_abs_error": error,
+                common | bandwidth_figures(session, timing, moved, first) | held(error, allowed, "float64") | {
                     "resolved_backend": backend if name == OURS else None,
                 },
             )  # fmt: skip
@@ -221,5 +220,6 @@ def _exact(op: Op, shape: Shape, inputs: Tensors) -> Tensors:
 def _error(result, exact) -> float:
     """Largest difference; of the largest, if there are several results."""
     if isinstance(result, tuple):
-        return max(map(_error, result, exact))
+        errors = [_error(*pair) for pair in zip(result, exact, strict=True)]
+        return next((x for x in errors if math.isnan(x)), max(errors))
     return float((result.double() - exact).abs().max())

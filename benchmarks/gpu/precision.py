@@ -11,7 +11,9 @@ from scipy.stats import spearmanr
 
 import shipsfast
 
+from .alarms import alarms_off, refused
 from .clock import seconds
+from .rows import verdict
 from .session import NotMeasured, Session
 from .shapes import LLAMA2_7B, Prompts, twin
 
@@ -45,7 +47,7 @@ def precision(session: Session) -> None:
             model = session.model(shape)
             if dtype != session.dtype:
                 model = twin(model, dtype)
-            with contextlib.nullcontext() if wide_head else _model_head():
+            with alarms_off(), contextlib.nullcontext() if wide_head else _model_head():
                 shipsfast.scan(
                     model, token_ids[:1], heads=[(0, 0), (shape.layers - 1, 0)], layers=layers, progress=False
                 )
@@ -63,17 +65,21 @@ def precision(session: Session) -> None:
                 name,
                 row | {"median_s": round(taken, 4), "runs": 1, "noise_floor_nats": float(f"{result.noise_floor:.4g}"),
                 "resolved_backend": result.record["attention_backend"], "layers": result.record["layers"]}
-                | compared(result, reference),
+                | compared(result, reference, refused(result, dtype)),
             )  # fmt: skip
         session.clear()
 
 
-def compared(result, reference) -> dict:
-    """Rankings of heads by mean score, and single scores, against the reference's."""
+def compared(result, reference, wrong: str | None) -> dict:
+    """Rankings of heads by mean score, and single scores, against the reference's. How far they may differ is what is
+    asked here: `check` fails only where a scan would have refused its result, `wrong`, or there is nothing to compare."""
+    if not np.isfinite(result.kl).all():
+        return {"check": verdict("a score is not a finite number")}
     mine, theirs = result.mean().ravel(), reference.mean().ravel()
     top = min(TOP, len(mine) - 1)
     best = lambda x: set(np.argsort(-x, kind="stable")[:top].tolist())
     return {
+        "check": verdict(wrong),
         "top10_overlap": len(best(mine) & best(theirs)) / top,
         "spearman": round(float(spearmanr(mine, theirs).statistic), 5),
         "rms_error_nats": float(f"{np.sqrt(np.mean((result.kl - reference.kl) ** 2)):.4g}"),
@@ -90,7 +96,7 @@ def _model_head():
         yield
 
     with (
-        mock.patch("shipsfast.models.output_head.float32_head", as_it_is),
-        mock.patch("shipsfast.models.output_head.float32_head", as_it_is),
+        mock.patch("shipsfast.engine.growing_batch.float32_head", as_it_is),
+        mock.patch("shipsfast.scans.self_check.float32_head", as_it_is),
     ):
         yield

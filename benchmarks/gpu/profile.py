@@ -1,4 +1,4 @@
-"""Where a scan's time goes: torch's profiler over a scan of fewer prompts, its table in benchmarks/results/."""
+"""Where a scan's time goes: torch's profiler over a scan of fewer prompts, its table beside the rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import shipsfast
 
+from .alarms import alarms_off
 from .clock import seconds
 from .session import OURS, Session
 from .shapes import LLAMA2_7B, Prompts
@@ -19,7 +20,7 @@ def run_profile(session: Session) -> None:
     """A row with the device's busy share, and `<device>-profile.txt`."""
     shape = session.shape(LLAMA2_7B)
     token_ids = session.prompts(PROMPTS).token_ids(shape.vocabulary)
-    with session.guarded(CASE, OURS):
+    with session.guarded(CASE, OURS), alarms_off():
         model = session.model(shape)
         few = [(0, 0), (shape.layers - 1, 0)]
         shipsfast.scan(model, token_ids, heads=few, progress=False)

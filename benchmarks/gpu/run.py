@@ -1,7 +1,8 @@
 """`python -m benchmarks gpu`: every case in order of importance, within a budget of time, a row for each.
 
-Without a GPU, `--smoke` runs all of it at small shapes on the CPU, to try the command itself; its rows go where
---results says, or nowhere that counts.
+Rows, the profiler's table and the output of the tests go to the folder of --results, and nothing anywhere else but the
+extension, which is built where it is imported. Without a GPU, `--smoke` runs all of it at small shapes on the CPU, to try
+the command itself; its rows go where --results says, or nowhere that counts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import faulthandler
 import functools
 import gc
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,16 +21,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import checkup
+from .rows import OURS, problem
 
 QUICK_BUDGET_S = 460.0
 TEST_SHARE = 0.15  # of the budget, for each run of GPU tests
-TESTS = {"whole runs": ["tests/gpu/test_on_gpu.py", "tests/ops/test_kl.py"], "pytest -m gpu": []}
+# By name: files, and what pytest chooses among their tests.
+TESTS = {
+    "whole runs": (["tests/gpu/test_on_gpu.py", "tests/ops/test_kl.py"], None),
+    "pytest -m gpu": ([], None),
+}
+# With --quick: does it run at all, is it right, and does what leans on the newest torch run.
+QUICK_FILTER = "(test_a_scan or float32_residual or generation) and (llama or gemma2) and bf16"
+QUICK_TESTS = {"whole runs, a few": (["tests/gpu/test_on_gpu.py"], QUICK_FILTER)}
+QUICK_BUILD_S, QUICK_TESTS_S = 90.0, 80.0  # at most
 HANG_S = 60.0  # beyond the budget, after which the process tells where it stands and ends
-# Seconds that a case needs with --quick at the least, on an H100: below that it is not begun.
+# Seconds that a case needs with --quick at the least, on an H100, from arithmetic: below that it is not begun. They are
+# run in this order: by importance, and cases of one model beside each other.
 NEEDS_S = {
-    "build": 5, "tests": 20, "ceilings": 3, "llama2-7b-short": 65, "llama2-7b-template": 45, "kernels-attention": 30,
-    "kernels-kl": 15, "kernels-small-ops": 20, "llama2-7b-generation": 50, "llama31-8b": 20, "precision": 40, "llama2-7b-sahara": 90,
-    "qwen3-8b": 20, "gemma2-9b": 25, "mistral-7b": 20, "profile": 25,
+    "build": 5, "tests": 20, "ceilings": 8, "llama2-7b-short": 65, "profile": 20, "llama2-7b-template": 50, "chunk-tokens": 25,
+    "kernels-attention": 25, "kernels-kl": 15, "kernels-small-ops": 20, "llama2-7b-generation": 45, "llama31-8b": 20,
+    "head-chunk": 15, "precision": 30, "llama2-7b-sahara": 90, "qwen3-8b": 20, "gemma2-9b": 25, "mistral-7b": 20,
 }  # fmt: skip
 NAMES = tuple(NEEDS_S)
 
@@ -36,7 +48,9 @@ NAMES = tuple(NEEDS_S)
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="one run of ours, small samples of the peers, 460 s in all"
+        "--quick",
+        action="store_true",
+        help="a few tests, one run of ours, small samples of the peers, 460 s in all",
     )
     parser.add_argument(
         "--case", action="append", default=[], choices=NAMES, metavar="NAME", help=", ".join(NAMES)
@@ -44,7 +58,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--budget-s", type=float, help="seconds in all; cases that do not fit are `not measured`"
     )
-    parser.add_argument("--results", type=Path, help="folder of the rows (default benchmarks/results)")
+    parser.add_argument(
+        "--results", type=Path, help="folder of all that is written (default benchmarks/results)"
+    )
+    parser.add_argument(
+        "--no-build", action="store_true", help="take the extension as it is, also if it is missing"
+    )
     parser.add_argument("--profile", action="store_true", help="also write the profiler's table")
     parser.add_argument("--device", default="cuda", help="default cuda")
     parser.add_argument("--smoke", action="store_true", help="small shapes on the CPU, to try the command")
@@ -59,9 +78,9 @@ def chosen(args: argparse.Namespace) -> list[str]:
     wanted = args.case or [name for name in NAMES if name != "profile"]
     if args.profile and "profile" not in wanted:
         wanted = [*wanted, "profile"]
-    return [
-        name for name in NAMES if name in wanted or name == "build"
-    ]  # that one costs nothing where it is done
+    if "build" not in wanted and not args.no_build:  # costs nothing where it is done
+        wanted = ["build", *wanted]
+    return [name for name in NAMES if name in wanted]
 
 
 def main(argv: list[str]) -> int:
@@ -91,6 +110,8 @@ def main(argv: list[str]) -> int:
 
         args.results = Path(tempfile.mkdtemp(prefix="shipsfast-smoke-")) if args.smoke else RESULTS
     session = Session(device, args.results, args.budget_s, args.quick, args.smoke, started)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with what it has started
+    faulthandler.register(signal.SIGTERM, chain=True)  # and says where it stands
     if args.budget_s != float("inf"):
         faulthandler.dump_traceback_later(args.budget_s + HANG_S, exit=True)
     try:
@@ -98,6 +119,8 @@ def main(argv: list[str]) -> int:
     finally:
         gc.unfreeze()
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(session, names: list[str], args: argparse.Namespace) -> int:
@@ -109,17 +132,22 @@ def run(session, names: list[str], args: argparse.Namespace) -> int:
         needed = 0 if session.smoke else NEEDS_S[name]
         if session.left_s < needed:
             session.write(
-                name, "shipsfast", {"not_measured": f"{max(0, session.left_s):.0f} s of the budget were left"}
+                name, OURS, {"not_measured": f"{max(0, session.left_s):.0f} s of the budget were left"}
             )
             continue
-        todo[name](session)
+        try:
+            todo[name](session)
+        except SystemExit:
+            for rest in names[place:]:
+                session.write(rest, OURS, {"not_measured": "the benchmark was told to end"})
+            raise
         if session.broken is not None:
             print(
                 f"the device no longer answers ({session.broken}): the rest runs in a new process", flush=True
             )
             return max(1, elsewhere(session, names[place + 1 :], args))
     session.drop_model()
-    failed = [row for row in session.rows if "failed" in row]
+    failed = [row for row in session.rows if problem(row)]
     missing = sum("not_measured" in row for row in session.rows)
     print(
         f"{len(session.rows)} rows in {session.results / session.file}.jsonl, {len(failed)} failed, {missing} not "
@@ -143,6 +171,7 @@ def elsewhere(session, names: list[str], args: argparse.Namespace) -> int:
         args.device,
     ]
     command += [part for name in names for part in ("--case", name)] + ["--quick"] * args.quick
+    command += ["--no-build"] * args.no_build
     if session.budget_s != float("inf"):
         command += ["--budget-s", str(max(0.0, session.left_s))]
     return subprocess.run(command, cwd=checkup.ROOT, check=False).returncode
@@ -151,6 +180,7 @@ def elsewhere(session, names: list[str], args: argparse.Namespace) -> int:
 def stages(session) -> dict[str, Callable]:
     from . import (
         ceilings,
+        chunks,
         generation,
         kernel_attention,
         kernel_kl,
@@ -172,6 +202,7 @@ def stages(session) -> dict[str, Callable]:
         "llama2-7b-sahara": scans.run_sahara,
         "profile": profile.run_profile,
     }
+    table |= {name: functools.partial(chunks.run_chunks, case=name) for name in chunks.CASES}
     return table | {name: functools.partial(scans.run_scan, case=case) for name, case in scans.SCANS.items()}
 
 
@@ -186,7 +217,8 @@ def build(session) -> None:
             figures = {"built": False}
         else:
             arch = "{}.{}".format(*torch.cuda.get_device_capability(session.device))
-            figures = checkup.build_extension(arch)
+            most = QUICK_BUILD_S if session.quick else checkup.BUILD_TIMEOUT_S
+            figures = checkup.build_extension(arch, min(most, session.left_s))
         loaded, where = extension_status()
         if not loaded:
             raise RuntimeError(where)
@@ -198,13 +230,12 @@ def build(session) -> None:
 def tests(session) -> None:
     from .session import NotMeasured
 
-    left = session.left_s if session.budget_s != float("inf") else 2400.0
-    for name, files in TESTS.items():
+    for name, (files, chosen) in (QUICK_TESTS if session.quick else TESTS).items():
         with session.guarded("tests", name):
             if session.smoke:
                 raise NotMeasured("needs a CUDA GPU")
-            try:
-                figures = checkup.gpu_tests(files, max(20.0, TEST_SHARE * left))
-            except TimeoutError as error:
-                raise NotMeasured(str(error)) from None
-            session.write("tests", name, figures)
+            left = session.left_s if session.budget_s != float("inf") else 2400.0
+            limit = min(QUICK_TESTS_S, left - 5) if session.quick else max(20.0, TEST_SHARE * left)
+            session.write(
+                "tests", name, checkup.gpu_tests(files, chosen, limit, session.results / "tests.log")
+            )

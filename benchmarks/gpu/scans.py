@@ -1,9 +1,13 @@
-"""Exhaustive KL scans of true shapes: correctness first, then ours, then the peers, on the same model and prompts."""
+"""Exhaustive KL scans of true shapes: ours, its check against float32, then the peers, on the same model and prompts.
+
+A time is written as soon as there is one, and again with the verdict of its check: wrong scores are a row that says so.
+"""
 
 from __future__ import annotations
 
 import gc
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +18,9 @@ from shipsfast.engine import flops
 from shipsfast.ops.prefix_tree import pack
 
 from . import peers
+from .alarms import alarms_off, refused
 from .clock import peak_mib, reset_peak, seconds
+from .rows import verdict
 from .session import OURS, NotMeasured, Session
 from .shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, QWEN3_8B, Prompts, Shape, twin
 
@@ -70,20 +76,23 @@ class Oracle:
     kl: np.ndarray  # float64 [heads, prompts]
     plain_rms: float
 
-    def figures(self, scores: np.ndarray) -> dict:
-        """scores: float64 [P, L, H]. Raises ValueError if they are off by more than the rule allows."""
+    def figures(self, result, dtype: torch.dtype) -> dict:
+        """What a row says of a scan in `dtype`: `check`, and how far its scores are off."""
+        scores = result.kl
         own = np.stack([scores[self.prompts, layer, head] for layer, head in self.heads])
-        if not np.isfinite(own).all():
-            raise ValueError("a score is not a finite number")
         rms = _rms(own - self.kl)
         allowed = FACTOR * self.plain_rms + FLOOR_NATS
-        if rms > allowed:
-            raise ValueError(
+        wrong = refused(result, dtype)
+        if not np.isfinite(own).all():
+            wrong = "a score is not a finite number"
+        elif not rms <= allowed:
+            wrong = (
                 f"scores differ from float32 by {rms:.3g} nats (root mean square), allowed are {allowed:.3g}"
             )
         return {
-            "rms_error_nats": float(f"{rms:.4g}"), "plain_rms_error_nats": float(f"{self.plain_rms:.4g}"),
-            "rms_score_nats": float(f"{_rms(self.kl):.4g}"), "checked_against": f"float32, {own.size} scores",
+            "check": verdict(wrong), "rms_error_nats": float(f"{rms:.4g}"),
+            "plain_rms_error_nats": float(f"{self.plain_rms:.4g}"), "rms_score_nats": float(f"{_rms(self.kl):.4g}"),
+            "checked_against": f"float32, {own.size} scores",
         }  # fmt: skip
 
 
@@ -116,14 +125,14 @@ def run_scan(session: Session, case: ScanCase) -> None:
         "tokens": sum(map(len, token_ids)), "packed_tokens": packed.num_tokens, "scores": len(units) * len(token_ids),
         "flops": work,
     }  # fmt: skip
-    ours_s, scores, floor, oracle = None, None, {}, None
-    with session.guarded(case.name, OURS, common):
+    row, result, ours_s, floor = None, None, None, {}
+    with session.guarded(case.name, OURS, common), alarms_off():
         model = session.model(shape)
-        oracle = make_oracle(session, shape, token_ids)
         # Kernels are compiled and libraries loaded before anything is timed.
         shipsfast.scan(model, token_ids, heads=[units[0], units[-1]], progress=False)
         runs = 1 if session.quick or session.smoke else case.runs
-        times, inner, rates, before = [], [], [session.gemm_flops_per_s(shape)], reset_peak(session.device)
+        rate = session.gemm_rate(shape)
+        times, inner, before = [], [], reset_peak(session.device)
         for _ in range(runs):
             taken, result = seconds(lambda: shipsfast.scan(model, token_ids, progress=False), session.device)
             times.append(taken)
@@ -131,32 +140,56 @@ def run_scan(session: Session, case: ScanCase) -> None:
             if session.left_s < 3 * taken:
                 break
         peak = peak_mib(session.device, before)
-        rates.append(session.gemm_flops_per_s(shape))
-        ours_s, scores = statistics.median(times), result.kl
-        rate = statistics.mean(rates)
-        floor = {
-            "gemm_tflops_per_s": round(rate / 1e12, 4),
-            "floor_s": float(f"{work / rate:.4g}"),
-        }
-        plan = result.record["plan"]
-        row = common | floor | oracle.figures(scores) | {
-            "median_s": round(ours_s, 4), "p20_s": round(float(np.quantile(times, 0.2)), 4),
-            "p80_s": round(float(np.quantile(times, 0.8)), 4), "runs": len(times),
-            "scan_median_s": round(statistics.median(inner), 4),
-            "share_of_floor": round(work / rate / ours_s, 4), "times_slower_than_shipsfast": 1.0,
-            "scores_per_s": round(common["scores"] / ours_s, 1), "noise_floor_nats": float(f"{result.noise_floor:.4g}"),
-            "peak_mib": peak, "predicted_mib": round(plan["predicted_bytes"] / 2**20, 1), "plan": plan,
-            "resolved_backend": result.record["attention_backend"], "kl_backend": result.record["kl_backend"],
-            **_layers(result),
-        }  # fmt: skip
-        session.write(case.name, OURS, row)
+        rate = session.gemm_rate_around(shape, rate)
+        ours_s = statistics.median(times)
+        floor = rate.figures() | {"floor_s": float(f"{work / rate.sustained:.4g}")}
+        row = session.write_unchecked(
+            case.name,
+            OURS,
+            common | floor | {
+                "median_s": round(ours_s, 4), "p20_s": round(float(np.quantile(times, 0.2)), 4),
+                "p80_s": round(float(np.quantile(times, 0.8)), 4), "runs": len(times),
+                "scan_median_s": round(statistics.median(inner), 4),
+                "share_of_floor": round(work / rate.sustained / ours_s, 4), "times_slower_than_shipsfast": 1.0,
+                "scores_per_s": round(common["scores"] / ours_s, 1),
+                "noise_floor_nats": float(f"{result.noise_floor:.4g}"), "peak_mib": peak, **how_it_ran(result),
+            },
+        )  # fmt: skip
     session.clear()
-    if case.own_layers and oracle is not None:  # also where ours failed
-        with session.guarded(case.name, OWN_LAYERS, common | floor):
+    oracle = scan_oracle(session, shape, token_ids)
+    if row is not None:
+        session.settle(row, oracle(result))
+    if case.own_layers:  # also where ours failed
+        with session.guarded(case.name, OWN_LAYERS, common | floor), alarms_off():
             _run_own_layers(session, case, token_ids, units, common | floor, oracle, ours_s)
         session.clear()
     if case.peers:
-        _run_peers(session, case, shape, token_ids, common | floor, work, ours_s, scores)
+        _run_peers(
+            session, case, shape, token_ids, common | floor, ours_s, None if row is None else result.kl
+        )
+
+
+def scan_oracle(session: Session, shape: Shape, token_ids: list[list[int]]) -> Callable[[object], dict]:
+    """A scan's result -> what its row says of it, also where there is no memory, or no device any more, for a check."""
+    made: list[Oracle] = []
+
+    def make() -> dict:
+        made.append(make_oracle(session, shape, token_ids))
+        return {}
+
+    failed = session.checked(make)
+    session.clear()
+    return lambda result: failed or session.checked(lambda: made[0].figures(result, session.dtype))
+
+
+def how_it_ran(result) -> dict:
+    """The plan of a scan, and the backends and layers that it went through."""
+    plan = result.record["plan"]
+    return {
+        "chunk_tokens": plan["chunk_tokens"], "predicted_mib": round(plan["predicted_bytes"] / 2**20, 1), "plan": plan,
+        "resolved_backend": result.record["attention_backend"], "kl_backend": result.record["kl_backend"],
+        "spot_check_max_abs_nats": result.record.get("spot_check_max_abs"), **_layers(result),
+    }  # fmt: skip
 
 
 def _layers(result) -> dict:
@@ -165,7 +198,7 @@ def _layers(result) -> dict:
 
 
 def _run_own_layers(
-    session, case: ScanCase, token_ids, units, common, oracle: Oracle, ours_s: float | None
+    session, case: ScanCase, token_ids, units, common, check: Callable, ours_s: float | None
 ) -> None:
     """The same scan through the model's own decoder layers: what the fused ones save."""
     if session.left_s < 3 * (ours_s or 0.0):
@@ -178,16 +211,16 @@ def _run_own_layers(
     session.write(
         case.name,
         OWN_LAYERS,
-        common | oracle.figures(result.kl) | _layers(result) | {
+        common | how_it_ran(result) | check(result) | {
             "median_s": round(taken, 4), "runs": 1, "scan_median_s": round(result.record["scan_seconds"], 4),
             "share_of_floor": round(common["floor_s"] / taken, 4) if "floor_s" in common else None,
-            "times_slower_than_shipsfast": round(taken / ours_s, 3) if ours_s else None, "scores_per_s": round(common["scores"] / taken, 1),
-            "peak_mib": peak_mib(session.device, before), "resolved_backend": result.record["attention_backend"],
+            "times_slower_than_shipsfast": round(taken / ours_s, 3) if ours_s else None,
+            "scores_per_s": round(common["scores"] / taken, 1), "peak_mib": peak_mib(session.device, before),
         },
     )  # fmt: skip
 
 
-def _run_peers(session, case: ScanCase, shape, token_ids, common, work: int, ours_s, scores) -> None:
+def _run_peers(session, case: ScanCase, shape, token_ids, common, ours_s, scores) -> None:
     """ours_s and scores are None where our own scan failed."""
 
     def write(name: str, found: peers.Measured, more: dict) -> None:
@@ -245,7 +278,7 @@ def run_sahara(session: Session) -> None:
     }
     taken: dict[str, float] = {}
     for name, path in paths.items():
-        with session.guarded(SAHARA, name, common):
+        with session.guarded(SAHARA, name, common), alarms_off():
             if session.left_s < 1.5 * STEPS * taken.get("KL scan", 0.0) and name == list(paths)[-1]:
                 raise NotMeasured(f"{session.left_s:.0f} s of the budget are left")
             few = [(0, 0), (shape.layers - 1, 0)]
@@ -253,20 +286,18 @@ def run_sahara(session: Session) -> None:
             warm(model, token_ids, heads=few, **quiet)
             before = reset_peak(session.device)
             taken[name], result = seconds(path, session.device)
-            more = {} if name == "KL scan" else _angles_checked(model, token_ids, result)
             ratio = taken[name] / taken["KL scan"] if "KL scan" in taken else None
-            session.write(
-                SAHARA,
-                name,
-                common
-                | {
-                    "median_s": round(taken[name], 4), "runs": 1, "peak_mib": peak_mib(session.device, before),
-                    "scans": None if ratio is None else round(ratio, 3),
-                    "resolved_backend": result.record["attention_backend"],
-                    "step_seconds": result.record.get("step_seconds"),
-                }
-                | more,
-            )  # fmt: skip
+            figures = common | {
+                "median_s": round(taken[name], 4), "runs": 1, "peak_mib": peak_mib(session.device, before),
+                "scans": None if ratio is None else round(ratio, 3),
+                "resolved_backend": result.record["attention_backend"],
+                "step_seconds": result.record.get("step_seconds"),
+            }  # fmt: skip
+            if name == "KL scan":  # held against float32 in its own case
+                session.write(SAHARA, name, figures)
+            else:
+                row = session.write_unchecked(SAHARA, name, figures)
+                session.settle(row, session.checked(lambda: _angles_checked(model, token_ids, result)))  # noqa: B023
         session.clear()
 
 
@@ -285,11 +316,13 @@ def _angles_checked(model, token_ids, result) -> dict:
     plain = shipsfast.scan_dataset(model, token_ids, heads=heads, backend="torch", progress=False).angle_deg
     at = tuple(np.array(heads).T)
     error, allowed = _rms(_first(result)[at] - expected[at]), FACTOR * _rms(plain[at] - expected[at]) + 1e-3
+    wrong = None
     if not error <= allowed:
-        raise ValueError(
-            f"angles differ from float32 by {error:.3g} degrees (rms), allowed are {allowed:.3g}"
-        )
-    return {"rms_error_deg": float(f"{error:.4g}"), "checked_against": f"float32, {len(heads)} heads"}
+        wrong = f"angles differ from float32 by {error:.3g} degrees (rms), allowed are {allowed:.3g}"
+    return {
+        "check": verdict(wrong), "rms_error_deg": float(f"{error:.4g}"),
+        "checked_against": f"float32, {len(heads)} heads",
+    }  # fmt: skip
 
 
 def _first(result) -> np.ndarray:

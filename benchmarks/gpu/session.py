@@ -18,14 +18,32 @@ from shipsfast.engine import flops
 from shipsfast.engine.memory_plan import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 
 from ..provenance import provenance
+from . import rows as words
+from .rows import OURS, PENDING  # noqa: F401 (OURS: what the cases call our own path)
 from .shapes import SMOKE, SMOKE_PROMPTS, Prompts, Shape
 
-OURS = "shipsfast"
 REASON = 300  # characters of a reason in a row
+# Of matrix products on end: long enough for a device to settle at its power limit. Shorter where the result is only looked at.
+SUSTAINED_S, SUSTAINED_SHORT_S, SUSTAINED_SMOKE_S = 2.0, 0.5, 0.01
 
 
 class NotMeasured(Exception):
     """Says why a path was not run; its row reads `not measured`."""
+
+
+@dataclass(frozen=True)
+class GemmRate:
+    """FLOP/s of one layer's products. burst: of some 100 ms after a rest; sustained: of seconds on end, which is what a
+    scan gets, and what floors of scans are made of."""
+
+    burst: float
+    sustained: float
+
+    def figures(self) -> dict:
+        return {
+            "gemm_tflops_per_s": float(f"{self.sustained / 1e12:.4g}"),
+            "gemm_burst_tflops_per_s": float(f"{self.burst / 1e12:.4g}"),
+        }
 
 
 @dataclass
@@ -93,28 +111,62 @@ class Session:
         if self.on_gpu and self.broken is None:
             torch.cuda.empty_cache()
 
-    def gemm_flops_per_s(
-        self, shape: Shape, dtype: torch.dtype | None = None, tokens: int | None = None
-    ) -> float:
-        """Measured now, at the scan's own products: a device's clock changes with its temperature."""
-        return flops.gemm_flops_per_s(
-            shape.costs().products, tokens or self.chunk_tokens, dtype=dtype or self.dtype, device=self.device,
-            repeats=2 if self.smoke else 4,
+    def gemm_rate(
+        self,
+        shape: Shape,
+        dtype: torch.dtype | None = None,
+        tokens: int | None = None,
+        *,
+        seconds: float = SUSTAINED_S,
+    ) -> GemmRate:
+        """At a scan's own products, by default at its chunk: measured once, and kept."""
+        products, tokens, dtype = shape.costs().products, tokens or self.chunk_tokens, dtype or self.dtype
+        key = (products, dtype, tokens, torch.get_float32_matmul_precision())
+        if key not in self._rates:
+            how = dict(dtype=dtype, device=self.device)
+            burst = flops.gemm_flops_per_s(products, tokens, repeats=2 if self.smoke else 4, **how)
+            self._rates[key] = GemmRate(
+                burst, flops.gemm_flops_per_s(products, tokens, seconds=self.sustained_s(seconds), **how)
+            )
+        return self._rates[key]
+
+    def gemm_rate_around(self, shape: Shape, before: GemmRate) -> GemmRate:
+        """The same with the sustained rate measured again, right after a scan, and the mean of both."""
+        again = flops.gemm_flops_per_s(
+            shape.costs().products, self.chunk_tokens, dtype=self.dtype, device=self.device,
+            seconds=self.sustained_s(SUSTAINED_SHORT_S if self.quick else SUSTAINED_S),
         )  # fmt: skip
+        return GemmRate(before.burst, (before.sustained + again) / 2)
+
+    def sustained_s(self, seconds: float) -> float:
+        return SUSTAINED_SMOKE_S if self.smoke else seconds
 
     def write(self, case: str, path: str, figures: dict) -> dict:
         """Append a row and print a line; the row is on disk when this returns."""
         if self._origin is None:
             self._origin = provenance(str(self.device))
-        row = self._origin | {"bench": "gpu", "case": case, "path": path} | figures
+        row = words.finite(self._origin | {"bench": "gpu", "case": case, "path": path} | figures)
+        self._append(row)
+        self.rows.append(row)
+        return row
+
+    def write_unchecked(self, case: str, path: str, figures: dict) -> dict:
+        """A row of a result whose check is still to come, and may be what does not come to an end: `settle` follows."""
+        return self.write(case, path, figures | {"check": PENDING})
+
+    def settle(self, row: dict, found: dict) -> None:
+        """Append the row again with what its check found, `check` and figures: of rows with one case and path, the
+        last counts."""
+        row |= words.finite(found)
+        self._append(row)
+
+    def _append(self, row: dict) -> None:
         self.results.mkdir(parents=True, exist_ok=True)
         with open(self.results / f"{self.file}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False, default=float) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.rows.append(row)
-        print(f"{case:22.22} {path:34.34} {summary(row)}", flush=True)
-        return row
+        print(f"{row['case']:22.22} {row['path']:34.34} {summary(row)}", flush=True)
 
     @property
     def file(self) -> str:
@@ -128,20 +180,30 @@ class Session:
         except NotMeasured as reason:
             self.write(case, path, (common or {}) | {"not_measured": _short(reason)})
         except Exception as error:  # noqa: BLE001 (whatever it is, the next case must run)
-            text = f"{type(error).__name__}: {_short(error)}"
-            if isinstance(error, torch.OutOfMemoryError):
-                text = f"out of memory: {_short(error)}"
-            error.__traceback__ = None  # its frames hold tensors
             before = self.broken
-            self._look_at_device()
-            told = {"failed": text}
+            told = {"failed": self.caught(error)}
             if before is not None:
                 told = {"not_measured": f"the device had stopped answering: {before}"}
             self.write(case, path, (common or {}) | told)
             self.clear()
 
+    def caught(self, error: Exception) -> str:
+        """What a row says of an error, whose frames are let go; after some, nothing runs on a device any more."""
+        error.__traceback__ = None  # its frames hold tensors
+        self._look_at_device()
+        kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+        return f"{kind}: {_short(error)}"
+
+    def checked(self, check: Callable[[], dict]) -> dict:
+        """What a check finds; one that cannot be made is a verdict too, and no reason to lose what it was to check."""
+        try:
+            return check()
+        except Exception as error:  # noqa: BLE001 (whatever it is, the result was not confirmed)
+            found = {"check": words.verdict(f"could not be made: {self.caught(error)}")}
+            self.clear()
+            return found
+
     def _look_at_device(self) -> None:
-        """After some errors nothing runs on a device any more in this process."""
         if not self.on_gpu or self.broken is not None:
             return
         try:
@@ -164,15 +226,14 @@ def device_slug(device: torch.device) -> str:
 
 def summary(row: dict) -> str:
     """What a line on the terminal says of a row."""
-    for name in ("failed", "not_measured"):
-        if name in row:
-            return f"{name.replace('_', ' ')}: {row[name]}"[:140]
-    told = []
+    if "failed" in row or "not_measured" in row:
+        return words.reason(row)[:140]
+    told = [] if row.get("check", words.PASSED) == words.PASSED else [f"check {row['check']}"[:110]]
     for name, text in (
         ("median_s", "{:.2f} s"), ("median_ms", "{:.3f} ms"), ("tflops_per_s", "{:.0f} TFLOP/s"), ("gb_per_s", "{:.0f} GB/s"),
         ("rows_per_s", "{:.1f} rows/s"), ("share_of_floor", "{:.0%} of the floor"),
         ("share_of_ceiling", "{:.0%} of the ceiling"), ("times_slower_than_shipsfast", "{:.2f} x shipsfast"),
-        ("peak_mib", "{:.0f} MiB"), ("extrapolated_from", "extrapolated from {}"), ("passed", "{} passed"), ("spearman", "Spearman {:.3f}"),
+        ("peak_mib", "{:.0f} MiB"), ("extrapolated_from", "extrapolated from {}"), ("passed", "{} passed"), ("failed_tests", "{} failed"), ("spearman", "Spearman {:.3f}"),
         ("top10_overlap", "top 10: {:.0%}"),
     ):  # fmt: skip
         if row.get(name) is not None:

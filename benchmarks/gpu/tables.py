@@ -1,22 +1,22 @@
-"""Tables of the GPU's rows for README.md and docs/performance.md. What nobody measured reads `not measured`, and a
-target that was missed says so."""
+"""Tables of the GPU's rows for README.md and docs/performance.md. What nobody measured reads `not measured`, a target that
+was missed says so, and figures of a result that did not pass its check stand for no target."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import provenance
+from .chunks import CASES as CHUNKS
 from .kernel_attention import DECODES, TREES
 from .kernel_kl import CASES as KL
 from .kernel_small_ops import OPS
 from .precision import CASE as PRECISION
+from .rows import NOT_MEASURED, OURS, newest, number_cell, problem, read, reason, share_cell, time_cell
 from .scans import LOOP, PEERS, SAHARA, SCANS
-from .session import OURS
 
-NOT_MEASURED = "not measured"
 FLEX = "FlexAttention, compiled"
+RATIO = "x shipsfast"
 GENERATION = "llama2-7b-generation"
 
 
@@ -32,11 +32,13 @@ class Target:
     at_least: bool = True
 
     def cells(self, rows: dict[str, dict]) -> str:
-        measured = self.value(rows)
+        ours_failed = problem(rows.get(OURS, {}))  # then times beside ours mean nothing either
+        measured = self.value({} if ours_failed else {p: row for p, row in rows.items() if not problem(row)})
         sign = ">=" if self.at_least else "<="
         wanted = f"{sign} {self.form.format(self.limit)}"
         if measured is None:
-            return f"{wanted} | {NOT_MEASURED} | |"
+            wrong = any(map(problem, rows.values())) and self.value(rows) is not None
+            return f"{wanted} | {'a check failed' if wrong else NOT_MEASURED} | |"
         good = measured >= self.limit if self.at_least else measured <= self.limit
         return f"{wanted} | {self.form.format(measured)} | {'reached' if good else '**missed**'} |"
 
@@ -81,31 +83,17 @@ TARGETS = (
     ),
     *(Target(name, "share of copy bandwidth", 0.9, _figure(OURS, "share_of_ceiling")) for name in KL),
 )
-CASES = ("ceilings", *SCANS, SAHARA, GENERATION, *TREES, *DECODES, *KL, *OPS, PRECISION)
+CASES = ("ceilings", *SCANS, *CHUNKS, SAHARA, GENERATION, *TREES, *DECODES, *KL, *OPS, PRECISION)
 
 
 def devices() -> dict[str, list[dict]]:
     """Rows by results file, newest device first; smoke runs do not count."""
     found = {}
     for file in sorted(provenance.RESULTS.glob("*.jsonl")):
-        rows = [
-            row for row in map(json.loads, file.read_text("utf-8").splitlines()) if row.get("bench") == "gpu"
-        ]
+        rows = read(file)
         if rows and not file.stem.startswith("smoke"):
             found[file.stem] = rows
     return dict(sorted(found.items(), key=lambda item: item[1][-1]["date"], reverse=True))
-
-
-def newest(rows: list[dict], case: str) -> dict[str, dict]:
-    """By path: the newest row that was measured or failed; one that was not even begun counts only if it is alone."""
-    out: dict[str, dict] = {}
-    for row in rows:
-        if row["case"] != case:
-            continue
-        if "not_measured" in row and "not_measured" not in out.get(row["path"], {"not_measured": ""}):
-            continue
-        out[row["path"]] = row
-    return out
 
 
 def targets(rows: list[dict], cases: tuple[str, ...] = CASES) -> list[str]:
@@ -118,17 +106,15 @@ def targets(rows: list[dict], cases: tuple[str, ...] = CASES) -> list[str]:
 
 
 COLUMNS = (
-    ("time", lambda row: _time(row)),
-    ("x shipsfast", lambda row: _number(row, "times_slower_than_shipsfast", "{:.2f}")),
-    (
-        "share",
-        lambda row: _number(row, "share_of_floor", "{:.0%}") or _number(row, "share_of_ceiling", "{:.0%}"),
-    ),
-    ("TFLOP/s", lambda row: _number(row, "tflops_per_s", "{:.0f}")),
-    ("GB/s", lambda row: _number(row, "gb_per_s", "{:.0f}")),
+    ("time", time_cell),
+    (RATIO, lambda row: number_cell(row, "times_slower_than_shipsfast", "{:.2f}")),
+    ("share", share_cell),
+    ("TFLOP/s", lambda row: number_cell(row, "tflops_per_s", "{:.0f}")),
+    ("GB/s", lambda row: number_cell(row, "gb_per_s", "{:.0f}")),
     ("peak MiB (planned)", lambda row: _memory(row)),
     ("ran", lambda row: row.get("resolved_backend") or ""),
     ("layers", lambda row: row.get("layers") or ""),
+    ("chunk, tokens", lambda row: number_cell(row, "chunk_tokens", "{}")),
 )
 
 
@@ -138,27 +124,25 @@ def case_table(rows: dict[str, dict]) -> list[str]:
         return [NOT_MEASURED + "."]
     measured = [row for row in rows.values() if "failed" not in row and "not_measured" not in row]
     columns = [(name, cell) for name, cell in COLUMNS if any(cell(row) for row in measured)]
+    if problem(rows.get(OURS, {})):
+        columns = [column for column in columns if column[0] != RATIO]
     if any("spearman" in row for row in measured):
         columns += [
-            ("top 10", lambda row: _number(row, "top10_overlap", "{:.0%}")),
-            ("Spearman", lambda row: _number(row, "spearman", "{:.4f}")),
-            ("noise floor, nats", lambda row: _number(row, "noise_floor_nats", "{:.2g}")),
+            ("top 10", lambda row: number_cell(row, "top10_overlap", "{:.0%}")),
+            ("Spearman", lambda row: number_cell(row, "spearman", "{:.4f}")),
+            ("noise floor, nats", lambda row: number_cell(row, "noise_floor_nats", "{:.2g}")),
         ]
     lines = ["| path |" + "".join(f" {name} |" for name, _ in columns), "|---|" + "---:|" * len(columns)]
     for path, row in rows.items():
         label = path + (
             f" (extrapolated from {row['extrapolated_from']})" if row.get("extrapolated_from") else ""
         )
-        why = (
-            row.get("failed")
-            and f"failed: {row['failed']}"
-            or row.get("not_measured")
-            and f"{NOT_MEASURED}: {row['not_measured']}"
-        )
-        if why:
-            lines.append(f"| {label} | {why.replace('|', '/')} |" + " |" * (len(columns) - 1))
-        else:
+        if row in measured:
+            wrong = problem(row)
+            label += f" **({wrong.replace('|', '/')})**" if wrong else ""
             lines.append(f"| {label} |" + "".join(f" {cell(row)} |" for _, cell in columns))
+        else:
+            lines.append(f"| {label} | {reason(row).replace('|', '/')} |" + " |" * (len(columns) - 1))
     first = next(iter(rows.values()))
     if first.get("floor_s"):
         lines += [
@@ -166,16 +150,6 @@ def case_table(rows: dict[str, dict]) -> list[str]:
             f"Floor {first['floor_s']:.3g} s at {first['gemm_tflops_per_s']:.0f} TFLOP/s measured in the same run.",
         ]
     return lines
-
-
-def _time(row: dict) -> str:
-    if "median_s" in row:
-        return f"{row['median_s']:.2f} s"
-    return f"{row['median_ms']:.3f} ms" if "median_ms" in row else ""
-
-
-def _number(row: dict, name: str, form: str) -> str:
-    return "" if row.get(name) is None else form.format(row[name])
 
 
 def _memory(row: dict) -> str:
@@ -201,7 +175,10 @@ def readme() -> list[str]:
     lines = ["", "**On a GPU: what is to be reached, and what was**", ""]
     rows = next(iter(found.values()), [])
     if not rows:
-        lines += ["No GPU has run this version: `python -m benchmarks gpu` on one fills this table.", ""]
+        lines += [
+            "No GPU has run this version: `benchmarks/first_light.sh DIR` on one measures the first of this, `python -m benchmarks gpu` all.",
+            "",
+        ]
     lines += targets(rows, (*SCANS, SAHARA, GENERATION))
     lines += [
         "",

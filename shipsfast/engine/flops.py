@@ -192,8 +192,13 @@ def gemm_flops_per_s(
     dtype: torch.dtype,
     device: torch.device | str,
     repeats: int = 4,
+    seconds: float | None = None,
 ) -> float:
-    """FLOP/s of one layer's matrix products, alone, with `tokens` rows of input: the median of `repeats`."""
+    """FLOP/s of one layer's matrix products, alone, with `tokens` rows of input: the median of `repeats`.
+
+    seconds: sustained instead, which is what a long run gets from a device that slows down at its power limit: the mean
+    of the second half of so many seconds.
+    """
     device = torch.device(device)
     inputs = {
         n: torch.randn(tokens, n, device=device).to(dtype) for n in sorted({inputs for inputs, _ in products})
@@ -216,11 +221,13 @@ def gemm_flops_per_s(
     wait()
     # Long enough that the clock and the launch of a product do not count, also for tiny models.
     inner = max(1, min(100, int(0.02 / max(1e-6, time.perf_counter() - start))))
-    times = []
-    for _ in range(repeats + 1):
+    times: list[float] = []
+    while len(times) <= repeats if seconds is None else sum(times) * inner < seconds:
         start = time.perf_counter()
         for _ in range(inner):
             layer()
         wait()
         times.append((time.perf_counter() - start) / inner)
+    if seconds is not None:
+        return flops / statistics.mean(times[len(times) // 2 :])
     return flops / statistics.median(times[1:])

@@ -1,26 +1,41 @@
 """`python -m benchmarks gpu`, all of it, at small shapes on the CPU: it must not fail for a silly reason on the day
 when there is a GPU."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import provenance
-from benchmarks.gpu import ceilings, checkup, generation, peers, run, scans
+from benchmarks.gpu import (
+    alarms,
+    ceilings,
+    checkup,
+    chunks,
+    generation,
+    kernel_attention,
+    kernel_kl,
+    kernel_small_ops,
+    peers,
+    precision,
+    run,
+    scans,
+)
 from benchmarks.gpu.kernel_small_ops import OPS
+from benchmarks.gpu.rows import problem, read, timed
 from benchmarks.gpu.session import NotMeasured, Session
 from benchmarks.gpu.shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, QWEN3_8B, SMOKE, Prompts, twin
 from shipsfast.engine import flops
 from shipsfast.ops.prefix_tree import pack
 
 NEEDS_MORE = {
-    "pytest -m gpu",
-    "whole runs",
+    "whole runs, a few",
     "FlashAttention varlen",
     "Liger KL",
     "Liger-Kernel",
@@ -32,6 +47,10 @@ NEEDS_MORE = {
 @pytest.fixture
 def session(tmp_path):
     return Session(torch.device("cpu"), tmp_path, smoke=True)
+
+
+def written(session) -> list[dict]:
+    return [json.loads(line) for line in (session.results / "smoke-cpu.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +74,14 @@ def rows(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "smoke-cpu-profile.txt").read_text().count("aten::") > 5
-    written = [json.loads(line) for line in (folder / "smoke-cpu.jsonl").read_text().splitlines()]
+    assert {file.name for file in folder.iterdir()} == {"smoke-cpu.jsonl", "smoke-cpu-profile.txt"}
+    found = read(folder / "smoke-cpu.jsonl")
     printed = [line for line in done.stdout.splitlines() if line.strip()]
-    assert len(printed) < len(written) + 5 and max(map(len, printed)) < 200, "the output is to be short"
-    return written
+    assert len(printed) < len(found) + 5 and max(map(len, printed)) < 200, "the output is to be short"
+    settled = {}  # of rows with one case and path, the last counts
+    for row in found:
+        settled[row["case"], row["path"]] = row
+    return list(settled.values())
 
 
 def test_every_case_gives_its_rows(rows):
@@ -70,12 +93,22 @@ def test_every_case_gives_its_rows(rows):
             assert {(case.name, name) for name in (*scans.PEERS, scans.LOOP)} <= found
     assert {name for name, _ in found} >= {
         "build", "tests", "ceilings", "tree-llama2-short", "decode-llama31", "kl-v128256", *OPS, "llama2-7b-generation",
-        "precision-llama2-7b", "llama2-7b-sahara", "profile-llama2-7b",
+        "precision-llama2-7b", "llama2-7b-sahara", "profile-llama2-7b", *chunks.CASES,
     }  # fmt: skip
 
 
 def test_nothing_fails_and_only_what_cannot_run_here_is_not_measured(rows):
-    assert [row for row in rows if "failed" in row] == []
+    assert [row for row in rows if problem(row)] == []
+    checked = {
+        "build",
+        "tests",
+        "ceilings",
+        "profile-llama2-7b",
+    }  # and peers of scans, whose scores are compared
+    for row in rows:
+        peer = row["path"] in (*scans.PEERS, scans.LOOP, "KL scan", "FlashAttention varlen")
+        if timed(row) and row["case"] not in checked and not peer:
+            assert row["check"] == "passed", row
     missing = [row for row in rows if "not_measured" in row]
     assert {row["path"] for row in missing} - {"SDPA with a dense mask"} == NEEDS_MORE
     assert all(row["not_measured"] for row in missing)
@@ -98,6 +131,8 @@ def test_rows_say_where_they_come_from_and_what_ran(rows):
         if row["path"] == scans.OWN_LAYERS:
             assert row["layers"] == "model" and row["layers_why"] == "asked for"
             assert row["times_slower_than_shipsfast"] > 0 and row["share_of_floor"] > 0
+        if row["case"] in chunks.CASES:
+            assert row["chunk_tokens"] > 0 and row["runs"] == chunks.ROUNDS and row["share_of_floor"] > 0
         if row["case"] in OPS and "median_ms" in row:
             assert row["gb_per_s"] > 0 and row["share_of_ceiling"] > 0
         if row["path"] != "shipsfast" or row["case"] not in scans.SCANS:
@@ -165,7 +200,7 @@ def test_a_sample_is_extrapolated_by_weight(session, monkeypatch):
     assert found.done == 2 and found.units == 4 and found.seconds == pytest.approx(10.0)
 
 
-def test_scores_that_are_off_fail_their_row(session, monkeypatch):
+def test_scores_that_are_off_keep_their_time_and_fail_their_check(session, monkeypatch):
     import shipsfast
 
     real = shipsfast.scan
@@ -177,7 +212,141 @@ def test_scores_that_are_off_fail_their_row(session, monkeypatch):
 
     monkeypatch.setattr(scans.shipsfast, "scan", off)
     scans.run_scan(session, scans.SCANS["mistral-7b"])
-    assert "scores differ from float32" in session.rows[-1]["failed"]
+    ours, own = session.rows
+    for row in (ours, own):
+        assert row["check"].startswith("failed: scores differ from float32") and row["median_s"] > 0
+    first, settled, _ = written(session)
+    assert first["check"] == "pending" and first["median_s"] == ours["median_s"], (
+        "the time is there before its check"
+    )
+    assert settled == ours and "floor_s" in ours and ours["share_of_floor"] > 0
+
+
+def test_a_check_that_cannot_be_made_costs_no_time(session, monkeypatch):
+    def no_memory(model, dtype):
+        raise torch.OutOfMemoryError("of 27 GB")
+
+    monkeypatch.setattr(scans, "twin", no_memory)
+    scans.run_scan(session, scans.SCANS["qwen3-8b"])
+    assert [row["path"] for row in session.rows] == ["shipsfast", scans.OWN_LAYERS]
+    for row in session.rows:
+        assert row["check"] == "failed: could not be made: out of memory: of 27 GB" and row["median_s"] > 0
+
+
+def test_a_scan_that_would_refuse_itself_is_timed(session, monkeypatch):
+    """Packed prompts that give other answers than plain ones."""
+    noise = scans.shipsfast.scans.ships.packing_noise_nats
+    monkeypatch.setattr("shipsfast.scans.ships.packing_noise_nats", lambda *args: noise(*args) + 0.7)
+    scans.run_scan(session, scans.SCANS["mistral-7b"])
+    for row in session.rows:
+        assert (
+            row["check"].startswith("failed: packed prompts give other answers (KL 0.7")
+            and row["median_s"] > 0
+        )
+
+
+def test_alarms_are_off_for_a_while():
+    from shipsfast.answers import self_check as of_texts
+    from shipsfast.scans import self_check as of_scans
+
+    values = lambda: [
+        *of_scans.ALARM_NATS.values(),
+        *of_scans.ALARM_HIDDEN.values(),
+        *of_texts.ALARM_LOGIT.values(),
+    ]
+    before = values()
+    with alarms.alarms_off():
+        assert np.min(np.hstack(values())) > 1e20
+        assert list(alarms.ALARM_NATS.values()) == before[:4], "what a verdict is made of"
+    assert values() == before
+
+
+def off_by(amount):
+    """A function whose result is off by so much."""
+
+    def wrap(function):
+        def run(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return out + amount if isinstance(out, torch.Tensor) else out
+
+        return run
+
+    return wrap
+
+
+@pytest.mark.parametrize("amount", [1.0, float("nan")])
+def test_kernels_that_are_off_keep_their_times(session, monkeypatch, amount):
+    off = off_by(amount)
+    monkeypatch.setattr(kernel_attention, "tree_attention", off(kernel_attention.tree_attention))
+    monkeypatch.setattr(kernel_attention, "decode_attention", off(kernel_attention.decode_attention))
+    monkeypatch.setattr(kernel_kl, "kl_rows", off(kernel_kl.kl_rows))
+    op = OPS["small-silu-mul"]
+    for module, name, few in (
+        (kernel_attention, "TREES", {"tree-llama31": kernel_attention.TREES["tree-llama31"]}),
+        (kernel_attention, "DECODES", {"decode-llama31": LLAMA31_8B}),
+        (kernel_kl, "CASES", {"kl-v32000": kernel_kl.CASES["kl-v32000"]}),
+        (kernel_small_ops, "OPS", {"small-silu-mul": dataclasses.replace(op, ours=off(op.ours))}),
+    ):
+        monkeypatch.setattr(module, name, few)
+    kernel_attention.attention_kernels(session)
+    kernel_kl.kl_kernels(session)
+    kernel_small_ops.small_op_kernels(session)
+    cases = ("tree-llama31", "decode-llama31", "kl-v32000", "small-silu-mul")
+    for case in cases:
+        own = [row for row in session.rows if row["case"] == case]
+        first, *others = [row for row in own if timed(row)]
+        assert first["path"] == "shipsfast" and first["check"].startswith("failed: differs from float"), first
+        assert others and all(row["check"] == "passed" for row in others)
+        assert first["median_ms"] > 0 and first["timed_by"] == "host"
+    for row in written(session):
+        assert "nan" not in json.dumps(row).replace("by nan", "").lower()
+
+
+def test_texts_that_are_off_keep_their_time(session, monkeypatch):
+    real = generation.shipsfast.generate
+    monkeypatch.setattr(
+        generation.shipsfast,
+        "generate",
+        lambda *args, **how: [[[3] * len(row) for row in group] for group in real(*args, **how)],
+    )
+    generation.run_generation(session)
+    ours = session.rows[0]
+    assert (
+        ours["check"].startswith("failed: texts are not those of a float32 pass") and ours["rows_per_s"] > 0
+    )
+    assert [row["check"] for row in written(session)][:2] == ["pending", ours["check"]]
+    assert ours["max_shortfall_std"] > 0.5 and ours["gemm_burst_tflops_per_s"] > 0
+
+
+def test_angles_that_are_off_keep_their_time(session, monkeypatch):
+    real = scans.shipsfast.scan_dataset
+
+    def off(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if "backend" not in kwargs:
+            result.angle_deg[:] = result.angle_deg + 20
+        return result
+
+    monkeypatch.setattr(scans.shipsfast, "scan_dataset", off)
+    scans.run_sahara(session)
+    row = next(row for row in session.rows if row["path"] == "dataset-level scan")
+    assert row["check"].startswith("failed: angles differ from float32 by") and row["scans"] > 0
+
+
+def test_a_half_precision_head_is_another_head(session):
+    precision.precision(session)
+    by = {row["path"]: row for row in session.rows if timed(row)}
+    assert by["bfloat16, its own head"]["rms_error_nats"] > by["bfloat16"]["rms_error_nats"]
+
+
+def test_a_failed_check_is_a_failed_run(session, monkeypatch):
+    """For the exit code."""
+    session.budget_s = 100.0
+    monkeypatch.setattr(run, "stages", lambda _: {"kernels-kl": kernel_kl.kl_kernels})
+    args = run.parse(["--smoke", "--case", "kernels-kl"])
+    assert run.run(session, ["kernels-kl"], args) == 0
+    monkeypatch.setattr(kernel_kl, "kl_rows", off_by(1.0)(kernel_kl.kl_rows))
+    assert run.run(session, ["kernels-kl"], args) == 1
 
 
 def test_the_models_own_layers_are_measured_where_ours_fail(session, monkeypatch):
@@ -204,9 +373,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(session):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 GiB")
     with session.guarded("case", "b"):
         raise NotMeasured("no such library")
-    first, second = (
-        json.loads(line) for line in (session.results / "smoke-cpu.jsonl").read_text().splitlines()
-    )
+    first, second = written(session)
     assert first["failed"] == "out of memory: CUDA out of memory. Tried to allocate 8 GiB"
     assert second["not_measured"] == "no such library"
 
@@ -220,6 +387,19 @@ def test_what_does_not_fit_the_budget_is_not_measured(tmp_path):
     assert all("of the budget were left" in row["not_measured"] for row in session.rows)
 
 
+def test_a_run_that_is_told_to_end_says_what_it_did_not_get_to(session, monkeypatch):
+    def ended(_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(
+        run, "stages", lambda _: {"ceilings": lambda _: None, "precision": ended, "qwen3-8b": ended}
+    )
+    with pytest.raises(SystemExit):
+        run.run(session, ["ceilings", "precision", "qwen3-8b"], run.parse([]))
+    assert [row["case"] for row in session.rows] == ["precision", "qwen3-8b"]
+    assert {row["not_measured"] for row in session.rows} == {"the benchmark was told to end"}
+
+
 def test_the_command_line():
     args = run.parse(["--quick"])
     assert args.budget_s == run.QUICK_BUDGET_S < 480 and run.chosen(args)[:4] == [
@@ -228,7 +408,8 @@ def test_the_command_line():
         "ceilings",
         "llama2-7b-short",
     ]
-    assert run.chosen(run.parse(["--case", "precision", "--profile"])) == ["build", "precision", "profile"]
+    assert run.chosen(run.parse(["--case", "precision", "--no-build"])) == ["precision"]
+    assert run.chosen(run.parse(["--case", "precision", "--profile"])) == ["build", "profile", "precision"]
     assert set(run.stages(None)) == set(run.NAMES)
 
 
@@ -247,11 +428,75 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_results_of_the_gpu_tests_are_read():
-    assert checkup.read_tests("123 passed, 4 skipped in 60.1s", 0) == {"passed": 123, "skipped": 4}
-    with pytest.raises(RuntimeError, match="1 failed|'failed': 1.*test_x"):
-        checkup.read_tests("FAILED tests/test_x.py::test_y - assert 1 == 2\n1 failed, 3 passed in 2s", 1)
-    with pytest.raises(RuntimeError, match="exited with 5"):
-        checkup.read_tests("no tests ran in 0.1s", 5)
+    assert checkup.read_tests("123 passed, 4 skipped in 60.1s", 0) == {
+        "passed": 123,
+        "failed_tests": 0,
+        "skipped": 4,
+    }
+    found = checkup.read_tests(
+        "FAILED tests/test_x.py::test_y - assert 1 == 2\n== 1 failed, 3 passed in 2s ==", 1
+    )
+    assert (found["passed"], found["failed_tests"]) == (3, 1)
+    assert "exited with 1; 1 failed, 3 passed: FAILED tests/test_x.py::test_y" in found["failed"]
+    assert "exited with 5" in checkup.read_tests("no tests ran in 0.1s", 5)["failed"]
+    assert "exited with 0; 3 skipped" in checkup.read_tests("3 skipped in 1s", 0)["failed"]
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_tests_that_did_not_finish_leave_their_counts(workers):
+    begin = "2 workers [8 items]" if workers else "collected 76 items / 68 deselected / 8 selected"
+    line = "[gw0] [ 12%] {} tests/gpu/x.py::test[a]" if workers else "tests/gpu/x.py::test[a] {} [ 12%]"
+    ends = ["PASSED", "PASSED", "SKIPPED", "FAILED"]
+    output = "\n".join([begin, *(line.format(x) for x in ends), "tests/gpu/x.py::test[b] "])
+    found = checkup.read_tests(output, None, 80)
+    assert (found["passed"], found["failed_tests"], found["skipped"]) == (2, 1, 1)
+    assert found["failed"] == "not finished after 80 s; so far of 8: 2 passed, 1 failed, 1 skipped"
+    found = checkup.read_tests(output.replace("FAILED", "PASSED"), None, 80)
+    assert found["passed"] == 3 and found["not_measured"].startswith(
+        "not finished after 80 s; so far of 8: 3 passed"
+    )
+    assert "so far: none" in checkup.read_tests("", None, 80)["not_measured"]
+
+
+def test_the_outcome_of_tests_is_a_row_and_a_log(tmp_path, monkeypatch):
+    """Also where they are ended: a real pytest, of a test that waits."""
+    (tmp_path / "test_two.py").write_text(
+        "import pytest, time\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    real = checkup.importlib.util.find_spec
+    monkeypatch.setattr(
+        checkup.importlib.util, "find_spec", lambda name: None if name == "xdist" else real(name)
+    )
+    log = tmp_path / "out" / "tests.log"
+    found = checkup.gpu_tests([str(tmp_path)], "test_a or test_b", 6.0, log)
+    assert "of 2: 1 passed" in found["not_measured"] and found["passed"] == 1
+    assert checkup.gpu_tests([str(tmp_path)], "test_a", 20.0, log)["passed"] == 1
+    assert log.read_text().count("test_a") >= 2
+
+
+def test_the_quick_filter_chooses_a_known_few():
+    """Collected as on a machine with a GPU."""
+    (files, chosen), *others = run.QUICK_TESTS.values()
+    code = (
+        "import sys, pytest, torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "raise SystemExit(pytest.main(['--collect-only', '-q', '-m', 'gpu', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    )
+    environment = os.environ | {"SHIPSFAST_TEST_GPU": "1", "PYTHONPATH": str(checkup.ROOT)}
+    environment.pop("TEST_PART", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *files, "-k", chosen], cwd=checkup.ROOT, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert not others and done.returncode == 0, done.stdout + done.stderr
+    found = {line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line}
+    assert found == {
+        f"{test}[{where}{family}-bf16]"
+        for test, places in (("test_a_scan", [""]), ("test_generation", [""]), ("test_a_float32_residual_stream", ["several-", "one-"]))
+        for where in places
+        for family in ("llama", "gemma2")
+    }  # fmt: skip
 
 
 def test_a_program_that_takes_too_long_is_ended_with_its_children():
@@ -259,6 +504,25 @@ def test_a_program_that_takes_too_long_is_ended_with_its_children():
     code, output = checkup.bounded([sys.executable, "-c", script], dict(os.environ), 4.0)
     assert code is None and output.strip() in ("1", "")
     assert checkup.bounded([sys.executable, "-c", "print(3)"], dict(os.environ), 20.0) == (0, "3\n")
+
+
+def test_a_program_ends_with_the_one_that_waits_for_it(tmp_path):
+    """Also in its session of its own, or it would go on using the GPU."""
+    child = f"import os, time, pathlib; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import os, signal, sys; from benchmarks.gpu import checkup\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"checkup.bounded([sys.executable, '-c', {child!r}], dict(os.environ), 60.0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=checkup.ROOT)
+    until = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_an_extension_of_other_sources_is_built_again(tmp_path, monkeypatch):
@@ -270,22 +534,21 @@ def test_an_extension_of_other_sources_is_built_again(tmp_path, monkeypatch):
     (tmp_path / "setup.py").write_text("")
     (tmp_path / "csrc" / "a.cpp").write_text("1")
 
-    def build(command, **kwargs):
-        calls.append(kwargs["env"].get("TORCH_CUDA_ARCH_LIST"))
+    def build(command, environment, timeout_s):
+        calls.append(environment.get("TORCH_CUDA_ARCH_LIST"))
         (tmp_path / "shipsfast" / "_C.abi3.so").write_text("")
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return 0, ""
 
-    monkeypatch.setattr(checkup.subprocess, "run", build)
+    monkeypatch.setattr(checkup, "bounded", build)
     assert checkup.build_extension("9.0")["built"] and not checkup.build_extension("9.0")["built"]
     (tmp_path / "csrc" / "a.cpp").write_text("2")
     assert checkup.build_extension("9.0")["built"] and calls == ["9.0", "9.0"]
-    monkeypatch.setattr(
-        checkup.subprocess,
-        "run",
-        lambda command, **_: subprocess.CompletedProcess(command, 1, "", "x.cu: error: bad"),
-    )
+    monkeypatch.setattr(checkup, "bounded", lambda *_: (1, "x.cu: error: bad"))
     with pytest.raises(RuntimeError, match=r"failed: x.cu: error: bad"):
         checkup.build_extension("8.0")
+    monkeypatch.setattr(checkup, "bounded", lambda *_: (None, ""))
+    with pytest.raises(RuntimeError, match="took more than 90 s"):
+        checkup.build_extension("8.0", 90)
 
 
 def test_a_copy_without_history_takes_its_commit_from_the_environment(tmp_path, monkeypatch):
@@ -293,6 +556,18 @@ def test_a_copy_without_history_takes_its_commit_from_the_environment(tmp_path, 
     monkeypatch.setenv(provenance.COMMIT_VARIABLE, "abc123")
     found = provenance.provenance("cpu")
     assert found["commit"] == "abc123" and found["dirty"] is None and len(found["sources"]) == 12
+
+
+def test_a_copy_inside_another_repository_is_not_of_its_commit(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "other"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    monkeypatch.setattr(provenance, "ROOT", copy)
+    monkeypatch.setenv(provenance.COMMIT_VARIABLE, "abc123")
+    found = provenance.provenance("cpu")
+    assert found["commit"] == "abc123" and found["dirty"] is None
 
 
 def test_a_missing_program_is_no_error():
@@ -336,6 +611,39 @@ def test_decode_floor_by_hand():
     weights = 2 * 2 * (4 * 32 * 32 + 3 * 32 * 48) + 2 * 32 * 61
     cache = 4 * (3 + 2.5) * 2 * 2 * 2 * 4 * 8
     assert floor.step == pytest.approx((weights + cache) / 1e6) and floor.steps == 8 / 4 * 4
+
+
+def test_rates_are_measured_once_and_again_after_a_scan(session, monkeypatch):
+    asked = []
+
+    def rate(products, tokens, *, dtype, device, repeats=4, seconds=None):
+        asked.append((tokens, seconds))
+        return 8e12 if seconds is None else 6e12 if len(asked) < 3 else 4e12
+
+    monkeypatch.setattr(flops, "gemm_flops_per_s", rate)
+    session.smoke, session.quick = False, True
+    shape = SMOKE[LLAMA2_7B]
+    first = session.gemm_rate(shape, tokens=64)
+    assert session.gemm_rate(shape, tokens=64) is first and asked == [(64, None), (64, 2.0)]
+    assert (first.burst, first.sustained) == (8e12, 6e12)
+    around = session.gemm_rate_around(shape, first)
+    assert asked[2:] == [(session.chunk_tokens, 0.5)] and around.sustained == 5e12
+    assert around.figures() == {"gemm_tflops_per_s": 5.0, "gemm_burst_tflops_per_s": 8.0}
+    session.gemm_rate(shape, tokens=128)
+    assert len(asked) == 5
+
+
+def test_the_floor_is_made_of_the_sustained_rate(session, monkeypatch):
+    monkeypatch.setattr(
+        flops,
+        "gemm_flops_per_s",
+        lambda *_, seconds=None, **__: 2e7 if seconds is None else 1e7,
+    )
+    scans.run_scan(session, scans.SCANS["mistral-7b"])
+    ours = session.rows[0]
+    assert ours["gemm_tflops_per_s"] == 1e-5 and ours["gemm_burst_tflops_per_s"] == 2e-5
+    assert ours["floor_s"] == pytest.approx(ours["flops"] / 1e7, rel=1e-3)
+    assert ours["share_of_floor"] == pytest.approx(ours["floor_s"] / ours["median_s"], rel=0.01)
 
 
 def test_ceilings_are_measured_once(session, monkeypatch):

@@ -86,6 +86,51 @@ def test_what_failed_or_did_not_fit_is_told(results):
     )
 
 
+def test_a_result_that_failed_its_check_is_marked_and_reaches_no_target(results):
+    rows = scan_rows(share=0.99, ratio=9.0)
+    rows[0] |= {"check": "failed: scores differ | by 0.1"}
+    results(rows)
+    text = gpu.document()
+    assert "| shipsfast **(check failed: scores differ / by 0.1)** | 17.00 s | 99% |" in text
+    for what in (
+        "share of the floor | >= 85%",
+        "times the best peer | >= 3x",
+        "times the reference | >= 100x",
+    ):
+        assert f"| llama2-7b-short | {what} | a check failed | |" in text
+    table = gpu.case_table(gpu.newest(rows, "llama2-7b-short"))
+    assert "x shipsfast" not in table[0], "ratios to a wrong result"
+    assert "reached" not in "\n".join(gpu.readme()).replace("to be reached", "")
+    assert "99%" not in "\n".join(gpu.readme()) and "9x" not in "\n".join(gpu.readme())
+
+
+def test_a_result_that_was_never_checked_reaches_no_target(results):
+    """Its process was ended between the time and the verdict."""
+    rows = scan_rows(share=0.99)
+    rows[0] |= {"check": "pending"}
+    results(rows)
+    assert "| shipsfast **(never checked)** |" in gpu.document()
+    assert "| a check failed | |" in "\n".join(gpu.readme())
+    results([*rows, rows[0] | {"check": "passed"}])
+    assert "| 99% | reached |" in "\n".join(gpu.readme())
+
+
+def test_a_peer_that_is_off_is_not_the_best(results):
+    rows = scan_rows()
+    rows[1] |= {"check": "failed: wrong"}
+    results(rows)
+    text = gpu.document()
+    assert "times the best peer | >= 3x | a check failed | |" in text
+    assert "| share of the floor | >= 85% | 80% |" in text and " x shipsfast |" in text
+
+
+def test_a_line_that_was_cut_off_is_no_row(results, tmp_path):
+    results(scan_rows())
+    with open(tmp_path / "nvidia-h200.jsonl", "a") as file:
+        file.write('{"bench": "gpu", "case": "llama')
+    assert "| 80% | **missed** |" in gpu.document()
+
+
 def test_a_later_run_that_did_not_get_to_a_case_leaves_its_figures(results):
     rows = scan_rows()
     late = row("llama2-7b-short", "shipsfast", not_measured="0 s left")

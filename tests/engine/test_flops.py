@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import shipsfast
+from shipsfast.engine import flops as flops_module
 from shipsfast.engine import fused_layer
 from shipsfast.engine.flops import gated_model_flops, gemm_flops_per_s, model_flops, scan_flops
 from shipsfast.models.anatomy import inspect_model
@@ -173,3 +174,21 @@ def test_fused_forks_by_hand():
 
 def test_a_rate_is_measured():
     assert gemm_flops_per_s([(64, 96), (96, 64)], 32, dtype=torch.float32, device="cpu", repeats=1) > 1e6
+
+
+def test_a_sustained_rate_is_that_of_the_second_half(monkeypatch):
+    """A device that takes 1 s for a layer while it is cool, and 2 s after three of them."""
+    clock = {"now": 0.0, "layers": 0}
+
+    def linear(x, weight):
+        clock["layers"] += 1
+        clock["now"] += 1.0 if clock["layers"] <= 3 else 2.0
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(flops_module.time, "perf_counter", lambda: clock["now"])
+    measure = lambda **how: gemm_flops_per_s([(3, 5)], 7, dtype=torch.float32, device="cpu", **how)
+    assert measure(seconds=12.0) == pytest.approx(2 * 7 * 15 / 2.0)
+    assert clock["now"] >= 12.0
+    clock |= {"now": 0.0, "layers": -100}
+    assert measure(repeats=3) == pytest.approx(2 * 7 * 15 / 1.0)
+    assert clock["layers"] == -100 + 2 + 4
