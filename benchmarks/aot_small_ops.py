@@ -26,12 +26,14 @@ from .aot import (
 
 CHIPS = tuple(SHARED_PER_SM)
 BEGIN, END = "<!-- begin: python -m benchmarks.aot_small_ops --update -->", "<!-- end of small operations -->"
-# operation, its sizes: (width, Gemma's weight) of norms, (heads, head size, normed) of rope, (width, GELU) of gated
+# operation, its sizes: (width, Gemma's weight) of norms, (heads, head size, normed) of rope, (width, GELU) of gated,
+# (tokens, rank, width, Gemma 2's second norm and GELU) of forked_gated
 SHAPES = {
     "rms_norm": [(2048, False), (4096, False), (3584, True), (5120, False), (8192, False), (16384, False)],
     "add_rms_norm_": [(3584, True), (4608, True), (4096, False)],
     "rope_": [(32, 128, False), (8, 128, False), (64, 128, False), (16, 256, False), (32, 128, True), (8, 128, True)],
     "gated": [(11008, False), (14336, False), (14336, True)],
+    "forked_gated": [(1777, 128, 11008, False), (60, 128, 11008, False), (1777, 128, 14336, False), (1777, 256, 14336, True)],
 }  # fmt: skip
 
 
@@ -51,7 +53,7 @@ class Case:
         *sizes, kind = self.sizes
         text = "x".join(map(str, sizes))
         return text + (
-            f" {'normed' if self.op == 'rope_' else 'gelu' if self.op == 'gated' else '1 + w'}" * kind
+            f" {'normed' if self.op == 'rope_' else 'gelu' if 'gated' in self.op else '1 + w'}" * kind
         )
 
 
@@ -65,25 +67,48 @@ def cases() -> list[Case]:
     ]
 
 
-def launch(case: Case) -> tuple[object, dict, int]:
-    """(kernel, its constants, warps) as the launchers choose them."""
+def launch(case: Case) -> tuple[object, dict, dict]:
+    """(kernel, its constants, warps and stages) as the launchers choose them."""
     from shipsfast.kernels import small_ops
 
     *sizes, kind = case.sizes
+    if case.op == "forked_gated":
+        return _forked_launch(case)
     if case.op == "gated":
         constants = {"M": sizes[0], "GELU": kind, "BLOCK_M": small_ops.GATED_BLOCK}
-        return small_ops._gated_kernel, constants, small_ops.GATED_WARPS
+        return small_ops._gated_kernel, constants, {"num_warps": small_ops.GATED_WARPS}
     if case.op == "rope_":
         block, half, warps = small_ops.rope_launch(*sizes)
         constants = {
             "H": sizes[0], "HALF": sizes[1] // 2, "HAS_NORM": kind, "BLOCK_H": block, "BLOCK_HALF": half,
         }  # fmt: skip
-        return small_ops._rope_kernel, constants | ({} if kind else {"weight_ptr": None}), warps
+        return (
+            small_ops._rope_kernel,
+            constants | ({} if kind else {"weight_ptr": None}),
+            {"num_warps": warps},
+        )
     rows, block, warps = small_ops.norm_launch(sizes[0])
     constants = {
         "D": sizes[0], "PLUS_ONE": kind, "ADD": case.op == "add_rms_norm_", "ROWS": rows, "BLOCK_D": block,
     }  # fmt: skip
-    return small_ops._rms_norm_kernel, constants, warps
+    return small_ops._rms_norm_kernel, constants, {"num_warps": warps}
+
+
+def _forked_launch(case: Case) -> tuple[object, dict, dict]:
+    import torch
+    import triton.language as tl
+
+    from shipsfast.kernels import forked_gated
+
+    tokens, rank, width, gemma = case.sizes
+    blocks, warps, stages = forked_gated.forked_launch(getattr(torch, case.dtype), tokens)
+    constants = {
+        "R": rank, "M": width, "HAS_OTHER": gemma, "HAS_BIAS": False, "GELU": gemma, "DOT_DTYPE": getattr(tl, case.dtype),
+        "bias_ptr": None, **blocks,
+    }  # fmt: skip
+    missing = {} if gemma else {"drift_ptr": None, "other_ptr": None}
+    how = {"num_warps": warps, "num_stages": stages}
+    return forked_gated._forked_gated_kernel, constants | missing, how
 
 
 def compile_case(case: Case) -> dict[str, int]:
@@ -92,29 +117,31 @@ def compile_case(case: Case) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, constants, warps = launch(case)
+    kernel, constants, how = launch(case)
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
         kind = f"*{TRITON_DTYPE[case.dtype]}" if name.endswith("_ptr") else "fp32" if name == "eps" else "i32"
-        signature[name] = kind
+        signature[name] = "*fp32" if name in ("scale_ptr", "drift_ptr") else kind
         # As at a launch with torch's allocations: pointers and strides are multiples of 16.
         if name.endswith("_ptr") or name.startswith("stride"):
             attrs[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", case.sm, 32),
-        options={"num_warps": warps, "enable_fp_fusion": True},
+        options=how | {"enable_fp_fusion": True},
     )
+    ptx = compiled.asm["ptx"]
     registers, local_bytes = _resource_usage(compiled.asm["cubin"])
     return {
-        "threads": 32 * warps,
+        "threads": 32 * how["num_warps"],
         "registers": registers,
         "local_bytes": local_bytes,
         "shared_bytes": compiled.metadata.shared,
-        "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", compiled.asm["ptx"])),
+        "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx)),
+        "tensor_cores": len(re.findall(r"wgmma\.mma_async" if case.sm >= 90 else r"mma\.sync", ptx)),
     }
 
 

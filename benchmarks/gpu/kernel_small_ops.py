@@ -28,6 +28,7 @@ from .shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, Shape
 FACTOR = 2.0
 CHECKED_TOKENS = 64
 EPS = 1e-6
+FORKS = 8  # rows of a chunk that fork
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -36,7 +37,8 @@ class Op:
     """One operation on chunks of a model's shape.
 
     inputs(shape, tokens, device, dtype): what every path takes; ours(ops, shape, ...) and module(shape, ...) give the
-    result, the first perhaps in the place of an input; liger(shape) gives a function of the inputs.
+    result, the first perhaps in the place of an input; liger(shape) gives a function of the inputs. Where `module` is not
+    transformers' own it is plain PyTorch.
     """
 
     shape: Shape
@@ -146,6 +148,30 @@ def _module_gated(shape: Shape, gate_up) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def _forked_inputs(shape: Shape, tokens: int, device, dtype) -> Tensors:
+    """Changes of one head's output in FORKS rows, and what engine/forked_gate_up.py makes of their layer."""
+    wide, each = 2 * shape.intermediate, tokens // FORKS
+    products = _normal(device, dtype, FORKS, shape.head_dim, wide) * shape.head_dim**-0.5
+    change = _normal(device, dtype, FORKS, each, shape.head_dim)
+    scale = 1 + 0.1 * torch.rand(FORKS, each, device=device)
+    return change, products, _normal(device, dtype, each, wide), scale
+
+
+def _ours_forked(ops: SmallOps, shape: Shape, change, products, base, scale) -> torch.Tensor:
+    out = change.new_empty(change.shape[0] * change.shape[1], shape.intermediate)
+    ops.forked_gated(change, products, base, scale, None, None, None, "silu", out)
+    return out
+
+
+def _module_forked(shape: Shape, change, products, base, scale) -> torch.Tensor:
+    wide = torch.baddbmm(base.expand(len(change), -1, -1), change, products)
+    return _module_gated(shape, (wide * scale[..., None].to(wide.dtype)).flatten(0, 1))
+
+
+def _no_liger(_shape: Shape) -> Callable:
+    raise NotMeasured("Liger-Kernel has no such operation")
+
+
 OPS = {
     "small-rms-norm": Op(
         LLAMA2_7B, lambda shape: 2 * shape.hidden, _norm_inputs,
@@ -163,6 +189,10 @@ OPS = {
     "small-silu-mul": Op(
         LLAMA2_7B, lambda shape: 3 * shape.intermediate, _gated_inputs, lambda ops, shape, x: ops.gated(x, "silu"),
         _module_gated, _liger_gated,
+    ),
+    "small-forked-gate-up": Op(
+        LLAMA2_7B, lambda shape: shape.head_dim + shape.intermediate + 2 * shape.intermediate // FORKS, _forked_inputs,
+        _ours_forked, _module_forked, _no_liger,
     ),
 }  # fmt: skip
 
@@ -210,7 +240,7 @@ def _case(session: Session, case: str, op: Op) -> None:
 def _exact(op: Op, shape: Shape, inputs: Tensors) -> Tensors:
     """In float64. Norms by their formula: their modules round to float32 on the way."""
     wide = [x.double() for x in inputs]
-    if op.inputs is _rope_inputs or op.inputs is _gated_inputs:
+    if op.inputs in (_rope_inputs, _gated_inputs, _forked_inputs):
         return op.module(shape, *wide)
     *rest, y, weight = wide
     normed = y / (y.pow(2).mean(-1, keepdim=True) + EPS).sqrt()

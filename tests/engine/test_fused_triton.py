@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
 from shipsfast.engine import fused_layer
+from shipsfast.engine.forked_gate_up import pays
 from tests.conftest import TEST_GPU
 from tests.support.decode_numerics import why_no_triton
 from tests.support.fused_models import FUSED
@@ -64,6 +65,31 @@ def test_half_precision(family):
     model = build(family).half()
     exact = brute_force(build(family).half().double(), PROMPTS).numpy()
     assert_close_abs(fused(model), exact, kl_bound(model, PROMPTS, exact))
+
+
+LONG = [[*SHARED, *range(30, 39)], [*SHARED, *range(41, 49)]]  # so many that gate and up go by rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama-gqa", {}),
+        ("llama-gqa", dict(chunk_tokens=20, rows_per_block=7)),
+        ("qwen3-qknorm", {}),
+        ("gemma2-softcap-window", {}),
+    ],
+)
+def test_forks_by_rank(family, options, dtype, monkeypatch):
+    exact = brute_force(build(family).to(dtype).double(), LONG).numpy()
+    model, taken = build(family).to(dtype), []
+    monkeypatch.setattr(fused_layer, "pays", lambda *a, **k: taken.append(pays(*a, **k)) or taken[-1])
+    found = shipsfast.scan(model, LONG, **options, **TRITON)
+    assert sum(taken) >= 2
+    assert_close_abs(found.kl, exact, kl_bound(model, LONG, exact))
+    if dtype == torch.float16:
+        found = shipsfast.scan(model, LONG, **options, **TRITON | {"layers": FP32_RESIDUAL})
+        assert_close_abs(found.kl, exact, kl_bound(model, LONG, exact))
 
 
 FP32_RESIDUAL = "fused_fp32_residual"

@@ -16,6 +16,8 @@ from transformers import (
 )
 
 import shipsfast
+from shipsfast.engine import fused_layer
+from shipsfast.engine.forked_gate_up import pays
 from shipsfast.ops.subspaces import leading_subspace, subspace_angle_deg
 from tests.support.numerics import assert_close_abs
 
@@ -38,6 +40,8 @@ FUSED = FAMILIES | {
     "qwen2": Qwen2Config(**{name: x for name, x in _SIZES.items() if name != "head_dim"}),
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 9], [5, 6, 7, 20], [30]]
+# Enough tokens that rows which fork take gate and up by rank (engine/forked_gate_up.py).
+LONG = [[5, 6, 7, 8, 9, 10, 11, 12, *range(20 + i, 40 + i)] for i in range(4)]
 GROUPS = [[], [(0, 1)], [(2, 0)], [(1, 2), (2, 3)]]
 # Scores of these models are around 0.1 nats.
 TOLERANCE_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -85,6 +89,22 @@ def test_fused_layers_are_as_close_as_the_models_own(family, dtype, options):
     error = float((torch.as_tensor(runs["model"].kl) - expected).abs().max())
     floor = 1e-6 if dtype == torch.float32 else 1e-4
     assert_close_abs(runs["fused"].kl, expected, 2 * error + floor)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+@pytest.mark.parametrize("family", FUSED)
+def test_a_scan_by_rank(family, dtype, monkeypatch):
+    exact, model = pair(family, dtype)
+    expected = torch.as_tensor(shipsfast.scan(exact, LONG, layers="model", progress=False).kl)
+    own = torch.as_tensor(shipsfast.scan(model, LONG, layers="model", progress=False).kl)
+    taken = []
+    monkeypatch.setattr(fused_layer, "pays", lambda *a, **k: taken.append(pays(*a, **k)) or taken[-1])
+    found = shipsfast.scan(model, LONG, layers="fused", progress=False)
+    assert sum(taken) >= 2
+    floor = 1e-6 if dtype == torch.float32 else 1e-4
+    assert_close_abs(found.kl, expected, 2 * float((own - expected).abs().max()) + floor)
 
 
 @pytest.mark.parametrize(
