@@ -56,8 +56,8 @@ def test_the_kind_of_tree_changes_no_score(kind, monkeypatch):
     """It chooses tiles, hence the order of sums alone."""
     asked = []
     monkeypatch.setattr(TreeContext, "kind", lambda _tree, window: asked.append(window) or kind)
-    exact = brute_force(build("llama"), PROMPTS).numpy()
-    model = build("llama").float()
+    exact = brute_force(build(FUSED[0]), PROMPTS).numpy()
+    model = build(FUSED[0]).float()
     assert_close_abs(fused(model), exact, kl_bound(model, PROMPTS, exact))
     assert asked
 
