@@ -5,7 +5,8 @@
     python -m benchmarks.tune --update    and write them
 
 Tree attention is tuned per kind of tree (kernels/tree_kind.py), with prompts that are of that kind. Every candidate is
-held against the reference before it is timed, and one in use is only replaced by one that is faster by more than NOISE. Where chips share a file (sm_90.json: H100 and H200), the last one tuned decides. After an update,
+held against the reference before it is timed, and one in use is only replaced by one that is faster by more than NOISE.
+Where chips share a file (sm_90.json: H100 and H200), the last one tuned decides. After an update,
 `python -m benchmarks.aot --update` records what the new code costs on the chip.
 """
 
