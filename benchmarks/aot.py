@@ -1,9 +1,10 @@
 """Compiles every launch configuration ahead of time, without a GPU, and records what it costs on the chip.
 
     python -m benchmarks.aot             print registers, shared memory, spills and tensor-core use
-    python -m benchmarks.aot --update    also write kernels/configs/aot_resources.json and docs/kernels.md
+    python -m benchmarks.aot --update    also write kernels/configs/aot_resources.json, and what an entry costs beside it
 
-The figures belong to a Triton version (each bundles its own ptxas), so the file keeps one table for each.
+The figures belong to a Triton version (each bundles its own ptxas), so aot_resources.json keeps one table for each.
+Beside an entry of sm_80.json, sm_90.json and default.json stands the worst of the newest (config_files.py).
 tests/kernels/test_kernels_aot.py runs this module in a process of its own, since TRITON_INTERPRET=1, which the
 other tests need, replaces triton.jit for good.
 """
@@ -15,6 +16,7 @@ import importlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,13 +30,30 @@ RESOURCES = ROOT / "kernels" / "configs" / "aot_resources.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 KERNELS = ("tree_attention", "decode_attention")
 
-# Bytes of shared memory one thread block may use. default.json must fit the smallest, sm_86 and sm_89.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "default": 99 * 1024}
 REGISTER_LIMIT = 255
 REGISTERS_PER_SM = 65536
-SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}  # the chips that have a config file
-# config file -> the targets it is compiled for
-TARGETS = {"sm_80": (80,), "sm_90": (90,), "default": (80, 90)}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Bytes of shared memory that one thread block may use and that a multiprocessor has; the threads and the blocks that
+    a multiprocessor holds."""
+
+    shared_per_block: int
+    shared_per_sm: int
+    threads: int
+    blocks: int
+
+
+CHIPS = {
+    80: Chip(163 * 1024, 164 * 1024, 2048, 32),
+    86: Chip(99 * 1024, 100 * 1024, 1536, 16),
+    89: Chip(99 * 1024, 100 * 1024, 1536, 24),
+    90: Chip(227 * 1024, 228 * 1024, 2048, 32),
+}
+# config file -> the chips it is compiled for. default.json has those with the least shared memory.
+TARGETS = {"sm_80": (80,), "sm_90": (90,), "default": (86, 89)}
+OWN_FILE = (80, 90)
 TRITON_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # How the arguments begin that are None without replacements.
 REPLACEMENT = (
@@ -51,47 +70,76 @@ REPLACEMENT = (
 
 @dataclass(frozen=True)
 class Case:
-    """One compiled version. `groups`: query heads to a key/value head; `features`: softcap and window (and
-    query_index in tree_attention), none of them or all; `replace`: with replacement vectors; `sink`: with attention
-    sinks, which no case of the table has."""
+    """One compiled version. `kind`: of tree; `groups`: query heads to a key/value head; `features`: softcap and window
+    (and query_index in tree_attention), none of them or all; `replace`: with replacement vectors; `full`: with fully
+    visible blocks, in tree_attention; `sink`: with attention sinks, which no case of the table has."""
 
     kernel: str
     config: str
     sm: int
+    kind: str
     dtype: str
     head_dim: int
     groups: int
     features: bool
     replace: bool
+    full: bool = False
     sink: bool = False
 
     @property
     def id(self) -> str:
         shape = f"D{self.head_dim} G{self.groups}"
-        return f"{self.kernel} {self.config}.json sm_{self.sm} {self.dtype} {shape} {self.version}"
+        kernel = self.kernel if self.kind == "any" else f"{self.kernel} {self.kind}"
+        return f"{kernel} {self.config}.json sm_{self.sm} {self.dtype} {shape} {self.version}"
 
     @property
     def version(self) -> str:
-        return ("all" if self.features else "plain") + ("+replace" if self.replace else "")
+        return ("all" if self.features else "plain") + "+replace" * self.replace + "+full" * self.full
+
+    @property
+    def entry(self) -> int:
+        """The head size under which its file has its parameters."""
+        return next(largest for largest in self._sizes() if self.head_dim <= largest)
+
+    def launch(self):
+        """Its LaunchConfig."""
+        return self._sizes()[self.entry]
+
+    def _sizes(self) -> dict:
+        from shipsfast.kernels.launch_config import load_configs
+
+        return load_configs(self.config)[self.kernel][self.kind][self.dtype]
 
 
 def cases() -> list[Case]:
-    """Every entry of every file. float16, whose code is bfloat16's with other instructions, and default.json,
-    which runs on neither of the two chips, are compiled in the plain version alone, to save minutes."""
+    """Every entry of every file. float16, whose code is bfloat16's with other instructions, is compiled in the plain
+    version alone, and default.json in the smallest and the largest, to save minutes."""
     from shipsfast.kernels.launch_config import load_configs
 
     return [
-        Case(kernel, config, sm, dtype, head_dim, groups, features, replace)
+        Case(kernel, config, sm, kind, dtype, head_dim, groups, features, replace, full)
         for kernel in KERNELS
         for config, targets in TARGETS.items()
         for sm in targets
-        for dtype, sizes in load_configs(config)[kernel].items()
-        for own_chip in [dtype != "float16" and config != "default"]
-        for head_dim, groups, every_version in shapes(kernel, list(sizes), own_chip)
-        for replace in (False, True)
-        for features in (False, True)
-        if (own_chip and every_version) or not (features or replace)
+        for kind, dtypes in load_configs(config)[kernel].items()
+        for dtype, sizes in dtypes.items()
+        for head_dim, groups, every_version in shapes(
+            kernel, list(sizes), dtype != "float16" and config != "default"
+        )
+        for features, replace, full in versions(kind, dtype, config, every_version)
     ]
+
+
+def versions(kind: str, dtype: str, config: str, every: bool) -> list[tuple[bool, bool, bool]]:
+    """(features, replace, full). Trees of leaves have hardly ever a fully visible block, others nearly always do."""
+    full = kind == "template"
+    if not every or dtype == "float16":
+        return [(False, False, full)]
+    largest = (True, True, full)
+    if config == "default":
+        return [(False, False, full), largest]
+    found = [(features, replace, full) for replace in (False, True) for features in (False, True)]
+    return [*found, (True, True, True)] if kind == "leaves" else found
 
 
 def shapes(kernel: str, sizes: list[int], own_chip: bool) -> list[tuple[int, int, bool]]:
@@ -106,20 +154,17 @@ def shapes(kernel: str, sizes: list[int], own_chip: bool) -> list[tuple[int, int
 
 
 def compile_case(case: Case, config=None) -> dict[str, int]:
-    """Registers and local memory (spills) per thread, shared bytes per block, and what the code is made of:
-    tensor-core instructions, asynchronous copies, float32 arithmetic.
+    """Registers and local memory (spills) per thread, shared bytes per block, and what the code is made of: instructions
+    of the chip in all, and in PTX those of tensor cores, asynchronous copies, float32 arithmetic.
 
     config: a LaunchConfig instead of the one of the case's file.
     """
     import triton
-    from shipsfast.kernels.launch_config import load_configs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module = importlib.import_module(f"shipsfast.kernels.{case.kernel}")
-    if config is None:
-        sizes = load_configs(case.config)[case.kernel][case.dtype]
-        config = next(entry for largest, entry in sizes.items() if case.head_dim <= largest)
+    config = config or case.launch()
     kernel = getattr(module, f"_{case.kernel}_kernel")
     dtype = TRITON_DTYPE[case.dtype]
     constants = {
@@ -140,7 +185,7 @@ def compile_case(case: Case, config=None) -> dict[str, int]:
     if case.kernel == "decode_attention":
         constants["BLOCK_M"] = min(config.block_m, triton.next_power_of_2(case.groups))
     else:
-        constants["HAS_QUERY_INDEX"] = case.features
+        constants |= {"HAS_QUERY_INDEX": case.features, "HAS_FULL": case.full}
         if not case.features:
             constants["query_index_ptr"] = None
     if not case.sink:
@@ -182,6 +227,7 @@ def compile_case(case: Case, config=None) -> dict[str, int]:
         "registers": registers,
         "local_bytes": local_bytes,
         "shared_bytes": compiled.metadata.shared,
+        "instructions": _instructions(compiled.asm["cubin"]),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma_sync": len(re.findall(r"mma\.sync", ptx)),
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
@@ -207,12 +253,24 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+def _instructions(cubin: bytes) -> int:
+    """How many instructions, of 16 bytes each, the sections of code hold (ELF, 64 bits)."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    # type, flags, file offset and size of each section; 1: bits of the program, flag 4: that run
+    sections = [struct.unpack_from("<4xIQ8x8xQ", cubin, table + i * size) for i in range(count)]
+    return sum(length for kind, flags, length in sections if kind == 1 and flags & 4) // 16
+
+
 def blocks_per_sm(case: Case, use: dict[str, int]) -> int:
-    """Thread blocks that fit a multiprocessor by registers and shared memory (1 KiB a block is reserved)."""
+    """Thread blocks that fit a multiprocessor by registers, shared memory (1 KiB a block is reserved) and threads."""
+    chip = CHIPS[case.sm]
     registers = -(-use["registers"] // 8) * 8  # the chip hands them out by the eight
     return min(
         REGISTERS_PER_SM // (registers * use["threads"]),
-        SHARED_PER_SM[case.sm] // (use["shared_bytes"] + 1024),
+        chip.shared_per_sm // (use["shared_bytes"] + 1024),
+        chip.threads // use["threads"],
+        chip.blocks,
     )
 
 
@@ -236,36 +294,6 @@ def write_resources(table: dict[str, dict[str, int]], version: str) -> None:
     RESOURCES.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
 
 
-def write_document(table: dict[str, dict[str, int]], version: str) -> None:
-    """Replaces the part of docs/kernels.md between the two markers, or starts the file."""
-    begin, end = "<!-- begin: python -m benchmarks.aot --update -->", "<!-- end -->"
-    lines = [
-        begin,
-        f"Triton {version}. G: query heads to a key/value head. `all` has softcap and window (and query_index in",
-        "tree_attention), `plain` has none of them, `+replace` takes replacement vectors too.",
-    ]
-    for kernel in KERNELS:
-        lines += [
-            "",
-            f"### {kernel}",
-            "",
-            "| config | chip | dtype | D | G | version | registers | spilled B | shared KiB | blocks/SM | cores |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for case in cases():
-            if case.kernel != kernel:
-                continue
-            use = table[case.id]
-            cores = "wgmma" if use["wgmma"] else "mma.sync" if use["mma_sync"] else "none"
-            lines.append(
-                f"| {case.config} | sm_{case.sm} | {case.dtype} | {case.head_dim} | {case.groups} "
-                f"| {case.version} | {use['registers']} | {use['local_bytes']} "
-                f"| {use['shared_bytes'] / 1024:.1f} | {blocks_per_sm(case, use)} | {cores} |"
-            )
-    lines.append(end)
-    replace_in_document(begin, end, "\n".join(lines))
-
-
 def replace_in_document(begin: str, end: str, part: str) -> None:
     """Put `part`, its first and last lines included, where docs/kernels.md has what lies between them."""
     head, found, rest = DOCUMENT.read_text().partition(begin)
@@ -277,7 +305,7 @@ def replace_in_document(begin: str, end: str, part: str) -> None:
 def command_line(argv: list[str] | None, name: str, about: str) -> argparse.Namespace:
     """Options of a command that compiles kernels ahead of time."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="write what is committed, and docs/kernels.md")
+    parser.add_argument("--update", action="store_true", help="write what is committed")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     args = parser.parse_args(argv)
@@ -292,8 +320,10 @@ def main(argv: list[str] | None = None) -> int:
 
     table = measure(args.jobs)
     if args.update:
+        from . import config_files
+
         write_resources(table, triton.__version__)
-        write_document(table, triton.__version__)
+        config_files.update()
     if args.json:
         print(json.dumps({"triton": triton.__version__, "table": table}))
     else:

@@ -38,6 +38,10 @@ class Case:
         return self.layers * self.heads * self.prompts
 
     @property
+    def units(self) -> list[tuple[int, int]]:
+        return [(layer, head) for layer in range(self.layers) for head in range(self.heads)]
+
+    @property
     def title(self) -> str:
         return (
             f"{self.layers} layers x {self.heads} heads, d {self.hidden}, vocabulary {self.vocabulary}, float32, "

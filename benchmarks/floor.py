@@ -16,8 +16,7 @@ def costs(case: Case) -> flops.ModelFlops:
 
 
 def floor_flops(case: Case) -> float:
-    units = [(layer, head) for layer in range(case.layers) for head in range(case.heads)]
-    return float(flops.scan_flops(costs(case), [pack(case.token_ids())], units))
+    return float(flops.scan_flops(costs(case), [pack(case.token_ids())], case.units))
 
 
 def brute_force_flops(case: Case) -> float:

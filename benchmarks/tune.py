@@ -4,14 +4,16 @@
     python -m benchmarks.tune             time what is left at the scan's shapes, and print the best of each
     python -m benchmarks.tune --update    and write them
 
-Every candidate is held against the reference before it is timed, and one in use is only replaced by one that is faster
-by more than NOISE. Where chips share a file (sm_90.json: H100 and H200), the last one tuned decides. After an update,
+Tree attention is tuned per kind of tree (kernels/tree_kind.py), with prompts that are of that kind. Every candidate is
+held against the reference before it is timed, and one in use is only replaced by one that is faster by more than NOISE.
+Where chips share a file (sm_90.json: H100 and H200), the last one tuned decides. After an update,
 `python -m benchmarks.aot --update` records what the new code costs on the chip.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -23,52 +25,79 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from . import aot
+from . import aot, config_files
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 128, 256)
-CHIPS = tuple(aot.SHARED_PER_SM)
+CHIPS = aot.OWN_FILE
 NOISE = 0.02
+# kernel -> kind of tree -> half precision or float32 -> what is tried
 GRID = {
     "tree_attention": {
-        "half": dict(block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)),
-        "float32": dict(block_m=(32, 64), block_n=(16, 32, 64), num_warps=(4, 8), num_stages=(2, 3)),
+        "leaves": {
+            "half": dict(block_m=(16, 32, 64), block_n=(16, 32, 64), num_warps=(2, 4), num_stages=(2, 3)),
+            "float32": dict(block_m=(16, 32), block_n=(16, 32), num_warps=(2, 4, 8), num_stages=(2, 3)),
+        },
+        "template": {
+            "half": dict(block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)),
+            "float32": dict(block_m=(32, 64), block_n=(16, 32, 64), num_warps=(4, 8), num_stages=(2, 3)),
+        },
     },
     "decode_attention": {
-        "half": dict(
-            block_m=(16,), block_n=(16, 32, 64, 128), num_warps=(1, 2, 4), num_stages=(2, 3, 4),
-            max_registers=(None, 128, 168),
-        ),
-        "float32": dict(block_m=(16,), block_n=(16, 32, 64), num_warps=(2, 4, 8), num_stages=(2, 3), max_registers=(None,)),
+        "any": {
+            "half": dict(
+                block_m=(16,), block_n=(16, 32, 64, 128), num_warps=(1, 2, 4), num_stages=(2, 3, 4),
+                max_registers=(None, 128, 168),
+            ),
+            "float32": dict(
+                block_m=(16,), block_n=(16, 32, 64), num_warps=(2, 4, 8), num_stages=(2, 3), max_registers=(None,)
+            ),
+        },
     },
 }  # fmt: skip
+SHARED = {"leaves": 5, "template": 140}  # tokens that the prompts of a kind have in common
 
 
 @dataclass(frozen=True)
 class Task:
+    """An entry of a config file."""
+
     kernel: str
+    kind: str
     dtype: str
     head_dim: int
 
     @property
     def id(self) -> str:
-        return f"{self.kernel} {self.dtype} D{self.head_dim}"
+        return f"{self.kernel} {self.kind} {self.dtype} D{self.head_dim}"
 
 
-def tasks(kernel: str | None, dtype: str | None, head_dim: int | None) -> list[Task]:
+def tasks(
+    kernel: str | None = None, kind: str | None = None, dtype: str | None = None, head_dim: int | None = None
+) -> list[Task]:
     return [
         Task(*each)
-        for each in itertools.product(aot.KERNELS, DTYPES, HEAD_DIMS)
-        if all(wanted in (None, own) for wanted, own in zip((kernel, dtype, head_dim), each, strict=True))
+        for name, kinds in GRID.items()
+        for each in itertools.product((name,), kinds, DTYPES, HEAD_DIMS)
+        if all(
+            wanted in (None, own) for wanted, own in zip((kernel, kind, dtype, head_dim), each, strict=True)
+        )
     ]
+
+
+def in_use(task: Task, sm: int):
+    """The LaunchConfig that the file of a chip has for a task."""
+    from shipsfast.kernels.launch_config import load_configs
+
+    return load_configs(f"sm_{sm}")[task.kernel][task.kind][task.dtype][task.head_dim]
 
 
 def candidates(task: Task) -> list:
     """Launch configurations to try, those in use for a chip first."""
-    from shipsfast.kernels.launch_config import LaunchConfig, load_configs
+    from shipsfast.kernels.launch_config import LaunchConfig
 
-    grid = GRID[task.kernel]["float32" if task.dtype == "float32" else "half"]
-    found = [load_configs(f"sm_{sm}")[task.kernel][task.dtype][task.head_dim] for sm in CHIPS]
+    grid = GRID[task.kernel][task.kind]["float32" if task.dtype == "float32" else "half"]
+    found = [in_use(task, sm) for sm in CHIPS]
     found += [
         LaunchConfig(**dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())
     ]
@@ -81,7 +110,10 @@ def compiled(task: Task, config, sm: int) -> dict:
     worst = {"registers": 0, "local_bytes": 0, "shared_bytes": 0}
     try:
         for every in (False, True):
-            case = aot.Case(task.kernel, f"sm_{sm}", sm, task.dtype, task.head_dim, 4, every, every)
+            full = task.kind == "template"
+            case = aot.Case(
+                task.kernel, f"sm_{sm}", sm, task.kind, task.dtype, task.head_dim, 4, every, every, full
+            )
             use = aot.compile_case(case, config)
             worst = {name: max(value, use[name]) for name, value in worst.items()}
             tensor_cores = use["wgmma"] + use["mma_sync"] > 0
@@ -92,7 +124,7 @@ def compiled(task: Task, config, sm: int) -> dict:
     problem = None
     if worst["local_bytes"]:
         problem = f"spills {worst['local_bytes']} bytes a thread"
-    elif worst["shared_bytes"] > aot.SHARED_LIMIT[f"sm_{sm}"]:
+    elif worst["shared_bytes"] > aot.CHIPS[sm].shared_per_block:
         problem = f"needs {worst['shared_bytes']} bytes of shared memory"
     elif worst["registers"] > aot.REGISTER_LIMIT:
         problem = f"needs {worst['registers']} registers a thread"
@@ -115,9 +147,27 @@ def survivors(chosen: list[Task], chips: tuple[int, ...], limit: int | None, job
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             costs = list(pool.map(_compiled, todo, chunksize=4))
     return [
-        {"task": task, "sm": sm, "config": config, **cost}
+        {"task": task, "sm": sm, "config": config, "wasted_products": wasted(task, config), **cost}
         for (task, config, sm), cost in zip(todo, costs, strict=True)
     ]
+
+
+@functools.cache
+def packed(kind: str, prompts: int = 100):
+    """Prompts of a kind, packed."""
+    from .gpu.shapes import Prompts
+
+    return Prompts(prompts, SHARED[kind]).packed(32000)
+
+
+def wasted(task: Task, config) -> float | None:
+    """Products that a candidate's tiles compute for each that is needed, with prompts of the task's kind."""
+    from shipsfast.kernels.tree_kind import wasted_products
+
+    if task.kind not in SHARED:
+        return None
+    tree = packed(task.kind)
+    return round(wasted_products(tree.position, tree.subtree_end, (config.block_m, config.block_n)), 2)
 
 
 def measured_ms(task: Task, config, device) -> float:
@@ -146,19 +196,17 @@ def _tree(task: Task, config, device, prompts: int = 100, rows: int = 9, heads: 
 
     from shipsfast.ops import reference
 
-    from .gpu.shapes import Prompts
-
-    packed = Prompts(prompts, 5).packed(32000)
+    tree = packed(task.kind, prompts)
     torch.manual_seed(0)
     dtype = getattr(torch, task.dtype)
     make = lambda: torch.randn(
-        rows, packed.num_tokens, heads, task.head_dim, dtype=dtype, device=device
+        rows, tree.num_tokens, heads, task.head_dim, dtype=dtype, device=device
     ).transpose(1, 2)
     q, k, v = make(), make(), make()
     ones = torch.ones(rows, heads, device=device)
-    position, end = (torch.as_tensor(x, device=device) for x in (packed.position, packed.subtree_end))
+    position, end = (torch.as_tensor(x, device=device) for x in (tree.position, tree.subtree_end))
     table = block_table(
-        packed.position, packed.subtree_end, block_m=config.block_m, block_n=config.block_n, device=device
+        tree.position, tree.subtree_end, block_m=config.block_m, block_n=config.block_n, device=device
     )
     scaling = task.head_dim**-0.5
     run = lambda: tree_attention(
@@ -200,8 +248,6 @@ def tune(records: list[dict], device, measure=measured_ms, budget_s: float = flo
 
     budget_s: of all tasks together; those in use are timed first, then the others in a seeded random order.
     """
-    from shipsfast.kernels.launch_config import load_configs
-
     best = []
     all_tasks = list(dict.fromkeys(record["task"] for record in records))
     for task in all_tasks:
@@ -221,7 +267,7 @@ def tune(records: list[dict], device, measure=measured_ms, budget_s: float = flo
                     )
         if not timed:
             continue
-        used = load_configs(f"sm_{timed[0]['sm']}")[task.kernel][task.dtype][task.head_dim]
+        used = in_use(task, timed[0]["sm"])
         now = next((record for record in timed if record["config"] == used), None)
         winner = min(timed, key=lambda record: record["ms"])
         if now is not None and winner["ms"] > (1 - NOISE) * now["ms"]:
@@ -242,38 +288,27 @@ def shown(config) -> dict:
     return {name: value for name, value in asdict(config).items() if value != defaults[name]}
 
 
-def render(table: dict) -> str:
-    """kernel -> dtype -> head size -> parameters, as the committed files are laid out."""
-    kernels = []
-    for kernel, dtypes in table.items():
-        parts = []
-        for dtype, sizes in dtypes.items():
-            lines = ",\n".join(
-                f"      {json.dumps(size)}: {json.dumps(entry)}" for size, entry in sizes.items()
-            )
-            parts.append(f"    {json.dumps(dtype)}: {{\n{lines}\n    }}")
-        kernels.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(parts) + "\n  }")
-    return "{\n" + ",\n".join(kernels) + "\n}\n"
-
-
 def write(best: list[dict], folder: Path) -> Path:
     """Put the best into the file of their chip, and leave its other entries."""
     path = folder / f"sm_{best[0]['sm']}.json"
     table = json.loads(path.read_text())
     for record in best:
         task = record["task"]
-        table[task.kernel][task.dtype][str(task.head_dim)] = shown(record["config"])
-    path.write_text(render(table))
+        table[task.kernel][task.kind][task.dtype][str(task.head_dim)] = shown(record["config"])
+    path.write_text(config_files.render(table))
     return path
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--dry-run", action="store_true", help="compile for A100 and H100 without a GPU, time nothing"
+        "--dry-run",
+        action="store_true",
+        help=f"compile for {' and '.join(f'sm_{sm}' for sm in CHIPS)} without a GPU, time nothing",
     )
     parser.add_argument("--update", action="store_true", help="write kernels/configs/<device>.json")
     parser.add_argument("--kernel", choices=aot.KERNELS)
+    parser.add_argument("--tree", choices=tuple(SHARED), help="kind of tree, for tree_attention")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS)
     parser.add_argument("--limit", type=int, help="only the first candidates of each")
@@ -285,6 +320,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing, unset it")
+    chosen = tasks(args.kernel, args.tree, args.dtype, args.head_dim)
+    if not chosen:
+        parser.error(f"{args.kernel} has no kinds of trees: leave out --tree")
     import torch
 
     if not args.dry_run and not torch.cuda.is_available():
@@ -295,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         chips = (10 * major + minor,)
         if chips[0] not in CHIPS:
             parser.error(f"sm_{chips[0]} has no file of its own: expected one of {CHIPS}")
-    records = survivors(tasks(args.kernel, args.dtype, args.head_dim), chips, args.limit, args.jobs)
+    records = survivors(chosen, chips, args.limit, args.jobs)
     if args.json:
         for record in records:
             task = asdict(record["task"])

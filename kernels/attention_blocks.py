@@ -98,5 +98,6 @@ def options(q: torch.Tensor, config, softcap, window, replace, sink) -> dict:
         INPUT_PRECISION=config.input_precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
         enable_fp_fusion=True,  # the default changes after triton 3.9
     )

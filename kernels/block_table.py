@@ -34,6 +34,7 @@ class BlockTable:
     full_end: torch.Tensor
     col: torch.Tensor
     made_for: tuple  # block_m, block_n, queries, keys, window
+    has_full: bool  # whether any pair is fully visible
 
     @property
     def num_query_blocks(self) -> int:
@@ -61,9 +62,43 @@ def block_table(
     Raises:
         ValueError: query_index is not ascending or names a token that does not exist.
     """
-    position, subtree_end = _host(position), _host(subtree_end)
+    needed, full = block_pairs(
+        position, subtree_end, block_m=block_m, block_n=block_n, query_index=query_index, window=window
+    )
     num_keys = len(position)
-    query = np.arange(num_keys) if query_index is None else _host(query_index)
+    num_queries = num_keys if query_index is None else len(query_index)
+    # A stable sort by (query block, masked or not) puts the fully visible pairs of each row first.
+    row, col = np.nonzero(needed)
+    masked = ~full[row, col]
+    order = np.lexsort((masked, row))
+    row_ptr = np.concatenate([[0], np.cumsum(needed.sum(axis=1))])
+    full_end = row_ptr[:-1] + (needed & full).sum(axis=1)
+    to_device = lambda x: torch.from_numpy(x.astype(np.int32)).to(device)
+    return BlockTable(
+        row_ptr=to_device(row_ptr),
+        full_end=to_device(full_end),
+        col=to_device(col[order]),
+        made_for=(block_m, block_n, num_queries, num_keys, window),
+        has_full=bool((full_end > row_ptr[:-1]).any()),
+    )
+
+
+def block_pairs(
+    position: np.ndarray | torch.Tensor,
+    subtree_end: np.ndarray | torch.Tensor,
+    *,
+    block_m: int,
+    block_n: int,
+    query_index: np.ndarray | torch.Tensor | None = None,
+    window: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(needed, full), bool [NQ, NK]: which pairs of blocks must be loaded, and which are fully visible.
+
+    Arguments and errors are those of block_table.
+    """
+    position, subtree_end = host(position), host(subtree_end)
+    num_keys = len(position)
+    query = np.arange(num_keys) if query_index is None else host(query_index)
     num_queries = len(query)
     if num_queries and (query[0] < 0 or query[-1] >= num_keys or np.any(np.diff(query) < 0)):
         raise ValueError(
@@ -87,20 +122,7 @@ def block_table(
         k_low, k_high = (f.reduceat(position, k_starts)[None, :] for f in (np.minimum, np.maximum))
         needed &= q_low - k_high < window
         full &= q_high - k_low < window
-
-    # A stable sort by (query block, masked or not) puts the fully visible pairs of each row first.
-    row, col = np.nonzero(needed)
-    masked = ~full[row, col]
-    order = np.lexsort((masked, row))
-    row_ptr = np.concatenate([[0], np.cumsum(needed.sum(axis=1))])
-    full_end = row_ptr[:-1] + (needed & full).sum(axis=1)
-    to_device = lambda x: torch.from_numpy(x.astype(np.int32)).to(device)
-    return BlockTable(
-        row_ptr=to_device(row_ptr),
-        full_end=to_device(full_end),
-        col=to_device(col[order]),
-        made_for=(block_m, block_n, num_queries, num_keys, window),
-    )
+    return needed, full
 
 
 def _count(
@@ -114,5 +136,6 @@ def _count(
     return np.cumsum(step, axis=0)[:nq]
 
 
-def _host(x: np.ndarray | torch.Tensor) -> np.ndarray:
+def host(x: np.ndarray | torch.Tensor) -> np.ndarray:
+    """int64 on the host."""
     return np.asarray(x.cpu() if isinstance(x, torch.Tensor) else x).astype(np.int64)

@@ -292,7 +292,6 @@ def decode_attention(
             replaceable,
             GROUPS=groups,
             BLOCK_M=block_m,
-            maxnreg=config.max_registers,
             **options(q, config, softcap, window, replace, sink),
         )
     return out

@@ -1,7 +1,9 @@
 """Launch parameters of the Triton kernels, read from configs/<device>.json and never chosen by timing.
 
-A file maps kernel -> dtype -> largest padded head size -> parameters. `sm_80.json` (A100) and `sm_90.json`
-(H100, H200) use the shared memory those chips have; `default.json` fits in the 99 KB of every other chip.
+A file maps kernel -> kind of tree -> dtype -> largest padded head size -> parameters. The kinds are those of
+tree_kind.py; a kernel that reads no tree has the one kind "any". `sm_80.json` (A100) and `sm_90.json` (H100, H200) use
+the shared memory those chips have; `default.json` fits in the 99 KB of every other chip. Beside the parameters,
+`built` has what they cost on the chip, for people: benchmarks/aot.py writes it, nothing reads it.
 tests/kernels/test_kernels_aot.py compiles every entry and checks registers, shared memory and spills.
 """
 
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 
 CONFIG_DIR = Path(__file__).parent / "configs"
+ANY_KIND = "any"
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,21 @@ class LaunchConfig:
     max_registers: int | None = None
 
 
-def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device | str) -> LaunchConfig:
+def launch_config(
+    kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device | str, kind: str = ANY_KIND
+) -> LaunchConfig:
     """The committed parameters for a kernel, an input dtype and a head size D on a device.
 
+    kind: of the tree (tree_kind.py), for tree_attention.
+
     Raises:
-        ValueError: no entry holds this dtype or a head of this size.
+        ValueError: the kernel has no such kind, or no entry holds this dtype or a head of this size.
     """
     name = device_name(torch.device(device))
-    table = load_configs(name)[kernel].get(str(dtype).removeprefix("torch."), {})
+    kinds = load_configs(name)[kernel]
+    if kind not in kinds:
+        raise ValueError(f"{kernel}: unknown kind {kind!r}: expected one of {', '.join(kinds)}")
+    table = kinds[kind].get(str(dtype).removeprefix("torch."), {})
     for largest, entry in table.items():
         if head_dim <= largest:
             return entry
@@ -59,16 +69,18 @@ def device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def load_configs(name: str) -> dict[str, dict[str, dict[int, LaunchConfig]]]:
-    """kernel -> dtype -> largest padded head size -> LaunchConfig, head sizes ascending."""
+def load_configs(name: str) -> dict[str, dict[str, dict[str, dict[int, LaunchConfig]]]]:
+    """kernel -> kind of tree -> dtype -> largest padded head size -> LaunchConfig, head sizes ascending."""
     raw = json.loads((CONFIG_DIR / f"{name}.json").read_text())
     return {
         kernel: {
-            dtype: {
-                int(size): LaunchConfig(**entry)
-                for size, entry in sorted(sizes.items(), key=lambda x: int(x[0]))
-            }
-            for dtype, sizes in dtypes.items()
+            kind: {dtype: _by_size(sizes) for dtype, sizes in dtypes.items()}
+            for kind, dtypes in kinds.items()
         }
-        for kernel, dtypes in raw.items()
+        for kernel, kinds in raw.items()
     }
+
+
+def _by_size(sizes: dict[str, dict]) -> dict[int, LaunchConfig]:
+    parameters = lambda entry: {name: value for name, value in entry.items() if name != "built"}
+    return {int(size): LaunchConfig(**parameters(sizes[size])) for size in sorted(sizes, key=int)}

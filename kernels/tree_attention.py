@@ -8,7 +8,8 @@ Layout: q [B, H, TQ, D], k and v [B, HKV, T, D] with any strides but a contiguou
 share q, k and v come with a batch dimension of 1), output [B, TQ, H, D] contiguous. One program computes
 BLOCK_M queries of one head of one row, with a running maximum and sum over key blocks in float32. Which
 blocks it reads comes from a block table (block_table.py): first those that every query of the block sees,
-without a mask, then those that need one. Blocks that nobody sees are never loaded, and nothing of size
+without a mask, then those that need one; where the table has none of the first, their loop is not compiled.
+Blocks that nobody sees are never loaded, and nothing of size
 T x T, no repeated key/value head and no copy of the inputs is ever materialised.
 
 The mask vectors only multiply, so a head whose two factors are 1 gives the very bits of an unmasked call.
@@ -42,6 +43,7 @@ from shipsfast.kernels.attention_checks import check_arguments, check_replacemen
 from shipsfast.kernels.block_table import BlockTable
 from shipsfast.kernels.block_table import block_table as build_block_table
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config
+from shipsfast.kernels.tree_kind import kind_of_tree
 
 
 # The sizes change from pack to pack, so they must not choose between compiled versions.
@@ -103,6 +105,7 @@ def _tree_attention_kernel(
     HAS_QUERY_INDEX: tl.constexpr,
     HAS_REPLACE: tl.constexpr,
     HAS_SINK: tl.constexpr,
+    HAS_FULL: tl.constexpr,  # some query block sees all of some key block
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -162,13 +165,16 @@ def _tree_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     row_start = tl.load(row_ptr_ptr + block_m)
-    full_end = tl.load(full_end_ptr + block_m)
     row_stop = tl.load(row_ptr_ptr + block_m + 1)
     # A head that is switched off, or whose output is replaced, reads no keys at all.
-    full_end = tl.where(reads_keys, full_end, row_start)
-    row_stop = tl.where(reads_keys, row_stop, full_end)
+    row_stop = tl.where(reads_keys, row_stop, row_start)
+    if HAS_FULL:
+        full_end = tl.load(full_end_ptr + block_m)
+        full_end = tl.where(reads_keys, full_end, row_start)
+    else:
+        full_end = row_start
 
-    for MASKED in tl.static_range(2):
+    for MASKED in tl.static_range(0 if HAS_FULL else 1, 2):
         if MASKED:
             start, stop = full_end, row_stop
         else:
@@ -259,7 +265,8 @@ def tree_attention(
             with a contiguous last dimension. None where no head is flagged for it.
         block_table: from block_table(...) with the same tree, queries and window and the block sizes of
             `config`. Without one it is built here, which waits for the GPU: build it once for a tree.
-        config: launch parameters, by default those of the device's file.
+        config: launch parameters, by default those of the device's file for this kind of tree, which waits for
+            the GPU: give both for a tree.
     Returns:
         [B, TQ, H, D] in q's dtype, contiguous.
     Raises:
@@ -275,7 +282,8 @@ def tree_attention(
     kv_heads, num_keys = k.shape[1:3]
     num_queries, head_dim = q.shape[2:]
     if config is None:
-        config = launch_config("tree_attention", q.dtype, head_dim, q.device)
+        kind = kind_of_tree(position, subtree_end, window)
+        config = launch_config("tree_attention", q.dtype, head_dim, q.device, kind)
     if block_table is None:
         block_table = build_block_table(
             position,
@@ -338,6 +346,7 @@ def tree_attention(
             GROUPS=heads // kv_heads,
             BLOCK_M=config.block_m,
             HAS_QUERY_INDEX=query_index is not None,
+            HAS_FULL=block_table.has_full,
             **options(q, config, softcap, window, replace, sink),
         )
     return out

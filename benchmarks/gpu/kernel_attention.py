@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 
 import torch
+from shipsfast.kernels.tree_kind import wasted_products
 
 from shipsfast.ops import reference
 from shipsfast.ops.decode_attention import decode_attention
@@ -119,8 +120,19 @@ def _tree_case(session: Session, case: str, shape: Shape, scan: str) -> None:
         "SDPA with a dense mask": lambda: dense,
         "FlashAttention varlen": lambda: _flash(session, packed, shape, rows, scaling, softcap),
     }
-    record = {OURS: {"resolved_backend": backend}}
+    record = {OURS: {"resolved_backend": backend, **tile_record(tree, q)}}
     _time_paths(session, case, paths, record, common, expected, part, allowed, work, moved)
+
+
+def tile_record(tree: TreeContext, query: torch.Tensor) -> dict:
+    """The kind of tree, and where Triton runs the tile that it chose and the products computed for each that is needed."""
+    found = {"kind_of_tree": tree.kind(None)}
+    if tree.backend != "triton":
+        return found
+    config = tree.plan(None, False, query)["config"]
+    tile = (config.block_m, config.block_n)
+    wasted = wasted_products(tree.packed.position, tree.packed.subtree_end, tile)
+    return found | {"tile": f"{tile[0]}x{tile[1]}", "wasted_products": round(wasted, 2)}
 
 
 def _time_paths(session, case, paths, record, common, expected, part, allowed, work, moved) -> None:

@@ -72,6 +72,7 @@ class TreeContext:
     device: torch.device
     trimmed: np.ndarray | None = None  # sorted packed indices of the last layer's queries
     _plans: dict = field(default_factory=dict)
+    _kinds: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.position = torch.as_tensor(self.packed.position, device=self.device)
@@ -95,22 +96,31 @@ class TreeContext:
                     index = torch.as_tensor(index.astype(np.int32), device=self.device)
                 plan = {"query_index": index}
             if self.backend == "triton":
-                plan |= _triton_plan(self.packed, window, query_index, query)
+                plan |= self._triton_plan(window, query_index, query)
             self._plans[key] = plan
         return self._plans[key]
 
+    def kind(self, window: int | None) -> str:
+        """The kind of tree that chooses the Triton kernel's launch parameters (kernels/tree_kind.py)."""
+        from ..kernels.tree_kind import kind_of_tree
 
-def _triton_plan(packed: PackedPrompts, window, query_index, query: torch.Tensor) -> dict:
-    """Launch parameters, and the key blocks that each block of queries sees."""
-    from ..kernels.block_table import block_table
-    from ..kernels.launch_config import launch_config
+        if window not in self._kinds:
+            self._kinds[window] = kind_of_tree(self.packed.position, self.packed.subtree_end, window)
+        return self._kinds[window]
 
-    config = launch_config("tree_attention", query.dtype, query.shape[-1], query.device)
-    table = block_table(
-        packed.position, packed.subtree_end, block_m=config.block_m, block_n=config.block_n,
-        query_index=query_index, window=window, device=query.device,
-    )  # fmt: skip
-    return {"config": config, "block_table": table}
+    def _triton_plan(self, window: int | None, query_index, query: torch.Tensor) -> dict:
+        """Launch parameters, and the key blocks that each block of queries sees."""
+        from ..kernels.block_table import block_table
+        from ..kernels.launch_config import launch_config
+
+        config = launch_config(
+            "tree_attention", query.dtype, query.shape[-1], query.device, self.kind(window)
+        )
+        table = block_table(
+            self.packed.position, self.packed.subtree_end, block_m=config.block_m, block_n=config.block_n,
+            query_index=query_index, window=window, device=query.device,
+        )  # fmt: skip
+        return {"config": config, "block_table": table}
 
 
 def tree_attention(

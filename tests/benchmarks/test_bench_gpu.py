@@ -33,6 +33,7 @@ from benchmarks.gpu.session import NotMeasured, Session
 from benchmarks.gpu.shapes import GEMMA2_9B, LLAMA2_7B, LLAMA31_8B, MISTRAL_7B, QWEN3_8B, SMOKE, Prompts, twin
 from shipsfast.engine import flops
 from shipsfast.ops.prefix_tree import pack
+from shipsfast.ops.tree_attention import TreeContext
 
 NEEDS_MORE = {
     "whole runs, a few",
@@ -135,11 +136,25 @@ def test_rows_say_where_they_come_from_and_what_ran(rows):
             assert row["chunk_tokens"] > 0 and row["runs"] == chunks.ROUNDS and row["share_of_floor"] > 0
         if row["case"] in OPS and "median_ms" in row:
             assert row["gb_per_s"] > 0 and row["share_of_ceiling"] > 0
+        if row["case"] in kernel_attention.TREES and row["path"] == "shipsfast" and "median_ms" in row:
+            assert row["kind_of_tree"] in ("leaves", "template") and "tile" not in row  # Triton did not run
         if row["path"] != "shipsfast" or row["case"] not in scans.SCANS:
             continue
         assert row["resolved_backend"] and row["kl_backend"] and row["layers"] == "model" and row["plan"]
         assert row["median_s"] > 0 and row["floor_s"] > 0 and row["share_of_floor"] > 0
         assert row["rms_error_nats"] <= 2 * row["plain_rms_error_nats"] + 1e-5 < row["rms_score_nats"]
+
+
+@pytest.mark.parametrize(
+    "shared, figures",
+    [
+        (5, {"kind_of_tree": "leaves", "tile": "16x16", "wasted_products": 3.3}),
+        (140, {"kind_of_tree": "template", "tile": "32x16", "wasted_products": 1.29}),
+    ],
+)
+def test_rows_of_tree_attention_name_the_tile_and_what_it_wastes(shared, figures):
+    tree = TreeContext(Prompts(100, shared).packed(32000), "triton", torch.device("cpu"))
+    assert kernel_attention.tile_record(tree, torch.zeros(1, 1, tree.packed.num_tokens, 128)) == figures
 
 
 def test_peers_agree_with_ours_and_extrapolations_say_so(rows):

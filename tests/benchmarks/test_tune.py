@@ -10,35 +10,52 @@ import torch
 
 pytest.importorskip("triton")
 
-from shipsfast.kernels.launch_config import LaunchConfig, load_configs
+from shipsfast.kernels.launch_config import LaunchConfig
+from shipsfast.kernels.tree_kind import KINDS, kind_of_tree
 
-from benchmarks import aot, tune
+from benchmarks import aot, config_files, tune
 from benchmarks.tune import Task
 
-TREE = Task("tree_attention", "bfloat16", 128)
+TREE = Task("tree_attention", "template", "bfloat16", 128)
 
 
-@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", list(aot.TARGETS))
 def test_committed_files_are_written_back_as_they_are(name):
     text = (aot.RESOURCES.parent / f"{name}.json").read_text()
-    assert tune.render(json.loads(text)) == text
+    assert config_files.render(json.loads(text)) == text
 
 
 def test_candidates_begin_with_those_in_use():
-    for task in tune.tasks(None, None, None):
+    for task in tune.tasks():
         found = tune.candidates(task)
         for sm in tune.CHIPS:
-            assert load_configs(f"sm_{sm}")[task.kernel][task.dtype][task.head_dim] in found[:2]
+            assert tune.in_use(task, sm) in found[:2]
         assert len(found) == len(set(found)) > 10
         assert all(c.input_precision == "ieee" for c in found)
-    assert tune.tasks("tree_attention", "bfloat16", 128) == [TREE]
+    assert tune.tasks("tree_attention", "template", "bfloat16", 128) == [TREE]
+    assert {task.kind for task in tune.tasks(kind="leaves")} == {"leaves"}
+    assert {(task.kernel, task.kind) for task in tune.tasks()} == {
+        ("tree_attention", "leaves"), ("tree_attention", "template"), ("decode_attention", "any"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_of_the_kind_that_is_tuned(kind):
+    tree = tune.packed(kind)
+    assert kind_of_tree(tree.position, tree.subtree_end) == kind
+    config = LaunchConfig(64, 64, 4, 2)
+    assert (
+        tune.wasted(Task("tree_attention", kind, "bfloat16", 64), config)
+        == {"leaves": 12.61, "template": 2.12}[kind]
+    )
+    assert tune.wasted(Task("decode_attention", "any", "bfloat16", 64), config) is None
 
 
 def test_a_dry_run_drops_what_does_not_fit():
     """In a process of its own: the interpreter that the other tests need compiles nothing."""
     script = (
         "from benchmarks import tune; from shipsfast.kernels.launch_config import LaunchConfig as C; import json\n"
-        "task = tune.Task('tree_attention', 'bfloat16', 128)\n"
+        "task = tune.Task('tree_attention', 'template', 'bfloat16', 128)\n"
         "small, large = C(64, 32, 4, 2), C(128, 128, 4, 4)\n"
         "print(json.dumps([tune.compiled(task, small, 90), tune.compiled(task, large, 80)]))\n"
         "sweep = ['--kernel', 'decode_attention', '--dtype', 'bfloat16', '--head-dim', '64', '--limit', '1']\n"
@@ -62,7 +79,7 @@ def record(config, problem=None):
 
 
 def test_only_what_is_clearly_faster_replaces_what_is_in_use(capsys):
-    used = load_configs("sm_90")["tree_attention"]["bfloat16"][128]
+    used = tune.in_use(TREE, 90)
     other, broken = LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 128, 8, 2)
 
     def measure(times):
@@ -89,17 +106,21 @@ def test_the_best_are_written_beside_the_others(tmp_path):
     config = LaunchConfig(128, 32, 8, 3)
     path = tune.write([record(config)], tmp_path)
     table, before = json.loads(path.read_text()), json.loads(text)
-    assert table["tree_attention"]["bfloat16"].pop("128") == tune.shown(config)
-    before["tree_attention"]["bfloat16"].pop("128")
+    of_kind = lambda table: table["tree_attention"]["template"]["bfloat16"]
+    assert of_kind(table).pop("128") == tune.shown(config)
+    of_kind(before).pop("128")
     assert table == before
     assert LaunchConfig(**tune.shown(config)) == config
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
-@pytest.mark.parametrize("kernel", aot.KERNELS)
-def test_what_is_timed_is_right(kernel):
-    task = Task(kernel, "float32", 64)
-    config = load_configs("sm_90")[kernel]["float32"][64]
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [("tree_attention", "leaves"), ("tree_attention", "template"), ("decode_attention", "any")],
+)
+def test_what_is_timed_is_right(kernel, kind):
+    task = Task(kernel, kind, "float32", 64)
+    config = tune.in_use(task, 90)
     sizes = (
         dict(prompts=2, rows=2, heads=2)
         if kernel == "tree_attention"
@@ -120,3 +141,6 @@ def test_a_gpu_is_asked_for(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         tune.main([])
     assert "--dry-run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["--kernel", "decode_attention", "--tree", "leaves"])
+    assert "no kinds of trees" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import shipsfast
 from shipsfast.engine import fused_layer
 from shipsfast.engine.forked_gate_up import pays
+from shipsfast.ops.tree_attention import TreeContext
 from tests.conftest import TEST_GPU
 from tests.support.decode_numerics import why_no_triton
 from tests.support.fused_models import FUSED
@@ -49,6 +50,17 @@ def fused(model, **options):
     assert found.record["layers"] == "fused" and found.record["attention_backend"] == "triton"
     assert "layers_why" not in found.record
     return found.scores
+
+
+@pytest.mark.parametrize("kind", ["leaves", "template"])
+def test_the_kind_of_tree_changes_no_score(kind, monkeypatch):
+    """It chooses tiles, hence the order of sums alone."""
+    asked = []
+    monkeypatch.setattr(TreeContext, "kind", lambda _tree, window: asked.append(window) or kind)
+    exact = brute_force(build(FUSED[0]), PROMPTS).numpy()
+    model = build(FUSED[0]).float()
+    assert_close_abs(fused(model), exact, kl_bound(model, PROMPTS, exact))
+    assert asked
 
 
 @pytest.mark.parametrize("family", FUSED)

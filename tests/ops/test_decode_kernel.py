@@ -203,7 +203,7 @@ def test_refuses(name):
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "default"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
 def test_configs_cover_every_dtype_and_head_size(name, dtype):
-    sizes = load_configs(name)["decode_attention"][str(dtype).removeprefix("torch.")]
+    sizes = load_configs(name)["decode_attention"]["any"][str(dtype).removeprefix("torch.")]
     assert list(sizes) == [64, 128, 256]
 
 

@@ -19,9 +19,12 @@ triton = pytest.importorskip("triton")
 from shipsfast.kernels.attention_blocks import INTERPRETED
 from shipsfast.kernels.block_table import block_table
 from shipsfast.kernels.launch_config import LaunchConfig, launch_config, load_configs
+from shipsfast.kernels.tree_kind import KINDS, kind_of_tree
 
 from shipsfast.kernels import tree_attention as module
 from shipsfast.ops import prefix_tree, reference
+from shipsfast.ops.masks import LayerMask
+from shipsfast.ops.tree_attention import TreeContext, tree_attention
 from shipsfast.replacements import REPLACE_OUT
 from tests.conftest import TEST_GPU
 from tests.support.attention_numerics import (
@@ -258,7 +261,8 @@ def test_rows_do_not_see_each_other():
 def test_a_table_built_before_gives_the_same_bits(window):
     inputs = make_inputs(dataclasses.replace(SMALL, window=window, queries="last"))
     q = inputs.args[0]
-    config = CONFIG or launch_config("tree_attention", q.dtype, q.shape[-1], q.device)
+    kind = kind_of_tree(*inputs.args[5:], window)
+    config = CONFIG or launch_config("tree_attention", q.dtype, q.shape[-1], q.device, kind)
     table = block_table(
         *inputs.args[5:],
         block_m=config.block_m,
@@ -379,14 +383,89 @@ def test_refuses(name):
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "default"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
-def test_configs_cover_every_dtype_and_head_size(name, dtype):
-    sizes = load_configs(name)["tree_attention"][str(dtype).removeprefix("torch.")]
-    assert list(sizes) == [64, 128, 256]
+def test_configs_cover_every_kind_dtype_and_head_size(name, dtype):
+    kinds = load_configs(name)["tree_attention"]
+    assert tuple(kinds) == KINDS
+    for dtypes in kinds.values():
+        assert list(dtypes[str(dtype).removeprefix("torch.")]) == [64, 128, 256]
 
 
 @pytest.mark.skipif(TEST_GPU, reason="the GPU tests use the committed parameters everywhere")
 def test_committed_parameters_run():
     make_inputs(Case(B=1, H=1, HKV=1, D=128, dtype=torch.bfloat16)).run(config=None)
+
+
+def packed_as(kind: str) -> prefix_tree.PackedPrompts:
+    """A small pack of each kind."""
+    template, count = (range(70), 4) if kind == "template" else (range(3), 8)
+    packed = prefix_tree.pack([[*template, *range(100 * p, 100 * p + 6)] for p in range(1, count)])
+    assert kind_of_tree(packed.position, packed.subtree_end) == kind
+    return packed
+
+
+@pytest.mark.parametrize("trimmed", [False, True], ids=["", "lastqueries"])
+@pytest.mark.parametrize("window", [None, 20], ids=["", "window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_kinds_of_trees_by_the_way_of_a_scan(kind, dtype, window, trimmed):
+    """TreeContext chooses launch parameters by the kind; the promises are the same in both."""
+    packed = packed_as(kind)
+    B, H, HKV, D, T = 2, 2, 1, 16, packed.num_tokens
+    tree = TreeContext(packed, "triton", torch.device(DEVICE), np.sort(packed.last_index))
+    index = torch.as_tensor(tree.trimmed.astype(np.int32), device=DEVICE) if trimmed else None
+    torch.manual_seed(0)
+    draw = lambda heads: torch.randn(B, T, heads, D, device=DEVICE).to(dtype).transpose(1, 2)
+    q, k, v = draw(H), draw(HKV), draw(HKV)
+    q = q[:, :, tree.trimmed] if trimmed else q
+    plan = tree.plan(window, trimmed, q)
+    assert tree.kind(None) == kind
+    assert plan["config"] == launch_config("tree_attention", dtype, D, DEVICE, tree.kind(window))
+    ones = torch.ones(B, H, device=DEVICE)
+    logit_scale = ones.clone()
+    logit_scale[1, 0] = 1e-5
+    run = lambda factors: tree_attention(
+        tree, q, k, v, LayerMask(factors, ones), plan, scaling=D**-0.5, window=window
+    )
+    out, unmasked = run(logit_scale), run(ones)
+    args = (q, k, v, logit_scale, ones, tree.position, tree.subtree_end)
+    assert_close_per_head(out, args, {"scaling": D**-0.5, "window": window, "query_index": index})
+    touched = (logit_scale != 1)[:, None, :, None].expand(out.shape)
+    assert torch.equal(out[~touched], unmasked[~touched])
+    assert not torch.equal(out[touched], unmasked[touched])
+
+
+def test_a_call_by_itself_chooses_as_a_scan_does():
+    for kind in KINDS:
+        packed = packed_as(kind)
+        tree = TreeContext(packed, "triton", torch.device(DEVICE))
+        q = torch.randn(1, 1, packed.num_tokens, 16, device=DEVICE)
+        ones = torch.ones(1, 1, device=DEVICE)
+        alone = module.tree_attention(q, q, q, ones, ones, tree.position, tree.subtree_end, scaling=0.25)
+        plan = tree.plan(None, False, q)
+        assert torch.equal(alone, tree_attention(tree, q, q, q, LayerMask(ones, ones), plan, scaling=0.25))
+
+
+def test_the_loop_without_a_mask_is_left_out_where_it_would_find_nothing():
+    """A tree of leaves has no fully visible block; with the loop compiled all the same, the bits are the same."""
+    packed = packed_as("leaves")
+    inputs = make_inputs(Case(B=1, tree="forest"))
+    config = LaunchConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
+    made = lambda position, subtree_end: block_table(
+        position, subtree_end, block_m=16, block_n=16, device=DEVICE
+    )
+    assert not made(packed.position, packed.subtree_end).has_full
+    assert made(np.arange(64), np.full(64, 64)).has_full
+    table = made(*inputs.args[5:])
+    assert not table.has_full
+    without = inputs.run(config=config, block_table=table)
+    assert torch.equal(
+        without, inputs.run(config=config, block_table=dataclasses.replace(table, has_full=True))
+    )
+
+
+def test_an_unknown_kind_is_told():
+    with pytest.raises(ValueError, match="unknown kind 'bush': expected one of leaves, template"):
+        launch_config("tree_attention", torch.float32, 64, "cpu", "bush")
 
 
 @pytest.mark.gpu
