@@ -123,7 +123,7 @@ def compile_case(case: Case) -> dict[str, int]:
             signature[name] = "constexpr"
             continue
         kind = f"*{TRITON_DTYPE[case.dtype]}" if name.endswith("_ptr") else "fp32" if name == "eps" else "i32"
-        signature[name] = "*fp32" if name in ("scale_ptr", "drift_ptr") else kind
+        signature[name] = "*fp32" if name in ("factor_ptr", "scale_ptr", "drift_ptr") else kind
         # As at a launch with torch's allocations: pointers and strides are multiples of 16.
         if name.endswith("_ptr") or name.startswith("stride"):
             attrs[(i,)] = [["tt.divisibility", 16]]

@@ -6,9 +6,9 @@
 //                                                rows; with a weight, every head goes through rms_norm first
 //   silu_mul(gate_up, out)                       out = gate * sigmoid(gate) * up, gate and up side by side in a row
 //   gelu_mul(gate_up, out)                       the same with GELU by tanh
-//   forked_gated(change, base, scale, drift, other, bias, gelu, out)
-//                                                the same of scale * (change + base + drift * other) + bias, with one
-//                                                scale and drift a row; change is overwritten
+//   forked_gated(change, factor, base, scale, drift, other, bias, gelu, out)
+//                                                the same of scale * (factor * change + base + drift * other) + bias, with
+//                                                one factor, scale and drift a row; change is overwritten
 //
 // In torch these are 2 to 6 passes over memory with as many temporaries, which on a CPU costs a layer a
 // third of its time. float32 and float64; one row is one thread's work, so results do not depend on threads.
@@ -74,12 +74,13 @@ constexpr int64_t kElementsPerTask = 1 << 14;  // less than this is not worth an
 
 // What goes into the activation of a row that forks; the row may be overwritten with it.
 #define SHIPS_DEFINE_FORKED(T)                                                                                   \
-  SHIPS_CLONES void forked_row(T* x, const T* base, T scale, T drift, const T* other, const T* bias,             \
+  SHIPS_CLONES void forked_row(T* x, T factor, const T* base, T scale, T drift, const T* other, const T* bias,   \
                                int64_t size) {                                                                   \
+    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] = factor * x[i] + base[i];                       \
     if (other != nullptr) {                                                                                      \
       _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] += drift * other[i];                           \
     }                                                                                                            \
-    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] = scale * (x[i] + base[i]);                      \
+    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] *= scale;                                        \
     if (bias != nullptr) {                                                                                       \
       _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] += bias[i];                                    \
     }                                                                                                            \
@@ -213,18 +214,19 @@ void gated(const Tensor& gate_up, Tensor out) {
   });
 }
 
-void forked_gated(Tensor change, const Tensor& base, const Tensor& scale, const Tensor& drift, const Tensor& other,
-                  const Tensor& bias, bool gelu, Tensor out) {
+void forked_gated(Tensor change, const Tensor& factor, const Tensor& base, const Tensor& scale, const Tensor& drift,
+                  const Tensor& other, const Tensor& bias, bool gelu, Tensor out) {
   const char* op = "forked_gated";
   const bool drifts = other.numel() > 0, biased = bias.numel() > 0;
-  for (const Tensor* x : {&std::as_const(change), &base, &scale, &drift, &other, &bias, &std::as_const(out)}) {
+  for (const Tensor* x : {&std::as_const(change), &factor, &base, &scale, &drift, &other, &bias, &std::as_const(out)}) {
     require(x->is_contiguous() && same_real_type(change, *x), op, "contiguous tensors of one dtype, float32 or float64");
   }
   require(change.dim() == 2 && base.dim() == 2 && out.dim() == 2 && base.size(1) == change.size(1) &&
               change.size(0) == out.size(0) && change.size(1) == 2 * out.size(1),
           op, "change and base [N, 2 M], and out [N, M]");
   const int64_t rows = change.size(0), size = out.size(1);
-  require(base.size(0) == rows && scale.numel() == rows, op, "base [N, 2 M] and scale [N]");
+  require(base.size(0) == rows && factor.numel() == rows && scale.numel() == rows, op,
+          "base [N, 2 M], factor and scale [N]");
   require(!drifts || (drift.numel() == rows && other.numel() == base.numel()), op, "drift [N] and other [N, 2 M]");
   require(!biased || bias.numel() == 2 * size, op, "bias [2 M]");
   if (out.numel() == 0) return;
@@ -233,6 +235,7 @@ void forked_gated(Tensor change, const Tensor& base, const Tensor& scale, const 
     T* from = static_cast<T*>(change.mutable_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
     const T* own = static_cast<const T*>(base.const_data_ptr());
+    const T* factors = static_cast<const T*>(factor.const_data_ptr());
     const T* scales = static_cast<const T*>(scale.const_data_ptr());
     const T* drifting = drifts ? static_cast<const T*>(drift.const_data_ptr()) : nullptr;
     const T* beside = drifts ? static_cast<const T*>(other.const_data_ptr()) : nullptr;
@@ -241,7 +244,7 @@ void forked_gated(Tensor change, const Tensor& base, const Tensor& scale, const 
       for (int64_t r = begin; r < end; ++r) {
         T* row = from + 2 * r * size;
         const int64_t at = 2 * r * size;
-        forked_row(row, own + at, scales[r], drifts ? drifting[r] : T(0), drifts ? beside + at : nullptr, added,
+        forked_row(row, factors[r], own + at, scales[r], drifts ? drifting[r] : T(0), drifts ? beside + at : nullptr, added,
                    2 * size);
         if (gelu) {
           gelu_mul_row(row, row + size, size, to + r * size);
@@ -266,8 +269,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shipsfast, m) {
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
-      "forked_gated(Tensor(b!) change, Tensor base, Tensor scale, Tensor drift, Tensor other, Tensor bias, bool gelu, "
-      "Tensor(a!) out) -> ()");
+      "forked_gated(Tensor(b!) change, Tensor factor, Tensor base, Tensor scale, Tensor drift, Tensor other, Tensor bias, "
+      "bool gelu, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) {

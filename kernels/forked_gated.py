@@ -1,8 +1,8 @@
 """Gate and up of rows that fork, and their activation, with nothing of their width in memory but what comes out.
 
-    z = scale[n, t] * (change[n, t] @ products[n] + base[t] + drift[n, t] * other[t]) + bias,    out = act(gate) * up
+    z = scale[n, t] * (factor[n, t] * (change[n, t] @ products[n]) + base[t] + drift[n, t] * other[t]) + bias
 
-with z = gate and up side by side. What it is of a model is said in shipsfast/engine/forked_gate_up.py. One program makes
+and out = act(gate) * up, with gate and up side by side in z. What it is of a model is said in shipsfast/engine/forked_rows.py. One program makes
 BLOCK_T tokens of one row and BLOCK_M columns of `out`, from as many of gate and of up. Programs of all rows at one place
 follow each other, as they share the tile of `base`, which then comes from L2; then those of all tokens, as they share
 columns of `products`. Sums are in float32, and rounded where a product and then the gated activation would round.
@@ -20,6 +20,7 @@ from shipsfast.kernels.small_ops import FP_FUSION, INTERPRETED, activated, check
 def _forked_gated_kernel(
     change_ptr,  # [N, T, R]
     products_ptr,  # [N, R, 2 M]
+    factor_ptr,  # [N, T] float32
     base_ptr,  # [T, 2 M]
     scale_ptr,  # [N, T] float32
     drift_ptr,  # [N, T] float32, None without HAS_OTHER
@@ -64,8 +65,9 @@ def _forked_gated_kernel(
         up = tl.dot(change, of_up, up, input_precision="ieee")
 
     at = offs_t[:, None].to(tl.int64) * (2 * M) + offs_m[None, :]
-    gate += tl.load(base_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    up += tl.load(base_ptr + at + M, mask=mask, other=0.0).to(tl.float32)
+    factor = tl.load(factor_ptr + row, mask=mask_t, other=0.0)[:, None]
+    gate = gate * factor + tl.load(base_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    up = up * factor + tl.load(base_ptr + at + M, mask=mask, other=0.0).to(tl.float32)
     if HAS_OTHER:
         drift = tl.load(drift_ptr + row, mask=mask_t, other=0.0)[:, None]
         gate += drift * tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -84,6 +86,7 @@ def _forked_gated_kernel(
 def forked_gated(
     change: torch.Tensor,
     products: torch.Tensor,
+    factor: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
     drift: torch.Tensor | None,
@@ -92,12 +95,12 @@ def forked_gated(
     activation: str,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """act(gate) * up of scale (change @ products + base + drift other) + bias.
+    """act(gate) * up of scale (factor (change @ products) + base + drift other) + bias.
 
     Args:
         change: [N, T, R]; products: [N, R, 2 M], gates before ups; base: [T, 2 M]; all contiguous, in bfloat16, float16 or
             float32.
-        scale: float32 [N, T]. drift: float32 [N, T] and other: [T, 2 M], both or neither. bias: [2 M] or None.
+        factor, scale: float32 [N, T]. drift: float32 [N, T] and other: [T, 2 M], both or neither. bias: [2 M] or None.
         activation: "silu" or "gelu" (by tanh).
         out: [N * T, M], rows of any stride.
     Returns:
@@ -120,10 +123,12 @@ def forked_gated(
     )
     require(out.stride(1) == 1, name, "contiguous rows of out")
     require((drift is None) == (other is None), name, "drift and other together")
-    wide = [x for x in (scale, drift) if x is not None]
+    wide = [x for x in (factor, scale, drift) if x is not None]
     for x in wide:
         require(
-            x.shape == (rows, tokens) and x.dtype == torch.float32, name, "scale and drift float32 [N, T]"
+            x.shape == (rows, tokens) and x.dtype == torch.float32,
+            name,
+            "factor, scale and drift float32 [N, T]",
         )
     require(other is None or other.shape == base.shape, name, "other [T, 2 M]")
     require(bias is None or bias.shape == (2 * width,), name, "bias [2 M]")
@@ -138,7 +143,7 @@ def forked_gated(
     token_blocks = triton.cdiv(tokens, blocks["BLOCK_T"])
     with torch.cuda.device_of(change):
         _forked_gated_kernel[(rows * token_blocks * triton.cdiv(width, blocks["BLOCK_M"]),)](
-            change, products, base, scale, drift, other, bias, out, out.stride(0), rows, tokens, token_blocks,
+            change, products, factor, base, scale, drift, other, bias, out, out.stride(0), rows, tokens, token_blocks,
             R=rank, M=width, HAS_OTHER=other is not None, HAS_BIAS=bias is not None, GELU=activation == "gelu",
             DOT_DTYPE=getattr(tl, str(factors).removeprefix("torch.")), **blocks, num_warps=warps, num_stages=stages,
             enable_fp_fusion=FP_FUSION,

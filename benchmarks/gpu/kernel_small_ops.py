@@ -37,8 +37,7 @@ class Op:
     """One operation on chunks of a model's shape.
 
     inputs(shape, tokens, device, dtype): what every path takes; ours(ops, shape, ...) and module(shape, ...) give the
-    result, the first perhaps in the place of an input; liger(shape) gives a function of the inputs. Where `module` is not
-    transformers' own it is plain PyTorch.
+    result, the first perhaps in the place of an input; liger(shape) gives a function of the inputs. peer: what `module` is called.
     """
 
     shape: Shape
@@ -47,6 +46,7 @@ class Op:
     ours: Callable[..., torch.Tensor]
     module: Callable[..., torch.Tensor]
     liger: Callable[[Shape], Callable]
+    peer: str = "transformers"
 
 
 def _normal(device, dtype, *shape: int) -> torch.Tensor:
@@ -149,21 +149,22 @@ def _module_gated(shape: Shape, gate_up) -> torch.Tensor:
 
 
 def _forked_inputs(shape: Shape, tokens: int, device, dtype) -> Tensors:
-    """Changes of one head's output in FORKS rows, and what engine/forked_gate_up.py makes of their layer."""
+    """Changes of one head's output in FORKS rows, and what engine/forked_rows.py makes of their layer."""
     wide, each = 2 * shape.intermediate, tokens // FORKS
     products = _normal(device, dtype, FORKS, shape.head_dim, wide) * shape.head_dim**-0.5
     change = _normal(device, dtype, FORKS, each, shape.head_dim)
     scale = 1 + 0.1 * torch.rand(FORKS, each, device=device)
-    return change, products, _normal(device, dtype, each, wide), scale
+    return change, products, 1 / scale, _normal(device, dtype, each, wide), scale
 
 
-def _ours_forked(ops: SmallOps, shape: Shape, change, products, base, scale) -> torch.Tensor:
+def _ours_forked(ops: SmallOps, shape: Shape, change, products, factor, base, scale) -> torch.Tensor:
     out = change.new_empty(change.shape[0] * change.shape[1], shape.intermediate)
-    ops.forked_gated(change, products, base, scale, None, None, None, "silu", out)
+    ops.forked_gated(change, products, factor, base, scale, None, None, None, "silu", out)
     return out
 
 
-def _module_forked(shape: Shape, change, products, base, scale) -> torch.Tensor:
+def _module_forked(shape: Shape, change, products, factor, base, scale) -> torch.Tensor:
+    change = change * factor[..., None].to(change.dtype)
     wide = torch.baddbmm(base.expand(len(change), -1, -1), change, products)
     return _module_gated(shape, (wide * scale[..., None].to(wide.dtype)).flatten(0, 1))
 
@@ -192,7 +193,7 @@ OPS = {
     ),
     "small-forked-gate-up": Op(
         LLAMA2_7B, lambda shape: shape.head_dim + shape.intermediate + 2 * shape.intermediate // FORKS, _forked_inputs,
-        _ours_forked, _module_forked, _no_liger,
+        _ours_forked, _module_forked, _no_liger, "baddbmm and activation",
     ),
 }  # fmt: skip
 
@@ -215,7 +216,7 @@ def _case(session: Session, case: str, op: Op) -> None:
     common = {"dtype": str(dtype).removeprefix("torch."), "tokens": session.chunk_tokens, "bytes": moved}
     paths: dict[str, Callable[[], Callable]] = {
         OURS: lambda: lambda *x: op.ours(ops, shape, *x),
-        "transformers": lambda: lambda *x: op.module(shape, *x),
+        op.peer: lambda: lambda *x: op.module(shape, *x),
         "the same, torch.compile": lambda: compiled(session, lambda *x: op.module(shape, *x)),
         "Liger-Kernel": lambda: op.liger(shape),
     }

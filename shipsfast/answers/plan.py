@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..engine.fused_layer import joins, loaded_bytes
+from ..engine.fused_layer import base_row_bytes, joins, loaded_bytes
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, make_plan
 from ..engine.subject import Subject
@@ -46,7 +46,8 @@ def make_generation_plan(subject: Subject, num_groups: int, execution: DecodingE
     """How many rows at a time. Raises InputError if not even one fits."""
     anatomy, dtype = subject.anatomy, subject.model.dtype
     capacity = max(map(len, subject.token_ids)) + subject.measurement.new_tokens
-    held = Held(subject.device, dtype, bytes=_loaded_bytes(subject))
+    by_token = base_row_bytes(anatomy.layers[0].module) if subject.fused else 0  # of the prefill
+    held = Held(subject.device, dtype, bytes=_loaded_bytes(subject), per_token_bytes=by_token)
 
     def plan(max_memory: int | None) -> Plan:
         limited = ScanExecution(max_memory=max_memory)

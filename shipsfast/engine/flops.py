@@ -6,7 +6,7 @@
 Attention counts the keys each token really sees. A multiplication with its addition is two FLOPs; norms, rotary
 embeddings and activations are not counted. In fused layers a row that forks does not pass the layer in full: it takes
 the base row's queries, keys and values, and what follows from the change of its own heads (fused_layer.py,
-forked_gate_up.py). That is counted as it is done.
+forked_rows.py). That is counted as it is done.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from ..models.anatomy import Anatomy
 from ..ops.prefix_tree import PackedPrompts
-from .forked_gate_up import pays
+from .forked_rows import pays
 from .memory_plan import even_slices
 
 

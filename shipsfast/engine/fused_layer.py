@@ -12,8 +12,8 @@ keys and values, and differ from it by one head's output through that head's sli
 
     y_i = o_proj(o_base) + W_o[:, heads i] (o_ablated - o_base)[heads i],   x_i = x_base + y_i
 
-so the base row itself comes out of the same step, and passes the MLP with them; their gate and up products follow from the
-base row's too (forked_gate_up.py). Qwen 3 normalises every head of
+so the base row itself comes out of the same step, and passes the MLP with them; their gate and up products follow from
+the base row's too (forked_rows.py). Qwen 3 normalises every head of
 q and k before its rotary embedding; Gemma 2 adds rms_norm(y) instead of y, after attention and after the MLP.
 On a CPU with MKL, the weights of a layer are packed once for its many chunks of equal size.
 
@@ -41,9 +41,8 @@ from ..ops import mixed_products
 from ..ops.extension import extension_status
 from ..ops.layer_ops import small_ops
 from ..ops.masks import LayerMask
-from ..ops.mixed_products import add_product_, sums_of_products
-from .forked_gate_up import ForkedGateUp, pays
-from .memory_plan import even_slices
+from ..ops.mixed_products import add_product_
+from .forked_rows import ForkedRows, pays
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Gemma2DecoderLayer)
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu"}
@@ -275,9 +274,9 @@ class FusedLayer:
         del q, k, v
         if nodes is not None:
             x = x.index_select(1, nodes)
-        self._add(self.out, x, out.flatten(2).flatten(0, 1), self.after_attention)
+        self.add(self.out, x, out.flatten(2).flatten(0, 1), self.after_attention)
         del out
-        self._mlp(x)
+        self.mlp(x)
         return x
 
     def forks(
@@ -302,60 +301,13 @@ class FusedLayer:
         """
         q, k, v = self._qkv(base, cos, sin, nodes)
         last = nodes is not None
-        o_base = attention(q, k, v, mask, last)
-        delta = (attention(q, k, v, every, last) - o_base)[0].transpose(0, 1)  # [H, T, D]
+        own, other = (attention(q, k, v, each, last) for each in (mask, every))
         del q, k, v
-        (projection,) = self.out.layers
-        weight = projection.weight.t().unflatten(0, (self.heads, -1))  # [H, D, hidden]
-        norm = self.after_attention
         start = base.index_select(1, nodes) if last else base
-        base_row, added = start.clone(), None  # row 0 as it enters the MLP, and what norm was applied to
-        if norm is None:
-            self.out.add_to(base_row.flatten(0, 1), o_base.flatten(2).flatten(0, 1))
-        else:
-            added = self.out(o_base.flatten(2).flatten(0, 1)).view_as(start)
-            self.ops.add_rms_norm_(base_row.flatten(0, 1), added.flatten(0, 1), norm)
-        # A copy of a few numbers that no earlier work waits for: one for all chunks.
-        index = torch.tensor(heads).to(base.device, non_blocking=True)  # [forks, heads of each]
-        gate_up = None
-        rank = len(heads[0]) * delta.shape[2]
-        tokens = start.shape[1]
-        if self.by_rank(tokens, rank, len(heads)):
-            gate_up = ForkedGateUp(self, base_row[0], None if added is None else added[0])
-
-        def forked(rows: slice, inner: torch.Tensor | None) -> None:
-            """Row 0 with the heads of these rows off, up to the MLP, to out[rows]; to inner what enters down_proj."""
-            chosen = index[rows]
-            change = delta[chosen].transpose(1, 2).flatten(2)  # [forks, T, heads of each * D]
-            each, y = weight[chosen].flatten(1, 2), None  # [forks, heads of each * D, hidden]
-            if norm is None:
-                sums_of_products(base_row.expand(len(chosen), -1, -1), change, each, out=out[rows])
-            else:
-                out[rows] = start
-                y = torch.baddbmm(added.expand(len(chosen), -1, -1), change, each)
-                self.ops.add_rms_norm_(out[rows].flatten(0, 1), y.flatten(0, 1), norm)
-            if inner is not None:
-                gate_up.forks(out[rows], y, change, each, inner)
-
-        # The base row joins the last chunk: alone it would be a small, slow product.
-        *chunks, final = even_slices(len(heads) + 1, most)
-        for rows in chunks:
-            inner = self._inner(tokens * (rows.stop - rows.start), delta) if gate_up else None
-            forked(rows, inner)
-            self._mlp(out[rows], inner)
-        final = slice(final.start, len(heads))
-        inner = self._inner(tokens * (final.stop - final.start + 1), delta) if gate_up else None
-        if final.start < final.stop:
-            forked(final, None if inner is None else inner[:-tokens])
-        if gate_up:
-            gate_up.base_row(inner[-tokens:])
-        joined = torch.cat([out[final], base_row])
-        self._mlp(joined, inner)
-        out[final] = joined[:-1]
-        return joined[-1:]
+        return ForkedRows(self, start, own, other, heads).write(out, most)
 
     def by_rank(self, tokens: int, rank: int, forks: int) -> bool:
-        """Whether rows that fork take their gate and up products from the base row's (forked_gate_up.py)."""
+        """Whether rows that fork take their gate and up products from the base row's (forked_rows.py)."""
         hidden = self.gate_up.layers[0].in_features
         second = self.after_attention is not None
         return pays(tokens, hidden, rank, forks, second_norm=second, dtype=self.dtype)
@@ -375,19 +327,15 @@ class FusedLayer:
         q, k = self.ops.rope(q, *at, self.q_norm), self.ops.rope(k, cos, sin, self.k_norm)
         return q, k, self.ops.values(v)
 
-    def _mlp(self, x: torch.Tensor, inner: torch.Tensor | None = None) -> None:
+    def mlp(self, x: torch.Tensor, inner: torch.Tensor | None = None) -> None:
         """x += mlp(norm(x)), in place. inner: what enters down_proj, where it is known."""
         if inner is None:
             gate_up = self.gate_up(self.ops.rms_norm(x.flatten(0, 1), self.before_mlp))
             inner = self.ops.gated(gate_up, self.activation)
             del gate_up  # before the next product makes its own
-        self._add(self.down, x, inner, self.after_mlp)
+        self.add(self.down, x, inner, self.after_mlp)
 
-    def _inner(self, rows: int, like: torch.Tensor) -> torch.Tensor:
-        """Room for act(gate) * up [rows, M]."""
-        return like.new_empty(rows, self.gate_up.width // 2)
-
-    def _add(self, product: Product, x: torch.Tensor, y: torch.Tensor, norm: torch.nn.Module | None) -> None:
+    def add(self, product: Product, x: torch.Tensor, y: torch.Tensor, norm: torch.nn.Module | None) -> None:
         """x += product(y), or norm(product(y)), in place."""
         if norm is None:
             product.add_to(x.flatten(0, 1), y)

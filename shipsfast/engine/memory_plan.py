@@ -161,9 +161,9 @@ def peak_bytes(parts: dict[str, int]) -> int:
 class Held:
     """In what a scan is held, and what its caller holds beside the blocks.
 
-    dtype: of the model; extra_rows: streams beside those of the block; per_row_bytes, bytes: kept of every row, and in all; coming_bytes: weights
-    of the model that are brought into memory while it runs; per_token_bytes: held of the base row's tokens beside a chunk; row_size: bytes per number of the residual streams, by default
-    those of the model's dtype.
+    dtype: of the model; extra_rows: streams beside those of the block; per_row_bytes, bytes: kept of every row, and in all;
+    coming_bytes: weights of the model that are brought into memory while it runs; per_token_bytes: held of the base row's tokens
+    beside a chunk; row_size: bytes per number of the residual streams, by default those of the model's dtype.
     """
 
     device: torch.device

@@ -39,6 +39,7 @@ class SmallOps(Protocol):
         self,
         change: torch.Tensor,
         products: torch.Tensor,
+        factor: torch.Tensor,
         base: torch.Tensor,
         scale: torch.Tensor,
         drift: torch.Tensor | None,
@@ -47,10 +48,10 @@ class SmallOps(Protocol):
         activation: str,
         out: torch.Tensor,
     ) -> None:
-        """The same of scale (change @ products + base + drift other) + bias, for n rows, to out [n * T, M].
+        """The same of scale (factor (change @ products) + base + drift other) + bias, for n rows, to out [n * T, M].
 
-        change [n, T, R]; products [n, R, 2 M]; base, other [T, 2 M]; scale, drift [n, T] in float32, or float64 of float64;
-        bias [2 M]. All are contiguous.
+        change [n, T, R]; products [n, R, 2 M]; base, other [T, 2 M]; factor, scale, drift [n, T] in float32, or float64 of
+        float64; bias [2 M]. All are contiguous.
         """
 
 
@@ -93,14 +94,14 @@ class CppOps:
         op(gate_up, out)
         return out
 
-    def forked_gated(self, change, products, base, scale, drift, other, bias, activation, out):
+    def forked_gated(self, change, products, factor, base, scale, drift, other, bias, activation, out):
         none, wide = base.new_empty(0), torch.empty_like(base)
         other, bias = (none if x is None else x for x in (other, bias))
         for i, part in enumerate(out.split(len(base))):  # what is of their width stays in the cache
             torch.mm(change[i], products[i], out=wide)
             moved = none if drift is None else drift[i]
             torch.ops.shipsfast.forked_gated(
-                wide, base, scale[i], moved, other, bias, activation == "gelu", part
+                wide, factor[i], base, scale[i], moved, other, bias, activation == "gelu", part
             )
 
 
@@ -131,8 +132,8 @@ class TritonOps:
     def gated(self, gate_up, activation, out=None):
         return self._kernels.gated(gate_up, activation, out)
 
-    def forked_gated(self, change, products, base, scale, drift, other, bias, activation, out):
-        self._forked_gated(change, products, base, scale, drift, other, bias, activation, out)
+    def forked_gated(self, change, products, factor, base, scale, drift, other, bias, activation, out):
+        self._forked_gated(change, products, factor, base, scale, drift, other, bias, activation, out)
 
 
 def numbers(norm: torch.nn.Module) -> tuple[torch.Tensor, float, float]:

@@ -172,6 +172,21 @@ def test_fused_forks_by_hand():
     assert scan_flops(costs, [packed], units, head=False) == first + last
 
 
+def test_no_attention_more_where_nothing_forks():
+    costs = gated_model_flops(
+        layers=2, hidden=32, heads=8, kv_heads=2, head_dim=4, intermediate=20, vocabulary=30, fused=True
+    )
+    own = replace(costs, layers=tuple(replace(layer, forks=None) for layer in costs.layers))
+    packed = pack([[1, 2, 3, 4], [1, 2, 5]])
+    assert scan_flops(costs, [packed], []) == scan_flops(own, [packed], [])
+    # A fork in the first layer alone: the second is passed by both rows as by any.
+    first = scan_flops(costs, [packed], [(0, 0)], head=False) - scan_flops(costs, [packed], [], head=False)
+    second = scan_flops(own, [packed], [(0, 0)], head=False) - scan_flops(own, [packed], [], head=False)
+    layer = own.layers[0]
+    whole = 5 * (layer.keys_values + layer.rest) + layer.per_key * 13
+    assert second - whole == first - (costs.layers[0].forks.flops(5, 1) + layer.per_key * 13)
+
+
 def test_a_rate_is_measured():
     assert gemm_flops_per_s([(64, 96), (96, 64)], 32, dtype=torch.float32, device="cpu", repeats=1) > 1e6
 

@@ -17,7 +17,7 @@ from transformers import (
 
 import shipsfast
 from shipsfast.engine import fused_layer
-from shipsfast.engine.forked_gate_up import pays
+from shipsfast.engine.forked_rows import pays
 from shipsfast.ops.subspaces import leading_subspace, subspace_angle_deg
 from tests.support.numerics import assert_close_abs
 
@@ -40,7 +40,7 @@ FUSED = FAMILIES | {
     "qwen2": Qwen2Config(**{name: x for name, x in _SIZES.items() if name != "head_dim"}),
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 9], [5, 6, 7, 20], [30]]
-# Enough tokens that rows which fork take gate and up by rank (engine/forked_gate_up.py).
+# Enough tokens that rows which fork take gate and up by rank (engine/forked_rows.py).
 LONG = [[5, 6, 7, 8, 9, 10, 11, 12, *range(20 + i, 40 + i)] for i in range(4)]
 GROUPS = [[], [(0, 1)], [(2, 0)], [(1, 2), (2, 3)]]
 # Scores of these models are around 0.1 nats.

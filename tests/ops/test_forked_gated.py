@@ -36,16 +36,18 @@ def inputs(n: int, tokens: int, rank: int, width: int, dtype: torch.dtype, *, dr
     change = draw(n, tokens, rank, dtype=dtype)
     products = draw(n, rank, 2 * width, dtype=dtype, scale=rank**-0.5, seed=1)
     base = draw(tokens, 2 * width, dtype=dtype, scale=2.0, seed=2)
+    factor = 1 + 0.3 * draw(n, tokens, dtype=torch.float64, seed=7)
     scale = 1 + 0.3 * draw(n, tokens, dtype=torch.float64, seed=3)
     drift = 0.2 * draw(n, tokens, dtype=torch.float64, seed=4) if drifts else None
     other = draw(tokens, 2 * width, dtype=dtype, seed=5) if drifts else None
     bias = draw(2 * width, dtype=dtype, seed=6) if biased else None
-    return change, products, base, scale.to(wide), None if drift is None else drift.to(wide), other, bias
+    factor, scale, drift = (x if x is None else x.to(wide) for x in (factor, scale, drift))
+    return change, products, factor, base, scale, drift, other, bias
 
 
-def gate_up(change, products, base, scale, drift, other, bias, dtype: torch.dtype) -> torch.Tensor:
+def gate_up(change, products, factor, base, scale, drift, other, bias, dtype: torch.dtype) -> torch.Tensor:
     """By its definition, computed in a dtype: [n * T, 2 M]."""
-    z = change.to(dtype) @ products.to(dtype) + base.to(dtype)
+    z = factor.to(dtype)[..., None] * (change.to(dtype) @ products.to(dtype)) + base.to(dtype)
     if drift is not None:
         z = z + drift.to(dtype)[..., None] * other.to(dtype)
     z = z * scale.to(dtype)[..., None]
@@ -84,14 +86,14 @@ def test_forked_gated(sizes, drifts, biased, backend, dtype):
 @pytest.mark.parametrize(("backend", "dtype"), WAYS)
 def test_a_row_without_change_is_the_base_row(backend, dtype):
     """To the bit, so that a head that does nothing scores nothing."""
-    change, products, base, scale, *_ = inputs(3, 20, 8, 34, dtype, drifts=False, biased=False)
-    given = [torch.zeros_like(change), products, base, torch.ones_like(scale), None, None, None]
+    change, products, factor, base, *_ = inputs(3, 20, 8, 34, dtype, drifts=False, biased=False)
+    given = [torch.zeros_like(change), products, factor, base, torch.ones_like(factor), None, None, None]
     given = [x if x is None or backend == "triton" else x.cpu() for x in given]
     ops = small_ops(backend)
     out = given[0].new_full((60, 34), torch.nan)
     ops.forked_gated(*given, "silu", out)
     for part in out.split(20):
-        assert torch.equal(part, ops.gated(given[2], "silu"))
+        assert torch.equal(part, ops.gated(given[3], "silu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -116,14 +118,14 @@ if TEST_GPU:
     "changed",
     [
         dict(change=torch.zeros(2, 5)), dict(products=torch.zeros(2, 3, 12)), dict(base=torch.zeros(4, 12)),
-        dict(scale=torch.ones(2, 5).double()), dict(drift=torch.ones(2, 5)), dict(other=torch.zeros(5, 12)),
+        dict(factor=torch.ones(10)), dict(scale=torch.ones(2, 5).double()), dict(drift=torch.ones(2, 5)), dict(other=torch.zeros(5, 12)),
         dict(bias=torch.zeros(6)), dict(activation="relu"), dict(out=torch.zeros(10, 5)),
         dict(base=torch.zeros(12, 5).t()), dict(base=torch.zeros(5, 12).half()), dict(out=torch.zeros(10, 6).half()),
     ],
     ids=lambda x: next(iter(x)),
 )  # fmt: skip
 def test_bad_arguments_are_refused(changed):
-    names = ("change", "products", "base", "scale", "drift", "other", "bias")
+    names = ("change", "products", "factor", "base", "scale", "drift", "other", "bias")
     given = dict(zip(names, inputs(2, 5, 8, 6, torch.float32, drifts=False, biased=False), strict=True))
     given |= dict(activation="silu", out=torch.zeros(10, 6, device=DEVICE))
     kernel.forked_gated(**given)
@@ -133,19 +135,13 @@ def test_bad_arguments_are_refused(changed):
 
 
 @cpp_only
-@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("place", range(8))
 def test_the_operation_refuses_other_shapes(place):
-    given = [
-        torch.zeros(5, 12),
-        torch.zeros(5, 12),
-        torch.ones(5),
-        torch.ones(5),
-        torch.zeros(5, 12),
-        torch.zeros(12),
-    ]
+    wide, rows = torch.zeros(5, 12), torch.ones(5)
+    given = [wide.clone(), rows, wide, rows, rows, wide, torch.zeros(12)]
     out = torch.zeros(5, 6)
     torch.ops.shipsfast.forked_gated(*given, False, out)
-    if place == 6:
+    if place == 7:
         out = torch.zeros(5, 7)
     else:
         given[place] = torch.zeros(*given[place].shape[:-1], 11)

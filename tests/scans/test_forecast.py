@@ -12,7 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
+import shipsfast.scans.forecast as forecast_module
 from shipsfast.demo.run import MODEL, PROMPTS
+from shipsfast.engine import fused_layer
 from shipsfast.engine.flops import model_flops, scan_flops
 from shipsfast.engine.measurement import ScanExecution
 from shipsfast.models.anatomy import inspect_model
@@ -51,6 +53,28 @@ def test_without_weights_the_plan_is_the_scans(family):
     assert found.plan.to_json() == result.record["plan"]
     assert found.memory["model"] == sum(p.numel() * 4 for p in model.parameters())
     assert found.memory["rows"] < found.total_bytes - found.memory["model"] <= found.plan.predicted_bytes
+
+
+@pytest.mark.parametrize("unit", ["head", "kv_group"])
+@pytest.mark.parametrize("layers", ["fused", "model"])
+def test_flops_and_memory_are_those_of_the_way_through_the_layers(layers, unit):
+    """By every part that is known of both: what fused layers hold of the base row, and how their rows fork."""
+    model = build("llama-gqa", torch.float32)
+    ids, heads = [[5, 6, *range(7 + i, 20 + i)] for i in range(4)], 2 if unit == "kv_group" else 1
+    measurement = ShipsMeasurement(prompts=ids, unit=unit)
+    found = forecast(model, None, measurement, ScanExecution(layers=layers), Elsewhere(device="cpu"))
+    anatomy = inspect_model(model, ids[0], 15)
+    fused = layers == "fused"
+    costs = model_flops(model, anatomy, fused=fused, unit_heads=heads)
+    packs, checks = [pack(ids)], [pack(ids[:1])]
+    expected = scan_flops(costs, packs, measurement.units(anatomy)) + forecast_module.CHECK_ROWS * scan_flops(
+        costs, checks, []
+    )
+    assert found.flops == expected
+    kept = fused_layer.loaded_bytes(model.model.layers[0], torch.device("cpu")) * fused
+    kept += packs[0].num_tokens * fused_layer.base_row_bytes(model.model.layers[0]) * fused
+    assert found.memory["kept"] == kept
+    assert found.total_bytes - found.memory["model"] <= found.plan.predicted_bytes
 
 
 @pytest.mark.parametrize("case", ["cpu-large-templates", "smoke"])

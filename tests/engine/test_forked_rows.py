@@ -1,5 +1,8 @@
 """Gate and up of rows that fork, by rank, against the layers' own forward."""
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import shipsfast
-from shipsfast.engine import forked_gate_up, fused_layer
+from shipsfast.engine import forked_rows, fused_layer
 from shipsfast.engine.measurement import ScanExecution
 from shipsfast.ops.extension import extension_status
 from shipsfast.ops.prefix_tree import pack
@@ -47,7 +50,7 @@ def taken(monkeypatch) -> list[bool]:
     """What was decided at each layer in which rows forked."""
     found = []
     monkeypatch.setattr(
-        fused_layer, "pays", lambda *a, **k: found.append(forked_gate_up.pays(*a, **k)) or found[-1]
+        fused_layer, "pays", lambda *a, **k: found.append(forked_rows.pays(*a, **k)) or found[-1]
     )
     return found
 
@@ -67,7 +70,7 @@ def in_float64(monkeypatch) -> list[bool]:
     found = []
 
     def pays(*args, dtype, **how):
-        found.append(forked_gate_up.pays(*args, dtype=torch.float32, **how))
+        found.append(forked_rows.pays(*args, dtype=torch.float32, **how))
         return found[-1]
 
     monkeypatch.setattr(fused_layer, "pays", pays)
@@ -150,10 +153,51 @@ def test_rows_that_do_not_show_are_bit_equal(taken):
     assert (kl[:, :, 1] == 0).all() and (kl[:, :, [0, 2, 3]] > 0).all()
 
 
+@pytest.mark.parametrize("prompts", [LONG, [LONG[0][:7]]], ids=["by rank", "not by rank"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2-softcap-window", "biases"])
+def test_a_head_that_makes_most_of_the_stream_is_computed_in_full(family, prompts, taken, monkeypatch):
+    """Without it, what was rounded of both terms is scaled up: its scores would be off by a hundred times the bound."""
+    full, ours = [], forked_rows.ForkedRows._in_full
+    monkeypatch.setattr(forked_rows.ForkedRows, "_in_full", lambda *a: full.append(len(a[2])) or ours(*a))
+    model = model_of(family)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[:, 8:16] *= 300
+    model = model.float()
+    how = dict(ablation="zero", progress=False)
+    exact = shipsfast.scan(copy.deepcopy(model).double(), prompts, layers="model", **how).kl
+    for options in (dict(chunk_tokens=pack(prompts).num_tokens), {}):
+        full.clear()
+        found = shipsfast.scan(model, prompts, layers="fused", **how, **options)
+        assert 0 < sum(full) < LAYERS * HEADS
+        assert_close_abs(found.kl, exact, kl_bound(model, prompts, exact))
+    assert any(taken) == (prompts is LONG)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2-softcap-window", "biases"])
+def test_the_last_layer_where_many_ends_are_read(family, in_float64):
+    model = model_of(family)
+    prompts = [[5, 9, 17, 20 + i] for i in range(24)]
+    expected = hidden_states(model, prompts, "model")
+    found = hidden_states(model, prompts, "fused")
+    assert in_float64 == [True, True, True]
+    assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+
+
+def test_an_extension_of_an_older_version_is_told(monkeypatch):
+    """One that has all but the newest operation."""
+    known = {name: getattr(torch.ops.shipsfast, name) for name in ("gelu_mul", "tree_attention", "kl_rows")}
+    monkeypatch.setattr(fused_layer.torch, "ops", SimpleNamespace(shipsfast=SimpleNamespace(**known)))
+    model = build("llama-gqa").float()
+    layers = list(model.model.layers)
+    assert "older version" in fused_layer.why_not(layers, torch.float32, torch.device("cpu"), "cpp")
+
+
 def test_when_it_pays():
     how = dict(second_norm=False, dtype=torch.bfloat16)
-    assert forked_gate_up.pays(1777, 4096, 128, 32, **how)
-    assert not forked_gate_up.pays(100, 4096, 128, 32, **how)  # M takes more than it saves
-    assert not forked_gate_up.pays(1777, 4096, 128, 1, second_norm=True, dtype=torch.bfloat16)
-    assert forked_gate_up.pays(1777, 3584, 256, 2, second_norm=True, dtype=torch.bfloat16)
-    assert not forked_gate_up.pays(1777, 4096, 128, 32, second_norm=False, dtype=torch.float64)
+    # 128 more rows of M: 130 tokens would be 126 without what their own products cost.
+    assert not forked_rows.pays(130, 4096, 128, 32, **how) and forked_rows.pays(133, 4096, 128, 32, **how)
+    assert forked_rows.pays(1777, 4096, 128, 32, **how)
+    assert not forked_rows.pays(100, 4096, 128, 32, **how)  # M takes more than it saves
+    assert not forked_rows.pays(1777, 4096, 128, 1, second_norm=True, dtype=torch.bfloat16)
+    assert forked_rows.pays(1777, 3584, 256, 2, second_norm=True, dtype=torch.bfloat16)
+    assert not forked_rows.pays(1777, 4096, 128, 32, second_norm=False, dtype=torch.float64)
