@@ -71,8 +71,8 @@ REPLACEMENT = (
 @dataclass(frozen=True)
 class Case:
     """One compiled version. `kind`: of tree; `groups`: query heads to a key/value head; `features`: softcap and window
-    (and query_index in tree_attention), none of them or all; `replace`: with replacement vectors; `full`: with fully
-    visible blocks, in tree_attention; `sink`: with attention sinks, which no case of the table has."""
+    (and query_index in tree_attention), none of them or all; `replace`: with replacement vectors; `sink`: with attention
+    sinks, which no case of the table has."""
 
     kernel: str
     config: str
@@ -83,7 +83,6 @@ class Case:
     groups: int
     features: bool
     replace: bool
-    full: bool = False
     sink: bool = False
 
     @property
@@ -94,7 +93,7 @@ class Case:
 
     @property
     def version(self) -> str:
-        return ("all" if self.features else "plain") + "+replace" * self.replace + "+full" * self.full
+        return ("all" if self.features else "plain") + "+replace" * self.replace
 
     @property
     def entry(self) -> int:
@@ -117,7 +116,7 @@ def cases() -> list[Case]:
     from shipsfast.kernels.launch_config import load_configs
 
     return [
-        Case(kernel, config, sm, kind, dtype, head_dim, groups, features, replace, full)
+        Case(kernel, config, sm, kind, dtype, head_dim, groups, features, replace)
         for kernel in KERNELS
         for config, targets in TARGETS.items()
         for sm in targets
@@ -126,20 +125,17 @@ def cases() -> list[Case]:
         for head_dim, groups, every_version in shapes(
             kernel, list(sizes), dtype != "float16" and config != "default"
         )
-        for features, replace, full in versions(kind, dtype, config, every_version)
+        for features, replace in versions(dtype, config, every_version)
     ]
 
 
-def versions(kind: str, dtype: str, config: str, every: bool) -> list[tuple[bool, bool, bool]]:
-    """(features, replace, full). Trees of leaves have hardly ever a fully visible block, others nearly always do."""
-    full = kind == "template"
+def versions(dtype: str, config: str, every: bool) -> list[tuple[bool, bool]]:
+    """(features, replace)"""
     if not every or dtype == "float16":
-        return [(False, False, full)]
-    largest = (True, True, full)
+        return [(False, False)]
     if config == "default":
-        return [(False, False, full), largest]
-    found = [(features, replace, full) for replace in (False, True) for features in (False, True)]
-    return [*found, (True, True, True)] if kind == "leaves" else found
+        return [(False, False), (True, True)]
+    return [(features, replace) for replace in (False, True) for features in (False, True)]
 
 
 def shapes(kernel: str, sizes: list[int], own_chip: bool) -> list[tuple[int, int, bool]]:
@@ -185,7 +181,7 @@ def compile_case(case: Case, config=None) -> dict[str, int]:
     if case.kernel == "decode_attention":
         constants["BLOCK_M"] = min(config.block_m, triton.next_power_of_2(case.groups))
     else:
-        constants |= {"HAS_QUERY_INDEX": case.features, "HAS_FULL": case.full}
+        constants |= {"HAS_QUERY_INDEX": case.features, "UNMASKED_LOOP": config.unmasked_loop}
         if not case.features:
             constants["query_index_ptr"] = None
     if not case.sink:

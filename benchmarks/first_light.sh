@@ -86,7 +86,7 @@ gpu=("$python" -m benchmarks gpu --quick --results "$dir" --budget-s @LIMIT@)
 
 first() {
   stage "build and tests" 178 $MEASURE_S "${gpu[@]}" --case build --case tests
-  local sweep=(--kernel tree_attention --dtype bfloat16 --head-dim 128 --budget-s 12)
+  local sweep=(--kernel tree_attention --dtype bfloat16 --head-dim 128 --tree leaves --budget-s 12)
   [ -z "$smoke" ] || sweep=(--dry-run --kernel decode_attention --dtype bfloat16 --head-dim 64 --limit 1 --jobs 1)
   stage tune 50 $MEASURE_S bash -c '"${@:2}" >"$1" 2>&1' tune "$dir/tune.txt" "$python" -m benchmarks.tune "${sweep[@]}"
   [ ! -f "$dir/tune.txt" ] || tail -n 3 "$dir/tune.txt"

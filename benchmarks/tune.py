@@ -99,7 +99,8 @@ def candidates(task: Task) -> list:
     grid = GRID[task.kernel][task.kind]["float32" if task.dtype == "float32" else "half"]
     found = [in_use(task, sm) for sm in CHIPS]
     found += [
-        LaunchConfig(**dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())
+        LaunchConfig(**dict(zip(grid, values, strict=True)), unmasked_loop=task.kind != "leaves")
+        for values in itertools.product(*grid.values())
     ]
     return list(dict.fromkeys(found))
 
@@ -110,9 +111,8 @@ def compiled(task: Task, config, sm: int) -> dict:
     worst = {"registers": 0, "local_bytes": 0, "shared_bytes": 0}
     try:
         for every in (False, True):
-            full = task.kind == "template"
             case = aot.Case(
-                task.kernel, f"sm_{sm}", sm, task.kind, task.dtype, task.head_dim, 4, every, every, full
+                task.kernel, f"sm_{sm}", sm, task.kind, task.dtype, task.head_dim, 4, every, every
             )
             use = aot.compile_case(case, config)
             worst = {name: max(value, use[name]) for name, value in worst.items()}
@@ -145,7 +145,7 @@ def survivors(chosen: list[Task], chips: tuple[int, ...], limit: int | None, job
     else:
         # spawn: a forked child would inherit Triton's compiler state
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            costs = list(pool.map(_compiled, todo, chunksize=4))
+            costs = list(pool.map(_compiled, todo))
     return [
         {"task": task, "sm": sm, "config": config, "wasted_products": wasted(task, config), **cost}
         for (task, config, sm), cost in zip(todo, costs, strict=True)
@@ -285,7 +285,11 @@ def shown(config) -> dict:
     from shipsfast.kernels.launch_config import LaunchConfig
 
     defaults = asdict(LaunchConfig(0, 0, 0, 0))
-    return {name: value for name, value in asdict(config).items() if value != defaults[name]}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if value != defaults[name] and name != "unmasked_loop"  # which the kind says
+    }
 
 
 def write(best: list[dict], folder: Path) -> Path:

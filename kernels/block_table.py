@@ -34,7 +34,6 @@ class BlockTable:
     full_end: torch.Tensor
     col: torch.Tensor
     made_for: tuple  # block_m, block_n, queries, keys, window
-    has_full: bool  # whether any pair is fully visible
 
     @property
     def num_query_blocks(self) -> int:
@@ -79,7 +78,6 @@ def block_table(
         full_end=to_device(full_end),
         col=to_device(col[order]),
         made_for=(block_m, block_n, num_queries, num_keys, window),
-        has_full=bool((full_end > row_ptr[:-1]).any()),
     )
 
 

@@ -24,7 +24,9 @@ ANY_KIND = "any"
 class LaunchConfig:
     """block_m queries and block_n keys to a tile; input_precision is for float32 inputs alone:
     "ieee" (exact, no tensor cores), "tf32x3" (nearly exact) or "tf32" (10 bits of mantissa). max_registers a
-    thread: with a limit, the compiler uses what it allows; without one, it may spill a few to fit in more blocks."""
+    thread: with a limit, the compiler uses what it allows; without one, it may spill a few to fit in more blocks.
+    unmasked_loop: fully visible blocks have a loop of their own, without a mask; not in a file, as its kind says it: trees of
+    `leaves` have hardly ever such a block."""
 
     block_m: int
     block_n: int
@@ -32,6 +34,7 @@ class LaunchConfig:
     num_stages: int
     input_precision: str = "ieee"
     max_registers: int | None = None
+    unmasked_loop: bool = True
 
 
 def launch_config(
@@ -74,13 +77,16 @@ def load_configs(name: str) -> dict[str, dict[str, dict[str, dict[int, LaunchCon
     raw = json.loads((CONFIG_DIR / f"{name}.json").read_text())
     return {
         kernel: {
-            kind: {dtype: _by_size(sizes) for dtype, sizes in dtypes.items()}
+            kind: {dtype: _by_size(sizes, kind != "leaves") for dtype, sizes in dtypes.items()}
             for kind, dtypes in kinds.items()
         }
         for kernel, kinds in raw.items()
     }
 
 
-def _by_size(sizes: dict[str, dict]) -> dict[int, LaunchConfig]:
+def _by_size(sizes: dict[str, dict], unmasked_loop: bool) -> dict[int, LaunchConfig]:
     parameters = lambda entry: {name: value for name, value in entry.items() if name != "built"}
-    return {int(size): LaunchConfig(**parameters(sizes[size])) for size in sorted(sizes, key=int)}
+    return {
+        int(size): LaunchConfig(**parameters(sizes[size]), unmasked_loop=unmasked_loop)
+        for size in sorted(sizes, key=int)
+    }

@@ -105,7 +105,7 @@ def _tree_attention_kernel(
     HAS_QUERY_INDEX: tl.constexpr,
     HAS_REPLACE: tl.constexpr,
     HAS_SINK: tl.constexpr,
-    HAS_FULL: tl.constexpr,  # some query block sees all of some key block
+    UNMASKED_LOOP: tl.constexpr,  # for key blocks that a query block sees all of
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -168,13 +168,13 @@ def _tree_attention_kernel(
     row_stop = tl.load(row_ptr_ptr + block_m + 1)
     # A head that is switched off, or whose output is replaced, reads no keys at all.
     row_stop = tl.where(reads_keys, row_stop, row_start)
-    if HAS_FULL:
+    if UNMASKED_LOOP:
         full_end = tl.load(full_end_ptr + block_m)
         full_end = tl.where(reads_keys, full_end, row_start)
     else:
         full_end = row_start
 
-    for MASKED in tl.static_range(0 if HAS_FULL else 1, 2):
+    for MASKED in tl.static_range(0 if UNMASKED_LOOP else 1, 2):
         if MASKED:
             start, stop = full_end, row_stop
         else:
@@ -346,7 +346,7 @@ def tree_attention(
             GROUPS=heads // kv_heads,
             BLOCK_M=config.block_m,
             HAS_QUERY_INDEX=query_index is not None,
-            HAS_FULL=block_table.has_full,
+            UNMASKED_LOOP=config.unmasked_loop,
             **options(q, config, softcap, window, replace, sink),
         )
     return out

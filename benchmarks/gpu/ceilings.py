@@ -10,10 +10,10 @@ from .shapes import LLAMA2_7B
 
 CASE = "ceilings"
 PRECISIONS = {
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-    "tf32": (torch.float32, "high"),
-    "fp32": (torch.float32, "highest"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
 }
 COPY_BYTES = 4 << 30
 
@@ -22,13 +22,13 @@ def ceilings(session: Session) -> None:
     shape = session.shape(LLAMA2_7B)
     for name, (dtype, precision) in PRECISIONS.items():
         with session.guarded(CASE, f"gemm {name}"):
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision(precision)
+            matmul = torch.backends.cuda.matmul
+            before, matmul.fp32_precision = matmul.fp32_precision, precision
             try:
                 whole = dtype == session.dtype or not session.quick
                 rate = session.gemm_rate(shape, dtype, seconds=SUSTAINED_S if whole else SUSTAINED_SHORT_S)
             finally:
-                torch.set_float32_matmul_precision(before)
+                matmul.fp32_precision = before
             session.ceilings[name] = rate.burst
             session.write(
                 CASE,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from shipsfast.engine import flops
 from shipsfast.engine.memory_plan import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
+from shipsfast.models.ambient import set_aside
 
 from ..provenance import provenance
 from . import rows as words
@@ -119,23 +120,26 @@ class Session:
         *,
         seconds: float = SUSTAINED_S,
     ) -> GemmRate:
-        """At a scan's own products, by default at its chunk: measured once, and kept."""
+        """At a scan's own products, by default at its chunk: measured once, and kept. In half precision with partial sums in
+        float32, as in a scan; float32 as it is set."""
         products, tokens, dtype = shape.costs().products, tokens or self.chunk_tokens, dtype or self.dtype
-        key = (products, dtype, tokens, torch.get_float32_matmul_precision())
+        key = (products, dtype, tokens, torch.backends.cuda.matmul.fp32_precision)
         if key not in self._rates:
             how = dict(dtype=dtype, device=self.device)
-            burst = flops.gemm_flops_per_s(products, tokens, repeats=2 if self.smoke else 4, **how)
-            self._rates[key] = GemmRate(
-                burst, flops.gemm_flops_per_s(products, tokens, seconds=self.sustained_s(seconds), **how)
-            )
+            with set_aside() if dtype.itemsize < 4 else contextlib.nullcontext():
+                burst = flops.gemm_flops_per_s(products, tokens, repeats=2 if self.smoke else 4, **how)
+                self._rates[key] = GemmRate(
+                    burst, flops.gemm_flops_per_s(products, tokens, seconds=self.sustained_s(seconds), **how)
+                )
         return self._rates[key]
 
     def gemm_rate_around(self, shape: Shape, before: GemmRate) -> GemmRate:
         """The same with the sustained rate measured again, right after a scan, and the mean of both."""
-        again = flops.gemm_flops_per_s(
-            shape.costs().products, self.chunk_tokens, dtype=self.dtype, device=self.device,
-            seconds=self.sustained_s(SUSTAINED_SHORT_S if self.quick else SUSTAINED_S),
-        )  # fmt: skip
+        with set_aside():
+            again = flops.gemm_flops_per_s(
+                shape.costs().products, self.chunk_tokens, dtype=self.dtype, device=self.device,
+                seconds=self.sustained_s(SUSTAINED_SHORT_S if self.quick else SUSTAINED_S),
+            )  # fmt: skip
         return GemmRate(before.burst, (before.sustained + again) / 2)
 
     def sustained_s(self, seconds: float) -> float:

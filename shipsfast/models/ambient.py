@@ -56,8 +56,10 @@ def set_aside() -> Iterator[None]:
         with _changing:
             _calls.discard(me)
             if not _calls:
-                _undo.close()
-                _before.clear()
+                try:
+                    _undo.close()
+                finally:  # or no later call would set anything aside
+                    _before.clear()
 
 
 def _pin() -> None:

@@ -445,22 +445,17 @@ def test_a_call_by_itself_chooses_as_a_scan_does():
         assert torch.equal(alone, tree_attention(tree, q, q, q, LayerMask(ones, ones), plan, scaling=0.25))
 
 
-def test_the_loop_without_a_mask_is_left_out_where_it_would_find_nothing():
-    """A tree of leaves has no fully visible block; with the loop compiled all the same, the bits are the same."""
-    packed = packed_as("leaves")
-    inputs = make_inputs(Case(B=1, tree="forest"))
+@pytest.mark.parametrize("tree", ["forest", "single"])
+def test_the_loop_without_a_mask_may_be_left_out(tree):
+    """As for trees of leaves. Blocks that are fully visible are then masked like the others: the bits are the same."""
+    assert not launch_config("tree_attention", torch.float32, 64, "cpu", "leaves").unmasked_loop
+    assert launch_config("tree_attention", torch.float32, 64, "cpu", "template").unmasked_loop
+    inputs = make_inputs(Case(B=1, tree=tree))
     config = LaunchConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
-    made = lambda position, subtree_end: block_table(
-        position, subtree_end, block_m=16, block_n=16, device=DEVICE
-    )
-    assert not made(packed.position, packed.subtree_end).has_full
-    assert made(np.arange(64), np.full(64, 64)).has_full
-    table = made(*inputs.args[5:])
-    assert not table.has_full
-    without = inputs.run(config=config, block_table=table)
-    assert torch.equal(
-        without, inputs.run(config=config, block_table=dataclasses.replace(table, has_full=True))
-    )
+    table = block_table(*inputs.args[5:], block_m=16, block_n=16, device=DEVICE)
+    assert bool((table.full_end > table.row_ptr[:-1]).any()) == (tree == "single")
+    without = inputs.run(config=dataclasses.replace(config, unmasked_loop=False), block_table=table)
+    assert torch.equal(without, inputs.run(config=config, block_table=table))
 
 
 def test_an_unknown_kind_is_told():
