@@ -211,11 +211,13 @@ def test_kl_of_a_few_changed_tokens(share, host_kl):
         assert_close_abs(result, expected, KL_RTOL * expected + KL_FLOOR)
 
 
-def test_kl_of_tokens_that_move_together(host_kl):
-    """The likeliest tokens by the same, and the others hardly: what is common to a part cancels, and with it float32's digits. Such
-    a part is computed in float64."""
-    base, ablated = perturbed(8192, torch.float32, (1e-4,) * 4)
-    likeliest = base.topk(8).indices
+@pytest.mark.parametrize("spread", [1e-4, 0.01, 0.1])
+@pytest.mark.parametrize("count", [8, 16])
+def test_kl_of_the_likeliest_tokens_that_move(count, spread, host_kl):
+    """In a flat row: the center is theirs, all others are far from it and cancel, and float32's digits with them. Such a part is
+    computed in float64."""
+    base, ablated = perturbed(8192, torch.float32, (1e-4,) * 4, spread=spread)
+    likeliest = base.topk(count).indices
     ablated[:, likeliest] = base[likeliest] - torch.tensor([0.1, 0.3, 0.6, 1.2])[:, None]
     result, _ = host_kl(base, ablated)
     _, expected = cpu_kl(base, ablated)
