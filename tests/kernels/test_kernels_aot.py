@@ -157,15 +157,6 @@ def test_the_worst_is_taken():
     }  # fmt: skip
 
 
-def test_without_fully_visible_blocks_there_is_one_loop_less(compiled):
-    _, table = compiled
-    both = [key for key in table if f"{key}+full" in table]
-    assert {CASES[key].kind for key in both} == {"leaves"} and len(both) == 12
-    assert not [
-        key for key in both if table[key]["instructions"] >= 0.9 * table[f"{key}+full"]["instructions"]
-    ]
-
-
 def test_every_small_operation_was_compiled_for_both_chips(small_ops):
     assert list(small_ops) == [case.id for case in aot_small_ops.cases()]
     assert {(case.op, case.dtype, case.sm) for case in aot_small_ops.cases()} == {
