@@ -2,10 +2,11 @@
 
     z = scale[n, t] * (factor[n, t] * (change[n, t] @ products[n]) + base[t] + drift[n, t] * other[t]) + bias
 
-and out = act(gate) * up, with gate and up side by side in z. What it is of a model is said in shipsfast/engine/forked_rows.py. One program makes
-BLOCK_T tokens of one row and BLOCK_M columns of `out`, from as many of gate and of up. Programs of all rows at one place
-follow each other, as they share the tile of `base`, which then comes from L2; then those of all tokens, as they share
-columns of `products`. Sums are in float32, and rounded where a product and then the gated activation would round.
+and out = act(gate) * up, with gate and up side by side in z. What it is of a model is said in
+shipsfast/engine/forked_rows.py. One program makes BLOCK_T tokens of one row and BLOCK_M columns of `out`, from as many of
+gate and of up. Programs of all rows at one place follow each other, as they share the tile of `base`, which then comes
+from L2; then those of all tokens, as they share columns of `products`. Sums are in float32, and rounded where a product
+and then the gated activation would round.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ Layout: q [B, H, TQ, D], k and v [B, HKV, T, D] with any strides but a contiguou
 share q, k and v come with a batch dimension of 1), output [B, TQ, H, D] contiguous. One program computes
 BLOCK_M queries of one head of one row, with a running maximum and sum over key blocks in float32. Which
 blocks it reads comes from a block table (block_table.py): first those that every query of the block sees,
-without a mask, then those that need one; where the table has none of the first, their loop is not compiled.
-Blocks that nobody sees are never loaded, and nothing of size
-T x T, no repeated key/value head and no copy of the inputs is ever materialised.
+without a mask, then those that need one; for trees that have hardly any of the first, all are masked and the loop
+without a mask is not compiled (`unmasked_loop`). Blocks that nobody sees are never loaded, and nothing of size T x T,
+no repeated key/value head and no copy of the inputs is ever materialised.
 
 The mask vectors only multiply, so a head whose two factors are 1 gives the very bits of an unmasked call.
 Flags per batch row and head, replace[b, h], put other vectors in the place of the head's own: queries

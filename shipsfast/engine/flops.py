@@ -124,11 +124,11 @@ def gated_model_flops(
     windows: Sequence[int | None] | None = None,
     fused: bool = False,
     second_norm: bool = False,
-    dtype: torch.dtype = torch.float32,
 ) -> ModelFlops:
     """The same from a shape: separate q, k, v and o projections, an MLP of gate, up and down.
 
-    fused, and if so second_norm and dtype: as in `model_flops` and `FusedForks`, for one head switched off at a time.
+    fused, and if so second_norm: as in `model_flops` and `FusedForks`, for one head switched off at a time in a model that is
+    not in float64.
     """
     q, kv = heads * head_dim, kv_heads * head_dim
     products = (
@@ -138,7 +138,7 @@ def gated_model_flops(
     total, keys_values = 2 * sum(a * b for a, b in products), 4 * hidden * kv
     forks = None
     if fused:
-        forks = FusedForks(hidden, head_dim, 2 * intermediate, intermediate, second_norm, dtype)
+        forks = FusedForks(hidden, head_dim, 2 * intermediate, intermediate, second_norm, torch.float32)
     each = [
         LayerFlops(keys_values, total - keys_values, 4 * q, window, forks)
         for window in windows or [None] * layers
