@@ -108,19 +108,17 @@ FP32_RESIDUAL = "fused_fp32_residual"
 
 
 @pytest.mark.parametrize("layers", ["fused", FP32_RESIDUAL])
-@pytest.mark.parametrize("prompts", [LONG, PROMPTS], ids=["by rank", "not by rank"])
-def test_a_head_that_makes_most_of_the_stream(prompts, layers):
-    """As good as by the layers' own forward. What was rounded before must not be scaled up: by rank it would be off by five
-    times as much."""
+def test_a_head_that_makes_most_of_the_stream(layers):
+    """As good as by the layers' own forward. By its difference to the base row it would be off by 5 to 14 times as much."""
     model = build("llama-gqa")
     with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj.weight[:, 8:16] *= 10
+        model.model.layers[0].self_attn.o_proj.weight[:, 8:16] *= 30
     model = model.half()
     how = dict(heads=[(0, 0), (0, 1)], ablation="zero")
-    exact = shipsfast.scan(copy.deepcopy(model).double(), prompts, **how, **OWN).kl[:, 0, :2]
-    own = shipsfast.scan(model, prompts, **how, **OWN).kl[:, 0, :2]
-    found = shipsfast.scan(model, prompts, **how, **TRITON | {"layers": layers}).kl[:, 0, :2]
-    assert_close_abs(found, exact, 2 * np.abs(own - exact).max() + 1e-3)
+    exact = shipsfast.scan(copy.deepcopy(model).double(), LONG, **how, **OWN).kl[:, 0, :2]
+    own = shipsfast.scan(model, LONG, **how, **OWN).kl[:, 0, :2]
+    found = shipsfast.scan(model, LONG, **how, **TRITON | {"layers": layers}).kl[:, 0, :2]
+    assert_close_abs(found, exact, 2 * np.abs(own - exact).max())
 
 
 SOME = [(0, 1), (1, 0), (1, 3), (2, 2)]  # heads of three layers of four
