@@ -16,7 +16,8 @@ from .fields import check_fields, flag, list_of, need, number, scanned_head, tex
 from .fields import count as whole
 from .part_file import ANSWER, COLUMNS
 
-LABELS = ("complied", "refusal", "degenerate")
+# Of an answer. The first is what counts as success; unfinished: the limit of tokens came before an answer did.
+LABELS = ("complied", "refusal", "degenerate", "incoherent", "unfinished")
 SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS = "scores", "grams", "completions", "control", "basis"
 COUNTED = (SCORES, COMPLETIONS)  # the rooms whose rows a person counts
 RANGE_DEG = 1e-6  # by how much rounding may carry an angle out of its range
