@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: make demo, make test. Python 3.11 or 3.12 and a C++ compiler are all they need.
-.PHONY: demo test wheel test-gpu test-matrix test-sanitizers env bench bench-gpu lint clean
+.PHONY: demo test real wheel test-gpu test-matrix test-sanitizers env bench bench-gpu lint clean
 
 demo: env ## scan the embedded model, write demo-run/
 	@.venv/bin/shipsfast demo
@@ -11,6 +11,10 @@ test: ## the whole test suite
 wheel: ## sdist and wheel, installed into an empty environment and tried there
 	@tools/make_env.sh
 	@tools/check_wheel.sh
+
+real: ## scans of a real chat model (SmolLM2-135M-Instruct, 93 MB, fetched once) against plain passes
+	@tools/make_env.sh test
+	@SHIPSFAST_REAL=1 .venv/bin/python -m pytest -m real $(PYTEST_ARGS)
 
 test-gpu: ## the tests that need a CUDA GPU, compiled instead of interpreted
 	@tools/make_env.sh test

@@ -55,7 +55,7 @@ if [ ! -e ".venv/.built-$sources" ]; then
 fi
 if [ "$extras" = test ] && [ ! -e ".venv/.tests-$sources" ]; then
   if [ $cuda = no ]; then
-    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout pytest-xdist hypothesis triton accelerate peft torchao bitsandbytes
+    step "test dependencies" $pip -c constraints.txt pytest pytest-timeout pytest-xdist hypothesis triton accelerate peft torchao bitsandbytes gguf
   else
     .venv/bin/python -c 'import pytest, pytest_timeout, xdist, hypothesis, triton' || step "test dependencies" $pip -c constraints.txt pytest pytest-timeout pytest-xdist hypothesis
   fi

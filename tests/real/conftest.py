@@ -1,0 +1,69 @@
+"""SmolLM2-135M-Instruct, a real chat model: fetched once, or every test here is skipped and says why."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+from tools.real.fetch import NotToBeHad, smollm2
+
+# Mild, made up, of several lengths.
+PROMPTS = (
+    "How do I bake bread at home?",
+    "Tell me a secret about the sea.",
+    "Write a short poem about rain on a tin roof.",
+    "My neighbour plays the trumpet at night. How do I ask him kindly to stop?",
+)
+
+
+@pytest.fixture(scope="session")
+def gguf():
+    """The path of the model's file. With SHIPSFAST_REAL=1 (make real) it must be there."""
+    pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
+    try:
+        return smollm2()
+    except NotToBeHad as why:
+        if os.environ.get("SHIPSFAST_REAL") == "1":
+            raise
+        pytest.skip(f"no real model: {why}")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(gguf):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+@pytest.fixture(scope="session")
+def model(gguf):
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    return found.eval()
+
+
+@pytest.fixture(scope="session")
+def wide(model):
+    """The same weights in float64, whose plain passes are the truth."""
+    return copy.deepcopy(model).double()
+
+
+@pytest.fixture(scope="session")
+def ids(tokenizer):
+    """The prompts in the model's chat template, as the model's own tokenizer has them."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.fixture(scope="session")
+def scanned(model, tokenizer):
+    """Every head on all prompts, in float32."""
+    import shipsfast
+
+    return shipsfast.scan(model, list(PROMPTS), tokenizer, template="chat", progress=False)
