@@ -42,7 +42,7 @@ class AnswerMeasurement(Measurement):
     ] = 0
     eos_token_id: Annotated[
         int | Sequence[int] | None,
-        Doc("tokens that end a text; default: as the model says, or the tokenizer."),
+        Doc("tokens that end a text; default: all that model, tokenizer and chat template name."),
         Doc("[] for none."),
     ] = None
 

@@ -12,8 +12,41 @@ from transformers import GenerationConfig
 from ..engine.ablate import dense_rows
 from ..engine.decoder import Decoded
 from ..engine.head_mask import HeadMask
+from ..errors import InputError
 from ..models.forward import padded
 from .generation import Generation
+
+PROMPTS = "the prompts say it"
+TEXTS = "only texts come back"
+# What another argument of ours says, or what has no place in a list of texts.
+REFUSED = {
+    **dict.fromkeys(
+        ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache_position"),
+        PROMPTS,
+    ),
+    **dict.fromkeys(
+        ("max_new_tokens", "do_sample", "top_k", "temperature", "eos_token_id"), "it is a keyword of its own"
+    ),
+    "generation_config": "give its settings one by one",
+    "max_length": "max_new_tokens says it",
+    "max_time": "texts would depend on how fast this machine is",
+    "num_return_sequences": "every row is one text: give the prompt several times",
+    **dict.fromkeys(
+        ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"), TEXTS
+    ),
+}  # fmt: skip
+# With these a row goes on its own: they are asked about, or end, a whole batch.
+ALONE = (
+    "stopping_criteria", "stop_strings", "prefix_allowed_tokens_fn", "assistant_model", "prompt_lookup_num_tokens",
+    "streamer", "custom_generate",
+)  # fmt: skip
+
+
+def check_generate_kwargs(given: dict) -> None:
+    """Raises InputError for settings that would be dropped or not understood."""
+    for name, why in REFUSED.items():
+        if name in given and not (name == "num_return_sequences" and given[name] == 1):
+            raise InputError(f"generate_kwargs has {name}, which cannot be given: {why}")
 
 
 def with_transformers(
@@ -21,8 +54,10 @@ def with_transformers(
 ) -> Iterator[list[Decoded]]:
     """The same rows through the model's own `generate`, a group at a time inside `ablate`, prompts left-padded.
 
-    Draws then come from torch's generator, seeded for each group.
+    Draws then come from torch's generator, seeded for each batch. With settings of the caller's own, which may read a row's
+    tokens, rows of one batch have equally many: padding would be read with them.
     """
+    check_generate_kwargs(generate_kwargs)
     subject, sampling = generation.subject, generation.sampling
     settings = {
         "max_new_tokens": generation.max_new_tokens, "do_sample": sampling.do_sample, "num_beams": 1,
@@ -41,10 +76,7 @@ def with_transformers(
     for group, prompts in tqdm(prompts_of.items(), desc="generate", unit=" groups", disable=not progress):
         mask = HeadMask((generation.groups[group],), subject.how, generation.values)
         out: list[Decoded] = []
-        # Padding would pass through layers that know of no mask.
-        most = 1 if subject.anatomy.plain_sequences else generation.plan.slots
-        for start in range(0, len(prompts), most):
-            part = prompts[start : start + most]
+        for part in _batches(generation, prompts, generate_kwargs | own):
             ids = [subject.token_ids[p] for p in part]
             batch = padded(ids, pad, "left", subject.device)
             devices = [subject.device] if subject.device.type == "cuda" else []
@@ -58,5 +90,21 @@ def with_transformers(
                 text = subject.model.generate(**batch, generation_config=config, **generate_kwargs)
             for p, tokens in zip(part, text[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((i for i, t in enumerate(tokens) if t in generation.end_tokens), None)
-                out.append(Decoded(group, p, tokens[:end], end is not None))
+                ended = end is not None or len(tokens) < generation.max_new_tokens
+                out.append(Decoded(group, p, tokens[:end], ended))
         yield out
+
+
+def _batches(generation: Generation, prompts: list[int], given: dict) -> Iterator[list[int]]:
+    """The prompts that go through together."""
+    ids, most = generation.subject.token_ids, generation.plan.slots
+    # Padding would pass through layers that know of no mask.
+    if generation.subject.anatomy.plain_sequences or any(given.get(name) is not None for name in ALONE):
+        most = 1
+    together = [prompts]
+    if given:
+        lengths = sorted({len(ids[p]) for p in prompts})
+        together = [[p for p in prompts if len(ids[p]) == length] for length in lengths]
+    for some in together:
+        for start in range(0, len(some), most):
+            yield some[start : start + most]

@@ -104,7 +104,7 @@ TopK = _option(AnswerMeasurement, "top_k")
 Temperature = _option(AnswerMeasurement, "temperature")
 EndTokens = _option(
     AnswerMeasurement, "eos_token_id", list[str] | None, "--eos-token-id",
-    text="Id of a token that ends a text, may be given several times, or none; default: as the model says.",
+    text="Id of a token that ends a text, may be given several times, or none; default: all that model, tokenizer and chat template name.",
 )  # fmt: skip
 Groups = _option(
     EvaluationMeasurement,

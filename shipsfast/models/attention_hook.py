@@ -33,6 +33,7 @@ ATTRIBUTE = "_shipsfast_call"  # on the attention module: what to do in the next
 _IGNORED = {
     "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions",
     "output_hidden_states", "output_router_logits", "is_causal", "logits_to_keep", "past_key_values", "return_dict",
+    "tokenizer", "assistant_tokenizer",  # `generate` hands on what its stop strings need
 }  # fmt: skip
 
 
