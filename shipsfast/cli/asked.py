@@ -59,9 +59,8 @@ class Asked:
         given, others = self.given, self.others
         if given["ablation"] == "resample" and others is None:
             raise InputError("--ablation resample needs --source, a file of prompts to take outputs from")
-        how = Ablation(
-            given["ablation"], _number(given["scale"], "--scale"), None if others is None else tuple(others)
-        )
+        scale, others = _number(given["scale"], "--scale"), None if others is None else tuple(others)
+        how = Ablation(given["ablation"], scale, others, given["align"])
         Execution(layers=given["layers"])  # raises for a name that is none
         memory = {name: given.get(name) for name in ("max_memory", "device_memory")}
         memory = {name: None if text is None else parse_bytes(text) for name, text in memory.items()}

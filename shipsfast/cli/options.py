@@ -51,6 +51,13 @@ Source = Annotated[
         help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all)."
     ),
 ]
+Align = Annotated[
+    str,
+    typer.Option(
+        help="For resample from prompts of other lengths: exact (refuse them), end (both end together) or template (match what "
+        "both begin and end with)."
+    ),
+]
 HeadNames = _option(
     ShipsMeasurement, "heads", str | None, text="Only these: LAYER-HEAD or LAYER, comma-separated."
 )
@@ -133,6 +140,7 @@ RUN_OPTIONS = {
     "ablation": (HowAblated, "undifferentiated"),
     "scale": (Scale, "1e-5"),
     "source": (Source, None),
+    "align": (Align, "exact"),
     "unit": (Unit, "head"),
     "backend": (Backend, "auto"),
     "layers": (Layers, "auto"),

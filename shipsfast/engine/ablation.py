@@ -20,7 +20,9 @@ import numbers
 from dataclasses import dataclass
 
 from ..errors import InputError
+from .alignment import ALIGNMENTS
 
+ALIGNED = {"end": "aligned at the end", "template": "aligned by template"}
 SCALED = ("undifferentiated", "scale")
 SOURCED = ("mean", "resample")
 KINDS = (
@@ -35,15 +37,18 @@ class Ablation:
 
     kind: one of KINDS; scale: the eps of `undifferentiated` and `scale`, ignored by the others;
     prompts: what `mean` averages over, None for the scanned prompts themselves; the prompts that `resample`
-        takes outputs from, one for each scanned prompt or one for all, each with as many tokens as the prompt it
-        stands in for: the output at position t is replaced by the other prompt's at position t. Strings or
-        token-id lists; strings get the template and tokenizer of the scan.
+        takes outputs from, one for each scanned prompt or one for all. Strings or token-id lists; strings get the
+        template and tokenizer of the scan.
+    align: which of the other prompt's positions stands in for which (alignment.py): "exact", for `resample` prompts with
+        as many tokens as those they stand in for; "end", both end together; "template", what both begin and end with is
+        matched, and what lies between by its relative place.
     Raises InputError for an unknown kind, a scale that is not a finite number, or prompts where none belong.
     """
 
     kind: str = "undifferentiated"
     scale: float = DEFAULT_SCALE
     prompts: tuple | None = None
+    align: str = "exact"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", str(self.kind).replace("-", "_"))
@@ -54,6 +59,14 @@ class Ablation:
         if not math.isfinite(self.scale):
             raise InputError(f"scale must be a finite number, got {self.scale}")
         object.__setattr__(self, "scale", float(self.scale))
+        if self.align not in ALIGNMENTS:
+            raise InputError(
+                f"unknown align {self.align!r} (--align): expected one of {', '.join(ALIGNMENTS)}"
+            )
+        if self.align != "exact" and self.kind != "resample":
+            raise InputError(
+                f"ablation {self.kind} aligns no prompts, and align={self.align!r} was given (--align)"
+            )
         if self.prompts is not None:
             if self.kind not in SOURCED:
                 raise InputError(f"ablation {self.kind} takes no prompts: only mean and resample do")
@@ -81,7 +94,8 @@ class Ablation:
         return {"scale": float(self.scale), "zero": 0.0}.get(self.kind, 1.0)
 
     def describe(self) -> str:
-        return f"{self.kind} (eps {self.scale:g})" if self.kind in SCALED else self.kind
+        about = f"eps {self.scale:g}" if self.kind in SCALED else ALIGNED.get(self.align)
+        return f"{self.kind} ({about})" if about else self.kind
 
 
 def as_ablation(ablation: str | Ablation, scale: float = DEFAULT_SCALE) -> Ablation:

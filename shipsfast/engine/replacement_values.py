@@ -1,18 +1,15 @@
 """Where `mean` and `resample` ablations get the vectors that stand in for a head's output.
 
     mean      the head's output, averaged over every token of every prompt of a set: one vector per head
-    resample  the head's output on another prompt, token by token: position t takes the other prompt's position t
+    resample  the head's output on another prompt, position by position as they are aligned (alignment.py)
 
-Both come from passes of the unablated model over a packed prefix tree. For `resample` the tree is built of pairs
-(token, token of the other prompt): two prompts share a node only where their other prompts agree as well, and
-since attention is causal, a node then has one and the same output of the other prompt.
+Both come from passes of the unablated model over a packed prefix tree.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +24,7 @@ from ..ops.prefix_tree import PackedPrompts, pack
 from ..ops.tree_attention import TreeContext, resolve_backend
 from ..prompts.tokens import to_token_ids
 from .ablation import Ablation
+from .alignment import NONE, sources
 
 MEAN_TOKENS = 2048  # tokens that pass the model together while a mean is taken
 
@@ -36,7 +34,7 @@ def source_ids(
 ) -> list[list[int]]:
     """Token ids of the ablation's prompts, one per scanned prompt for `resample`; those scanned if it has none of its own.
 
-    Raises InputError where a `resample` prompt is not exactly as long as the one it stands in for.
+    Raises InputError where a `resample` prompt must be as long as the one it stands in for, and is not.
     """
     if own is None:
         return [list(ids) for ids in token_ids]
@@ -51,30 +49,13 @@ def source_ids(
             "scanned: give one for each, or one for all"
         )
     for i, (scanned, other) in enumerate(zip(token_ids, ids, strict=True)):
-        if len(scanned) != len(other):
+        if how.align == "exact" and len(scanned) != len(other):
             raise InputError(
                 f"prompt {i} has {len(scanned)} tokens, and the prompt that resample takes outputs from has {len(other)}: "
-                "positions are matched one to one, so both need the same number"
+                "positions are matched one to one, so both need the same number; align='end' or 'template' (--align) "
+                "matches prompts of other lengths"
             )
     return ids
-
-
-def pair_ids(
-    prompts: Sequence[Sequence[int]], others: Sequence[Sequence[int]]
-) -> tuple[list[list[int]], np.ndarray]:
-    """The prompts with every (token, token of the other prompt) numbered: the numbers, and the pairs int64 [N, 2]."""
-    numbers: dict[tuple[int, int], int] = {}
-    paired = [
-        [numbers.setdefault(pair, len(numbers)) for pair in zip(own, other, strict=True)]
-        for own, other in zip(prompts, others, strict=True)
-    ]
-    return paired, np.asarray(list(numbers), dtype=np.int64)
-
-
-def unpair(tree: PackedPrompts, pairs: np.ndarray) -> tuple[PackedPrompts, PackedPrompts]:
-    """A pack of numbers from `pair_ids` as two packs of one shape: the prompts', and the other prompts'."""
-    tokens = pairs[tree.token_ids]  # [T, 2]
-    return replace(tree, token_ids=tokens[:, 0]), replace(tree, token_ids=tokens[:, 1])
 
 
 def mean_outputs(
@@ -103,15 +84,34 @@ def mean_outputs(
 
 
 def resample_outputs(
-    model: PreTrainedModel, anatomy: Anatomy, packed: PackedPrompts, backend: str
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    packed: PackedPrompts,
+    prompts: Sequence[Sequence[int]],
+    others: Sequence[Sequence[int]],
+    align: str,
+    backend: str,
 ) -> list[torch.Tensor]:
-    """Output of every head at every node: per layer [H, T, D] in the model's dtype."""
+    """What stands in for every head's output at every node of `packed`, the pack of `prompts`, from as many other prompts:
+    per layer [H, T, D] in the model's dtype."""
+    every = range(len(prompts))
+    found = [sources(packed, prompts, others, align, every)]
+    if anatomy.index_limit is not None and found[0][0].num_tokens >= anatomy.index_limit:
+        found = [sources(packed, prompts, others, align, [i]) for i in every]
     kept: list[torch.Tensor | None] = [None] * anatomy.num_layers
+    taken = np.any([index != NONE for _, index in found], axis=0)
+    if not taken.all():
+        found.insert(0, (packed, np.where(taken, NONE, np.arange(packed.num_tokens))))
+    for tree, index in found:
 
-    def keep(layer: int, out: torch.Tensor) -> None:
-        kept[layer] = out[0].transpose(0, 1).contiguous()
+        def take(layer: int, out: torch.Tensor, index=index) -> None:
+            out = out[0].transpose(0, 1)  # [H, nodes of the pack that runs, D]
+            if kept[layer] is None:
+                kept[layer] = out.new_empty(out.shape[0], packed.num_tokens, out.shape[2])
+            here = torch.as_tensor(np.flatnonzero(index != NONE), device=out.device)
+            kept[layer][:, here] = out[:, torch.as_tensor(index, device=out.device)[here]]
 
-    tree_outputs(model, anatomy, packed, backend, keep)
+        tree_outputs(model, anatomy, tree, backend, take)
     return kept
 
 
@@ -137,7 +137,12 @@ def values_for_ablate(
         return mean_outputs(model, anatomy, ids, backend)
     if len(ids) != 1:
         raise InputError(f"inside ablate, resample takes outputs from one prompt, and {len(ids)} were given")
-    return resample_outputs(model, anatomy, pack(ids), backend)
+    if how.align != "exact":
+        raise InputError(
+            f"inside ablate, resample matches positions one to one, and align={how.align!r} was given: what the model will be "
+            "called with is not known yet"
+        )
+    return resample_outputs(model, anatomy, pack(ids), ids, ids, how.align, backend)
 
 
 @torch.inference_mode()

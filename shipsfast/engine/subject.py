@@ -90,6 +90,8 @@ class Subject:
         }
         if self.other_ids is not None:
             ablation["prompts"] = prompt_hashes(self.other_ids)
+        if self.how.align != "exact":
+            ablation["align"] = self.how.align
         return {
             "kind": self.measurement.run_kind or self.measurement.kind,
             "fingerprint": once_more("looking at the weights", lambda: fingerprint(self.model)),

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from ..engine.alignment import pair_ids
 from ..engine.flops import gemm_flops_per_s, model_flops, scan_flops
 from ..engine.heads import check_unit
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
-from ..engine.replacement_values import pair_ids
 from ..engine.subject import held_beside, layer_path, tokens_of
 from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
@@ -145,7 +145,8 @@ def forecast(
         measurement.check(len(token_ids), len(units), anatomy.hidden_size)
     else:
         as_metrics(measurement.metric, tokenizer, anatomy.vocab_size)
-    tree_ids = token_ids if measurement.ablation.kind != "resample" else pair_ids(token_ids, others)[0]
+    how = measurement.ablation
+    tree_ids = token_ids if how.kind != "resample" else pair_ids(token_ids, others, how.align)[0]
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(execution.max_memory, where.device_memory, held, device, here)
     layers, _ = layer_path(execution.layers, model, anatomy, device, attention)

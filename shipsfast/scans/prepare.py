@@ -9,12 +9,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..engine.alignment import pair_ids, unpair
 from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Head, unit_heads
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, even_slices, make_plan
-from ..engine.replacement_values import mean_outputs, pair_ids, resample_outputs, unpair
+from ..engine.replacement_values import mean_outputs, resample_outputs
 from ..engine.subject import Subject, look_at
 from ..errors import note
 from ..memory import OutOfMemory, out_of_memory
@@ -37,22 +38,26 @@ class Prepared(Subject):
     plan: Plan
     execution: ScanExecution
     tree_ids: list[list[int]] = field(default_factory=list)
-    _pairs: object = None
+    _tokens: object = None  # of the numbers in tree_ids, for resample
     _mean: list[torch.Tensor] | None = None
 
     def pack(self, group: Sequence[int]) -> tuple[PackedPrompts, list[torch.Tensor] | None]:
         """A group of prompts as one pack, with the vectors that replace heads' outputs, if any do."""
         tree = pack([self.tree_ids[i] for i in group])
         if self.how.kind == "resample":
-            own, other = unpair(tree, self._pairs)
-            return own, resample_outputs(self.model, self.anatomy, other, self.backend)
+            own = unpair(tree, self._tokens)
+            return own, self._resampled(own, group)
         return tree, self._mean_values()
 
     def dense_values(self, prompt: int) -> list[torch.Tensor] | None:
         """The same vectors for one prompt on its own."""
         if self.how.kind == "resample":
-            return resample_outputs(self.model, self.anatomy, pack([self.other_ids[prompt]]), self.backend)
+            return self._resampled(pack([self.token_ids[prompt]]), [prompt])
         return self._mean_values()
+
+    def _resampled(self, tree: PackedPrompts, group: Sequence[int]) -> list[torch.Tensor]:
+        own, others = ([ids[i] for i in group] for ids in (self.token_ids, self.other_ids))
+        return resample_outputs(self.model, self.anatomy, tree, own, others, self.how.align, self.backend)
 
     def _mean_values(self) -> list[torch.Tensor] | None:
         if self.how.kind == "mean" and self._mean is None:
@@ -123,11 +128,13 @@ def prepare(
     model, anatomy, token_ids = subject.model, subject.anatomy, subject.token_ids
     units = measurement.units(anatomy)
     resample = subject.how.kind == "resample"
-    tree_ids, pairs = pair_ids(token_ids, subject.other_ids) if resample else (token_ids, None)
+    tree_ids, tokens = token_ids, None
+    if resample:
+        tree_ids, tokens = pair_ids(token_ids, subject.other_ids, subject.how.align)
     plan = make_plan(anatomy, tree_ids, len(units), execution, subject.held())
     subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(model)}
     return Prepared(
-        **vars(subject), units=units, plan=plan, execution=execution, tree_ids=tree_ids, _pairs=pairs
+        **vars(subject), units=units, plan=plan, execution=execution, tree_ids=tree_ids, _tokens=tokens
     )
 
 
