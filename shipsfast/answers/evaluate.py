@@ -11,6 +11,7 @@ from ..clock import seconds_since
 from ..engine.measurement import called_with
 from ..errors import InputError
 from ..models.restore import untouched
+from ..prompts.messages import is_conversation, prompt_text
 from ..results.completions import Completions
 from ..results.evaluation import EvalResult
 from ..runs.folder import RunFolder
@@ -42,7 +43,7 @@ def evaluate(
     started = time.perf_counter()
     judge = judge_of(measurement, tokenizer, execution)
     generation = prepare_generation(model, tokenizer, measurement, execution)
-    prompts, keep_text = list(measurement.prompts), measurement.keep_text
+    prompts, keep_text = [prompt_text(each) for each in measurement.prompts], measurement.keep_text
     identity = generation.subject.identity | {
         "groups": [[list(head) for head in group] for group in generation.asked],
         "judge": judge.describe(),
@@ -81,8 +82,8 @@ def judge_of(measurement: AnswerMeasurement, tokenizer, execution: JudgedExecuti
     judge = as_judge(measurement.judge)
     if tokenizer is None:
         raise InputError("judges read texts, so a tokenizer is needed: pass the model's")
-    if not isinstance(measurement.prompts[0], str):
-        raise InputError("judges read texts, so prompts must be strings")
+    if not isinstance(measurement.prompts[0], str) and not is_conversation(measurement.prompts[0]):
+        raise InputError("judges read texts, so prompts must be strings or chat messages")
     if execution.out is not None and not judge.is_named:
         raise InputError(
             f"judge {judge.name} has no name of its own, so a run folder cannot tell it from others: define it as a "

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..engine.decoder import Decoded
 from ..memory import once_more
+from ..prompts.messages import prompt_text
 from ..results.completions import Completions
 from ..runs.folder import RunFolder
 from ..runs.kinds import COMPLETIONS
@@ -82,7 +83,7 @@ def judged(
     prompts, limit = generation.subject.measurement.prompts, generation.max_new_tokens
     texts = generation.tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
     said = [
-        Completion(prompts[row.prompt], text, len(row.tokens), row.finished, limit)
+        Completion(prompt_text(prompts[row.prompt]), text, len(row.tokens), row.finished, limit)
         for row, text in zip(rows, texts, strict=True)
     ]
     yield from zip(rows, texts, judge(said), strict=True)

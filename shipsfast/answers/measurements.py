@@ -12,6 +12,7 @@ from annotated_doc import Doc
 from ..engine.heads import Head, check_groups, check_heads
 from ..engine.measurement import FP32_RESIDUAL, Execution, Heads, Measurement, as_heads, as_tuple
 from ..errors import InputError, whole_number
+from ..prompts.tokens import as_prompts
 from .judges.judge import Judge
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class EvaluationMeasurement(GenerationMeasurement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set(control=as_tuple(self.control))
+        self._set(control=None if self.control is None else as_prompts(self.control))
 
 
 @dataclass(frozen=True, kw_only=True)

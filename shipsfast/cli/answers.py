@@ -18,12 +18,14 @@ def generate(asked: Asked, groups: Groups = "none"):
     """Print what MODEL answers to PROMPTS with each group of heads off."""
     from ..answers.generate import generate as run
     from ..engine.heads import parse_groups
+    from ..prompts.messages import prompt_text
+    from ..prompts.tokens import as_prompts
     from ..results.pages import show_texts
 
     chosen = parse_groups(groups)
     texts, prompts = asked.run(run, groups=chosen), asked.values["prompts"]
     if not asked.given["json"]:
-        return show_texts(chosen, prompts, texts)
+        return show_texts(chosen, [prompt_text(each) for each in as_prompts(prompts)], texts)
     show_json(
         [
             {"heads": [list(head) for head in group], "prompt": prompt, "text": text}

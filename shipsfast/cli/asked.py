@@ -55,6 +55,7 @@ class Asked:
         from ..engine.heads import parse_heads
         from ..engine.measurement import Execution
         from ..engine.memory_plan import parse_bytes
+        from ..prompts.wrapping import TemplateArgs, as_date
 
         given, others = self.given, self.others
         if given["ablation"] == "resample" and others is None:
@@ -62,6 +63,8 @@ class Asked:
         scale, others = _number(given["scale"], "--scale"), None if others is None else tuple(others)
         how = Ablation(given["ablation"], scale, others, given["align"])
         Execution(layers=given["layers"])  # raises for a name that is none
+        as_date(given["template_date"])  # the same
+        self.values["template_args"] = TemplateArgs.parse(given["template_args"])
         memory = {name: given.get(name) for name in ("max_memory", "device_memory")}
         memory = {name: None if text is None else parse_bytes(text) for name, text in memory.items()}
         if memory["device_memory"] is not None and not given["plan"]:

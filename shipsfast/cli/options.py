@@ -12,6 +12,7 @@ import typer
 from ..answers.measurements import AnswerMeasurement, EvaluationMeasurement
 from ..engine.measurement import Execution, Measurement, ScanExecution, described
 from ..errors import InputError
+from ..prompts.wrapping import DATE
 from ..scans.measurements import SaharaMeasurement, ShipsMeasurement
 from .asked import Asked
 
@@ -39,6 +40,14 @@ Resume = Annotated[
     typer.Option("--resume", help="Only go on with the unfinished run in --out; an error if none is there."),
 ]
 Template = _option(Measurement, "template", more="auto: chat if the tokenizer has one.")
+System = _option(Measurement, "system")
+Prefix = _option(Measurement, "prefix")
+TemplateArg = _option(
+    Measurement, "template_args", list[str] | None, "--template-arg",
+    text="A value that the chat template reads, NAME=VALUE, such as enable_thinking=false: JSON where it is JSON, else text. "
+    "May be given several times.",
+)  # fmt: skip
+TemplateDate = _option(Measurement, "template_date")
 Column = Annotated[str | None, typer.Option(help="Column of the prompts.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
 Sample = Annotated[int | None, typer.Option(min=1, help="N prompts drawn at random.")]
@@ -133,6 +142,10 @@ RUN_OPTIONS = {
     "out": (Out, None),
     "resume": (Resume, False),
     "template": (Template, "auto"),
+    "system": (System, None),
+    "prefix": (Prefix, ""),
+    "template_args": (TemplateArg, None),
+    "template_date": (TemplateDate, DATE),
     "column": (Column, None),
     "limit": (Limit, None),
     "sample": (Sample, None),

@@ -20,6 +20,7 @@ import numbers
 from dataclasses import dataclass
 
 from ..errors import InputError
+from ..prompts.tokens import as_prompts
 from .alignment import ALIGNMENTS
 
 ALIGNED = {"end": "aligned at the end", "template": "aligned by template"}
@@ -37,8 +38,8 @@ class Ablation:
 
     kind: one of KINDS; scale: the eps of `undifferentiated` and `scale`, ignored by the others;
     prompts: what `mean` averages over, None for the scanned prompts themselves; the prompts that `resample`
-        takes outputs from, one for each scanned prompt or one for all. Strings or token-id lists; strings get the
-        template and tokenizer of the scan.
+        takes outputs from, one for each scanned prompt or one for all. Strings, token-id lists or chat messages; what
+        is text gets the template and tokenizer of the scan.
     align: which of the other prompt's positions stands in for which (alignment.py): "exact", for `resample` prompts with
         as many tokens as those they stand in for; "end", both end together; "template", what both begin and end with is
         matched, and what lies between by its relative place.
@@ -71,14 +72,12 @@ class Ablation:
             if self.kind not in SOURCED:
                 raise InputError(f"ablation {self.kind} takes no prompts: only mean and resample do")
             try:
-                prompts = () if isinstance(self.prompts, str) else tuple(self.prompts)
-                prompts = tuple(p if isinstance(p, str) else tuple(p) for p in prompts)
-            except TypeError:
-                prompts = ()
-            if not prompts:
+                prompts = as_prompts(self.prompts)
+            except (InputError, TypeError) as error:
                 raise InputError(
-                    f"the prompts of ablation {self.kind} must be a list of at least one prompt, strings or token-id lists"
-                )
+                    f"the prompts of ablation {self.kind} must be a list of at least one prompt, as those that are scanned: "
+                    f"{error}"
+                ) from error
             object.__setattr__(self, "prompts", prompts)
         elif self.kind == "resample":
             raise InputError(

@@ -23,7 +23,9 @@ from typing import Annotated, ClassVar, NamedTuple, Self, get_args, get_type_hin
 from annotated_doc import Doc
 
 from ..errors import InputError, whole_number
+from ..prompts.messages import Message, is_conversation
 from ..prompts.tokens import as_prompts
+from ..prompts.wrapping import DATE, TemplateArgs, Wrapping
 from .ablation import DEFAULT_SCALE, Ablation, as_ablation
 
 Heads = Iterable[Sequence[int | None]]
@@ -49,6 +51,23 @@ class Measurement:
     template: Annotated[
         str, Doc('how strings are wrapped: "chat", "query-answer", "none" or a text with {prompt}.')
     ] = "none"
+    system: Annotated[
+        str | None,
+        Doc("the system message, for template chat; default what the chat template says of its own."),
+    ] = None
+    prefix: Annotated[
+        str,
+        Doc(
+            "what every answer begins with, put after the template: the token after it is measured. Answers and judges get "
+            "what follows it."
+        ),
+    ] = ""
+    template_args: Annotated[
+        Mapping | None, Doc("values that the chat template reads, such as enable_thinking, by name.")
+    ] = None
+    template_date: Annotated[
+        str, Doc("what a chat template that writes today's date takes for today, on every day.")
+    ] = DATE
     ablation: Annotated[
         str | Ablation,
         Doc(
@@ -66,7 +85,34 @@ class Measurement:
     ] = "head"
 
     def __post_init__(self) -> None:
-        self._set(prompts=as_prompts(self.prompts), ablation=as_ablation(self.ablation))
+        self._set(
+            prompts=as_prompts(self.prompts), ablation=as_ablation(self.ablation),
+            template_args=TemplateArgs(self.template_args), template_date=str(self.template_date),
+        )  # fmt: skip
+        self._check_wrapping()
+
+    @property
+    def wrapping(self) -> Wrapping:
+        """What is put around each prompt."""
+        return Wrapping(self.template, self.system, self.prefix, self.template_args, self.template_date)
+
+    def _check_wrapping(self) -> None:
+        """Raises InputError for what would be put around prompts that it cannot be put around."""
+        first, _ = self.prompts[0], self.wrapping
+        if is_conversation(first) and self.template != "chat":
+            raise InputError(
+                f"prompts are chat messages, which need template 'chat' (--template chat): it is {self.template!r}"
+            )
+        given = {
+            "system": self.system is not None,
+            "prefix": self.prefix,
+            "template_args": self.template_args,
+        }
+        idle = [name for name, value in given.items() if value]
+        if idle and not isinstance(first, str) and not is_conversation(first):
+            raise InputError(
+                f"prompts are token ids, which are taken as they are: leave {', '.join(idle)} out, or give text"
+            )
 
     def _set(self, **values) -> None:
         for name, value in values.items():
@@ -148,6 +194,7 @@ class ScanExecution(Execution):
         return {name: getattr(self, name) for name in ("chunk_tokens", "rows_per_block", "prompts_per_group")}
 
 
+PROMPTS = (", P lists of token ids, which need no `tokenizer`,", "")  # with and without token ids
 MODEL = "a transformers causal language model, already loaded. It is put back as it was."
 
 
@@ -192,18 +239,16 @@ def called_with(what: type[Measurement], how: type[Execution], **about: str) -> 
     keywords = described(what) | described(how)
     about = {
         "model": MODEL,
-        "prompts": "P strings."
-        if what.reads_texts
-        else "P strings (then `tokenizer` is needed), or P lists of token ids.",
+        "prompts": f"P strings{PROMPTS[what.reads_texts]} or P conversations, lists of messages with `role` and `content`, "
+        "for template chat.",
         "tokenizer": "the model's.",
         **{name: f"{field.text} {field.in_python}" for name, field in keywords.items()},
     } | about
     parameter = inspect.Parameter
     plain = parameter.POSITIONAL_OR_KEYWORD
-    if what.reads_texts:
-        prompts, tokenizer = Sequence[str], parameter.empty
-    else:
-        prompts, tokenizer = Sequence[str] | Sequence[Sequence[int]], None
+    prompts, tokenizer = Sequence[str] | Sequence[Sequence[Mapping]], parameter.empty
+    if not what.reads_texts:
+        prompts, tokenizer = prompts | Sequence[Sequence[int]], None
 
     def decorate(run: Callable) -> Callable:
         hints = get_type_hints(run)
@@ -272,6 +317,8 @@ def _whole(value):
 
 
 def _to_json(name: str, value):
+    if isinstance(value, (Message, TemplateArgs)):
+        return value.to_json()
     if isinstance(value, Ablation):
         return {"kind": value.kind, "scale": value.scale, "prompts": _to_json(name, value.prompts)}
     if hasattr(value, "tolist"):

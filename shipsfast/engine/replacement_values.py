@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, note
 from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_model
 from ..models.attention_hook import ATTRIBUTE, TREE, TreeCall, installed
 from ..models.forward import input_device, last_logits_only

@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .._version import __version__
-from ..errors import InputError
+from ..errors import InputError, note
 from ..memory import once_more
 from ..models.ambient import describe_matmul
 from ..models.anatomy import Anatomy, base_model, check_model, check_own_dtype, inspect_model
@@ -22,7 +22,7 @@ from ..models.output_head import head_precision
 from ..models.weights import coming_bytes, where_weights_are
 from ..ops.divergences import kl_backend
 from ..ops.tree_attention import resolve_backend
-from ..prompts.tokens import all_token_ids
+from ..prompts.tokens import all_tokens
 from ..runs.identity import prompt_hashes
 from . import fused_layer
 from .ablation import SOURCED, Ablation
@@ -106,19 +106,19 @@ class Subject:
 
 def tokens_of(
     measurement: Measurement, model: PreTrainedModel, tokenizer, *, weights: bool = True
-) -> tuple[list[list[int]], list[list[int]] | None]:
-    """Token ids of the prompts, and of those of `mean` and `resample`, checked against the model.
+) -> tuple[list[list[int]], list[list[int]] | None, dict]:
+    """Token ids of the prompts, and of those of `mean` and `resample`, checked against the model; and how the prompts
+    became tokens, for run.json. What a user would not expect of it is said on stderr.
 
     weights: as in `check_model`. Raises InputError or UnsupportedModelError.
     """
     how = measurement.ablation
-    token_ids, others = all_token_ids(
-        measurement.prompts,
-        how.prompts,
-        tokenizer,
-        measurement.template,
-        f"in the prompts of ablation {how.kind}: ",
-    )
+    about = f"in the prompts of ablation {how.kind}: "
+    own, more = all_tokens(measurement.prompts, how.prompts, tokenizer, measurement.wrapping, about)
+    said = [] if more is None else [about + each for each in more.notes if each not in own.notes]
+    for each in (*own.notes, *said):
+        note(each)
+    token_ids, others = own.ids, None if more is None else more.ids
     if how.kind in SOURCED:
         others = source_ids(how, token_ids, others)
     check_model(model, token_ids, measurement.new_tokens, weights=weights)
@@ -126,8 +126,8 @@ def tokens_of(
         try:
             check_model(model, others, weights=weights)
         except InputError as error:
-            raise InputError(f"in the prompts of ablation {how.kind}: {error}") from error
-    return token_ids, others
+            raise InputError(f"{about}{error}") from error
+    return token_ids, others, own.record
 
 
 def held_beside(
@@ -169,7 +169,7 @@ def layer_path(
 def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, execution: Execution) -> Subject:
     """Raises InputError or UnsupportedModelError where they do not fit together."""
     model = base_model(model)
-    token_ids, others = tokens_of(measurement, model, tokenizer)
+    token_ids, others, prompting = tokens_of(measurement, model, tokenizer)
     longest = max([max(map(len, token_ids)) + measurement.new_tokens, *map(len, others or [])])
     anatomy = once_more(
         "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
@@ -185,6 +185,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     record = describe_run(model, anatomy, device) | {
         "ablation": measurement.ablation.describe(),
         "template": measurement.template,
+        "prompting": prompting,
         "attention_backend": backend,
         "layers": layers,
         "weights": where_weights_are(model),

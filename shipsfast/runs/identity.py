@@ -34,10 +34,7 @@ def _one(name: str, before, now, manifest: dict, record: dict) -> str:
 
 
 def _prompts(before: list, now: list, manifest: dict, record: dict) -> str:
-    there, here = manifest.get("template"), record.get("template")
-    template = (
-        f", and the template there is {there!r}, here {here!r}" if here is not None and there != here else ""
-    )
+    template = _wrapping(manifest, record)
     if len(before) != len(now):
         return f"there are {len(before)} prompts there, {len(now)} here{template}"
     changed = [i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b]
@@ -45,6 +42,17 @@ def _prompts(before: list, now: list, manifest: dict, record: dict) -> str:
     return (
         order or f"{len(changed)} of {len(now)} prompts are other tokens, the first is prompt {changed[0]}"
     ) + template
+
+
+def _wrapping(manifest: dict, record: dict) -> str:
+    """What is put around the prompts, where it differs."""
+    there, here = (x.get("prompting") or {"template": x.get("template")} for x in (manifest, record))
+    differ = [
+        f", and the {name.replace('_', ' ')} there is {_short(there.get(name))!r}, here {_short(here[name])!r}"
+        for name in ("template", "system", "prefix", "template_args", "template_date")
+        if name in here and here[name] is not None and there.get(name) != here[name]
+    ]
+    return "".join(differ)
 
 
 def _ablation(value) -> str:

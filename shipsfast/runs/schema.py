@@ -84,6 +84,7 @@ RECORD: Fields = {
     **dict.fromkeys(("seconds", "scan_seconds"), (number, "a number")),
     "noise_floor": (noise, "a number of at least 0"),
     "metric": (an_object, "an object"),
+    "prompting": (an_object, "an object"),
     "model": (an_object, "an object"),
     "prompt_texts": (or_none(list_of(text)), "a list of texts"),
     "chosen": (list_of(scanned_head), "a list of heads"),

@@ -130,7 +130,7 @@ def forecast(
 
     Raises InputError or UnsupportedModelError as the scan would, and where the model does not fit.
     """
-    token_ids, others = tokens_of(measurement, model, tokenizer, weights=False)
+    token_ids, others, _ = tokens_of(measurement, model, tokenizer, weights=False)
     longest = max(map(len, [*token_ids, *(others or [])]))
     anatomy = inspect_model(model, max(token_ids, key=len), longest)
     stream, device = where.stream, as_device(where.device)
