@@ -119,7 +119,11 @@ class EvaluationMeasurement(GenerationMeasurement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set(control=None if self.control is None else as_prompts(self.control))
+        if self.control is not None:
+            try:
+                self._set(control=as_prompts(self.control))
+            except InputError as error:
+                raise InputError(f"in the control prompts: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
 from ..models.ambient import set_aside, without_autocast
 from ..models.anatomy import Anatomy, base_model, inspect_model
 from ..models.attention_hook import ATTRIBUTE, DENSE, DenseCall, installed
+from ..prompts.wrapping import DATE, TemplateArgs, Wrapping
 from .ablation import DEFAULT_SCALE, SOURCED, Ablation, as_ablation
 from .head_mask import HeadMask
 from .heads import check_heads, check_unit, unit_heads
@@ -25,6 +26,10 @@ def ablate(
     unit: str = "head",
     tokenizer=None,
     template: str = "none",
+    system: str | None = None,
+    prefix: str = "",
+    template_args: Mapping | None = None,
+    template_date: str = DATE,
 ) -> Iterator[None]:
     """Context manager in which `model` runs with these heads switched off, in every forward pass by anyone.
 
@@ -36,7 +41,7 @@ def ablate(
     Args:
         heads: (layer, head) pairs, from 0; (layer, None) for a whole layer; may be empty.
         ablation, scale: as in `scan`. `mean` and `resample` need an `Ablation` with prompts (token-id lists, or
-            strings with a `tokenizer` and the `template` around them). `resample` then runs forward passes of exactly the length of its one
+            strings with a `tokenizer` and the `template` and the like around them, as in `scan`). `resample` then runs forward passes of exactly the length of its one
             prompt, without a cache, and refuses others: a decode step has no counterpart.
         unit: "head", or "kv_group" for (layer, key/value head) pairs with all query heads that share it.
     Raises:
@@ -44,6 +49,7 @@ def ablate(
         UnsupportedModelError: a model whose attention cannot be reached.
     """
     how = as_ablation(ablation, scale)
+    wrapping = Wrapping(template, system, prefix, TemplateArgs(template_args), template_date)
     with contextlib.ExitStack() as off:
         with set_aside(), without_autocast():
             model = base_model(model)
@@ -55,7 +61,7 @@ def ablate(
             if how.kind in SOURCED and group:
                 from .replacement_values import values_for_ablate  # it runs the model, and imports this file
 
-                values = values_for_ablate(model, anatomy, how, tokenizer, template)
+                values = values_for_ablate(model, anatomy, how, tokenizer, wrapping)
             off.enter_context(dense_rows(model, anatomy, HeadMask((group,), how, values)))
         yield
 

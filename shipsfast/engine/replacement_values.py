@@ -22,7 +22,8 @@ from ..models.forward import input_device, last_logits_only
 from ..ops.masks import LayerMask
 from ..ops.prefix_tree import PackedPrompts, pack
 from ..ops.tree_attention import TreeContext, resolve_backend
-from ..prompts.tokens import to_token_ids
+from ..prompts.tokens import to_tokens
+from ..prompts.wrapping import Wrapping
 from .ablation import Ablation
 from .alignment import NONE, sources
 
@@ -116,7 +117,7 @@ def resample_outputs(
 
 
 def values_for_ablate(
-    model: PreTrainedModel, anatomy: Anatomy, how: Ablation, tokenizer, template: str = "none"
+    model: PreTrainedModel, anatomy: Anatomy, how: Ablation, tokenizer, wrapping: Wrapping
 ) -> list[torch.Tensor]:
     """The vectors of `mean` or `resample` where there is no scan, only forward passes to come."""
     if how.prompts is None:
@@ -125,7 +126,10 @@ def values_for_ablate(
         raise InputError(
             f"ablation {how.kind} takes outputs of the unablated model: make it the outermost shipsfast.ablate"
         )
-    ids = to_token_ids(how.prompts, tokenizer, template)
+    tokens = to_tokens(how.prompts, tokenizer, wrapping)
+    for each in tokens.notes:
+        note(each)
+    ids = tokens.ids
     check_model(model, ids)
     # With the windows that these lengths meet.
     anatomy = inspect_model(model, max(ids, key=len), max(map(len, ids)))

@@ -198,6 +198,8 @@ def to_tokens(prompts: Iterable, tokenizer=None, template: str | Wrapping = "non
     else:
         out = Tokenised([list(prompt) for prompt in prompts], {"prompts": "token ids"})
         out.notes += _kept(out.ids, tokenizer)
+        if out.notes:
+            out.record["kept"] = list(out.notes)
     for i, tokens in enumerate(out.ids):
         if not tokens or i in out.empty:
             raise InputError(f"prompt {i} has no tokens: remove it or give it text")

@@ -102,9 +102,9 @@ class Wrapping:
         for name, text in (
             ("template", self.template),
             ("prefix", self.prefix),
-            ("system", self.system or ""),
+            ("system", self.system),
         ):
-            if not isinstance(text, str):
+            if not isinstance(text, str) and (name, text) != ("system", None):
                 raise InputError(f"{name} must be a text, got {type(text).__name__}")
         if self.template != "chat":
             for name, option, given in (

@@ -124,7 +124,10 @@ class ModelJudge(Judge):
     @torch.inference_mode()
     def _asked(self, texts: list[str], numbers: list[int]) -> list[bool]:
         template = "chat" if getattr(self.tokenizer, "chat_template", None) else "none"
-        ids = tokenize(self.tokenizer, texts, template)
+        try:
+            ids = tokenize(self.tokenizer, texts, template)
+        except InputError as error:
+            raise InputError(f"judge {self.name}: {error}") from error
         room = _context(self.model) - self.max_new_tokens
         for number, tokens in zip(numbers, ids, strict=True):
             if len(tokens) > room:
