@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -153,12 +154,13 @@ def _form(template: Callable, probes: Sequence[Conversation]) -> str:
     problems = []
     for form in FORMS:
         try:
+            texts = [template(probe, form) for probe in probes]
             lost = [
                 m.role
-                for probe in probes
-                for text in [template(probe, form)]
+                for probe, text in zip(probes, texts, strict=True)
                 for m in probe
-                if m.content not in text
+                # A list of parts that is written as such was not read.
+                if m.content not in text or re.search(rf"""['"]text['"]:\s*['"]{m.content}""", text)
             ]
         except InputError as error:
             problems.append(error)

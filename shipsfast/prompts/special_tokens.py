@@ -15,7 +15,7 @@ from ..errors import InputError
 @dataclass
 class Encoded:
     """ids: of each text; own: how many of them are the text's; stripped: the tokens that were left away after texts, by
-    how many texts they were left away from; doubled: how many texts would have begun with BOS twice."""
+    how many texts they were left away from; doubled: how many texts would have begun with a special token twice."""
 
     ids: list[list[int]] = field(default_factory=list)
     own: list[int] = field(default_factory=list)
@@ -36,16 +36,20 @@ def encode(tokenizer, texts: Sequence[str], special: bool) -> Encoded:
         after = [*more, *after]
         if after:
             out.stripped[tuple(after)] = out.stripped.get(tuple(after), 0) + 1
-        held = before and body[: len(before)] == before and specials.issuperset(before)
-        ids = body if held else before + body
-        twice = len(ids) < len(before) + len(body)
-        bos = getattr(tokenizer, "bos_token_id", None)
-        while bos is not None and ids[:2] == [bos, bos]:
-            ids, twice = ids[1:], True
+        ids = _once(before, body, specials, getattr(tokenizer, "bos_token_id", None))
         out.ids.append(ids)
         out.own.append(len(body))
-        out.doubled += twice
+        out.doubled += len(ids) < len(before) + len(body)
     return out
+
+
+def _once(before: list[int], body: list[int], specials: set[int], bos: int | None) -> list[int]:
+    """Both in a row, without special tokens that stand at the end of one and the beginning of the other, and with no two
+    BOS in a row before the first ordinary token."""
+    held = (n for n in range(len(before), 0, -1) if body[:n] == before[-n:] and specials.issuperset(body[:n]))
+    ids = before + body[next(held, 0) :]
+    first = next((n for n, token in enumerate(ids) if token not in specials), len(ids))
+    return [token for n, token in enumerate(ids) if not (0 < n < first and token == bos == ids[n - 1])]
 
 
 def special_texts(tokenizer) -> list[str]:
@@ -64,7 +68,7 @@ def names(tokenizer, ids: Sequence[int]) -> str:
 def _ids(tokenizer, text: str, i: int, **how) -> list[int]:
     try:
         return [int(token) for token in tokenizer(text, **how)["input_ids"]]
-    except (TypeError, ValueError, UnicodeError) as error:  # half of a surrogate pair, and the like
+    except Exception as error:  # the tokenizers library raises bare ones, and others' code anything
         raise InputError(f"prompt {i} cannot be made tokens: {' '.join(str(error).split())}") from error
 
 

@@ -73,7 +73,7 @@ def tokenised(tokenizer, prompts: Sequence, template: str | Wrapping = "none") -
     if found.doubled:
         record["doubled_bos_removed"] = found.doubled
         notes.append(
-            f"{counted(found.doubled, 'prompt')} would begin with {names(tokenizer, [found.ids[0][0]])} twice: once is kept"
+            f"{counted(found.doubled, 'prompt')} would begin with a special token twice: once is kept"
         )
     out = Tokenised(found.ids, record, notes, [i for i, own in enumerate(found.own) if not own])
     _look(out, tokenizer, prompts, wrapping)
