@@ -320,7 +320,7 @@ def _to_json(name: str, value):
     if isinstance(value, (Message, TemplateArgs)):
         return value.to_json()
     if isinstance(value, Ablation):
-        return {"kind": value.kind, "scale": value.scale, "prompts": _to_json(name, value.prompts)}
+        return {f.name: _to_json(name, getattr(value, f.name)) for f in fields(value)}
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -46,11 +46,11 @@ def _prompts(before: list, now: list, manifest: dict, record: dict) -> str:
 
 def _wrapping(manifest: dict, record: dict) -> str:
     """What is put around the prompts, where it differs."""
-    there, here = (x.get("prompting") or {"template": x.get("template")} for x in (manifest, record))
+    there, here = ({"template": x.get("template")} | (x.get("prompting") or {}) for x in (manifest, record))
     differ = [
-        f", and the {name.replace('_', ' ')} there is {_short(there.get(name))!r}, here {_short(here[name])!r}"
+        f", and the {name.replace('_', ' ')} there is {_short(repr(there.get(name)))}, here {_short(repr(here.get(name)))}"
         for name in ("template", "system", "prefix", "template_args", "template_date")
-        if name in here and here[name] is not None and there.get(name) != here[name]
+        if here["template"] is not None and (there.get(name) or None) != (here.get(name) or None)
     ]
     return "".join(differ)
 

@@ -26,11 +26,15 @@ from shipsfast.scans.measurements import SaharaMeasurement, ShipsMeasurement, Su
 from tests.support.models import build
 
 PROMPTS = ["Mend a kettle.", "Tell a story."]
+MESSAGES = [{"role": "user", "content": "Mend a kettle."}]
 FUNCTIONS = ("scan", "scan_dataset", "sahara", "generate", "evaluate", "scan_asr")
 TEXTS_ONLY = ("evaluate", "scan_asr")
 DESCRIPTIONS = [
     ShipsMeasurement(prompts=PROMPTS, metric=["kl", shipsfast.logit_diff(3, 5)], nonfinite="mark"),
-    ShipsMeasurement(prompts=[[1, 2], [3]], ablation=Ablation("resample", prompts=[[4, 5], [6]])),
+    ShipsMeasurement(
+        prompts=[[1, 2], [3]], ablation=Ablation("resample", prompts=[[4, 5, 6], [6]], align="end")
+    ),
+    ShipsMeasurement(prompts=[MESSAGES], template="chat", system="", prefix="So", template_args={"a": [1]}),
     SubspaceMeasurement(prompts=PROMPTS, rank=2, unit="kv_group"),
     SaharaMeasurement(prompts=PROMPTS, group_size=2, beam=3, heads=[(0, None), (1, 2)]),
     GenerationMeasurement(prompts=PROMPTS, groups=[[], [(0, 1)]], eos_token_id=[1, 2], seed=7),

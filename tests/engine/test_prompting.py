@@ -117,7 +117,7 @@ def test_a_run_goes_on_the_next_day(capsys, tmp_path, monkeypatch, dated):
     assert status == 2
     for said in (
         "2 of 2 prompts are other tokens", "the prefix there is 'We', here 'I'", "the template date there is '2024-07-26', here",
-        "the template args there is '{}', here \"{'note': 'now'}\"",
+        "the template args there is {}, here {'note': 'now'}",
     ):  # fmt: skip
         assert said in err
 

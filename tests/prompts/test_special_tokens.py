@@ -2,6 +2,7 @@
 
 import pytest
 from tokenizers import normalizers
+from transformers import ByT5Tokenizer, LlamaTokenizer
 
 from shipsfast.errors import InputError
 from shipsfast.prompts.tokens import to_token_ids, to_tokens, tokenised
@@ -64,6 +65,22 @@ def test_templates_that_write_bos():
     )
     tokenizer.chat_template = "{{ bos_token }}" + tokenizers.CHATML
     assert tokenised(tokenizer, ["hi"], "chat").ids == found.ids
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_tokenizers_without_a_post_processor():
+    found = tokenised(ByT5Tokenizer(), ["hi", "bye</s>"])
+    assert found.ids == [[107, 108], [101, 124, 104, 1]]  # the second says so itself
+    assert found.record["appended_tokens_stripped"] == [{"tokens": "</s>", "prompts": 1}]
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_settings_of_llama_tokenizers(end):
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "\u2581", "h", "i"])}
+    tokenizer = LlamaTokenizer(vocab=words, merges=[], add_eos_token=end, add_bos_token=True)
+    found = tokenised(tokenizer, ["hi", "<s>hi"])
+    assert [ids.count(1) for ids in found.ids] == [1, 1] and found.ids[0][-2:] == found.ids[1][-2:] == [4, 5]
+    assert ("appended_tokens_stripped" in found.record) == end
 
 
 class Stubborn:
