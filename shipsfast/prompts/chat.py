@@ -12,7 +12,7 @@ import datetime
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jinja2 import Environment, TemplateError
 
@@ -40,13 +40,12 @@ FORMS = {"text": (False, False), "parts": (True, True), "parts, system as text":
 
 @dataclass
 class Rendered:
-    """texts: one for each conversation; content: the form that the template reads, of FORMS; reads_clock: it writes a date;
-    template_end: the token that it ends prompts with, None for none."""
+    """texts: one for each conversation; content: the form that the template reads, of FORMS; reads_clock: it writes
+    today's date."""
 
     texts: list[str]
     content: str = "text"
     reads_clock: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def render(tokenizer, conversations: Sequence[Conversation], wrapping: Wrapping) -> Rendered:

@@ -53,10 +53,11 @@ def _once(before: list[int], body: list[int], specials: set[int], bos: int | Non
 
 
 def special_texts(tokenizer) -> list[str]:
-    """Texts that the tokenizer reads as a special token wherever they stand."""
+    """Texts that the tokenizer reads as a special token wherever they stand, the longest first."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     found = [str(token) for token in added.values() if getattr(token, "special", False)]
-    return sorted({*map(str, getattr(tokenizer, "all_special_tokens", [])), *found} - {""})
+    texts = {*map(str, getattr(tokenizer, "all_special_tokens", [])), *found} - {""}
+    return sorted(texts, key=len, reverse=True)
 
 
 def names(tokenizer, ids: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +84,8 @@ def tokenised(tokenizer, prompts: Sequence, template: str | Wrapping = "none") -
 def _look(out: Tokenised, tokenizer, prompts: Sequence, wrapping: Wrapping) -> None:
     """Notes of prompts that are not what they seem: read as special tokens, unknown to the tokenizer, or alike."""
     said = [_whole(prompt) for prompt in prompts]
-    specials = special_texts(tokenizer)
-    held = Counter(token for text in said for token in specials if token in text)
+    specials = re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
+    held = Counter(token for text in said for token in set(specials.findall(text)))
     if held:
         out.record["special_tokens_in_prompts"] = dict(sorted(held.items()))
         if wrapping.template != "none":  # a prompt that brings its own template means them

@@ -115,6 +115,9 @@ def _facts(result) -> str:
         length += f", drawn (top {how['top_k']}, temperature {how['temperature']}, seed {how['seed']})"
     elif length:
         length += ", greedy"
+    prefix = record.get("prompting", {}).get("prefix")
+    if prefix:
+        length += f", after {prefix!r}"
     facts = {
         # A folder's own name and the one above it, as in a hub id; the rest of a path is nobody else's business.
         "Model": f"{model['class']} {'/'.join(model['name'].split('/')[-2:])}".strip() if model else "",
