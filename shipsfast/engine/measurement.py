@@ -66,7 +66,7 @@ class Measurement:
         Mapping | None, Doc("values that the chat template reads, such as enable_thinking, by name.")
     ] = None
     template_date: Annotated[
-        str, Doc("what a chat template that writes today's date takes for today, on every day.")
+        str, Doc("YYYY-MM-DD, what a chat template that writes today's date takes for today, on every day.")
     ] = DATE
     ablation: Annotated[
         str | Ablation,

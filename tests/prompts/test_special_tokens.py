@@ -56,6 +56,13 @@ def test_bos_stands_once(make, around, text):
     assert ("doubled_bos_removed" in found.record) == doubled
 
 
+@pytest.mark.parametrize("around", ["<|user|> $A", "<|user|> <s> $A", "<s> <|user|> $A"])
+def test_other_tokens_before_a_text_stand_once_too(around):
+    tokenizer = of_bytes(around)
+    before = around.removesuffix(" $A").replace(" ", "")
+    assert tokenised(tokenizer, [before + "hi"]).ids == tokenised(tokenizer, ["hi"]).ids
+
+
 def test_templates_that_write_bos():
     tokenizer = of_bytes("<s> $A </s>")
     assert tokenised(tokenizer, ["hi"], "<s>Q: {prompt} A:").ids == [[BOS, *plain(tokenizer, "Q: hi A:")]]
