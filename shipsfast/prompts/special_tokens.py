@@ -31,7 +31,11 @@ def encode(tokenizer, texts: Sequence[str], special: bool) -> Encoded:
     out, specials = Encoded(), set(getattr(tokenizer, "all_special_ids", []))
     for i, text in enumerate(texts):
         body = _ids(tokenizer, text, i, add_special_tokens=False)
-        before, after = _around(_ids(tokenizer, text, i), body, i) if special else ([], [])
+        before, after = [], []
+        if special:  # where a text is nothing at all, another shows what is before and what after it
+            shown = text if body else "a"
+            own = body or _ids(tokenizer, shown, i, add_special_tokens=False)
+            before, after = _around(_ids(tokenizer, shown, i), own, i)
         body, more = _without_end(tokenizer, text, body)
         after = [*more, *after]
         if after:

@@ -176,6 +176,20 @@ def test_chat_answers_of_ones_own(chat, monkeypatch):
     assert "Request 0 was asked" in shown[1]
 
 
+def test_chat_judges_with_templates_of_parts(chat, monkeypatch):
+    """A template that writes nothing of a content that is a text would show every answer as the same."""
+    judge = ModelJudge(chat, "chat", device="cpu")
+    judge.tokenizer.chat_template = "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}<|assistant|>"
+    shown = answering(judge, monkeypatch, ["safe"] * len(TEXTS))
+    assert judge(COMPLETIONS) == [R] * len(TEXTS)
+    assert [text.split()[0] in said for text, said in zip(TEXTS, shown, strict=True)] == [True] * len(TEXTS)
+    judge.tokenizer.chat_template = "{{ messages[0].answer }}"
+    with pytest.raises(
+        InputError, match=f"^judge chat:{chat}: the tokenizer's chat template leaves out the user mess"
+    ):
+        judge(COMPLETIONS)
+
+
 def test_an_unread_verdict_is_told(chat, monkeypatch):
     judge = as_judge(f"chat:{chat}", device="cpu")
     answering(judge, monkeypatch, ["safe", "safely done", "perhaps"])

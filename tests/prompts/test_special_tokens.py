@@ -173,6 +173,7 @@ def test_prompts_of_unknown_words_are_told():
 
 def test_prompts_that_vanish_are_refused():
     tokenizer = of_words("kettle", around="<s> $A </s>")
+    assert tokenised(tokenizer, [""]).ids == [[BOS]]
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("moon", "")
     with pytest.raises(InputError, match="prompt 1 has no tokens"):
         to_token_ids(["kettle", "moon"], tokenizer)
