@@ -55,4 +55,4 @@ class Stopped(BaseException):
 
 def note(message: str) -> None:
     """Tell the user something that does not end the run, in one line of stderr."""
-    print(f"shipsfast: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"shipsfast: {one_line(message)}", file=sys.stderr, flush=True)

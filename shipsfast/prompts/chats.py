@@ -16,7 +16,11 @@ _SHARE_GPT = {
     "user": "user",
     "assistant": "assistant",
 }
-_CALLS = ("tool_calls", "function_call", "tool_call_id")  # what a message may hold beside its text
+# What a chat template may read beside the text. Other notes, such as ids and scores, are left away.
+_READ = (
+    "name", "tool_calls", "function_call", "tool_call_id", "tools", "documents", "images", "reasoning", "reasoning_content",
+    "thinking",
+)  # fmt: skip
 CUT = "answers_left_off"  # in what is recorded of a file
 EMPTY = "is empty: remove it or give it text"
 
@@ -37,10 +41,8 @@ def as_prompt(value) -> tuple[Prompt, bool]:
         raise NoPrompt(f"is a value of type {type(value).__name__}: expected text, or a list of messages")
     if not value:
         raise NoPrompt("is an empty list: remove it or give it messages")
-    messages = [_message(each, number) for number, each in enumerate(value, 1)]
-    cut = messages[-1]["role"] == "assistant"
-    if cut:
-        messages.pop()
+    cut = _speaker(value[-1]) == "assistant"
+    messages = [_message(each, number) for number, each in enumerate(value[: len(value) - cut], 1)]
     if not any(each["role"] == "user" for each in messages):
         raise NoPrompt("has no message of the user: remove it or give it one")
     if messages[-1]["role"] == "assistant":
@@ -72,20 +74,29 @@ def _text(text: str, what: str = "") -> str:
     return text
 
 
+def _speaker(value) -> str | None:
+    """Whose message it is, by the name that chat templates know; None for what has none."""
+    if not isinstance(value, dict):
+        return None
+    role = value.get("role")
+    if role is None and isinstance(value.get("from"), str):
+        return _SHARE_GPT.get(value["from"])
+    return role
+
+
 def _message(value, number: int) -> dict[str, str]:
     what = f"is a list whose element {number} "
     if not isinstance(value, dict):
         raise NoPrompt(f"{what}is no message: expected role and content, or from and value")
-    for call in _CALLS:
-        if value.get(call):
-            raise NoPrompt(f"{what}has {call}: only messages of text are read")
+    for key in _READ:
+        if value.get(key):
+            raise NoPrompt(f"{what}has {key}: only role and text are read")
     if "role" in value and "content" in value:
         role, content = value["role"], value["content"]
     elif "from" in value and "value" in value:
-        role, content = value["from"], value["value"]
-        if role not in _SHARE_GPT:
-            raise NoPrompt(f"{what}is from {role!r:.40}: expected {', '.join(_SHARE_GPT)}")
-        role = _SHARE_GPT[role]
+        content, role = value["value"], _speaker(value)
+        if role is None:
+            raise NoPrompt(f"{what}is from {value['from']!r:.40}: expected {', '.join(_SHARE_GPT)}")
     else:
         raise NoPrompt(
             f"{what}has {', '.join(map(str, value)):.80}: expected role and content, or from and value"

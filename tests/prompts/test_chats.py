@@ -60,6 +60,11 @@ def test_an_empty_system_prompt_stays(tmp_path):
     assert load_prompts(write(tmp_path / "p.jsonl", "messages", [chat])) == [chat]
 
 
+def test_nothing_of_an_answer_that_is_left_off_matters(tmp_path):
+    answer = {"role": "assistant", "content": None, "tool_calls": [1], "reasoning": "It is tin."}
+    assert load_prompts(write(tmp_path / "p.jsonl", "messages", [[*SHORT, answer]])) == [SHORT]
+
+
 def test_one_part_of_text_is_text_and_notes_beside_it_are_not_kept(tmp_path):
     chat = [
         {"role": "user", "content": [{"type": "text", "text": "Mend a kettle"}], "tool_calls": None, "id": 3}
@@ -78,11 +83,14 @@ def test_one_part_of_text_is_text_and_notes_beside_it_are_not_kept(tmp_path):
         (said(("user", "a\0")), "element 1 has content that holds a NUL character"),
         (said(("user", "\ud800")), r"element 1 has content that holds half of a surrogate pair, U\+D800"),
         (said((None, "a")), "element 1 has no role"),
+        (said(([1], "a")), "element 1 has no role"),
+        (said(([1], "a"), names=("from", "value")), r"element 1 is from \[1\]: expected human"),
+        ([{"role": "user", "content": "a", "name": "Ann"}], "element 1 has name: only role and text are read"),
         (said(("system", "Be brief.")), "has no message of the user"),
         (said(("assistant", "a")), "has no message of the user"),
         (said(("user", "a"), ("assistant", "b"), ("assistant", "c")), "ends with two answers"),
         (said(("narrator", "a"), names=("from", "value")), "element 1 is from 'narrator': expected human, gpt"),
-        ([{"role": "user", "content": "a", "tool_calls": [1]}], "element 1 has tool_calls: only messages of text"),
+        ([{"role": "user", "content": "a", "tool_calls": [1]}], "element 1 has tool_calls: only role and text are read"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"1 parts of content \(image\): expected one of text"),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}], r"2 parts of content \(text\)"),
         ({"role": "user", "content": "a"}, "is a value of type dict: expected text, or a list of messages"),
