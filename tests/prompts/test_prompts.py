@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from shipsfast.errors import InputError
-from shipsfast.prompts.datasets import load_prompts, sample_prompts
+from shipsfast.prompts.datasets import load_prompts, read_prompts, sample_prompts
 from shipsfast.prompts.tokens import to_token_ids, tokenize
 
 TEXTS = ["How do I mend a kettle?", 'Say "hello",\nplease', "Ünïcode & <tags>"]
@@ -179,7 +179,8 @@ def hub(monkeypatch):
         if path == "nobody/nothing":
             raise FileNotFoundError("Dataset 'nobody/nothing'\ndoesn't exist on the Hub")
         if path == "village/one":
-            return {"train": Rows({"prompt": ["a", None if name == "holes" else "b"]})}
+            second = {"holes": None, "bytes": b"b", "chat": [{"role": "user", "content": "b"}]}.get(name, "b")
+            return {"train": Rows({"prompt": ["a", second]})}
         return {"harmful": rows, "benign": rows}
 
     monkeypatch.setitem(
@@ -194,7 +195,11 @@ def test_data_sets_of_the_hub(hub, tmp_path, monkeypatch):
     assert load_prompts("JailbreakBench/JBB-Behaviors:behaviors:harmful") == goals
     assert load_prompts("JailbreakBench/JBB-Behaviors::benign") == goals
     assert load_prompts("JailbreakBench/JBB-Behaviors::benign", "Behavior") == ["Kettles", "Lanterns"]
-    assert load_prompts("village/one") == ["a", "b"]
+    found = read_prompts("village/one")
+    assert found == (
+        ["a", "b"],
+        {"data_set": "village/one", "split": "train", "rows": 2, "columns": ["prompt"]},
+    )
     assert hub == [
         ("JailbreakBench/JBB-Behaviors", "behaviors"),
         ("JailbreakBench/JBB-Behaviors", None),
@@ -217,6 +222,10 @@ def test_data_sets_of_the_hub(hub, tmp_path, monkeypatch):
             "no prompt file at nobody/nothing, and it cannot be loaded .* 'nobody/nothing' doesn't",
         ),
         ("village/one:holes", "village/one:holes: the prompt in row 2 is empty"),
+        (
+            "village/one:bytes",
+            "village/one:bytes: the prompt in row 2 holds bytes: decode them to text first",
+        ),
     ],
 )
 def test_data_sets_that_cannot_be_read(hub, tmp_path, monkeypatch, name, message):
