@@ -75,10 +75,10 @@ def choose(columns: Sequence[str] | None, path: str | Path, column: str | None) 
     found = {name.strip().lower(): name for name in reversed(columns)}
     prompts = [name for name in columns if name.strip().lower() in COLUMNS]
     beside = [name for name in columns if name.strip().lower() in BESIDE]
+    meant = [name.strip().lower() for name in (*prompts, *beside)]
     for known in KNOWN:
-        if found.keys() >= set(known.has) and {x.strip().lower() for x in (*prompts, *beside)} <= set(
-            known.has
-        ):
+        has = set(known.has)
+        if has <= found.keys() and has.issuperset(meant) and len(set(meant)) == len(meant):
             return _with_names(known, found)
     if not prompts:
         raise InputError(

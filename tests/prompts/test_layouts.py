@@ -92,6 +92,7 @@ def test_a_column_that_is_named_wins_over_what_is_known(tmp_path):
         (("instruction", "input"), "instruction, input"),
         (("goal", "prompt"), "goal, prompt"),
         (("Goal", "goal"), "Goal, goal"),
+        (("Goal", "goal", "target"), "Goal, goal"),
         (("Goal", "Behavior"), "Goal, Behavior"),
         (("prompt", "messages", "prompt_id"), "prompt, messages"),
         (("instruction", "context", "response"), "instruction, context"),
