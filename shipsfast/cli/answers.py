@@ -60,7 +60,6 @@ def evaluate(
     The unablated model's answers are judged beside them.
     """
     from ..engine.heads import parse_groups
-    from ..prompts.datasets import load_prompts
 
     if view is not None and view.suffix.lower() not in (".md", ".html"):
         raise InputError(f"--view {view}: expected a name ending in .md or .html")
@@ -72,7 +71,7 @@ def evaluate(
             "evaluate needs --groups, such as '2-26; 2-26,3-1', or --run with a finished run folder"
         )
     chosen = parse_groups(groups) if run is None else _best(run, top, cumulative, asked.values["unit"])
-    ordinary = None if control is None else load_prompts(control, asked.given["column"])
+    ordinary = None if control is None else asked.more_prompts("control", control)
     from ..answers.evaluate import evaluate as run_it
 
     result = asked.run(

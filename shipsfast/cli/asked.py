@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import InputError, note
+
+if TYPE_CHECKING:
+    from ..prompts.datasets import PromptSet
 
 PICTURES = (".png", ".svg", ".pdf")
 running: dict[str, Path | None] = {"out": None}  # where the command at work writes, for its last words
@@ -38,16 +42,28 @@ class Asked:
         self._check_how()
 
     def _check_prompts(self) -> None:
-        from ..prompts.datasets import load_prompts, sample_prompts
+        from ..prompts.datasets import sample_prompts
 
         given = self.given
         which = (given["limit"], given["sample"], given["seed"])
-        self.values["prompts"] = sample_prompts(load_prompts(given["prompts"], given["column"]), *which)
+        prompts, self.prompts_from = taken(given["prompts"], given["column"], given["quiet"])
+        self.values |= {"prompts": sample_prompts(prompts, *which), "prompts_from": self.prompts_from}
+        if given["sample"] is not None:
+            self.prompts_from["sample"] = {"prompts": given["sample"], "seed": given["seed"]}
+        elif given["limit"] is not None:
+            self.prompts_from["limit"] = given["limit"]
         self.others = None
         if given["source"] is not None:
-            self.others = load_prompts(given["source"], given["column"])
+            self.others = self.more_prompts("source", given["source"])
             if given["ablation"] == "resample" and len(self.others) > 1:
                 self.others = sample_prompts(self.others, *which)
+
+    def more_prompts(self, option: str, path: str | Path) -> list:
+        """The prompts of the file that an option names, recorded beside those of the argument."""
+        prompts, self.prompts_from[option] = taken(
+            path, self.given["column"], self.given["quiet"], f"--{option}"
+        )
+        return prompts
 
     def _check_how(self) -> None:
         quiet_transformers()  # before anything imports it
@@ -120,6 +136,16 @@ class Asked:
 
         for cls in (function.measurement, function.execution):
             yield made(cls, self.values | own)
+
+
+def taken(path: str | Path, column: str | None, quiet: bool, what: str = "prompts") -> PromptSet:
+    """The prompts of a file, and where they came from, which is said. what: begins the line."""
+    from ..prompts.datasets import read_prompts
+
+    found = read_prompts(path, column)
+    if not quiet:
+        note(f"{what}: {found}")
+    return found
 
 
 def template_for(name: str, tokenizer) -> str:

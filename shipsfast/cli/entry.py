@@ -6,6 +6,7 @@ Nothing heavy is imported here: each command imports what it needs when it runs.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import threading
@@ -65,8 +66,8 @@ DISK = (
 
 
 def main() -> None:
-    """Entry point. Exit status: 0, 2 for bad input or a disk that fails, 130 after Ctrl-C, 143 after SIGTERM;
-    of verify, 1 for a run that is damaged or not finished."""
+    """Entry point. Exit status: 0, 2 for bad input or a disk that fails, 130 after Ctrl-C, 143 after SIGTERM, 141 where
+    nobody reads what is printed any more, such as head; of verify, 1 for a run that is damaged or not finished."""
     running["out"] = None
     before = None
     if threading.current_thread() is threading.main_thread():
@@ -76,6 +77,8 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == 130:  # typer's own for Ctrl-C, which says nothing
             _fail(_with_kept("interrupted"))
+        if _unheard(stop):
+            sys.exit(141)
         raise
     except Stopped:
         _fail(_with_kept("terminated (SIGTERM)"))
@@ -94,6 +97,19 @@ def main() -> None:
 
 def _stop(_number, _frame) -> None:
     raise Stopped
+
+
+def _unheard(stop: SystemExit) -> bool:
+    """Whether the reader of stdout has gone. typer and rich make status 1 of it, and print nothing; what is still to be
+    written would be told of by Python itself at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stop.__context__ = sys.exception()
+    if not isinstance(stop.__context__, BrokenPipeError):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _with_kept(message: str) -> str:

@@ -31,7 +31,8 @@ ModelName = Annotated[str, typer.Argument(help="Model folder or hub id.")]
 PromptFile = Annotated[
     str,
     typer.Argument(
-        help="Prompts: a csv, jsonl, parquet or txt file, or a data set of the hub, owner/name[:config[:split]]."
+        help="Prompts: a csv, tsv, jsonl, json, parquet or txt file, a folder of save_to_disk[:split], or a data set of the "
+        "hub, owner/name[:config[:split]]."
     ),
 ]
 Out = _option(ScanExecution, "out", Path | None, text="run folder to write; an unfinished one is continued.")
@@ -48,7 +49,13 @@ TemplateArg = _option(
     "May be given several times.",
 )  # fmt: skip
 TemplateDate = _option(Measurement, "template_date")
-Column = Annotated[str | None, typer.Option(help="Column of the prompts.")]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the prompts, or several with commas between them, joined by a blank line. Default: by its name, or "
+        "what the layout of a published set says."
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
 Sample = Annotated[int | None, typer.Option(min=1, help="N prompts drawn at random.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of --sample, and of --do-sample.")]
@@ -102,7 +109,10 @@ RemoteCode = Annotated[
 Plot = Annotated[Path | None, typer.Option(help="Write the heatmap here (png, svg or pdf).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many heads to list.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress bar, and no word on what was taken of prompt files."),
+]
 MetricNames = _option(
     ShipsMeasurement, "metric", list[str], "--metric",
     more="logit_diff:TOKEN,TOKEN or refusal_logit:TOKEN,TOKEN,...; may be given several times, for one pass that measures "

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .asked import Asked, quiet_transformers, template_for
+from .asked import Asked, quiet_transformers, taken, template_for
 from .options import (
     ANSWER_OPTIONS,
     PLAN_OPTIONS,
@@ -130,9 +130,9 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast MODEL scans here, how near that is to what the device can do, and what holds it back."""
-    from ..prompts.datasets import load_prompts, sample_prompts
+    from ..prompts.datasets import sample_prompts
 
-    texts = None if prompts is None else sample_prompts(load_prompts(prompts, column), limit, None, 0)
+    texts = None if prompts is None else sample_prompts(taken(prompts, column, quiet).prompts, limit, None, 0)
     quiet_transformers()
     from ..engine.memory_plan import parse_bytes
     from ..models.loading import load_model, load_tokenizer

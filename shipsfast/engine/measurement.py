@@ -156,6 +156,9 @@ class Execution:
     ] = "auto"
     max_memory: Annotated[int | None, Doc("bytes to use beyond the model; default what is free.")] = None
     progress: Annotated[bool, Doc("a progress bar on stderr.")] = True
+    prompts_from: dict | None = (
+        None  # of which file, for the record only; no keyword, as it has no description
+    )
 
     def __post_init__(self) -> None:
         if self.layers not in LAYER_PATHS:

@@ -192,6 +192,8 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         "kl_backend": kl_backend(device),
         "matmul": describe_matmul(),
     }
+    if execution.prompts_from:
+        record["prompts_from"] = execution.prompts_from
     if anatomy.plain_sequences:
         record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:

@@ -1,92 +1,174 @@
-"""Prompt files and data sets, templates and tokenising.
+"""Prompt files and data sets: which file, which rows, and what is said of where they came from.
 
-Files: csv, jsonl, parquet (the prompts are a column) and txt (one prompt a line); a folder with one such data file;
-or a data set of the hub, `owner/name[:config[:split]]`. Among them the published forms of AdvBench (csv with goal,
-target), JailbreakBench (csv or the hub's JailbreakBench/JBB-Behaviors:behaviors:harmful; its prompt is Goal, while
-Behavior is a short name), MaliciousInstruct (txt), and the csv with `input` of the paper's repository.
-Templates: `chat` is the tokenizer's own chat template with one user turn; `query-answer` is the wrapper of
-the paper's Ships (arXiv 2410.13708, appendix B.1); `none` takes the prompt as it is; any other string must
-contain {prompt}.
+Files: csv, tsv, jsonl, json, parquet (the prompts are one column, or what `layouts.py` makes of several) and txt (one prompt
+a line); a folder with one such data file, or one that the datasets library's `save_to_disk` wrote, `FOLDER[:SPLIT]`; or a
+data set of the hub, `owner/name[:config[:split]]`.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import InputError, whole_number
-from . import files
+from ..text import counted
+from . import arrow_files, files
+from .chats import CUT, NoPrompt, Prompt, as_prompt, joined
+from .files import SUFFIXES
+from .layouts import CHATS, Layout, choose
 
-# The first that is there holds the prompts: in JailbreakBench Goal, not Behavior.
-COLUMNS = ("input", "goal", "prompt", "query", "behavior")
-SUFFIXES = (".csv", ".jsonl", ".parquet", ".txt")
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([^:]*)(?::([^:]+))?)?")  # owner/name[:config[:split]]
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")  # how the hub names the parts of a split
+_MOST_KINDS, _MOST_CHARS = 20, 80  # of what a set mixes, as it is said and recorded
 
 
-def load_prompts(path: str | Path, column: str | None = None) -> list[str]:
-    """The prompts of a file, in its order.
+class PromptSet(NamedTuple):
+    """Prompts, and where they came from, as run.json has it: the file's name without its folder or the data set's, its
+    split, rows, layout and columns, the kinds of prompt that a published set mixes, and answers that were cut off."""
 
-    path: a file; a folder, such as a data set downloaded from the hub, with one csv, jsonl or parquet file or the
-        parts of one; or, where nothing of the name exists, a data set of the hub, `owner/name[:config[:split]]`
-        (an empty config is the default one), which needs the `datasets` library.
-    column: the column's name; by default the first of COLUMNS that the file has, in any case.
-    Raises InputError, naming the file, for one that is missing, empty, unreadable or has an empty prompt.
+    prompts: list[Prompt]
+    origin: dict
+
+    def __str__(self) -> str:
+        """In words, for a line to the user."""
+        about, columns = self.origin, self.origin.get("columns", ())
+        words = [f"{counted(about['rows'], 'prompt')} of {about.get('file') or about['data_set']}"]
+        if "split" in about:
+            words.append(f"split {about['split']}")
+        if columns:
+            words.append(f"column{'s' * (len(columns) > 1)} {' and '.join(columns)}")
+        if "layout" in about:
+            words.append(f"the layout of {about['layout']}")
+        for name, kinds in about.get("kinds", {}).items():
+            words.append(f"{name} {', '.join(f'{kind} {number:,}' for kind, number in kinds.items())}")
+        if CUT in about:
+            words.append(f"{counted(about[CUT], 'answer')} that end a conversation left off")
+        return "; ".join(words)
+
+
+def load_prompts(path: str | Path, column: str | None = None) -> list[Prompt]:
+    """The prompts of a file, in its order: texts, or lists of messages, {"role": ..., "content": ...}.
+
+    path: a file; a folder, such as a data set downloaded from the hub, with one csv, tsv, jsonl or parquet file or the
+        parts of one, or one of `save_to_disk`, with `:SPLIT` where it has several; or, where nothing of the name exists,
+        a data set of the hub, `owner/name[:config[:split]]` (an empty config is the default one), which needs the
+        `datasets` library.
+    column: the column's name, or several with commas between them, which are joined by a blank line. By default what
+        `layouts.py` knows of published sets (Alpaca: instruction, and input after a blank line; HarmBench: Behavior after
+        its ContextString), or the one column with a name of prompts, such as prompt, goal or messages, in any case.
+    A conversation that ends with an answer of the assistant is a prompt up to this answer.
+    Raises InputError, naming the file, for one that is missing, empty, unreadable, has an empty prompt, or several columns
+    that may be meant.
     """
+    return read_prompts(path, column).prompts
+
+
+def read_prompts(path: str | Path, column: str | None = None) -> PromptSet:
+    """As `load_prompts`, with where the prompts came from."""
     try:
-        return _load(str(path), Path(path), column)
+        return _read(str(path), Path(path), column)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _load(name: str, path: Path, column: str | None) -> list[str]:
-    if path.is_dir():
-        return [prompt for part in _data_files(path) for prompt in load_prompts(part, column)]
+def _read(name: str, path: Path, column: str | None) -> PromptSet:
     suffix = path.suffix.lower()
+    folder, _, split = name.rpartition(":")
+    if not path.exists() and folder and Path(folder).is_dir():
+        return _of_saved(Path(folder), split, column)
+    if path.is_dir():
+        if arrow_files.is_saved(path) or arrow_files.splits(path):
+            return _of_saved(path, None, column)
+        return _prompts(
+            [(part, files.rows(part)) for part in _data_files(path)], column, {"file": _own_name(path)}
+        )
     hub = None if path.exists() or suffix in SUFFIXES else HUB_NAME.fullmatch(name)
     if hub and path.parent.is_dir():
         hub = None  # a file of an existing folder was meant, and a slip of the pen goes to no server
-    if not hub and not path.is_file():
-        if path.exists():
-            raise InputError(f"{path} is a device or a pipe: expected a csv, jsonl, parquet or txt file")
-        raise InputError(f"no prompt file at {path}")
-    if not hub and suffix not in SUFFIXES:
-        raise InputError(f"{path} is not a prompt file: expected one of {', '.join(SUFFIXES)}")
     if hub:
-        prompts, where = _from_hub(name, *hub.groups(), column), "row"
-    elif suffix == ".txt":
-        prompts, where = [line for line in files.lines(path) if line.strip()], "line"
-    else:
-        chosen = _choose(files.names(path), path, column)
-        prompts, where = files.column(path, chosen), "row"
+        rows, where = _from_hub(name, *hub.groups())
+        return _prompts([(name, rows)], column, where)
+    if not path.is_file():
+        if path.exists():
+            raise InputError(f"{path} is a device or a pipe: expected a {_some(SUFFIXES)} file")
+        raise InputError(f"no prompt file at {path}")
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path} is not a prompt file: expected one of {', '.join(SUFFIXES)}")
+    return _prompts([(path, files.rows(path))], column, {"file": _own_name(path)})
+
+
+def _some(suffixes: Sequence[str]) -> str:
+    words = [suffix.removeprefix(".") for suffix in suffixes]
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _own_name(path: Path) -> str:
+    return path.name or path.resolve().name
+
+
+def _of_saved(folder: Path, split: str | None, column: str | None) -> PromptSet:
+    """Of a folder that `save_to_disk` wrote."""
+    where, splits = {"file": _own_name(folder)}, arrow_files.splits(folder)
+    if splits is None and split is not None:
+        raise InputError(f"{folder} has no splits: name the folder or a file, without :{split}")
+    if splits is not None:
+        split = _one_split(str(folder), splits, split, f"{folder}:SPLIT")
+        folder, where = folder / split, where | {"split": split}
+        if not arrow_files.is_saved(folder):
+            raise InputError(f"{folder} is no data set of save_to_disk: it has no {arrow_files.STATE}")
+    return _prompts([(folder, files.saved_rows(folder))], column, where)
+
+
+def _prompts(parts: list[tuple[str | Path, files.Rows]], column: str | None, where: dict) -> PromptSet:
+    """The prompts of the parts of a data set, which have one layout."""
+    layout = choose(parts[0][1].names, parts[0][0], column)
+    prompts, cut, kinds = [], 0, Counter()
+    for path, rows in parts:
+        if choose(rows.names, path, column) != layout:
+            raise InputError(f"{path} has other columns than the parts before it: name one file")
+        wanted = (*layout.takes, *layout.kinds)
+        found = rows.of(wanted or None)
+        for number, row in enumerate(found, 1):
+            try:
+                prompt, shorter = _prompt(row, layout, chosen=column is not None)
+            except NoPrompt as problem:
+                raise InputError(f"{path}: the prompt in {rows.unit} {number} {problem}") from None
+            prompts.append(prompt)
+            cut += shorter
+        if layout.kinds:
+            kinds.update(str(row[-1])[:_MOST_CHARS] for row in found)
     if not prompts:
         raise InputError(f"{path} holds no prompts")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"{path}: the prompt in {where} {i + 1} is empty: remove it or give it text")
-        problem = _not_text(prompt)
-        if problem:
-            raise InputError(f"{path}: the prompt in {where} {i + 1} {problem}: remove it or the row")
-    return prompts
+    where = where | {"rows": len(prompts)}
+    where |= {"columns": list(layout.takes)} if layout.takes else {}
+    where |= {"layout": layout.name} if layout.name else {}
+    where |= (
+        {"kinds": {layout.kinds[0]: dict(sorted(kinds.items()))}} if 0 < len(kinds) <= _MOST_KINDS else {}
+    )
+    return PromptSet(prompts, where | ({CUT: cut} if cut else {}))
 
 
-def _not_text(prompt: str) -> str | None:
-    """What is in it that no tokenizer can take, or that no text has."""
-    if "\0" in prompt:
-        return "holds a NUL character"
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"holds half of a surrogate pair, U+{ord(prompt[error.start]):04X}"
-    return None
+def _prompt(row: tuple, layout: Layout | None, chosen: bool) -> tuple[Prompt, bool]:
+    """A row's prompt. chosen: the user has named the column. Raises NoPrompt."""
+    if len(layout.takes) <= 1:
+        named = "".join(layout.takes).strip().lower()
+        if named in CHATS and not chosen and isinstance(row[0], str):
+            raise NoPrompt(
+                f"is text, and column {layout.takes[0]!r} by its name a list of messages: take another form of the file, "
+                "or name the column with --column to have the text as it is"
+            )
+        return as_prompt(row[0])
+    return as_prompt(joined(row[: len(layout.takes)], layout.takes, layout.main, layout.between))
 
 
 def sample_prompts(
-    prompts: Sequence[str], limit: int | None = None, sample: int | None = None, seed: int = 0
-) -> list[str]:
+    prompts: Sequence[Prompt], limit: int | None = None, sample: int | None = None, seed: int = 0
+) -> list[Prompt]:
     """Some of the prompts, in their order: the first `limit`, or `sample` of them at random; all, if neither is given.
 
     The sample is without replacement, and the same for the same seed. A limit above the number of prompts takes all.
@@ -107,30 +189,39 @@ def sample_prompts(
 
 def _data_files(folder: Path) -> list[Path]:
     """The one data file of a folder, or all parts of the one split it holds."""
-    files = sorted(
+    found = sorted(
         file
         for file in (*folder.glob("*"), *folder.glob("*/*"))  # the hub keeps them there, or one folder down
-        if file.suffix.lower() in (".csv", ".jsonl", ".parquet")
+        if file.suffix.lower() in files.TABLES
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
-    if not files:
-        raise InputError(f"{folder} is a folder without a csv, jsonl or parquet file: name the prompt file")
-    shards = [_SHARD.fullmatch(file.stem) for file in files]
+    if not found:
+        raise InputError(f"{folder} is a folder without a {_some(files.TABLES)} file: name the prompt file")
+    shards = [_SHARD.fullmatch(file.stem) for file in found]
     kinds = {
         (file.parent, file.suffix, shard and shard.groups())
-        for file, shard in zip(files, shards, strict=True)
+        for file, shard in zip(found, shards, strict=True)
     }
-    if len(files) > 1 and (len(kinds) > 1 or not shards[0]):
-        names = ", ".join(str(file.relative_to(folder)) for file in files)
+    if len(found) > 1 and (len(kinds) > 1 or not shards[0]):
+        names = ", ".join(str(file.relative_to(folder)) for file in found)
         raise InputError(f"{folder} holds several data files: name one of {names}")
-    if shards[0] and int(shards[0][2]) != len(files):
-        raise InputError(f"{folder} holds {len(files)} of the {int(shards[0][2])} parts of {shards[0][1]}")
-    return files
+    if shards[0] and int(shards[0][2]) != len(found):
+        raise InputError(f"{folder} holds {len(found)} of the {int(shards[0][2])} parts of {shards[0][1]}")
+    return found
 
 
-def _from_hub(name: str, repository: str, config: str | None, split: str | None, column: str | None) -> list:
-    """The prompts of one split of a data set of the hub."""
+def _one_split(name: str, splits: Sequence[str], split: str | None, form: str) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split not in splits:
+        asked = "several splits" if split is None else f"no split {split!r}"
+        raise InputError(f"{name} has {asked}: name one of {', '.join(splits)} as {form}")
+    return split
+
+
+def _from_hub(name: str, repository: str, config: str | None, split: str | None) -> tuple[files.Rows, dict]:
+    """One split of a data set of the hub, and which."""
     try:
         import datasets
     except ImportError:
@@ -149,28 +240,9 @@ def _from_hub(name: str, repository: str, config: str | None, split: str | None,
             f"no prompt file at {name}, and it cannot be loaded from the hub as owner/name[:config[:split]]: "
             f"{' '.join(str(error).split())}"
         ) from error
-    if split is None and len(splits) == 1:
-        (split,) = splits
-    if split not in splits:
-        asked = "several splits" if split is None else f"no split {split!r}"
-        form = f"{repository}:{config or ''}:SPLIT"
-        raise InputError(f"{name} has {asked}: name one of {', '.join(splits)} as {form}")
+    split = _one_split(name, list(splits), split, f"{repository}:{config or ''}:SPLIT")
     rows = splits[split]
-    return list(rows[_choose(list(rows.column_names), name, column)])
-
-
-def _choose(columns: Sequence[str], path: str | Path, column: str | None) -> str:
-    """The name of the prompts' column."""
-    if not columns:
-        raise InputError(f"{path} is empty")
-    if column is not None:
-        if column not in columns:
-            raise InputError(f"{path} has no column {column!r}: it has {', '.join(columns)}")
-        return column
-    by_name = {name.strip().lower(): name for name in reversed(columns)}
-    for name in COLUMNS:
-        if name in by_name:
-            return by_name[name]
-    raise InputError(
-        f"{path} has no column named {', '.join(COLUMNS)}: it has {', '.join(columns)}; name the right one with --column"
-    )
+    where = {"data_set": repository} | ({"config": config} if config else {}) | {"split": split}
+    return files.Rows(
+        list(rows.column_names), lambda chosen: list(zip(*(rows[x] for x in chosen), strict=True))
+    ), where

@@ -288,7 +288,7 @@ def test_ctrl_c_is_status_130(capsys, monkeypatch):
     def stop(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shipsfast.prompts.datasets.load_prompts", stop)
+    monkeypatch.setattr("shipsfast.prompts.datasets.read_prompts", stop)
     status, _, err = run(capsys, "scan", MODEL, PROMPTS / "taboo.csv")
     assert status == 130 and "interrupted" in err
 

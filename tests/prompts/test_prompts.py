@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from shipsfast.errors import InputError
-from shipsfast.prompts.datasets import load_prompts, sample_prompts
+from shipsfast.prompts.datasets import load_prompts, read_prompts, sample_prompts
 from shipsfast.prompts.tokens import to_token_ids, tokenize
 
 TEXTS = ["How do I mend a kettle?", 'Say "hello",\nplease', "Ünïcode & <tags>"]
@@ -58,8 +58,8 @@ def test_csv_keeps_text_as_it_is(tmp_path):
         ("p.csv", b"prompt\nx\n\"\"\ny\n", "row 2 is empty"),
         ("p.csv", b"prompt\n\xff\xfe\n", "not UTF-8"),
         ("p.jsonl", b"{\"prompt\": \"x\"}\nnonsense\n", "not JSON lines"),
-        ("p.jsonl", b"[1]\n", "JSON object"),
-        ("p.jsonl", b"{\"prompt\": 3}\n", "row 1 is empty"),
+        ("p.jsonl", b"[1]\n", "row 1 is a list whose element 1 is no message"),
+        ("p.jsonl", b"{\"prompt\": 3}\n", "row 1 is a value of type int: expected text"),
         ("p.txt", b"\n\n", "holds no prompts"),
         ("p.txt", b"\xff\xfe", "not UTF-8"),
         ("p.parquet", b"not parquet", "cannot be read as parquet"),
@@ -112,19 +112,6 @@ def test_malicious_instruct_has_one_prompt_a_line(tmp_path):
     ]
 
 
-def test_the_order_of_columns_decides(tmp_path):
-    path = tmp_path / "p.csv"
-    for header, expected in [
-        ("Behavior,query,Prompt,GOAL,Input", "e"),
-        ("Behavior,query,Prompt,GOAL,x", "d"),
-        ("Behavior,query,Prompt,x,y", "c"),
-        ("Behavior,query,x,y,z", "b"),
-        ("Behavior,x,y,z,target", "a"),
-    ]:
-        path.write_text(f"{header}\na,b,c,d,e\n")
-        assert load_prompts(path) == [expected]
-
-
 def test_rare_separators_stay_inside_a_prompt(tmp_path):
     text = "one\u2028two\x0bthree\x85four"
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\n", "utf-8")
@@ -137,7 +124,7 @@ def test_folders_in_the_layout_of_the_hub(tmp_path):
     folder = tmp_path / "set"
     (folder / "data").mkdir(parents=True)
     (folder / "README.md").write_text("A set.")
-    with pytest.raises(InputError, match="is a folder without a csv, jsonl or parquet file"):
+    with pytest.raises(InputError, match="is a folder without a csv, tsv, jsonl or parquet file"):
         load_prompts(folder)
     for hidden in (folder / ".cache", folder / "data"):
         hidden.mkdir(exist_ok=True)
@@ -156,7 +143,7 @@ def test_folders_in_the_layout_of_the_hub(tmp_path):
 
     folder = tmp_path / "csv"
     folder.mkdir()
-    (folder / "harmful-behaviors.csv").write_text("Goal,Behavior,extra\na,b,c\n")
+    (folder / "harmful-behaviors.csv").write_text("Goal,Target,Behavior,Category,extra\na,t,b,k,c\n")
     assert load_prompts(folder) == ["a"]
     assert load_prompts(folder, "extra") == ["c"]
     (folder / "benign-behaviors.csv").write_text("Goal\na\n")
@@ -177,7 +164,14 @@ def hub(monkeypatch):
     """A stand-in for the datasets library; gives the list of what was asked for."""
     asked = []
     rows = Rows(
-        {"Index": [0, 1], "Goal": ["mend a kettle", "light a lantern"], "Behavior": ["Kettles", "Lanterns"]}
+        {
+            "Index": [0, 1],
+            "Goal": ["mend a kettle", "light a lantern"],
+            "Target": ["Sure", "Sure"],
+            "Behavior": ["Kettles", "Lanterns"],
+            "Category": ["Tin", "Oil"],
+            "Source": ["Original", "Original"],
+        }
     )
 
     def load_dataset(path, name=None):
@@ -185,7 +179,8 @@ def hub(monkeypatch):
         if path == "nobody/nothing":
             raise FileNotFoundError("Dataset 'nobody/nothing'\ndoesn't exist on the Hub")
         if path == "village/one":
-            return {"train": Rows({"prompt": ["a", None if name == "holes" else "b"]})}
+            second = {"holes": None, "bytes": b"b", "chat": [{"role": "user", "content": "b"}]}.get(name, "b")
+            return {"train": Rows({"prompt": ["a", second]})}
         return {"harmful": rows, "benign": rows}
 
     monkeypatch.setitem(
@@ -200,7 +195,11 @@ def test_data_sets_of_the_hub(hub, tmp_path, monkeypatch):
     assert load_prompts("JailbreakBench/JBB-Behaviors:behaviors:harmful") == goals
     assert load_prompts("JailbreakBench/JBB-Behaviors::benign") == goals
     assert load_prompts("JailbreakBench/JBB-Behaviors::benign", "Behavior") == ["Kettles", "Lanterns"]
-    assert load_prompts("village/one") == ["a", "b"]
+    found = read_prompts("village/one")
+    assert found == (
+        ["a", "b"],
+        {"data_set": "village/one", "split": "train", "rows": 2, "columns": ["prompt"]},
+    )
     assert hub == [
         ("JailbreakBench/JBB-Behaviors", "behaviors"),
         ("JailbreakBench/JBB-Behaviors", None),
@@ -223,6 +222,10 @@ def test_data_sets_of_the_hub(hub, tmp_path, monkeypatch):
             "no prompt file at nobody/nothing, and it cannot be loaded .* 'nobody/nothing' doesn't",
         ),
         ("village/one:holes", "village/one:holes: the prompt in row 2 is empty"),
+        (
+            "village/one:bytes",
+            "village/one:bytes: the prompt in row 2 holds bytes: decode them to text first",
+        ),
     ],
 )
 def test_data_sets_that_cannot_be_read(hub, tmp_path, monkeypatch, name, message):

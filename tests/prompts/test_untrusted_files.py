@@ -19,7 +19,7 @@ from shipsfast.demo.run import MODEL
 from shipsfast.errors import InputError
 from shipsfast.models.loading import load_model, load_tokenizer
 from shipsfast.models.without_weights import hollow_model
-from shipsfast.prompts import files
+from shipsfast.prompts import text_files as files
 from shipsfast.prompts.datasets import load_prompts
 from shipsfast.text import MOST_CHARS, one_line, visible
 from tests.support.models import build
@@ -49,9 +49,9 @@ REFUSED = [
     ("twice.csv", b"goal,goal\na,b\n", "has 2 columns named 'goal': rename one"),
     ("surrogate.jsonl", b'{"goal": "\\ud800"}\n', r"row 1 holds half of a surrogate pair, U\+D800"),
     ("deep.jsonl", b"[" * 200_000 + b"\n", "is not JSON lines: line 1 is nested too deep"),
-    ("digits.jsonl", b'{"goal": ' + b"9" * 5000 + b"}\n", "cannot be read as jsonl: line 1: Exceeds the limit"),
-    ("number.jsonl", b'{"goal": 1}\n', "row 1 is empty"),
-    ("list.jsonl", b'{"goal": ["one"]}\n', "row 1 is empty"),
+    ("digits.jsonl", b'{"goal": ' + b"9" * 5000 + b"}\n", "cannot be read as JSON lines: line 1: Exceeds the limit"),
+    ("number.jsonl", b'{"goal": 1}\n', "row 1 is a value of type int: expected text, or a list of messages"),
+    ("list.jsonl", b'{"goal": ["one"]}\n', "row 1 is a list whose element 1 is no message: expected role and con"),
     ("rubbish.csv", os.urandom(4096), "rubbish.csv"),
     ("rubbish.parquet", b"PAR1" + os.urandom(4096) + b"PAR1", "cannot be read as parquet"),
     ("codes.csv", b"a\x1b[2J\x07,b\n1,2\n", r"it has a\[U\+001B\]\[2J\[U\+0007\], b"),
@@ -143,7 +143,7 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "device.csv").symlink_to("/dev/zero")
     for name in ("pipe.csv", "device.csv"):
         with pytest.raises(
-            InputError, match="is a device or a pipe: expected a csv, jsonl, parquet or txt file"
+            InputError, match="is a device or a pipe: expected a csv, tsv, jsonl, json, parquet or txt file"
         ):
             load_prompts(tmp_path / name)
     with pytest.raises(InputError, match="is a folder without a csv"):
