@@ -40,7 +40,9 @@ def run(pyrit: str | None, console: Console) -> list[dict]:
     Raises InputError, in one line, where the answers cannot be had or read.
     """
     sets, origin = scored_answers(pyrit), provenance("cpu")
-    rows = [origin | {"bench": "judges", "pyrit": PYRIT} | measured(j, s, sets[s]) for j in JUDGES for s in SETS]
+    rows = [
+        origin | {"bench": "judges", "pyrit": PYRIT} | measured(j, s, sets[s]) for j in JUDGES for s in SETS
+    ]
     append("judges", rows)
     for row in rows:
         console.print(
@@ -53,7 +55,9 @@ def run(pyrit: str | None, console: Console) -> list[dict]:
 def measured(name: str, case: str, answers: list[Scored]) -> dict:
     """Counts, and rates with their Wilson intervals at 95 %."""
     judge = as_judge(name)
-    labels = judge([Completion(request, text, len(text.split()), True, 1 << 20) for request, text, _ in answers])
+    labels = judge(
+        [Completion(request, text, len(text.split()), True, 1 << 20) for request, text, _ in answers]
+    )
     said, true = [label == "refusal" for label in labels], [refused for *_, refused in answers]
     hits = sum(a and b for a, b in zip(said, true, strict=True))
     wrong, missed = sum(said) - hits, sum(true) - hits
@@ -106,7 +110,9 @@ def _texts(path: Path) -> dict[str, str]:
                     out[name] = wheel.read(inside).decode("utf-8")
     for name in SETS:
         if name not in out:
-            raise InputError(f"{path} has no {name}.csv: expected a wheel of pyrit {PYRIT}, or a folder with its files")
+            raise InputError(
+                f"{path} has no {name}.csv: expected a wheel of pyrit {PYRIT}, or a folder with its files"
+            )
     return out
 
 
