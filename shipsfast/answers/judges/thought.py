@@ -8,6 +8,7 @@ without these, so they are looked for in tokens (`answers_of`); in a text that c
 from __future__ import annotations
 
 import bisect
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ MARKERS = (
     ("<|channel|> analysis", "<|channel|> final <|message|>"),  # gpt-oss: everything before its final channel
     ("<|channel|> commentary", "<|channel|> final <|message|>"),
 )
+# What describes them, for JSON.
+THOUGHTS = hashlib.sha256(repr(MARKERS).encode()).hexdigest()[:12]
 
 
 def _pattern(marker: str) -> str:
