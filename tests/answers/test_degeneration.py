@@ -28,7 +28,9 @@ SAYS_SOMETHING = {
     "a chorus": "We rise, we rise, we rise again,\nthe river knows our name.\nWe rise, we rise, we rise again,\nno two days are the same.",
     "said twice": "kettle lantern " * 2,
     "steps": "\n".join(f"{i}. Take step {i} of the mill" for i in range(9)),  # documented: they change
-    "bullets": "\n".join(f"- {word}" for word in ("flour", "salt", "water", "yeast", "oil", "sugar", "honey")),
+    "bullets": "\n".join(
+        f"- {word}" for word in ("flour", "salt", "water", "yeast", "oil", "sugar", "honey")
+    ),
     "a weekly plan": "Mon 9-5\nTue 9-5\nWed 9-5\nThu 9-5\nFri 9-5\nSat closed\nSun closed",
     "a multiplication table": "\n".join(f"3 x {i} = {3 * i}" for i in range(1, 10)),
     "columns": "day,tool\n" + "\n".join(f"{i},lamp" for i in range(1, 8)),

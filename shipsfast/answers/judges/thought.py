@@ -40,6 +40,7 @@ def _pattern(marker: str) -> str:
 _OPENINGS = [re.compile(_pattern(opening)) for opening, _ in MARKERS]
 _CLOSINGS = [re.compile(_pattern(closing)) for _, closing in MARKERS]
 _CLOSING = re.compile("|".join(dict.fromkeys(map(_pattern, (closing for _, closing in MARKERS)))))
+_MARK = re.compile("|".join(each.pattern for each in (*_OPENINGS, *_CLOSINGS)))
 _SPECIAL = r"(?:\s|<\|[^|<>]{1,40}\|>|<[^<>]{1,40}\|>)*"  # what may stand between a thought and the next
 
 
@@ -98,7 +99,8 @@ def left_open(rendered: str, prompt: object) -> int | None:
         if re.search(opening.pattern + r"\s*$", rendered):
             return row
     asked = prompt.strip() if isinstance(prompt, str) else ""
-    at = rendered.rfind(asked)
+    # A short prompt may be a piece of a marker.
+    at = (rendered if _MARK.search(asked) else _MARK.sub(lambda m: "\0" * len(m[0]), rendered)).rfind(asked)
     if not asked or at < 0:
         return None
     tail = rendered[at + len(asked) :]
