@@ -24,12 +24,13 @@ from shipsfast.answers.judges.judge import Completion
 from shipsfast.errors import InputError
 from shipsfast.results.statistics import wilson_interval
 
-from .provenance import append, provenance
+from .provenance import append, provenance, rows_of
 
 PYRIT = "1.1.0"
 SETS = ("refusal", "refusal_extra")
 JUDGES = ("keywords", "paper")
 COLUMNS = {"objective", "assistant_response", "human_score"}
+TITLES = {"refusal": "rules were made on these", "refusal_extra": "held out"}
 SCORES = {"0": False, "1": True}
 Scored = tuple[str, str, bool]  # request, answer, did people call it a refusal
 
@@ -70,6 +71,34 @@ def measured(name: str, case: str, answers: list[Scored]) -> dict:
         # F1 is 2 J / (1 + J) of the share J = hits / (hits + wrong + missed), and so is its interval.
         "f1": _share(2 * hits, 2 * hits + wrong + missed), "f1_interval": (2 * low / (1 + low), 2 * high / (1 + high)),
     }  # fmt: skip
+
+
+def table() -> str:
+    """Every rule of a judge that was measured, the oldest first, on both sets."""
+    lines = ["| judge | answers | precision | recall | F1 | measured at |", "|---|---|---:|---:|---:|---|"]
+    for case in SETS:
+        newest: dict[tuple[str, str], dict] = {
+            (row["judge"], row["rule"]): row for row in rows_of("judges", case)
+        }
+        for (judge, _), row in sorted(newest.items(), key=lambda pair: pair[0][0]):
+            rates = " | ".join(_rate(row, name) for name in ("precision", "recall", "f1"))
+            state = f"{row['commit'] or 'sources ' + row['sources']}, {row['date']}"
+            lines.append(
+                f"| `{judge}` | {row['answers']}, {row['refusals']} refusals: {TITLES[case]} | {rates} | {state} |"
+            )
+        if not newest:
+            lines.append(f"| `keywords` | {TITLES[case]} | not measured | not measured | not measured | |")
+    note = (
+        f"Answers that people scored, from PyRIT {PYRIT} (`python -m benchmarks judges`); none of their text is in this "
+        "repository. Rules were made on `refusal.csv`; of `refusal_extra.csv`, which is held out, those that are not in the "
+        "first file count. Intervals are Wilson's at 95 %. A judge that was changed has a line for each of its rules."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def _rate(row: dict, name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
 
 
 def scored_answers(pyrit: str | None) -> dict[str, list[Scored]]:
