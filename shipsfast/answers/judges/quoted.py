@@ -15,7 +15,7 @@ _DASHED = re.compile(r"^[ \t]*[\u2013\u2014\u2015].*$", re.MULTILINE)  # a line 
 _MARKS = re.compile(
     r"\"[^\"\n]*\"|\u201c[^\u201d\n]*\u201d|\u201e[^\u201c\u201d\n]*[\u201c\u201d]|\u00ab[^\u00bb\n]*\u00bb|\u00bb[^\u00ab\n]*\u00ab"
     r"|\u300c[^\u300d\n]*\u300d|\u300e[^\u300f\n]*\u300f"
-    r"|(?<!\w)['\u2018](?=\w)[^\n]*?(?<=[\w.,!?])['\u2019](?!\w)"
+    r"|(?<!\w)['\u2018](?=\w)[^\n]{1,1000}?(?<=[\w.,!?])['\u2019](?!\w)"
 )
 _SPEAKER = re.compile(r"^[ \t]*[*_]*([A-Z][\w .'-]{0,24}?)[*_]*:[*_]*(?=[ \t])(.*)$", re.MULTILINE)
 _MODEL = {
