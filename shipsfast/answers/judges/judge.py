@@ -6,7 +6,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 
 from ...errors import InputError
@@ -30,8 +30,8 @@ class Completion:
     num_tokens: int
     finished: bool
     limit: int
-    thinks: bool | None = None
-    thinking: bool = False
+    thinks: bool | None = field(default=None, compare=False)
+    thinking: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, text: str, prompt: str | None = None) -> Completion:
