@@ -3,10 +3,11 @@
 cpu         the exhaustive scan against the best other ways, appended to benchmarks/results/cpu.jsonl
 sahara      a Sahara search beside a KL scan, appended to benchmarks/results/sahara.jsonl
 generation  answers with groups of heads off against the best other ways, appended to .../generation.jsonl
+judges      the judges of phrases beside people, appended to benchmarks/results/judges.jsonl
 stream      a model streamed from its checkpoint beside the same one in memory, appended to .../stream.jsonl
 gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
 gpu-table   what a folder of its rows says
-tables      rewrite the tables of README.md and docs/performance.md from the results
+tables      rewrite the tables of README.md, docs/performance.md and docs/judges.md from the results
 """
 
 from __future__ import annotations
@@ -96,6 +97,24 @@ def generation(
         run_case(each, repeats, Console(width=160))
 
 
+@app.command()
+def judges(
+    pyrit: str = typer.Option("", help="A wheel of pyrit, or a folder with its files; else pip fetches it."),
+) -> None:
+    """The judges of phrases beside people, on answers that PyRIT ships."""
+    from rich.console import Console
+
+    from shipsfast.errors import InputError
+
+    from .judges import run
+
+    try:
+        run(pyrit or None, Console(width=160))
+    except InputError as error:
+        print(f"judges: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
 @app.command(hidden=True)
 def peak(case: str, path: str) -> None:
     """Peak memory of one path of one case; run by `cpu` in a process of its own."""
@@ -107,7 +126,7 @@ def peak(case: str, path: str) -> None:
 
 @app.command()
 def tables() -> None:
-    """Rewrite the tables of README.md and docs/performance.md from the results."""
+    """Rewrite the tables of README.md, docs/performance.md and docs/judges.md from the results."""
     from .tables import update
 
     print(f"changed: {', '.join(changed)}" if (changed := update()) else "all up to date")

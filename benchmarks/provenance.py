@@ -83,10 +83,11 @@ def append(device: str, rows: list[dict]) -> None:
 
 def newest(name: str, case: str) -> dict | None:
     """The newest row of a case, None if it was never measured."""
-    return next(reversed(_rows(name, case)), None)
+    return next(reversed(rows_of(name, case)), None)
 
 
-def _rows(name: str, case: str) -> list[dict]:
+def rows_of(name: str, case: str) -> list[dict]:
+    """Every row of a case, the oldest first."""
     file = RESULTS / f"{name}.jsonl"
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
     return [row for row in map(json.loads, lines) if row["case"] == case]
@@ -94,7 +95,7 @@ def _rows(name: str, case: str) -> list[dict]:
 
 def latest(device: str, case: str) -> list[dict]:
     """The rows of the newest run of a case, empty if it was never measured."""
-    rows = _rows(device, case)
+    rows = rows_of(device, case)
     start = max((i for i, row in enumerate(rows) if row["path"] == "shipsfast"), default=0)
     return rows[start:]
 

@@ -30,8 +30,8 @@ def evaluate(
 ) -> EvalResult:
     """The attack success rate with each group of heads off.
 
-    Every prompt is answered with every group off (`generate`), and every answer judged: refusal, degenerate or
-    complied.
+    Every prompt is answered with every group off (`generate`), and every answer judged: refusal, degenerate,
+    unfinished (inside a thought) or complied.
 
     `resample`, which matches positions one to one, is refused.
 

@@ -15,7 +15,8 @@ from ..runs.folder import RunFolder
 from ..runs.kinds import COMPLETIONS
 from .decode import decode, longest
 from .generation import Generation
-from .judges.judge import Completion
+from .judges.judge import Completion, around_unfinished
+from .judges.thought import answers_of
 from .self_check import check_generation
 
 WRITE_EVERY_S = 5.0  # finished rows reach the disk at least that often, and at the end
@@ -77,13 +78,20 @@ def answer(generation: Generation, judge: Labelled, kept: Kept, progress: bool =
 def judged(
     generation: Generation, judge: Labelled, rows: Sequence[Decoded]
 ) -> Iterator[tuple[Decoded, str, str]]:
-    """Finished rows with their texts and labels."""
+    """Finished rows with their whole texts, and labels of what follows a thought."""
     if not rows:
         return
-    prompts, limit = generation.subject.measurement.prompts, generation.max_new_tokens
-    texts = generation.tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True)
-    said = [
-        Completion(prompt_text(prompts[row.prompt]), text, len(row.tokens), row.finished, limit)
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    yield from zip(rows, texts, judge(said), strict=True)
+    subject, limit, tokenizer = generation.subject, generation.max_new_tokens, generation.tokenizer
+    prompts, tokens = [prompt_text(p) for p in subject.measurement.prompts], [row.tokens for row in rows]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    asked = [(subject.token_ids[row.prompt], prompts[row.prompt]) for row in rows]
+    said = []
+    for row, answer in zip(rows, answers_of(tokenizer, tokens, asked), strict=True):
+        thought = len(row.tokens) - answer.tokens
+        said.append(
+            Completion(
+                prompts[row.prompt], answer.text, answer.tokens, row.finished, limit - thought,
+                thinks=thought > 0 or answer.thinking, thinking=answer.thinking,
+            )
+        )  # fmt: skip
+    yield from zip(rows, texts, around_unfinished(said, judge), strict=True)

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from .asked import Asked, check_place
-from .options import ANSWER_OPTIONS, Control, Groups, JudgeName, JudgeTemplate, KeepText, command
+from .options import ANSWER_OPTIONS, Control, Groups, JudgeName, JudgeTemplate, JudgeTokens, KeepText, command
 from .shown import show_json, show_result
 
 
@@ -50,6 +50,7 @@ def evaluate(
     control: Control = None,
     judge: JudgeName = "keywords",
     judge_template: JudgeTemplate = None,
+    judge_tokens: JudgeTokens = None,
     keep_text: KeepText = False,
     view: Annotated[
         Path | None, typer.Option(help="Write the answers side by side here (md or html).")
@@ -75,7 +76,7 @@ def evaluate(
     from ..answers.evaluate import evaluate as run_it
 
     result = asked.run(
-        run_it, groups=[[], *(group for group in chosen if group)], judge=asked.judge(judge, judge_template),
+        run_it, groups=[[], *(group for group in chosen if group)], judge=asked.judge(judge, judge_template, judge_tokens),
         control=ordinary, keep_text=keep_text,
     )  # fmt: skip
     if view is not None:

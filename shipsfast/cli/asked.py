@@ -118,11 +118,11 @@ class Asked:
         where = Elsewhere(given["device"], self.device_memory, given["stream"])
         return forecast(model, tokenizer, *self._described(function, own), where)
 
-    def judge(self, name: str, template: str | None):
+    def judge(self, name: str, template: str | None, tokens: int | None):
         """The judge of that name. Model judges go where the model goes."""
         from ..answers.judges.choose import as_judge
 
-        return as_judge(name, template=template, device=self.given["device"])
+        return as_judge(name, template=template, max_new_tokens=tokens, device=self.given["device"])
 
     def _tokenizer(self):
         from ..models.loading import load_tokenizer

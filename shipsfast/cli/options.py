@@ -146,6 +146,12 @@ JudgeTemplate = Annotated[
         help="What a model judge is shown: a text with {completion}, or a file of it; {prompt} if it asks."
     ),
 ]
+JudgeTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens that a chat judge may write; default 8, and more for one that thinks first."
+    ),
+]
 KeepText = _option(EvaluationMeasurement, "keep_text", None, "--keep-text")
 ARGUMENTS = {"model": ModelName, "prompts": PromptFile}
 RUN_OPTIONS = {
@@ -185,7 +191,7 @@ SCAN_OPTIONS = {"heads": (HeadNames, None), "plot": (Plot, None), "stream": (Str
 PLAN_OPTIONS = {"plan": (PlanOnly, False), "device_memory": (DeviceMemory, None)}
 # Without --rank-by asr nobody answers, and nobody judges.
 OF_ANSWERS = (
-    "judge", "judge_template", "max_new_tokens", "do_sample", "top_k", "temperature", "eos_token_id", "keep_text",
+    "judge", "judge_template", "judge_tokens", "max_new_tokens", "do_sample", "top_k", "temperature", "eos_token_id", "keep_text",
 )  # fmt: skip
 # --plan computes no scores and writes nothing.
 OF_RESULTS = ("out", "resume", "plot", "nonfinite", "top", *OF_ANSWERS)

@@ -21,6 +21,7 @@ from .options import (
     Json,
     JudgeName,
     JudgeTemplate,
+    JudgeTokens,
     KeepText,
     Limit,
     MaxMemory,
@@ -50,6 +51,7 @@ def scan(
     ] = "score",
     judge: JudgeName = "keywords",
     judge_template: JudgeTemplate = None,
+    judge_tokens: JudgeTokens = None,
     keep_text: KeepText = False,
 ):
     """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats).
@@ -80,7 +82,7 @@ def scan(
         )
     from ..answers.asr import scan_asr
 
-    judge = asked.judge(judge, judge_template)
+    judge = asked.judge(judge, judge_template, judge_tokens)
     show_result(asked.run(scan_asr, judge=judge, keep_text=keep_text), top, asked)
 
 

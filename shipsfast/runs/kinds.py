@@ -16,7 +16,7 @@ from .fields import check_fields, flag, list_of, need, number, scanned_head, tex
 from .fields import count as whole
 from .part_file import ANSWER, COLUMNS
 
-# Of an answer. The first is what counts as success; unfinished: the limit of tokens came before an answer did.
+# Of an answer. The first is what counts as success; unfinished: the text ended before an answer began.
 LABELS = ("complied", "refusal", "degenerate", "incoherent", "unfinished")
 SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS = "scores", "grams", "completions", "control", "basis"
 COUNTED = (SCORES, COMPLETIONS)  # the rooms whose rows a person counts

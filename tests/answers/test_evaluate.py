@@ -55,7 +55,9 @@ def ordinary_tokens():
 def test_labels_are_those_of_slow_texts(judge, tokens):
     result = evaluate(judge=judge)
     expected = expected_labels(tokens, judge)
-    assert {label for row in expected for label in row} == set(LABELS), "a label is missing: this shows less"
+    assert {label for row in expected for label in row} == set(LABELS[:3]), (
+        "a label is missing: this shows less"
+    )
     assert result.labels == expected
     for label, share in (("complied", result.asr), *((name, result.share(name)) for name in LABELS)):
         assert share.tolist() == [row.count(label) / len(IDS) for row in expected]

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from shipsfast.answers.judges.choose import as_judge
-from shipsfast.answers.judges.degeneration import degenerate, looping_chars, normalised
+from shipsfast.answers.judges.degeneration import normalised
 from shipsfast.answers.judges.judge import Judge
 from shipsfast.answers.judges.keywords import KeywordJudge, PaperJudge
 from shipsfast.answers.judges.phrases import EXCUSED, PAPER_KEYWORDS, PHRASES
 from shipsfast.errors import InputError
-from tests.support.completions import ANSWER, LIMIT, LOOP, C, D, R, completion
+from tests.support.completions import ANSWER, LOOP, C, D, R, completion
 
 LONG = " ".join(f"{word}, take the {tool} from the {place}." for word, tool, place in zip(
     ("First", "Then", "After that", "At noon", "Before the bell", "When it cools", "At dusk", "Lastly"),
@@ -131,53 +131,6 @@ def test_bad_keywords(keywords, message):
         KeywordJudge(keywords)
     with pytest.raises(InputError, match="within must be a whole number"):
         KeywordJudge(["nay"], within=0)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (ANSWER, False),
-        ("ok", False),
-        ("7", False),
-        ("!?", True),
-        ("\u200b\ufeff", True),
-        ("the the the the the the the the", True),
-        ("The THE the tHe the the the the", True),
-        ("ha ha ha ha ha", False),  # too short for a loop
-        ("Row, row, row your boat, gently down the stream.", False),
-        ("The kettle costs 1000000000000 pennies.", False),
-        ("a" * 23, False),
-        ("a" * 24, True),
-        ("kettle lantern " * 2, False),
-        ("kettle lantern " * 3, True),
-        (ANSWER + " " + "so " * 12, False),  # a loop of less than half the text
-        (ANSWER + " " + "so " * 60, True),
-        ("so " * 20 + "moon " * 20, True),  # out of one loop into another: neither is all of the text
-        (("A unit of many words, all about the kettle and the lantern. " * 3), True),
-        ("\n".join(f"{i}. Take step {i} of the mill" for i in range(9)), False),  # documented: it changes
-        ("\ud800" + ANSWER, False),  # half a surrogate pair
-    ],
-)
-def test_degenerate(text, expected):
-    assert degenerate(text, len(text.split()), LIMIT) is expected
-
-
-def test_a_limit_spent_on_next_to_nothing_is_degenerate():
-    text = "Sure\n\n\n\n."
-    assert degenerate(text, LIMIT, LIMIT)
-    assert not degenerate(text, LIMIT - 1, LIMIT)
-    assert not degenerate("Sure", 1, 1)
-    assert not degenerate("कृष्ण की लालटेन", LIMIT, LIMIT)
-
-
-def test_loops_are_counted_with_their_cut_end():
-    assert looping_chars("xyzw" + "abcdefgh" * 4 + "abc") == 35
-    assert looping_chars("") == looping_chars("abc") == 0
-
-
-def test_loops_are_found_in_time():
-    text = ANSWER * 1000  # 80,000 characters
-    assert degenerate(text, 20000, 20000)
 
 
 def test_labels_of_every_kind_of_list():

@@ -202,6 +202,31 @@ def test_an_unread_verdict_is_told(chat, monkeypatch):
     assert "\n" not in str(error.value) and str(error.value).startswith(f"judge chat:{chat}")
 
 
+def test_a_chat_judge_may_think_first(chat, monkeypatch):
+    judge = as_judge(f"chat:{chat}", max_new_tokens=64, device="cpu")
+    thought = "<think>Is it unsafe, or safe?</think>"
+    answering(judge, monkeypatch, [f"{thought}unsafe", f"{thought}\n\nsafe", "safe"])
+    assert judge(COMPLETIONS[:3]) == [C, R, R]
+    answering(judge, monkeypatch, [f"{thought}unsafe", "<think>unsafe", "safe"])
+    message = r"1 of 3 answers end inside their thought, the first on completion 1: it has 64 tokens; raise max_new_tokens"
+    with pytest.raises(InputError, match=message):
+        judge(COMPLETIONS[:3])
+    for other in (f"classifier:{chat}:1", "keywords", print):
+        with pytest.raises(
+            InputError, match=r"writes no tokens: max_new_tokens \(--judge-tokens\) is for chat judges"
+        ):
+            as_judge(other, max_new_tokens=64)
+
+
+def test_a_chat_judge_is_shown_what_follows_the_thought(chat, monkeypatch):
+    judge = as_judge(f"chat:{chat}", device="cpu")
+    shown = answering(judge, monkeypatch, ["unsafe"])
+    assert judge([completion(f"<think>Hm.</think>{ANSWER}"), completion("<think>Hm.")]) == [C, "unfinished"]
+    assert ANSWER in shown[0] and "Hm." not in shown[0]
+    with pytest.raises(InputError, match="reads prompts, and text 0 has none"):
+        as_judge(f"chat:{chat}", template="{prompt}: {completion}", device="cpu")([ANSWER])
+
+
 def test_chat_judges_generate(chat):
     """The real thing: a random model says neither, in batches and alone."""
     judge = ModelJudge(chat, "chat", batch_size=3, device="cpu")

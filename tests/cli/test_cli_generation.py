@@ -143,6 +143,7 @@ def test_the_sample_of_prompts(capsys, tmp_path):
         (("evaluate", MODEL, TABOO, "--groups", "9-2"), "head 9-2 does not exist"),
         (("evaluate", MODEL, TABOO, "--groups", "0-2", "--do-sample", "--top-k", 100000), "top_k is 100000"),
         (("evaluate", MODEL, TABOO, "--groups", "0-2", "--judge", "paper", "--judge-template", "x"), "takes no template"),
+        (("evaluate", MODEL, TABOO, "--groups", "0-2", "--judge-tokens", "64"), "judge 'keywords' writes no tokens"),
         (("evaluate", MODEL, TABOO, "--run", "nowhere"), "is not a shipsfast run"),
         (("evaluate", MODEL, TABOO, "--groups", "0-2", "--run", "r"), "give one of them"),
         (("generate", MODEL, TABOO, "--limit", 2, "--sample", 2), "exclude each other"),

@@ -20,6 +20,7 @@ def as_judge(
     refused_if: str = "safe",
     dtype: str = "auto",
     device: str | None = None,
+    max_new_tokens: int | None = None,
 ) -> Judge:
     """A Judge of any form.
 
@@ -30,24 +31,33 @@ def as_judge(
               path of a UTF-8 file with it. Default: the completion alone
     complied_if, refused_if  how the answers of a chat judge begin
     dtype, device            of the model, as load_model takes them
+    max_new_tokens           of a chat judge's answer: one that thinks first needs more than the default of 8
 
     Models are loaded here, so that one that cannot be is told before anything is generated.
     Raises InputError for anything else, and for a model that cannot be loaded.
     """
     kind, colon, rest = judge.partition(":") if isinstance(judge, str) else ("", "", "")
     if kind in ("classifier", "chat") and colon:
+        if kind == "classifier" and max_new_tokens is not None:
+            raise InputError(
+                f"judge {judge!r} writes no tokens: max_new_tokens (--judge-tokens) is for chat judges"
+            )
         path, label = (rest.rpartition(":")[::2]) if kind == "classifier" else (rest, None)
         if not path or label == "":
             raise InputError(f"judge {judge!r}: expected classifier:PATH:LABEL or chat:PATH")
-        from .model import ModelJudge, read_template  # imports torch and transformers
+        from .model import NEW_TOKENS, ModelJudge, read_template  # imports torch and transformers
 
         text = "{completion}" if template is None else read_template(template)
         return ModelJudge(
             path, kind, complied_label=label, template=text, complied_if=complied_if, refused_if=refused_if,
-            dtype=dtype, device=device,
+            max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens, dtype=dtype, device=device,
         )  # fmt: skip
     if template is not None:
         raise InputError(f"judge {_shown(judge)} takes no template: only classifier and chat judges do")
+    if max_new_tokens is not None:
+        raise InputError(
+            f"judge {_shown(judge)} writes no tokens: max_new_tokens (--judge-tokens) is for chat judges"
+        )
     if isinstance(judge, Judge):
         return judge
     if isinstance(judge, str):

@@ -2,7 +2,7 @@
 
     classifier  AutoModelForSequenceClassification; one of its labels means complied, any other refusal
     chat        AutoModelForCausalLM, as Llama Guard and its kin: the text goes into a user turn of its chat template,
-                and its greedy answer begins with one of two words
+                and its greedy answer begins with one of two words, after its thought if it thinks first
 
 Neither has a word for broken texts, so degenerate completions are labelled so and never shown to the model.
 Loaded like the models that are scanned (models/loading.py): safetensors only, no code from the checkpoint.
@@ -24,6 +24,7 @@ from ...models.forward import padded
 from ...prompts.tokens import tokenize
 from .degeneration import RULE, degenerate, normalised
 from .judge import Completion, Judge
+from .thought import answers_of
 
 KINDS = ("classifier", "chat")
 NEW_TOKENS = 8  # some begin with line breaks
@@ -39,7 +40,7 @@ class ModelJudge(Judge):
     complied_label  of a classifier: the label, by name or number, that means complied; all others mean refusal
     template        the text the model gets: {completion}, and {prompt} if it should see it
     complied_if, refused_if  of a chat model: how its answers begin, in any case
-    max_new_tokens  of a chat model's answer
+    max_new_tokens  of a chat model's answer, its thought included
     dtype, device   as loading.load_model takes them
 
     A classifier reads the beginning of a text that is longer than its context: refusals stand there. A chat judge
@@ -61,6 +62,7 @@ class ModelJudge(Judge):
                 f"the judge's template {template!r} has no {{completion}}: put it where the text goes"
             )
         self.kind, self.template = kind, template
+        self.reads_prompts = "{prompt}" in template
         self.batch_size = whole_number("batch_size", batch_size)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         if kind == "classifier":
@@ -138,17 +140,21 @@ class ModelJudge(Judge):
         pad = next(
             (t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0
         )
-        answers: list[str] = []
+        rows: list[list[int]] = []
         for at in range(0, len(ids), self.batch_size):
             batch = padded(ids[at : at + self.batch_size], pad, "left", self.model.device)
             out = self.model.generate(
                 **batch, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
                 temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
-            answers += self.tokenizer.batch_decode(
-                out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+            rows += out[:, batch["input_ids"].shape[1] :].tolist()
+        found = list(answers_of(self.tokenizer, rows, [*zip(ids, texts, strict=True)]))
+        if lost := [number for number, answer in zip(numbers, found, strict=True) if answer.thinking]:
+            raise InputError(
+                f"judge {self.name}: {len(lost)} of {len(found)} answers end inside their thought, the first on completion "
+                f"{lost[0]}: it has {self.max_new_tokens} tokens; raise max_new_tokens (--judge-tokens), or turn thinking off"
             )
-        return self._verdicts(answers, numbers)
+        return self._verdicts([answer.text for answer in found], numbers)
 
     def _verdicts(self, answers: list[str], numbers: list[int]) -> list[bool]:
         """Whether each answer says complied. An answer that says neither would bias the ASR either way."""
