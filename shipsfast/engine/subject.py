@@ -18,6 +18,7 @@ from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_mode
 from ..models.fingerprint import fingerprint
 from ..models.forward import input_device
 from ..models.output_head import head_precision
+from ..models.own_attention import check_own_attention
 from ..models.weights import coming_bytes, where_weights_are
 from ..models.wrappers import base_model
 from ..ops.divergences import kl_backend
@@ -178,7 +179,14 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     if is_ablated(anatomy):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
     check_own_dtype(model, anatomy)
-    once_more("holding the model against its own forward pass", lambda: check_own_forward(model, anatomy))
+    where = where_weights_are(model)
+    if where in (
+        "streamed",
+        "offloaded",
+    ):  # two more readings of all weights: a scan's own checks will be made
+        check_own_attention(model, [layer.attention for layer in anatomy.layers])
+    else:
+        once_more("holding the model against its own forward pass", lambda: check_own_forward(model, anatomy))
     device = input_device(model)
     backend = resolve_backend(
         execution.backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
@@ -189,7 +197,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         "template": measurement.template,
         "attention_backend": backend,
         "layers": layers,
-        "weights": where_weights_are(model),
+        "weights": where,
         "kl_backend": kl_backend(device),
         "matmul": describe_matmul(),
     }

@@ -16,7 +16,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..memory import is_out_of_memory
 from .attention_hook import TREE, installed
 from .decoder_layers import Block, Layer, decoder_layers
-from .forward import input_device
+from .forward import input_device, rounded_by_batch
 from .probing import Probe, ProbeCall, looks_beyond, probe, probe_rows
 from .weights import check_weights
 
@@ -79,6 +79,13 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights:
         raise InputError(
             f"expected a transformers causal language model, got {type(model).__name__}: "
             "load one with AutoModelForCausalLM.from_pretrained"
+        )
+    layer = rounded_by_batch(model)
+    if layer is not None:
+        raise UnsupportedModelError(
+            f"{layer} of {type(model).__name__} is dynamically quantised ({type(model.get_submodule(layer)).__name__} of "
+            "torch.ao.quantization), so a row depends on the rows beside it: quantise it with torchao or bitsandbytes, or run "
+            "its own forward passes inside shipsfast.ablate"
         )
     try:
         head, _ = model.get_output_embeddings(), model.get_input_embeddings().weight

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from .weights import execution_device
 
+BY_BATCH = ("torch.ao.nn.quantized", "torch.nn.quantized")  # where their classes are
+
 # By how much, in nats and relative to a score, what shipsfast runs and single spot-checked scores may differ from the model's
 # own forward before the model is refused. These are alarms for a model that does something unknown, far above rounding; how
 # exact a scan is shows in its noise floor.
@@ -71,8 +73,14 @@ def padded(
 def rounded_to(model: PreTrainedModel) -> torch.dtype:
     """The dtype that says how much two passes of a model may differ: layers that were loaded quantised may compute in
     bfloat16 whatever the model's dtype is, and bitsandbytes' int8 ones round a row by what runs beside it."""
-    quantised = getattr(model, "is_quantized", False)
+    quantised = getattr(model, "is_quantized", False) or rounded_by_batch(model) is not None
     return torch.bfloat16 if quantised and model.dtype.itemsize >= 4 else model.dtype
+
+
+def rounded_by_batch(model: torch.nn.Module) -> str | None:
+    """The name of a layer that rounds a row by what runs beside it, as torch's own dynamically quantised layers do: one
+    scale for the whole batch. None if there is none."""
+    return next((name for name, m in model.named_modules() if type(m).__module__.startswith(BY_BATCH)), None)
 
 
 def alarm(model: PreTrainedModel) -> tuple[float, float]:

@@ -95,6 +95,19 @@ def check_hidden(
             )
 
 
+def check_own_hidden(prepared: Prepared, prompt: int, base: torch.Tensor, plain: torch.Tensor) -> None:
+    """Raises UnsupportedModelError unless the hidden states [hidden] of the unablated model are those of its own forward,
+    with the attention that it was loaded with: eager attention rounds to float32 in float64 models too."""
+    allowed = max(ALARM_HIDDEN[torch.float32], ALARM_HIDDEN.get(rounded_to(prepared.model), 0.0))
+    error = float((base.double() - plain.double()).norm() / plain.double().norm())
+    if not error <= allowed:
+        raise UnsupportedModelError(
+            softcap_left_out(prepared.model)
+            or f"the hidden states of prompt {prompt} differ by {error:.2g} of their norm from those of the model's own forward: "
+            f"{type(prepared.model).__name__} cannot be scanned exactly{own_layers_hint(prepared)}"
+        )
+
+
 @torch.inference_mode()
 def plain_hidden(prepared: Prepared, prompts: Sequence[int]) -> torch.Tensor:
     """Last-position hidden states after the final norm by the model's own forward, [len(prompts), hidden].
