@@ -108,10 +108,10 @@ def check_own_forward(model: PreTrainedModel, anatomy: Anatomy) -> None:
     ids = _few_tokens(model)
     try:
         plain = plain_pass(model, [ids])[0]
-    except MODEL_ERRORS as error:
+    except (*MODEL_ERRORS, ImportError) as error:
         if is_out_of_memory(error):
             raise
-        return  # known attention that runs elsewhere only (paged, on another device): there is nothing it could have lost here
+        return  # known attention that runs elsewhere only (paged, flash): there is nothing it could have lost here
     with dense_rows(model, anatomy, HeadMask(((),), Ablation())):
         ours = plain_pass(model, [ids])[0].to(plain.device)
     readable = (
