@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.output_capturing import _active_collector
 
 from ..errors import InputError, UnsupportedModelError
 from ..ops.masks import LayerMask, scaled
@@ -144,6 +145,12 @@ def _tree(call: TreeCall, query, key, value, how: dict) -> torch.Tensor:
 
 
 def _weights_asked(module: torch.nn.Module, kwargs: dict) -> bool:
+    """Whether the call is to return attention weights: asked for by the model's caller or by its config."""
+    collected = (
+        _active_collector.get()
+    )  # most models tell the hooks that collect outputs, and not their attention
+    if collected is not None and "attentions" in collected:
+        return True
     asked = kwargs.get("output_attentions")
     return bool(
         getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked
