@@ -9,9 +9,10 @@ from unittest import mock
 import torch
 
 from shipsfast.answers import self_check as of_texts
+from shipsfast.models import forward as of_models
 from shipsfast.scans import self_check as of_scans
 
-ALARM_NATS = dict(of_scans.ALARM_NATS)  # as they are, also while they are off
+ALARM_NATS = dict(of_models.ALARM_NATS)  # as they are, also while they are off
 ALARM_LOGIT = dict(of_texts.ALARM_LOGIT)
 NEVER = 1e30  # and not infinity, which is no number any more when it is multiplied by a score of 0
 
@@ -20,7 +21,7 @@ NEVER = 1e30  # and not infinity, which is no number any more when it is multipl
 def alarms_off() -> Iterator[None]:
     """Scans, searches and texts run to their end whatever their checks of themselves find."""
     with (
-        mock.patch.dict(of_scans.ALARM_NATS, dict.fromkeys(ALARM_NATS, (NEVER, NEVER))),
+        mock.patch.dict(of_models.ALARM_NATS, dict.fromkeys(ALARM_NATS, (NEVER, NEVER))),
         mock.patch.dict(of_scans.ALARM_HIDDEN, dict.fromkeys(of_scans.ALARM_HIDDEN, NEVER)),
         mock.patch.dict(of_texts.ALARM_LOGIT, dict.fromkeys(ALARM_LOGIT, NEVER)),
     ):

@@ -13,6 +13,7 @@ from ..engine.replacement_values import mean_outputs
 from ..engine.subject import Subject, look_at
 from ..errors import InputError
 from ..models.weights import check_in_memory
+from ..models.wrappers import base_model
 from .end_tokens import find_end_tokens
 from .measurements import AnswerMeasurement, DecodingExecution
 from .plan import GenerationPlan, make_generation_plan
@@ -77,6 +78,7 @@ def prepare_generation(
     model: PreTrainedModel, tokenizer, measurement: AnswerMeasurement, execution: DecodingExecution
 ) -> Generation:
     """Raises InputError or UnsupportedModelError, as `generate` does."""
+    model = base_model(model)
     check_in_memory(model)
     subject = look_at(model, tokenizer, measurement, execution)
     if subject.how.kind == "resample":

@@ -24,12 +24,10 @@ the products' sums go into it, and they are float32 anyway.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
-import transformers
 from torch.nn.functional import linear
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -37,6 +35,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from ..models.own_attention import is_patched
 from ..ops import mixed_products
 from ..ops.extension import extension_status
 from ..ops.layer_ops import small_ops
@@ -48,7 +47,6 @@ LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3Decode
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu"}
 CPP_DTYPES = (torch.float32, torch.float64)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LIBRARY = os.path.dirname(transformers.__file__) + os.sep
 CAPTURING = "transformers.utils.output_capturing"
 CAN_PACK = torch.backends.mkl.is_available()
 # attention(q, k, v, mask, trimmed) -> [B, TQ, H, D]; q, k, v [B, T, heads, D]
@@ -72,14 +70,14 @@ def why_not(
         if type(layer) not in LAYERS:
             return f"{type(layer).__name__} is not one of {', '.join(c.__name__ for c in LAYERS)}"
         own = type(layer).__module__
-        if _is_patched(getattr(sys.modules[own], "apply_rotary_pos_emb", None)):
+        if is_patched(getattr(sys.modules[own], "apply_rotary_pos_emb", None)):
             return f"{own}.apply_rotary_pos_emb is not transformers' own"
         if type(layer.mlp.act_fn).__name__ not in ACTIVATIONS:
             return f"activation {type(layer.mlp.act_fn).__name__}"
         for name, module in layer.named_modules():
             if (name in ("self_attn", "mlp") or name.endswith("norm")) and type(module).__module__ != own:
                 return f"{name} is not the model family's own"
-            if type(module).__module__ == own and _is_patched(type(module).forward):
+            if type(module).__module__ == own and is_patched(type(module).forward):
                 return f"{type(module).__name__}.forward is not transformers' own"
             # The layer's own hooks run: it is called as ever, only its forward is replaced.
             if "forward" in module.__dict__ or module is not layer and _hooks(module):
@@ -107,13 +105,6 @@ def why_no_fp32_residual(dtype: torch.dtype, device: torch.device, backend: str,
     if backend != "triton":
         return "the small operations are not Triton's"
     return mixed_products.why_not(dtype, device)
-
-
-def _is_patched(function: Callable | None) -> bool:
-    """Whether a function of a model family's module has been replaced, for all its models. Where its code lies tells:
-    names are what functools.wraps copies."""
-    code = getattr(function, "__code__", None)
-    return code is None or not code.co_filename.startswith(LIBRARY)
 
 
 def loaded_bytes(layer: torch.nn.Module, device: torch.device) -> int:

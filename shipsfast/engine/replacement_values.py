@@ -24,6 +24,7 @@ from ..ops.prefix_tree import PackedPrompts, pack
 from ..ops.tree_attention import TreeContext, resolve_backend
 from ..prompts.tokens import to_tokens
 from ..prompts.wrapping import Wrapping
+from .ablate import is_ablated
 from .ablation import Ablation
 from .alignment import NONE, sources
 
@@ -122,7 +123,7 @@ def values_for_ablate(
     """The vectors of `mean` or `resample` where there is no scan, only forward passes to come."""
     if how.prompts is None:
         raise InputError("ablation mean needs prompts to average over: Ablation('mean', prompts=[...])")
-    if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
+    if is_ablated(anatomy):
         raise InputError(
             f"ablation {how.kind} takes outputs of the unablated model: make it the outermost shipsfast.ablate"
         )

@@ -14,17 +14,19 @@ from .._version import __version__
 from ..errors import InputError, note
 from ..memory import once_more
 from ..models.ambient import describe_matmul
-from ..models.anatomy import Anatomy, base_model, check_model, check_own_dtype, inspect_model
-from ..models.attention_hook import ATTRIBUTE
+from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_model
 from ..models.fingerprint import fingerprint
 from ..models.forward import input_device
 from ..models.output_head import head_precision
+from ..models.own_attention import check_own_attention
 from ..models.weights import coming_bytes, where_weights_are
+from ..models.wrappers import base_model
 from ..ops.divergences import kl_backend
 from ..ops.tree_attention import resolve_backend
 from ..prompts.tokens import all_tokens
 from ..runs.identity import prompt_hashes
 from . import fused_layer
+from .ablate import check_own_forward, is_ablated
 from .ablation import SOURCED, Ablation
 from .heads import check_unit
 from .measurement import FP32_RESIDUAL, Execution, Measurement
@@ -174,9 +176,17 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     anatomy = once_more(
         "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
     )
-    if any(ATTRIBUTE in layer.attention.__dict__ for layer in anatomy.layers):
+    if is_ablated(anatomy):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
     check_own_dtype(model, anatomy)
+    where = where_weights_are(model)
+    if where in (
+        "streamed",
+        "offloaded",
+    ):  # two more readings of all weights: a scan's own checks will be made
+        check_own_attention(model, [layer.attention for layer in anatomy.layers])
+    else:
+        once_more("holding the model against its own forward pass", lambda: check_own_forward(model, anatomy))
     device = input_device(model)
     backend = resolve_backend(
         execution.backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
@@ -188,7 +198,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         "prompting": prompting,
         "attention_backend": backend,
         "layers": layers,
-        "weights": where_weights_are(model),
+        "weights": where,
         "kl_backend": kl_backend(device),
         "matmul": describe_matmul(),
     }

@@ -31,6 +31,7 @@ PINNED = {
     "cuda.matmul.allow_fp16_accumulation": False,
 }
 
+AUTOCAST = ("cuda", "cpu", "xpu", "mps", "hpu", "mtia")  # devices that torch.autocast may be on for
 EVERYWHERE, ON_CUDA = "fp32_precision", "cudnn.fp32_precision"
 
 _changing = threading.Lock()
@@ -130,7 +131,7 @@ def describe_matmul() -> dict[str, dict]:
 
 def autocast() -> str | None:
     """Where torch.autocast is on in this thread, in words; None where it is off."""
-    for device in ("cuda", "cpu"):
+    for device in AUTOCAST:
         if torch.is_autocast_enabled(device):
             return f"for {device}, to {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
     return None
@@ -155,7 +156,7 @@ def refuse_surroundings() -> None:
 def without_autocast() -> Iterator[None]:
     """For what is done inside of somebody else's autocast and is no part of their calls."""
     with contextlib.ExitStack() as stack:
-        for device in ("cuda", "cpu"):
+        for device in AUTOCAST:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

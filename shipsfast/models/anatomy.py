@@ -15,33 +15,16 @@ from transformers import PreTrainedModel, masking_utils
 from ..errors import InputError, UnsupportedModelError
 from ..memory import is_out_of_memory
 from .attention_hook import TREE, installed
-from .forward import input_device
+from .decoder_layers import Block, Layer, decoder_layers
+from .forward import input_device, rounded_by_batch
 from .probing import Probe, ProbeCall, looks_beyond, probe, probe_rows
-from .weights import check_weights, execution_device
+from .weights import check_weights
 
 PROBE_TOKENS = 3
 # Where a model does something to its logits: its own, a scaled or softcapped version, one in flight.
 LOGIT_COPIES = 3
 # What a model's own code raises where it is not given what it wants.
 MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-
-
-@dataclass(frozen=True)
-class Layer:
-    name: str
-    module: torch.nn.Module  # the decoder layer
-    attention: torch.nn.Module  # the module in it that calls attention
-    window: int | None  # sliding window in tokens, None if it hides nothing in the prompts at hand
-    device: torch.device  # where it computes
-
-
-@dataclass(frozen=True)
-class Block:
-    """A decoder layer of any kind. layer: its place among those that have attention heads, None if it has none."""
-
-    module: torch.nn.Module
-    layer: int | None
-    device: torch.device  # where it computes
 
 
 @dataclass(frozen=True)
@@ -87,27 +70,6 @@ class Anatomy:
         return len(self.layers)
 
 
-def base_model(model):
-    """The transformers model inside a PEFT wrapper, whose adapter acts in its modules, or of torch.compile; any other model
-    as it is.
-
-    Raises UnsupportedModelError for an adapter that acts outside them: prompt learning.
-    """
-    if isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
-        model = model._orig_mod
-    if not hasattr(model, "get_base_model") or not hasattr(model, "peft_config"):
-        return model
-    learned = [
-        name for name, config in model.peft_config.items() if getattr(config, "is_prompt_learning", False)
-    ]
-    if learned:
-        raise UnsupportedModelError(
-            f"adapter {learned[0]!r} puts learned tokens before the prompt, which is not a part of the model's layers: "
-            "only adapters inside the layers, such as LoRA, can be scanned"
-        )
-    return model.get_base_model()
-
-
 def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights: bool = True) -> None:
     """Raises InputError for an object that is no model, and for prompts that do not fit it with what follows them.
 
@@ -117,6 +79,13 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights:
         raise InputError(
             f"expected a transformers causal language model, got {type(model).__name__}: "
             "load one with AutoModelForCausalLM.from_pretrained"
+        )
+    layer = rounded_by_batch(model)
+    if layer is not None:
+        raise UnsupportedModelError(
+            f"{layer} of {type(model).__name__} is dynamically quantised ({type(model.get_submodule(layer)).__name__} of "
+            "torch.ao.quantization), so a row depends on the rows beside it: quantise it with torchao or bitsandbytes, or run "
+            "its own forward passes inside shipsfast.ablate"
         )
     try:
         head, _ = model.get_output_embeddings(), model.get_input_embeddings().weight
@@ -228,7 +197,7 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
             "transformers' AttentionInterface"
         )
     _check_rows(family, shapes_in, recorder.calls, {module: name for name, module in model.named_modules()})
-    layers, blocks = _layers(model, family, ran, recorder.calls)
+    layers, blocks = decoder_layers(model, ran, recorder.calls)
     shapes = {(c.num_heads, c.num_kv_heads, c.head_dim) for c in recorder.calls}
     if len({s[0] for s in shapes}) > 1:
         raise UnsupportedModelError(f"{family} has layers with different numbers of heads: {sorted(shapes)}")
@@ -246,12 +215,31 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
         value_dim=max(c.value_dim for c in recorder.calls),
         blocks=blocks,
         # Without weights there is nothing to see: a layer without attention is taken to look beyond its tokens.
-        looks_beyond=any(b.layer is None for b in blocks) if without else looks_beyond(logits),
+        looks_beyond=any(b.layer is None for b in blocks)
+        if without
+        else _looks_beyond(model, logits, ids, position_ids),
         index_limit=_index_limit(model),
         longest=longest,
         logit_copies=1 if len(given) == 1 and given[0] is logits else LOGIT_COPIES,
         autocast=next((c.autocast for c in recorder.calls if c.autocast), None),
     )
+
+
+def _looks_beyond(model: PreTrainedModel, logits: torch.Tensor, *given: torch.Tensor) -> bool:
+    def run(ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        token = probe.set(Probe(longest=1))
+        try:
+            with installed(model, TREE):
+                return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+        finally:
+            probe.reset(token)
+
+    try:
+        return looks_beyond(logits, *given, run)
+    except MODEL_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        return True  # what does not run on a single token looks at more
 
 
 @contextlib.contextmanager
@@ -304,40 +292,6 @@ def _index_limit(model: PreTrainedModel) -> int | None:
         and not getattr(m, "use_rope", True)
     ]
     return min(limits, default=None)
-
-
-def _layers(model, family: str, ran, calls: list[ProbeCall]) -> tuple[tuple[Layer, ...], tuple[Block, ...]]:
-    names = {module: name for name, module in model.named_modules()}
-    lists = {
-        name.rsplit(".", 1)[0]
-        for name, module in ran
-        for c in calls
-        if names[c.module].startswith(name + ".")
-    }
-    outermost = min(lists, key=len, default=None)
-    if outermost is None:
-        raise UnsupportedModelError(f"{family} does not keep its decoder layers in a ModuleList")
-    layers, blocks = [], []
-    for name, module in ran:
-        if name.rsplit(".", 1)[0] != outermost:
-            continue
-        inside = [c for c in calls if names[c.module].startswith(name + ".") or c.module is module]
-        if not inside:
-            blocks.append(Block(module, None, execution_device(model, module)))
-            continue
-        if len(inside) != 1:
-            raise UnsupportedModelError(
-                f"{family} calls attention {len(inside)} times in {name}: only layers with exactly one softmax "
-                "attention can be scanned"
-            )
-        device = execution_device(model, module)
-        blocks.append(Block(module, len(layers), device))
-        layers.append(Layer(name, module, inside[0].module, inside[0].window, device))
-    if len(layers) != len(calls) or len({id(x.module) for x in blocks}) != len(blocks):
-        raise UnsupportedModelError(
-            f"{family} calls attention outside {outermost}, or runs a layer more than once"
-        )
-    return tuple(layers), tuple(blocks)
 
 
 def _check_rope(model: PreTrainedModel, longest: int) -> None:

@@ -16,11 +16,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.output_capturing import _active_collector
 
 from ..errors import InputError, UnsupportedModelError
 from ..ops.masks import LayerMask, scaled
 from ..ops.tree_attention import TreeContext, tree_attention
-from ..ops.tree_attention_torch import visible_attention
+from ..ops.tree_attention_torch import visible_attention, visible_weights
 from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q
 from .forward import evaluating
 from .probing import Visible, probe, record_call, window_of
@@ -88,8 +89,9 @@ def ablated_attention(
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention function. query [B, H, T, D]; key, value [B, HKV, T, D] -> ([B, T, H, D], None).
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function. query [B, H, T, D]; key, value [B, HKV, T, D] -> ([B, T, H, D], None), inside
+    `ablate` with the attention weights [B, H, T, keys] where they are asked for.
 
     s_aux: [H], attention sinks.
     """
@@ -123,7 +125,7 @@ def ablated_attention(
         out = call.attend(*(x[:, :, 0] for x in (query, key, value)), **how)
         return out[:, None], None
     if isinstance(call, DenseCall):
-        return _dense(call, module, query, key, value, attention_mask, **how), None
+        return _dense(call, module, query, key, value, attention_mask, _weights_asked(module, kwargs), **how)
     raise UnsupportedModelError(f"{type(module).__name__} was not found when the model was inspected")
 
 
@@ -142,7 +144,22 @@ def _tree(call: TreeCall, query, key, value, how: dict) -> torch.Tensor:
     return out
 
 
-def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap, sink) -> torch.Tensor:
+def _weights_asked(module: torch.nn.Module, kwargs: dict) -> bool:
+    """Whether the call is to return attention weights: asked for by the model's caller or by its config."""
+    collected = (
+        _active_collector.get()
+    )  # most models tell the hooks that collect outputs, and not their attention
+    if collected is not None and "attentions" in collected:
+        return True
+    asked = kwargs.get("output_attentions")
+    return bool(
+        getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked
+    )
+
+
+def _dense(
+    call: DenseCall, module, query, key, value, visible, weights_asked: bool, **how
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     mask, alt = call.mask, call.mask.replacements(query, key)
     other_q, other_k, fixed = map(mask.flagged, (REPLACE_Q, REPLACE_K, REPLACE_OUT))
     if other_q is not None:
@@ -153,7 +170,8 @@ def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     if other_k is not None:
         key = torch.where(other_k[:, :, None, None], alt["k_alt"][:, None], key)
-    out = visible_attention(query, key, value, visible, scaling, softcap, sink)
+    out = visible_attention(query, key, value, visible, **how)
+    weights = visible_weights(query, key, visible, **how) if weights_asked else None
     before = out.transpose(1, 2)
     if fixed is not None:
         tokens = mask.value.shape[1]
@@ -164,7 +182,7 @@ def _dense(call: DenseCall, module, query, key, value, visible, scaling, softcap
             )
         out = torch.where(fixed[:, :, None, None], mask.value[None], out)
     out = scaled(out, mask.output_scale[:, :, None, None]).transpose(1, 2)
-    return mask.finish(out, before).contiguous()
+    return mask.finish(out, before).contiguous(), weights
 
 
 def _tree_mask(mask_function, **kwargs):

@@ -13,6 +13,18 @@ from transformers import PreTrainedModel
 
 from .weights import execution_device
 
+BY_BATCH = ("torch.ao.nn.quantized", "torch.nn.quantized")  # where their classes are
+
+# By how much, in nats and relative to a score, what shipsfast runs and single spot-checked scores may differ from the model's
+# own forward before the model is refused. These are alarms for a model that does something unknown, far above rounding; how
+# exact a scan is shows in its noise floor.
+ALARM_NATS = {
+    torch.float64: (1e-8, 1e-6),
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (0.1, 0.2),
+    torch.float16: (0.02, 0.1),
+}
+
 
 def input_device(model: PreTrainedModel) -> torch.device:
     return execution_device(model, model.get_input_embeddings())
@@ -61,5 +73,27 @@ def padded(
 def rounded_to(model: PreTrainedModel) -> torch.dtype:
     """The dtype that says how much two passes of a model may differ: layers that were loaded quantised may compute in
     bfloat16 whatever the model's dtype is, and bitsandbytes' int8 ones round a row by what runs beside it."""
-    quantised = getattr(model, "is_quantized", False)
+    quantised = getattr(model, "is_quantized", False) or rounded_by_batch(model) is not None
     return torch.bfloat16 if quantised and model.dtype.itemsize >= 4 else model.dtype
+
+
+def rounded_by_batch(model: torch.nn.Module) -> str | None:
+    """The name of a layer that rounds a row by what runs beside it, as torch's own dynamically quantised layers do: one
+    scale for the whole batch. None if there is none."""
+    return next((name for name, m in model.named_modules() if type(m).__module__.startswith(BY_BATCH)), None)
+
+
+def alarm(model: PreTrainedModel) -> tuple[float, float]:
+    """In nats, and relative to the score."""
+    return ALARM_NATS.get(rounded_to(model), ALARM_NATS[torch.float32])
+
+
+def softcap_left_out(model: PreTrainedModel) -> str | None:
+    """What to say of a model whose attention, as it was loaded, leaves out a softcap that it has; None for another."""
+    config = model.config.get_text_config()
+    if not getattr(config, "attn_logit_softcapping", None) or config._attn_implementation == "eager":
+        return None
+    return (
+        f"{type(model).__name__} caps its attention logits, which the attention it was loaded with, "
+        f"{config._attn_implementation!r}, leaves out: load it with attn_implementation='eager'"
+    )

@@ -246,6 +246,11 @@ def visible_attention(q, k, v, visible, scaling: float, softcap: float | None, s
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=scaling
         )
+    return torch.matmul(visible_weights(q, k, visible, scaling, softcap, sink), v)
+
+
+def visible_weights(q, k, visible, scaling: float, softcap: float | None, sink) -> torch.Tensor:
+    """The weights [B, H, TQ, T] of `visible_attention`: those of a row sum to 1, or to less where there is a sink."""
     logits = torch.matmul(q, k.transpose(-1, -2)) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -253,4 +258,4 @@ def visible_attention(q, k, v, visible, scaling: float, softcap: float | None, s
         visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     # A finite number: padding sees nothing, and what it gives is read by nobody.
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-    return torch.matmul(sink_softmax(logits, sink), v)
+    return sink_softmax(logits, sink)

@@ -6,34 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel
 
 from ..engine.ablate import dense_rows
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Head
 from ..errors import UnsupportedModelError
 from ..models.attention_hook import LONG
-from ..models.forward import last_logits_only, plain_pass, rounded_to
+from ..models.forward import alarm, last_logits_only, plain_pass, rounded_to, softcap_left_out
 from ..models.output_head import float32_head, head_input
 from ..ops.divergences import kl_rows
 from .prepare import Prepared
 
-# By how much, in nats and relative to the score, the packed unablated model and single spot-checked scores may
-# differ from the model's own forward before the model is refused. These are alarms for a model that does
-# something unknown, far above rounding; how exact a scan is shows in its noise floor.
-ALARM_NATS = {
-    torch.float64: (1e-8, 1e-6),
-    torch.float32: (1e-4, 1e-3),
-    torch.bfloat16: (0.1, 0.2),
-    torch.float16: (0.02, 0.1),
-}
-# The same for hidden states: the largest difference relative to their norm.
+# The same as ALARM_NATS for hidden states: the largest difference relative to their norm.
 ALARM_HIDDEN = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-
-
-def alarm(model: PreTrainedModel) -> tuple[float, float]:
-    """In nats, and relative to the score."""
-    return ALARM_NATS.get(rounded_to(model), ALARM_NATS[torch.float32])
 
 
 def own_layers_hint(prepared: Prepared) -> str:
@@ -55,13 +40,9 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
     row = torch.zeros(1, dtype=torch.long, device=plain.device)
     noise = kl_rows(plain[None], base[None].to(plain.dtype), row).item()
     if not noise <= alarm(prepared.model)[0]:
-        config = prepared.model.config.get_text_config()
-        if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation != "eager":
-            raise UnsupportedModelError(
-                f"{type(prepared.model).__name__} caps its attention logits, which the attention it was loaded with, "
-                f"{config._attn_implementation!r}, leaves out (KL {noise:.3g} nats on prompt {prompt}): load it with "
-                "attn_implementation='eager'"
-            )
+        capped = softcap_left_out(prepared.model)
+        if capped is not None:
+            raise UnsupportedModelError(f"{capped} (KL {noise:.3g} nats on prompt {prompt})")
         raise UnsupportedModelError(
             f"{type(prepared.model).__name__} gives other answers when its prompts are packed (KL {noise:.3g} nats "
             f"on prompt {prompt}): its attention does something shipsfast does not know, or its logits are "
@@ -112,6 +93,19 @@ def check_hidden(
                 f"the hidden states of prompt {prompt}, {name}, differ by {error:.2g} of their norm from those of a "
                 f"plain forward pass: {type(prepared.model).__name__} cannot be scanned exactly{own_layers_hint(prepared)}"
             )
+
+
+def check_own_hidden(prepared: Prepared, prompt: int, base: torch.Tensor, plain: torch.Tensor) -> None:
+    """Raises UnsupportedModelError unless the hidden states [hidden] of the unablated model are those of its own forward,
+    with the attention that it was loaded with: eager attention rounds to float32 in float64 models too."""
+    allowed = max(ALARM_HIDDEN[torch.float32], ALARM_HIDDEN.get(rounded_to(prepared.model), 0.0))
+    error = float((base.double() - plain.double()).norm() / plain.double().norm())
+    if not error <= allowed:
+        raise UnsupportedModelError(
+            softcap_left_out(prepared.model)
+            or f"the hidden states of prompt {prompt} differ by {error:.2g} of their norm from those of the model's own forward: "
+            f"{type(prepared.model).__name__} cannot be scanned exactly{own_layers_hint(prepared)}"
+        )
 
 
 @torch.inference_mode()

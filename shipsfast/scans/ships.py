@@ -15,6 +15,7 @@ from ..engine.heads import Head
 from ..engine.measurement import ScanExecution, called_with
 from ..errors import InputError, UnsupportedModelError
 from ..memory import OutOfMemory, once_more
+from ..models.forward import alarm
 from ..models.restore import untouched
 from ..results.ships import MARKED, ShipsResult
 from .measurements import ShipsMeasurement
@@ -22,14 +23,7 @@ from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, explain, reason
 from .prepare import Prepared, prepare, progress_bar, run_blocks
 from .score_store import Measure, finished, measures_of
-from .self_check import (
-    ablated_logits,
-    alarm,
-    longest_prompt,
-    own_layers_hint,
-    packing_noise_nats,
-    plain_logits,
-)
+from .self_check import ablated_logits, longest_prompt, own_layers_hint, packing_noise_nats, plain_logits
 
 
 @called_with(ShipsMeasurement, ScanExecution)

@@ -260,10 +260,11 @@ def test_a_scan_that_would_refuse_itself_is_timed(session, monkeypatch):
 
 def test_alarms_are_off_for_a_while():
     from shipsfast.answers import self_check as of_texts
+    from shipsfast.models import forward as of_models
     from shipsfast.scans import self_check as of_scans
 
     values = lambda: [
-        *of_scans.ALARM_NATS.values(),
+        *of_models.ALARM_NATS.values(),
         *of_scans.ALARM_HIDDEN.values(),
         *of_texts.ALARM_LOGIT.values(),
     ]

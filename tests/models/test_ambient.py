@@ -141,9 +141,10 @@ def test_autocast_is_refused_where_texts_are_judged(village):
             call()
 
 
-def test_autocast_of_a_gpu_is_seen_too(monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    with pytest.raises(shipsfast.InputError, match=r"for cuda, to float16"):
+@pytest.mark.parametrize("name", ["cuda", "xpu", "mps"])
+def test_autocast_of_a_gpu_is_seen_too(monkeypatch, name):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == name)
+    with pytest.raises(shipsfast.InputError, match=f"for {name}, to float16"):
         ambient.refuse_surroundings()
 
 

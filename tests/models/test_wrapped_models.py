@@ -138,3 +138,118 @@ def test_mean_ablation_of_a_hybrid_takes_means_of_whole_sequences():
     together = mean_outputs(model, anatomy, PROMPTS, "reference")
     apart = [mean_outputs(model, anatomy, [ids], "reference")[0] * len(ids) for ids in PROMPTS]
     assert_close_abs(together[0], sum(apart) / sum(map(len, PROMPTS)), 1e-13)
+
+
+def compiled_layers(model):
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+WRAPPERS = {
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "compiled in place": compiled_in_place,
+    "compiled layers": compiled_layers,
+    "DataParallel": torch.nn.DataParallel,
+    "both": lambda m: torch.compile(torch.nn.DataParallel(m), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_are_taken_off(wrapper):
+    model = build()
+    expected, heads = family_oracle.ships(model, PROMPTS), [(0, 1), (2, 3)]
+    texts = shipsfast.generate(model, PROMPTS, groups=[heads], max_new_tokens=3, progress=False)
+    log_probs = family_oracle.next_log_probs(model, PROMPTS[0], heads)
+    wrapped = WRAPPERS[wrapper](model)
+    assert_close_abs(shipsfast.scan(wrapped, PROMPTS, progress=False).kl, expected, 1e-12)
+    assert shipsfast.generate(wrapped, PROMPTS, groups=[heads], max_new_tokens=3, progress=False) == texts
+    with shipsfast.ablate(wrapped, heads), torch.no_grad():
+        got = torch.log_softmax(wrapped(torch.tensor(PROMPTS[:1])).logits[0, -1], -1)
+    assert_close_abs(got, log_probs, 1e-12)
+
+
+def test_a_wrapper_that_copies_the_model_is_refused_by_ablate():
+    wrapped = torch.nn.DataParallel(build())
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(shipsfast.InputError, match="use its .module"), shipsfast.ablate(wrapped, [(0, 1)]):
+        pass
+    with shipsfast.ablate(wrapped.module, [(0, 1)]):
+        pass
+
+
+class Engine(torch.nn.Module):
+    """Somebody's wrapper."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+def test_other_wrappers_are_told_what_to_pass():
+    wrapped = Engine(build())
+    for call in (
+        lambda: shipsfast.scan(wrapped, PROMPTS, progress=False),
+        lambda: shipsfast.ablate(wrapped, []).__enter__(),
+        lambda: shipsfast.generate(wrapped, PROMPTS, max_new_tokens=2, progress=False),
+    ):
+        with pytest.raises(shipsfast.InputError, match="got Engine, which has one inside: pass its .module"):
+            call()
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of one process, as FSDP wants it."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "fully_shard", "DistributedDataParallel"])
+def test_weights_spread_over_processes(one_process, kind):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model = build()
+    if kind == "DistributedDataParallel":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        expected = family_oracle.ships(model, PROMPTS)
+        assert_close_abs(shipsfast.scan(wrapped, PROMPTS, progress=False).kl, expected, 1e-12)
+        return
+    if kind == "FSDP":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    else:
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    for call in (
+        lambda: shipsfast.scan(model, PROMPTS, progress=False),
+        lambda: shipsfast.ablate(model, []).__enter__(),
+    ):
+        with pytest.raises(shipsfast.UnsupportedModelError, match="are spread over processes"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_quantisation_is_refused_by_scans_and_goes_on_in_ablate():
+    model = build(dtype=torch.float32)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    for call in (
+        lambda: shipsfast.scan(quantised, PROMPTS, progress=False),
+        lambda: shipsfast.generate(quantised, PROMPTS, max_new_tokens=2, progress=False),
+    ):
+        with pytest.raises(
+            shipsfast.UnsupportedModelError, match="q_proj of LlamaForCausalLM is dynamically"
+        ):
+            call()
+    heads = [(0, 1), (2, 3)]
+    expected = family_oracle.next_log_probs(quantised, PROMPTS[0], heads)
+    with shipsfast.ablate(quantised, heads), torch.no_grad():
+        got = torch.log_softmax(quantised(torch.tensor(PROMPTS[:1])).logits[0, -1].double(), -1)
+    # What rounding moves over the edge of a step of 8 bits would show at 1e-3.
+    assert_close_abs(got, expected, 1e-2)
+    assert (expected - family_oracle.next_log_probs(quantised, PROMPTS[0])).abs().max() > 0.05

@@ -1,0 +1,87 @@
+"""Steering vectors: at every token they are a part of the model, at some places only the model looks at places, and that is
+seen in every dtype, however small they are beside rounding."""
+
+import pytest
+import torch
+
+import shipsfast
+from shipsfast.models.anatomy import inspect_model
+from tests.support import family_oracle
+from tests.support.models import build
+from tests.support.numerics import assert_close_abs
+from tests.support.tiny_configs import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = [[5, 9, 17, 23, 33, 8], [5, 9, 17, 7], [5, 9, 17, 23, 11]]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0))
+
+
+def last(out, vector):
+    out[:, -1] += vector
+
+
+def by_place(out, vector):
+    out += torch.arange(out.shape[1])[:, None] * vector
+
+
+def prompt_only(out, vector):
+    if out.shape[1] > 1:
+        out[:, -1] += vector
+
+
+def third(out, vector):
+    out[:, 2] += vector  # which a single token has not
+
+
+def everywhere(out, vector):
+    out += vector
+
+
+PLACES = [last, by_place, prompt_only, third]
+
+
+def steered(model, add, norm):
+    def hook(_module, _args, out):
+        out = out.clone()
+        add(out, (norm * VECTOR / VECTOR.norm()).to(out.dtype))
+        return out
+
+    model.model.layers[0].register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("add", PLACES)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_place_is_seen(family, add, dtype):
+    model = steered(tiny_model(family, dtype), add, 0.1)
+    assert inspect_model(model, PROMPTS[0], 6).looks_beyond
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_rounding_is_not_taken_for_it(family, dtype):
+    """Routers round in half precision, by more than the vectors above."""
+    model = tiny_model(family, dtype)
+    assert not inspect_model(model, PROMPTS[0], 6).looks_beyond
+    assert not inspect_model(steered(model, everywhere, 0.1), PROMPTS[0], 6).looks_beyond
+
+
+@pytest.mark.parametrize("add", [everywhere, last, by_place])
+def test_scores_are_those_of_the_steered_model(add):
+    model = steered(build(), add, 0.5)
+    expected = family_oracle.ships(model, PROMPTS)
+    result = shipsfast.scan(model, PROMPTS, progress=False)
+    assert_close_abs(result.kl, expected, 1e-12)
+    assert ("packs" in result.record) == (add is not everywhere)
+    assert (expected - family_oracle.ships(build(), PROMPTS)).abs().max() > 1e-3
+
+
+def test_bf16_scores_of_a_small_vector():
+    """One prompt a pack, as the hook wants it: off from the same model's float64 scores by rounding."""
+    result = shipsfast.scan(steered(build(dtype=torch.bfloat16), last, 0.3), PROMPTS, progress=False)
+    exact = family_oracle.ships(steered(build(dtype=torch.bfloat16).double(), last, 0.3), PROMPTS)
+    assert "one prompt each" in result.record["packs"]
+    assert ((torch.as_tensor(result.kl) - exact).abs() <= 0.15 * (1 + exact)).all()
