@@ -85,7 +85,7 @@ class Asked:
         given, tokenizer = self.given, self._tokenizer()
         model = load_model(
             given["model"], dtype=given["dtype"], device=given["device"], stream=given.get("stream", False),
-            trust_remote_code=given["trust_remote_code"],
+            trust_remote_code=given["trust_remote_code"], gguf_file=given["gguf_file"],
         )  # fmt: skip
         return function.run(model, tokenizer, *self._described(function, own))
 
@@ -95,7 +95,9 @@ class Asked:
         from ..scans.forecast import Elsewhere, forecast
 
         given, tokenizer = self.given, self._tokenizer()
-        model = hollow_model(given["model"], given["dtype"], trust_remote_code=given["trust_remote_code"])
+        model = hollow_model(
+            given["model"], given["dtype"], trust_remote_code=given["trust_remote_code"], gguf_file=given["gguf_file"],
+        )  # fmt: skip
         where = Elsewhere(given["device"], self.device_memory, given["stream"])
         return forecast(model, tokenizer, *self._described(function, own), where)
 
@@ -108,7 +110,10 @@ class Asked:
     def _tokenizer(self):
         from ..models.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(self.given["model"], trust_remote_code=self.given["trust_remote_code"])
+        given = self.given
+        tokenizer = load_tokenizer(
+            given["model"], trust_remote_code=given["trust_remote_code"], gguf_file=given["gguf_file"]
+        )
         self.values["template"] = template_for(self.given["template"], tokenizer)
         return tokenizer
 

@@ -16,6 +16,7 @@ from ..memory import once_more
 from ..models.ambient import describe_matmul
 from ..models.anatomy import Anatomy, base_model, check_model, check_own_dtype, inspect_model
 from ..models.attention_hook import ATTRIBUTE
+from ..models.checkpoint import ORIGIN
 from ..models.fingerprint import fingerprint
 from ..models.forward import input_device
 from ..models.output_head import head_precision
@@ -219,6 +220,8 @@ def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device)
             "kv_heads": anatomy.num_kv_heads,
             "hidden": anatomy.hidden_size,
             "vocabulary": anatomy.vocab_size,
+            # Of a GGUF file or an adapter.
+            **model.__dict__.get(ORIGIN, {}),
         },
         "device": {"type": device.type, "name": name},
         "versions": {

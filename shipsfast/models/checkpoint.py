@@ -1,0 +1,101 @@
+"""Where a model lies, found before anything is loaded: a folder, a GGUF file, an adapter, or a repository of the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+from . import hub
+
+ADAPTER = "adapter_config.json"
+ORIGIN = "_shipsfast_origin"  # attribute of a model: what run.json says of its files, beside its name
+GGUF = ".gguf"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a name of a model means.
+
+    name: as it was given; place: the folder or repository that transformers is told; gguf: the file in it, if it is one;
+    adapter: path of the adapter_config.json that lies there; whole: there is a config.json too, or a GGUF file;
+    how: what from_pretrained takes beside it.
+    """
+
+    name: str
+    place: str
+    gguf: str | None = None
+    adapter: Path | None = None
+    whole: bool = True
+    how: dict = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path | None:
+        """None if it is on the hub."""
+        return Path(self.place) if Path(self.place).is_dir() else None
+
+    def __str__(self) -> str:
+        return self.name if self.folder else f"the hub's {self.name} (there is no folder of that name)"
+
+    def why_not(self, error: str) -> str:
+        """The reason for a failure: `error`, unless it is that the hub cannot be reached."""
+        if self.folder or not self.how:
+            return error
+        if hub.offline():
+            return "it is not among the files that were downloaded before, and HF_HUB_OFFLINE is set"
+        return f"it is not among the files that were downloaded before, and {hub.unreachable() or 'the hub did not answer'}"
+
+    def file(self, name: str) -> Path | None:
+        """The path of one of its files, downloaded if it is on the hub; None if there is none of the name."""
+        if self.folder:
+            path = self.folder / name
+            return path if path.is_file() else None
+        from transformers.utils import cached_file
+
+        quiet = ("gated_repo", "missing_entries", "connection_errors")
+        found = cached_file(self.place, name, **{f"_raise_exceptions_for_{x}": False for x in quiet}, **self.how)
+        return None if found is None else Path(found)
+
+
+def find(name: str, gguf_file: str | None = None) -> Checkpoint:
+    """What `name` means: a folder, a GGUF file or a hub id. gguf_file: the GGUF file in a folder or repository.
+
+    Raises InputError for a path that is no model.
+    """
+    path = Path(name)
+    if path.suffix.lower() == GGUF:
+        if gguf_file is not None:
+            raise InputError(f"{name} is a GGUF file itself: leave --gguf-file away, or name its folder")
+        if not path.is_file():
+            raise InputError(f"no GGUF file at {name}: a file of the hub is named by its repository and --gguf-file")
+        return Checkpoint(name, str(path.parent), gguf=path.name)
+    looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists()
+    if looks_like_path and not path.is_dir():
+        raise InputError(f"no model folder at {name}")
+    if path.is_dir():
+        return _in_folder(name, path, gguf_file)
+    asked = Checkpoint(name, name, gguf=gguf_file, how=hub.how_to_ask())
+    if gguf_file is not None:
+        return asked
+    adapter = asked.file(ADAPTER)
+    whole = adapter is None or asked.file("config.json") is not None
+    return Checkpoint(name, name, adapter=adapter, whole=whole, how=asked.how)
+
+
+def _in_folder(name: str, path: Path, gguf_file: str | None) -> Checkpoint:
+    if gguf_file is not None:
+        if Path(gguf_file).is_absolute() or ".." in Path(gguf_file).parts or not (path / gguf_file).is_file():
+            raise InputError(f"{name} has no file {gguf_file}: {_ggufs(path) or 'it has no GGUF files'}")
+        return Checkpoint(name, name, gguf=gguf_file)
+    adapter = path / ADAPTER if (path / ADAPTER).is_file() else None
+    whole = (path / "config.json").is_file()
+    if not whole and adapter is None:
+        also = _ggufs(path)
+        also = f"; {also}: name one with --gguf-file" if also else ""
+        raise InputError(f"{name} is not a model folder: it has no config.json{also}")
+    return Checkpoint(name, name, adapter=adapter, whole=whole)
+
+
+def _ggufs(path: Path) -> str:
+    names = sorted(file.name for file in path.glob("*" + GGUF))
+    return f"it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
