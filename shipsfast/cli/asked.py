@@ -35,6 +35,7 @@ class Asked:
             check_place(path)
         if given.get("resume"):
             check_resume(out)
+        self._check_model()
         self._check_how()
 
     def _check_prompts(self) -> None:
@@ -48,6 +49,11 @@ class Asked:
             self.others = load_prompts(given["source"], given["column"])
             if given["ablation"] == "resample" and len(self.others) > 1:
                 self.others = sample_prompts(self.others, *which)
+
+    def _check_model(self) -> None:
+        from ..models.checkpoint import find
+
+        find(self.given["model"], self.given["gguf_file"])  # raises for what is nowhere, before transformers is imported
 
     def _check_how(self) -> None:
         quiet_transformers()  # before anything imports it

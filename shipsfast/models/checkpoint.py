@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import InputError
 from . import hub
 
-ADAPTER = "adapter_config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 ORIGIN = "_shipsfast_origin"  # attribute of a model: what run.json says of its files, beside its name
 GGUF = ".gguf"
 
@@ -37,24 +37,12 @@ class Checkpoint:
     def __str__(self) -> str:
         return self.name if self.folder else f"the hub's {self.name} (there is no folder of that name)"
 
-    def why_not(self, error: str) -> str:
-        """The reason for a failure: `error`, unless it is that the hub cannot be reached."""
-        if self.folder or not self.how:
-            return error
-        if hub.offline():
-            return "it is not among the files that were downloaded before, and HF_HUB_OFFLINE is set"
-        return f"it is not among the files that were downloaded before, and {hub.unreachable() or 'the hub did not answer'}"
-
     def file(self, name: str) -> Path | None:
         """The path of one of its files, downloaded if it is on the hub; None if there is none of the name."""
         if self.folder:
             path = self.folder / name
             return path if path.is_file() else None
-        from transformers.utils import cached_file
-
-        quiet = ("gated_repo", "missing_entries", "connection_errors")
-        found = cached_file(self.place, name, **{f"_raise_exceptions_for_{x}": False for x in quiet}, **self.how)
-        return None if found is None else Path(found)
+        return hub.download(self.place, name, here=bool(self.how))
 
 
 def find(name: str, gguf_file: str | None = None) -> Checkpoint:
@@ -74,12 +62,20 @@ def find(name: str, gguf_file: str | None = None) -> Checkpoint:
         raise InputError(f"no model folder at {name}")
     if path.is_dir():
         return _in_folder(name, path, gguf_file)
-    asked = Checkpoint(name, name, gguf=gguf_file, how=hub.how_to_ask())
+    return _on_hub(name, gguf_file)
+
+
+def _on_hub(name: str, gguf_file: str | None) -> Checkpoint:
     if gguf_file is not None:
-        return asked
+        return Checkpoint(name, name, gguf=gguf_file, how=hub.how_to_ask(name, gguf_file))
+    try:
+        asked = Checkpoint(name, name, how=hub.how_to_ask(name, CONFIG))
+    except InputError:
+        if hub.download(name, ADAPTER, here=True) is None:
+            raise
+        asked = Checkpoint(name, name, how={"local_files_only": True})
     adapter = asked.file(ADAPTER)
-    whole = adapter is None or asked.file("config.json") is not None
-    return Checkpoint(name, name, adapter=adapter, whole=whole, how=asked.how)
+    return replace(asked, adapter=adapter, whole=adapter is None or asked.file(CONFIG) is not None)
 
 
 def _in_folder(name: str, path: Path, gguf_file: str | None) -> Checkpoint:
@@ -88,11 +84,11 @@ def _in_folder(name: str, path: Path, gguf_file: str | None) -> Checkpoint:
             raise InputError(f"{name} has no file {gguf_file}: {_ggufs(path) or 'it has no GGUF files'}")
         return Checkpoint(name, name, gguf=gguf_file)
     adapter = path / ADAPTER if (path / ADAPTER).is_file() else None
-    whole = (path / "config.json").is_file()
+    whole = (path / CONFIG).is_file()
     if not whole and adapter is None:
         also = _ggufs(path)
         also = f"; {also}: name one with --gguf-file" if also else ""
-        raise InputError(f"{name} is not a model folder: it has no config.json{also}")
+        raise InputError(f"{name} is not a model folder: it has no {CONFIG}{also}")
     return Checkpoint(name, name, adapter=adapter, whole=whole)
 
 

@@ -7,9 +7,13 @@ A file is data from anywhere: its header is read within its bounds, and nothing 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import math
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +41,7 @@ _ALREADY = {"attention.key_length": "head_dim", "attention.value_length": "head_
 _ROPE_FACTORS = "rope_freqs.weight"
 # Gemma's queries are scaled by a number that no GGUF holds; with heads of this size it is transformers' default.
 _GEMMA_HEAD = 256
+_one_at_a_time = threading.Lock()  # transformers' loader is changed while a model is loaded
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class GgufFile:
         }
 
 
-def path_of(where: Checkpoint) -> Path:
+def _path_of(where: Checkpoint) -> Path:
     """The file, downloaded if it is on the hub. Raises InputError if there is none, and for what cannot be loaded here."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
@@ -82,14 +87,14 @@ def path_of(where: Checkpoint) -> Path:
         )
     path = where.file(where.gguf)
     if path is None:
-        raise InputError(f"{where} has no file {where.gguf}{'' if where.folder else ': ' + where.why_not('')}".rstrip(": "))
+        raise InputError(f"{where} has no file {where.gguf}, or gives no access to it")
     return path
 
 
 def read(where: Checkpoint) -> GgufFile:
     """The header of a file whose tensors are all there. Raises InputError for a damaged or truncated one, and for one of
     several parts; UnsupportedModelError for an architecture that is not loaded."""
-    path = path_of(where)
+    path = _path_of(where)
     from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
     try:
@@ -146,17 +151,18 @@ def load(where: Checkpoint, file: GgufFile, dtype: torch.dtype):
     from transformers import AutoModelForCausalLM, GgufConfig
 
     config = config_of(where, file)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        where.place,
-        gguf_file=where.gguf,
-        config=config,
-        dtype=dtype,
-        # Else blocks could stay packed, and be computed with by kernels fetched from the hub.
-        quantization_config=GgufConfig(dequantize=True),
-        output_loading_info=True,
-        trust_remote_code=False,
-        **where.how,
-    )
+    with _quiet_and_quick():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where.place,
+            gguf_file=where.gguf,
+            config=config,
+            dtype=dtype,
+            # Else blocks could stay packed, and be computed with by kernels fetched from the hub.
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            trust_remote_code=False,
+            **where.how,
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # it is no quantised model any more
     model.config._name_or_path = str(Path(where.name) if where.name.endswith(where.gguf) else f"{where.name}/{where.gguf}")
@@ -209,15 +215,35 @@ def _take_rope_factors(where: Checkpoint, file: GgufFile, config: PreTrainedConf
 
 def _check_tensors(where: Checkpoint, file: GgufFile, config: PreTrainedConfig) -> None:
     """Every tensor has a place in the model: the loader skips others without a word."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    import gguf
 
     from .without_weights import hollow
 
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
-    places = get_gguf_hf_weights_map(hollow(config, torch.float32), processor)
-    lost = [name for name, *_ in file.tensors if name not in places and name != _ROPE_FACTORS]
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    places = {_ROPE_FACTORS}
+    for weight in hollow(config, torch.float32).state_dict():
+        module, _, kind = weight.rpartition(".")
+        places.add(f"{names.get_name(module)}.{kind}")
+    lost = [name for name, *_ in file.tensors if name not in places]
     if lost:
         raise _lost(where, f"transformers has no place for {lost[0]}")
+
+
+@contextlib.contextmanager
+def _quiet_and_quick() -> Iterator[None]:
+    """transformers' loader shows a bar whatever it is told, and builds one map of names anew for every module."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+    from transformers.utils import logging
+
+    with _one_at_a_time:
+        before = gguf.get_tensor_name_map, loader.tqdm
+        gguf.get_tensor_name_map, loader.tqdm = functools.cache(before[0]), logging.tqdm
+        try:
+            yield
+        finally:
+            gguf.get_tensor_name_map, loader.tqdm = before
 
 
 def _lost(where: Checkpoint, what: str) -> UnsupportedModelError:

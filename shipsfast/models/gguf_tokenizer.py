@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModelError
 from .checkpoint import Checkpoint
-from .gguf_file import path_of
+from .gguf_file import read
 
+PREFIX = "tokenizer.ggml."
 # Names of llama.cpp (src/llama-vocab.cpp). GPT-2's rule, and GPT-2's after every digit was cut off.
 GPT2_RULE = ("gpt-2", "phi-2", "mpt", "olmo")
 DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -24,11 +25,11 @@ NFC = ("qwen2", "qwen35", "deepseek-r1-qwen")
 
 def load_gguf_tokenizer(where: Checkpoint) -> PreTrainedTokenizerBase:
     """Raises UnsupportedModelError for a tokenizer that would not give the model's tokens, and whatever transformers does."""
+    of = {
+        key.removeprefix(PREFIX): value for key, value in read(where).entries.items() if key.startswith(PREFIX)
+    }
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    from transformers.integrations.gguf.reader import read_gguf_metadata
 
-    entries, _ = read_gguf_metadata(str(path_of(where)))
-    of = {k.removeprefix("tokenizer.ggml."): v for k, v in entries.items() if k.startswith("tokenizer.ggml.")}
     kind, rule = of.get("model"), of.get("pre")
     if kind not in ("gpt2", "llama"):
         raise _unknown(where, f"a tokenizer of kind {kind!r}, where gpt2 and llama are known")

@@ -1,21 +1,34 @@
 """Can the hub be reached? Asked once before it is used: transformers tries for most of a minute, and then says less.
 
-What needs a file of the hub passes on `how_to_ask()`: with a hub that answers nothing changes, without one only the cache
+What needs a file of the hub passes on what `how_to_ask` gives: with a hub that answers nothing changes, without one only the cache
 is looked at.
 """
 
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 from ..errors import InputError
 
+REMEMBERED_S = 60.0
+_last: list = [None, None]  # when it was asked, and what `unreachable` said
 PATIENCE_S = 4.0  # for the first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
 
 
-def how_to_ask() -> dict:
-    """What from_pretrained and cached_file take, so that they do not wait for a hub that is not there."""
-    return {"local_files_only": True} if offline() or unreachable() else {}
+def how_to_ask(name: str, file: str) -> dict:
+    """What from_pretrained takes beside a repository's name, so that it does not wait for a hub that is not there.
+
+    file: one that the repository must have.
+    Raises InputError, with the cause, if the hub cannot be asked and the file was not downloaded before.
+    """
+    why = "HF_HUB_OFFLINE is set" if offline() else unreachable()
+    if why is None:
+        return {}
+    if download(name, file, here=True) is None:
+        raise InputError(f"there is no folder {name}, nothing of that name was downloaded before, and {why}")
+    return {"local_files_only": True}
 
 
 def offline() -> bool:
@@ -27,6 +40,14 @@ def offline() -> bool:
 
 def unreachable() -> str | None:
     """Why the hub cannot be reached, None if it answers, whatever it says."""
+    when, said = _last
+    if when is None or time.monotonic() - when > REMEMBERED_S:
+        said = _ask()
+        _last[:] = time.monotonic(), said
+    return said
+
+
+def _ask() -> str | None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -40,13 +61,21 @@ def unreachable() -> str | None:
     return None
 
 
-def check_reachable(name: str, wanted: str) -> None:
-    """Raises InputError, with the cause, if something that only the hub has cannot be had. wanted: such as "a data set"."""
-    if offline():
-        raise InputError(f"{wanted} {name} would come from the hub, and HF_HUB_OFFLINE is set: give a path, or unset it")
-    why = unreachable()
+def download(name: str, file: str, *, here: bool = False) -> Path | None:
+    """A file of a repository, None if it has none. here: only if it was downloaded before."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=here))
+    except (OSError, ValueError):  # all of its errors: no such file or repository, no access, no valid name
+        return None
+
+
+def check_reachable(name: str) -> None:
+    """Raises InputError, with the cause, if the hub has to be asked for `name` and cannot be."""
+    why = None if offline() else unreachable()
     if why:
-        raise InputError(f"{wanted} {name} would come from the hub: {why}; give a path, or try again with a network")
+        raise InputError(f"there is nothing at {name}, and {why}")
 
 
 def _cause(error: BaseException) -> str:

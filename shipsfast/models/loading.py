@@ -63,7 +63,7 @@ def load_model(
                 f"{name} does not fit on {where}: use {use if stream or found.gguf else '--stream, ' + use}"
             ) from error
         raise InputError(
-            f"cannot load a causal language model from {found}: {found.why_not(first_line(error))}"
+            f"cannot load a causal language model from {found}: {first_line(error)}"
         ) from error
 
 
@@ -136,7 +136,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, gguf_file: str
         raise
     except Exception as error:  # the tokenizers library raises bare Exceptions for malformed files
         raise InputError(
-            f"cannot load a tokenizer from {found}: {found.why_not(first_line(error))}"
+            f"cannot load a tokenizer from {found}: {first_line(error)}"
         ) from error
 
 

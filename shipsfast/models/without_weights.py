@@ -49,7 +49,7 @@ def hollow_model(
         raise
     except LOADING_ERRORS as error:
         raise InputError(
-            f"cannot build a causal language model from {name}: {found.why_not(first_line(error))}"
+            f"cannot build a causal language model from {name}: {first_line(error)}"
         ) from error
 
 

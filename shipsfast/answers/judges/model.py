@@ -224,7 +224,7 @@ def _load_classifier(path: str, dtype: str, device: str | None) -> PreTrainedMod
         raise
     except (*loading.LOADING_ERRORS, AssertionError) as error:  # torch asserts that there is CUDA
         raise InputError(
-            f"cannot load a sequence classifier from {found}: {found.why_not(loading.first_line(error))}"
+            f"cannot load a sequence classifier from {found}: {loading.first_line(error)}"
         ) from error
 
 
