@@ -214,20 +214,22 @@ def _take_rope_factors(where: Checkpoint, file: GgufFile, config: PreTrainedConf
 
 
 def _check_tensors(where: Checkpoint, file: GgufFile, config: PreTrainedConfig) -> None:
-    """Every tensor has a place in the model: the loader skips others without a word."""
+    """Every tensor has a place of its shape in the model: the loader skips others without a word."""
     import gguf
 
     from .without_weights import hollow
 
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    places = {_ROPE_FACTORS}
-    for weight in hollow(config, torch.float32).state_dict():
+    shapes = {}
+    for weight, tensor in hollow(config, torch.float32).state_dict().items():
         module, _, kind = weight.rpartition(".")
-        places.add(f"{names.get_name(module)}.{kind}")
-    lost = [name for name, *_ in file.tensors if name not in places]
-    if lost:
-        raise _lost(where, f"transformers has no place for {lost[0]}")
+        shapes[f"{names.get_name(module)}.{kind}"] = tuple(tensor.shape)
+    for name, shape, _ in file.tensors:
+        if name not in shapes and name != _ROPE_FACTORS:
+            raise _lost(where, f"transformers has no place for {name}")
+        if shapes.get(name, shape) != shape:
+            raise _lost(where, f"{name} is {shape}, and the model that transformers makes of it has {shapes[name]}")
 
 
 @contextlib.contextmanager
