@@ -51,9 +51,12 @@ class Asked:
                 self.others = sample_prompts(self.others, *which)
 
     def _check_model(self) -> None:
-        from ..models.checkpoint import find
+        """Before transformers is imported, which takes long."""
+        from ..models.checkpoint import check_streamable, find
 
-        find(self.given["model"], self.given["gguf_file"])  # raises for what is nowhere, before transformers is imported
+        found = find(self.given["model"], self.given["gguf_file"])
+        if self.given.get("stream"):
+            check_streamable(found)
 
     def _check_how(self) -> None:
         quiet_transformers()  # before anything imports it

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedModelError
 from .anatomy import base_model
 from .checkpoint import ADAPTER, ORIGIN, Checkpoint, find
 
@@ -40,10 +40,8 @@ def load_adapted(found: Checkpoint, load: Callable, trust_remote_code: bool) -> 
             if there
             else f"{found.name} has {ADAPTER}, and no {WEIGHTS}"
         )
-    with _base(found, trust_remote_code) as (where, code):
-        base = load(where, trust_remote_code=code)
-    name = found.name if found.whole else where.name
-    base.config._name_or_path = name
+    base = _without_adapter(found, load, trust_remote_code)
+    name = base.config._name_or_path
     model = _wrapped(found, folder, base)
     result = model.load_adapter(str(folder), NAME, torch_device="cpu", autocast_adapter_dtype=False)
     for keys, problem in ((result.missing_keys, "lacks weights"), (result.unexpected_keys, "has weights without a place")):
@@ -56,9 +54,8 @@ def load_adapted(found: Checkpoint, load: Callable, trust_remote_code: bool) -> 
 
 def hollow_adapted(found: Checkpoint, hollow: Callable, trust_remote_code: bool) -> PreTrainedModel:
     """The same without weights. hollow(checkpoint, trust_remote_code=...): a model without adapter."""
-    with _base(found, trust_remote_code) as (where, code):
-        base = hollow(where, trust_remote_code=code)
-    return base_model(_wrapped(found, _folder(found), base).eval())
+    folder = _folder(found)
+    return base_model(_wrapped(found, folder, _without_adapter(found, hollow, trust_remote_code)).eval())
 
 
 def base_of(found: Checkpoint) -> Checkpoint:
@@ -75,6 +72,14 @@ def base_of(found: Checkpoint) -> Checkpoint:
         ) from error
     if base.adapter:
         raise InputError(f"the adapter in {found.name} is for {name}, which holds an adapter itself: merge that one first")
+    return base
+
+
+def _without_adapter(found: Checkpoint, load: Callable, trust_remote_code: bool) -> PreTrainedModel:
+    with _base(found, trust_remote_code) as (where, code):
+        base = load(where, trust_remote_code=code)
+    if not where.gguf:
+        base.config._name_or_path = where.name
     return base
 
 
@@ -104,7 +109,12 @@ def _wrapped(found: Checkpoint, folder: Path, base: PreTrainedModel):
 
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
-    return peft.get_peft_model(base, config, adapter_name=NAME, autocast_adapter_dtype=False)
+    config.base_model_name_or_path = None  # PEFT warns if it is written otherwise than the model's
+    if getattr(config, "megatron_config", None) is not None:  # PEFT imports whatever module it names
+        raise UnsupportedModelError(f"the adapter in {found.name} is for Megatron, which is not loaded")
+    model = peft.get_peft_model(base, config, adapter_name=NAME, autocast_adapter_dtype=False)
+    base_model(model)  # raises for an adapter that acts outside the layers
+    return model
 
 
 def _folder(found: Checkpoint) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedModelError
 from . import hub
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -63,6 +63,20 @@ def find(name: str, gguf_file: str | None = None) -> Checkpoint:
     if path.is_dir():
         return _in_folder(name, path, gguf_file)
     return _on_hub(name, gguf_file)
+
+
+def check_streamable(found: Checkpoint) -> None:
+    """Raises UnsupportedModelError for what cannot be read layer by layer."""
+    if found.gguf:
+        raise UnsupportedModelError(
+            f"{found.name} is a GGUF file, whose weights are dequantised as they are loaded: it cannot be streamed; load it "
+            "without --stream, or stream the model's safetensors"
+        )
+    if found.adapter:
+        raise UnsupportedModelError(
+            f"{found.name} holds an adapter, whose weights would be left out as layers are read: it cannot be streamed; "
+            "merge the adapter into its base model (merge_and_unload, save_pretrained), or load it without --stream"
+        )
 
 
 def _on_hub(name: str, gguf_file: str | None) -> Checkpoint:

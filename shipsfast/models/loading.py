@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ..errors import InputError, UnsupportedModelError
+from ..errors import InputError
 from ..memory import is_out_of_memory
-from .checkpoint import ORIGIN, Checkpoint, find
+from .checkpoint import ORIGIN, Checkpoint, check_streamable, find
 from .without_weights import loader_of
 
 PROCESSOR_TEMPLATE = "chat_template.json"
@@ -39,8 +39,8 @@ def load_model(
     """
     check_dtype(dtype)
     found = find(name, gguf_file)
-    if stream and (found.gguf or found.adapter):
-        raise UnsupportedModelError(_not_streamed(found))
+    if stream:
+        check_streamable(found)
     where = as_device(device)
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise InputError(
@@ -100,18 +100,6 @@ def _load(
             f"{found.name} lacks weights of a causal language model, such as {missing[0]}: they would be random"
         )
     return model
-
-
-def _not_streamed(found: Checkpoint) -> str:
-    if found.gguf:
-        return (
-            f"{found.name} is a GGUF file, whose weights are dequantised as they are loaded: it cannot be streamed; load it "
-            "without --stream, or stream the model's safetensors"
-        )
-    return (
-        f"{found.name} holds an adapter, whose weights would be left out as layers are read: it cannot be streamed; merge the "
-        "adapter into its base model (merge_and_unload, save_pretrained), or load it without --stream"
-    )
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, gguf_file: str | None = None):

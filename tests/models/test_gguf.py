@@ -1,5 +1,6 @@
 """GGUF files: every number in them arrives in the model, and the tokens are the model's; what would be lost is refused."""
 
+import importlib.util
 import json
 import math
 
@@ -29,6 +30,7 @@ pytest.importorskip("gguf")
 pytest.importorskip("transformers.integrations.gguf")
 from tests.support.gguf_files import write_gguf
 
+FIND_SPEC = importlib.util.find_spec
 SMALL = _GQA | dict(vocab_size=768, intermediate_size=64, pad_token_id=2, bos_token_id=0, eos_token_id=1)
 GEMMA = SMALL | dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=4)
 CONFIGS = {
@@ -262,5 +264,11 @@ def test_other_architectures_streams_and_missing_packages_are_refused(capsys, tm
     assert "leave --gguf-file away" in refused(capsys, "scan", village, prompts, "--gguf-file", "x.gguf")
     assert "it holds village.gguf: name one with --gguf-file" in refused(capsys, "scan", village.parent, prompts)
     assert "has no file ../x.gguf" in refused(capsys, "scan", village.parent, prompts, "--gguf-file", "../x.gguf")
-    monkeypatch.setattr("shipsfast.models.gguf_file.NEEDS", ("gguf", "no_such_package"))
-    assert "pip install no_such_package" in refused(capsys, "scan", village, prompts)
+    for name, said in (
+        ("accelerate", "needs accelerate: pip install accelerate"),
+        ("gguf", "needs gguf: pip install gguf"),
+        ("transformers.integrations.gguf", "pip install 'transformers>=5.18'"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.util, "find_spec", lambda x, *a, n=name: None if x == n else FIND_SPEC(x, *a))
+            assert said in refused(capsys, "scan", village, prompts)
