@@ -44,7 +44,10 @@ def load_adapted(found: Checkpoint, load: Callable, trust_remote_code: bool) -> 
     name = base.config._name_or_path
     model = _wrapped(found, folder, base)
     result = model.load_adapter(str(folder), NAME, torch_device="cpu", autocast_adapter_dtype=False)
-    for keys, problem in ((result.missing_keys, "lacks weights"), (result.unexpected_keys, "has weights without a place")):
+    for keys, problem in (
+        (result.missing_keys, "lacks weights"),
+        (result.unexpected_keys, "has weights without a place"),
+    ):
         if keys:
             raise InputError(f"the adapter in {found.name} {problem} in {name}, such as {sorted(keys)[0]}")
     model = base_model(model)
@@ -62,7 +65,9 @@ def base_of(found: Checkpoint) -> Checkpoint:
     """The base model that an adapter names. Raises InputError if that is none."""
     name = _read(found).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise InputError(f"{found.adapter} names no base model: set base_model_name_or_path to its folder or hub id")
+        raise InputError(
+            f"{found.adapter} names no base model: set base_model_name_or_path to its folder or hub id"
+        )
     try:
         base = find(name)
     except InputError as error:
@@ -71,7 +76,9 @@ def base_of(found: Checkpoint) -> Checkpoint:
             f"base_model_name_or_path in {ADAPTER} to where it is"
         ) from error
     if base.adapter:
-        raise InputError(f"the adapter in {found.name} is for {name}, which holds an adapter itself: merge that one first")
+        raise InputError(
+            f"the adapter in {found.name} is for {name}, which holds an adapter itself: merge that one first"
+        )
     return base
 
 
@@ -120,7 +127,9 @@ def _wrapped(found: Checkpoint, folder: Path, base: PreTrainedModel):
 def _folder(found: Checkpoint) -> Path:
     """Where its files are, downloaded if they are on the hub."""
     if importlib.util.find_spec("peft") is None:
-        raise InputError(f"{found.name} holds an adapter ({ADAPTER}), and loading it needs peft: pip install peft")
+        raise InputError(
+            f"{found.name} holds an adapter ({ADAPTER}), and loading it needs peft: pip install peft"
+        )
     if found.folder is None:
         found.file(WEIGHTS)
     return found.adapter.parent

@@ -55,7 +55,9 @@ def find(name: str, gguf_file: str | None = None) -> Checkpoint:
         if gguf_file is not None:
             raise InputError(f"{name} is a GGUF file itself: leave --gguf-file away, or name its folder")
         if not path.is_file():
-            raise InputError(f"no GGUF file at {name}: a file of the hub is named by its repository and --gguf-file")
+            raise InputError(
+                f"no GGUF file at {name}: a file of the hub is named by its repository and --gguf-file"
+            )
         return Checkpoint(name, str(path.parent), gguf=path.name)
     looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.exists()
     if looks_like_path and not path.is_dir():

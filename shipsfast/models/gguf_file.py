@@ -37,7 +37,11 @@ FAMILIES: dict[str, dict[str, str]] = {
     "gemma3": {},
 }  # fmt: skip
 # Entries that say again what the config says already.
-_ALREADY = {"attention.key_length": "head_dim", "attention.value_length": "head_dim", "vocab_size": "vocab_size"}
+_ALREADY = {
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "vocab_size": "vocab_size",
+}
 _ROPE_FACTORS = "rope_freqs.weight"
 # Gemma's queries are scaled by a number that no GGUF holds; with heads of this size it is transformers' default.
 _GEMMA_HEAD = 256
@@ -116,7 +120,9 @@ def read(where: Checkpoint) -> GgufFile:
     except InputError:
         raise
     except Exception as error:  # of struct, numpy or the reader: the bytes may be anything
-        raise InputError(f"{where.name} cannot be read as a GGUF file, it is damaged or cut off: {error}") from error
+        raise InputError(
+            f"{where.name} cannot be read as a GGUF file, it is damaged or cut off: {error}"
+        ) from error
     end = max((header.data_start + t.offset + t.nbytes for t in header.tensors), default=0)
     if end > size:
         raise InputError(
@@ -131,7 +137,9 @@ def config_of(where: Checkpoint, file: GgufFile) -> PreTrainedConfig:
 
     Raises UnsupportedModelError for entries and tensors that would be lost.
     """
-    config = AutoConfig.from_pretrained(where.place, gguf_file=where.gguf, trust_remote_code=False, **where.how)
+    config = AutoConfig.from_pretrained(
+        where.place, gguf_file=where.gguf, trust_remote_code=False, **where.how
+    )
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     of = FAMILIES[file.architecture]
@@ -165,7 +173,9 @@ def load(where: Checkpoint, file: GgufFile, dtype: torch.dtype):
         )
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # it is no quantised model any more
-    model.config._name_or_path = str(Path(where.name) if where.name.endswith(where.gguf) else f"{where.name}/{where.gguf}")
+    model.config._name_or_path = str(
+        Path(where.name) if where.name.endswith(where.gguf) else f"{where.name}/{where.gguf}"
+    )
     return model, info
 
 
@@ -177,19 +187,30 @@ def _check_entries(where: Checkpoint, file: GgufFile, config: PreTrainedConfig) 
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
     partial = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    holds = {"rope.dimension_count": int(head_dim * partial), "rope.scaling.type": "none", "rope.scaling.factor": 1.0}
-    holds |= {key: head_dim if name == "head_dim" else getattr(config, name, None) for key, name in _ALREADY.items()}
+    holds = {
+        "rope.dimension_count": int(head_dim * partial),
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+    }
+    holds |= {
+        key: head_dim if name == "head_dim" else getattr(config, name, None) for key, name in _ALREADY.items()
+    }
     for full, value in file.entries.items():
         key = full.removeprefix(prefix)
         if key == full:
             continue
         if key in holds:
             if value != holds[key]:
-                raise _lost(where, f"{full} is {value}, and the model that transformers makes of it has {holds[key]}")
+                raise _lost(
+                    where, f"{full} is {value}, and the model that transformers makes of it has {holds[key]}"
+                )
         elif key not in known and key not in FAMILIES[file.architecture]:
             raise _lost(where, f"transformers does not read {full} ({str(value)[:40]})")
     if file.architecture.startswith("gemma") and head_dim != _GEMMA_HEAD:
-        raise _lost(where, f"Gemma with heads of size {head_dim} scales its queries by a number that is not in the file")
+        raise _lost(
+            where,
+            f"Gemma with heads of size {head_dim} scales its queries by a number that is not in the file",
+        )
 
 
 def _take_rope_factors(where: Checkpoint, file: GgufFile, config: PreTrainedConfig) -> None:
@@ -229,7 +250,9 @@ def _check_tensors(where: Checkpoint, file: GgufFile, config: PreTrainedConfig) 
         if name not in shapes and name != _ROPE_FACTORS:
             raise _lost(where, f"transformers has no place for {name}")
         if shapes.get(name, shape) != shape:
-            raise _lost(where, f"{name} is {shape}, and the model that transformers makes of it has {shapes[name]}")
+            raise _lost(
+                where, f"{name} is {shape}, and the model that transformers makes of it has {shapes[name]}"
+            )
 
 
 @contextlib.contextmanager
@@ -249,7 +272,9 @@ def _quiet_and_quick() -> Iterator[None]:
 
 
 def _lost(where: Checkpoint, what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{where.name} would not be loaded as it is: {what}; take the model's safetensors")
+    return UnsupportedModelError(
+        f"{where.name} would not be loaded as it is: {what}; take the model's safetensors"
+    )
 
 
 def _type_name(number: int) -> str:

@@ -19,14 +19,26 @@ PREFIX = "tokenizer.ggml."
 GPT2_RULE = ("gpt-2", "phi-2", "mpt", "olmo")
 DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 # Words of the vocabulary are taken whole, and texts begin with BOS unless the file says otherwise.
-WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
+WHOLE_WORDS = (
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "tekken",
+)
 NFC = ("qwen2", "qwen35", "deepseek-r1-qwen")
 
 
 def load_gguf_tokenizer(where: Checkpoint) -> PreTrainedTokenizerBase:
     """Raises UnsupportedModelError for a tokenizer that would not give the model's tokens, and whatever transformers does."""
     of = {
-        key.removeprefix(PREFIX): value for key, value in read(where).entries.items() if key.startswith(PREFIX)
+        key.removeprefix(PREFIX): value
+        for key, value in read(where).entries.items()
+        if key.startswith(PREFIX)
     }
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -44,7 +56,10 @@ def load_gguf_tokenizer(where: Checkpoint) -> PreTrainedTokenizerBase:
     if kind == "gpt2":
         if rule in DIGITS_FIRST:
             inside.pre_tokenizer = pre_tokenizers.Sequence(
-                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False),
+                ]
             )
         if rule in NFC:
             inside.normalizer = normalizers.NFC()
@@ -65,11 +80,15 @@ def _check(where: Checkpoint, tokenizer, of: dict, kind: str, add_bos: bool | No
         raise _unknown(where, f"add_bos_token {add_bos}, which the tokenizer made of it does not do")
     ends = bool(ids) and len(ids) > len(plain) and ids[-1] == of.get("eos_token_id")
     if ends != bool(of.get("add_eos_token", False)):
-        raise _unknown(where, f"add_eos_token {of.get('add_eos_token')}, which the tokenizer made of it does not do")
+        raise _unknown(
+            where, f"add_eos_token {of.get('add_eos_token')}, which the tokenizer made of it does not do"
+        )
     if kind == "llama":
         spaced = tokenizer.convert_ids_to_tokens(plain)[0].startswith("\u2581")
         if spaced != bool(of.get("add_space_prefix", True)):
-            raise _unknown(where, f"add_space_prefix {of.get('add_space_prefix')}, which the tokenizer does not do")
+            raise _unknown(
+                where, f"add_space_prefix {of.get('add_space_prefix')}, which the tokenizer does not do"
+            )
 
 
 def _unknown(where: Checkpoint, what: str) -> UnsupportedModelError:

@@ -52,7 +52,9 @@ def load_model(
 
             model = load_adapted(found, partial(_load, dtype=dtype), trust_remote_code)
         else:
-            model = _load(found, dtype, stream_to=where if stream else None, trust_remote_code=trust_remote_code)
+            model = _load(
+                found, dtype, stream_to=where if stream else None, trust_remote_code=trust_remote_code
+            )
         return (model if stream else model.to(where)).eval()
     except InputError:
         raise
@@ -62,9 +64,7 @@ def load_model(
             raise InputError(
                 f"{name} does not fit on {where}: use {use if stream or found.gguf else '--stream, ' + use}"
             ) from error
-        raise InputError(
-            f"cannot load a causal language model from {found}: {first_line(error)}"
-        ) from error
+        raise InputError(f"cannot load a causal language model from {found}: {first_line(error)}") from error
 
 
 def _load(
@@ -123,9 +123,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, gguf_file: str
     except InputError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exceptions for malformed files
-        raise InputError(
-            f"cannot load a tokenizer from {found}: {first_line(error)}"
-        ) from error
+        raise InputError(f"cannot load a tokenizer from {found}: {first_line(error)}") from error
 
 
 def _take_processors_template(tokenizer, found: Checkpoint) -> None:

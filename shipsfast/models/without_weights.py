@@ -48,9 +48,7 @@ def hollow_model(
     except InputError:
         raise
     except LOADING_ERRORS as error:
-        raise InputError(
-            f"cannot build a causal language model from {name}: {first_line(error)}"
-        ) from error
+        raise InputError(f"cannot build a causal language model from {name}: {first_line(error)}") from error
 
 
 def _hollow(found: Checkpoint, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:

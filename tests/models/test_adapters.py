@@ -83,7 +83,9 @@ def test_the_adapter_is_in_force(base, adapter, beside):
 def test_it_is_recorded_and_part_of_the_identity(capsys, tmp_path, base, adapter, beside, prompts):
     results = {}
     for name, folder in (("base", base), ("adapter", adapter), ("beside", beside)):
-        status, _, err = run(capsys, "scan", folder, prompts, "--out", tmp_path / f"run-{name}", "-q", "--device", "cpu")
+        status, _, err = run(
+            capsys, "scan", folder, prompts, "--out", tmp_path / f"run-{name}", "-q", "--device", "cpu"
+        )
         assert status == 0, err
         results[name] = shipsfast.load(tmp_path / f"run-{name}")
     assert np.array_equal(results["adapter"].kl, results["beside"].kl)
@@ -141,7 +143,9 @@ def test_without_peft_it_is_refused(capsys, adapter, beside, prompts, monkeypatc
     import importlib.util
 
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else real(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else real(name, *a)
+    )
     for folder in (adapter, beside):
         for more in ([], ["--plan"]):
             assert "needs peft: pip install peft" in refused(capsys, "scan", folder, prompts, *more)
@@ -154,7 +158,10 @@ def test_pickled_missing_and_foreign_weights_are_refused(capsys, tmp_path, base,
     name = next(iter(weights))
     save_file({k: x for k, x in weights.items() if k != name}, adapter / "adapter_model.safetensors")
     assert "lacks weights" in refused(capsys, "scan", adapter, prompts)
-    save_file(weights | {name.replace("layers.0", "layers.9"): weights[name].clone()}, adapter / "adapter_model.safetensors")
+    save_file(
+        weights | {name.replace("layers.0", "layers.9"): weights[name].clone()},
+        adapter / "adapter_model.safetensors",
+    )
     assert "has weights without a place" in refused(capsys, "scan", adapter, prompts)
     (adapter / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors" in refused(capsys, "scan", adapter, prompts)
@@ -173,7 +180,11 @@ def test_a_base_model_that_lacks_weights_is_refused(capsys, beside, prompts):
 
 @pytest.mark.parametrize(
     ("base_name", "said"),
-    [("/no/such/base", "is for the base model /no/such/base, which is not here"), (None, "names no base model"), (7, "names no base")],
+    [
+        ("/no/such/base", "is for the base model /no/such/base, which is not here"),
+        (None, "names no base model"),
+        (7, "names no base"),
+    ],
 )
 def test_a_base_model_that_is_not_there_is_told(capsys, adapter, prompts, base_name, said):
     file = adapter / "adapter_config.json"
@@ -192,7 +203,10 @@ def test_an_adapter_on_an_adapter_is_refused(capsys, adapter, beside, prompts):
 def test_the_base_models_code_is_never_run(capsys, tmp_path, base, adapter, prompts):
     """--trust-remote-code is for what was named on the command line, not for what a file names."""
     config = json.loads((base / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
     (base / "config.json").write_text(json.dumps(config))
     (base / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     refused(capsys, "scan", adapter, prompts, "--trust-remote-code")
@@ -201,5 +215,7 @@ def test_the_base_models_code_is_never_run(capsys, tmp_path, base, adapter, prom
 
 def test_prompt_learning_is_refused(capsys, base, tmp_path, prompts):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    folder = write(peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config), tmp_path / "soft", False)
+    folder = write(
+        peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config), tmp_path / "soft", False
+    )
     assert "learned tokens before the prompt" in refused(capsys, "scan", folder, prompts)

@@ -34,7 +34,9 @@ FIND_SPEC = importlib.util.find_spec
 SMALL = _GQA | dict(vocab_size=768, intermediate_size=64, pad_token_id=2, bos_token_id=0, eos_token_id=1)
 GEMMA = SMALL | dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=4)
 CONFIGS = {
-    "llama": LlamaConfig(**SMALL, rms_norm_eps=3e-4, rope_parameters=dict(rope_type="default", rope_theta=5e4)),
+    "llama": LlamaConfig(
+        **SMALL, rms_norm_eps=3e-4, rope_parameters=dict(rope_type="default", rope_theta=5e4)
+    ),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SMALL, rms_norm_eps=3e-4),
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
@@ -87,7 +89,9 @@ def test_it_scans_as_the_same_weights_from_safetensors(capsys, tmp_path, village
         assert status == 0 and err == "", err  # no bar of transformers' either
         found.append(shipsfast.load(out))
     assert np.array_equal(found[0].kl, found[1].kl) and np.array_equal(found[0].kl, found[2].kl)
-    assert found[0].identity["prompts"] == found[1].identity["prompts"]  # the same tokens, of the same chat template
+    assert (
+        found[0].identity["prompts"] == found[1].identity["prompts"]
+    )  # the same tokens, of the same chat template
     assert found[1].identity == found[2].identity
     record = json.loads((tmp_path / "run-1" / "run.json").read_text())["model"]
     assert record["name"] == str(village)
@@ -159,7 +163,9 @@ def test_llama_3_rotary_scaling_is_not_lost(tmp_path):
         factors.append(1.0 if wave < 8192 / 4 else 8.0 if wave > 8192 else 1 / ((1 - smooth) / 8.0 + smooth))
     path = write_gguf(model, tmp_path / "model.gguf", extra={"rope_freqs.weight": factors})
     loaded = load_model(str(path), device="cpu")
-    torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0
+    )
     factors[-1] = 3.0
     path = write_gguf(model, tmp_path / "other.gguf", extra={"rope_freqs.weight": factors})
     with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight.*not Llama 3's"):
@@ -169,7 +175,11 @@ def test_llama_3_rotary_scaling_is_not_lost(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "extra", "said"),
     [
-        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, {}, "rope.scaling.type is linear"),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+            {},
+            "rope.scaling.type is linear",
+        ),
         ({"llama.rope.dimension_count": 4}, {}, r"attn_[qk].weight is \(\d+, 32\).*has"),
         ({"llama.attention.key_length": 16}, {}, "attention.key_length is 16.*has 8"),
         ({"llama.expert_count": 4}, {}, "does not read llama.expert_count"),
@@ -204,7 +214,9 @@ def test_words_are_cut_as_the_file_says(tmp_path, rule):
     from tokenizers import Regex, pre_tokenizers
 
     path = write_gguf(
-        built(CONFIGS["llama"]), tmp_path / "m.gguf", entries={"tokenizer.ggml.pre": rule, "tokenizer.ggml.add_bos_token": None}
+        built(CONFIGS["llama"]),
+        tmp_path / "m.gguf",
+        entries={"tokenizer.ggml.pre": rule, "tokenizer.ggml.add_bos_token": None},
     )
     tokenizer = load_tokenizer(str(path))
     text = "it's 12345  mills"
@@ -258,17 +270,25 @@ def test_other_architectures_streams_and_missing_packages_are_refused(capsys, tm
     prompts.write_text("a\n")
     data = village.read_bytes().replace(b"llama", b"mambo")
     (tmp_path / "mambo.gguf").write_bytes(data)
-    assert "architecture mambo, which is not loaded" in refused(capsys, "scan", tmp_path / "mambo.gguf", prompts)
+    assert "architecture mambo, which is not loaded" in refused(
+        capsys, "scan", tmp_path / "mambo.gguf", prompts
+    )
     assert "cannot be streamed" in refused(capsys, "scan", village, prompts, "--stream")
     assert "no GGUF file at" in refused(capsys, "scan", tmp_path / "none.gguf", prompts)
     assert "leave --gguf-file away" in refused(capsys, "scan", village, prompts, "--gguf-file", "x.gguf")
-    assert "it holds village.gguf: name one with --gguf-file" in refused(capsys, "scan", village.parent, prompts)
-    assert "has no file ../x.gguf" in refused(capsys, "scan", village.parent, prompts, "--gguf-file", "../x.gguf")
+    assert "it holds village.gguf: name one with --gguf-file" in refused(
+        capsys, "scan", village.parent, prompts
+    )
+    assert "has no file ../x.gguf" in refused(
+        capsys, "scan", village.parent, prompts, "--gguf-file", "../x.gguf"
+    )
     for name, said in (
         ("accelerate", "needs accelerate: pip install accelerate"),
         ("gguf", "needs gguf: pip install gguf"),
         ("transformers.integrations.gguf", "pip install 'transformers>=5.18'"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(importlib.util, "find_spec", lambda x, *a, n=name: None if x == n else FIND_SPEC(x, *a))
+            patch.setattr(
+                importlib.util, "find_spec", lambda x, *a, n=name: None if x == n else FIND_SPEC(x, *a)
+            )
             assert said in refused(capsys, "scan", village, prompts)

@@ -57,7 +57,9 @@ LOADERS = [load_model, load_tokenizer, hollow_model]
 def test_a_name_that_is_nowhere_is_told_at_once(endpoint, load):
     endpoint(f"http://127.0.0.1:{closed_port()}")
     began = time.monotonic()
-    with pytest.raises(shipsfast.InputError, match=r"no folder nobody/none.*cannot be reached \(.*refused") as told:
+    with pytest.raises(
+        shipsfast.InputError, match=r"no folder nobody/none.*cannot be reached \(.*refused"
+    ) as told:
         load("nobody/none")
     assert time.monotonic() - began < 5 and "\n" not in str(told.value)
     with pytest.raises(shipsfast.InputError, match="cannot be reached"):
@@ -131,4 +133,6 @@ def test_the_command_line_tells_before_it_imports_transformers(tmp_path):
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2 and len(said) == 1, said
     assert said[0].startswith("shipsfast: there is no folder nobody/none")
-    assert not any(line.split("|")[-1].strip() in ("torch", "transformers") for line in done.stderr.splitlines())
+    assert not any(
+        line.split("|")[-1].strip() in ("torch", "transformers") for line in done.stderr.splitlines()
+    )

@@ -60,7 +60,9 @@ def test_the_command_line(capsys, tmp_path, family):
     prompts.write_text('{"prompt": "a b"}\n{"prompt": "c"}\n')
     found = []
     for number, more in enumerate(([], ["--stream"])):
-        status, _, err = run(capsys, "scan", folder, prompts, "--out", tmp_path / f"run-{number}", "-q", *more)
+        status, _, err = run(
+            capsys, "scan", folder, prompts, "--out", tmp_path / f"run-{number}", "-q", *more
+        )
         assert status == 0, err
         found.append(shipsfast.load(tmp_path / f"run-{number}"))
     assert np.array_equal(found[0].kl, found[1].kl) and found[0].identity == found[1].identity
@@ -78,7 +80,9 @@ def _shrink_vocabulary(folder):
     inside.pre_tokenizer = pre_tokenizers.Whitespace()
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    PreTrainedTokenizerFast(tokenizer_object=inside, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inside, eos_token="</s>", unk_token="<unk>").save_pretrained(
+        folder
+    )
 
 
 def test_the_processors_chat_template_is_taken(tmp_path):

@@ -14,7 +14,9 @@ from shipsfast.demo.run import MODEL
 ARCHITECTURES = {"gemma3_text": "gemma3"}  # of a model_type, where it has another name
 
 
-def write_gguf(model, path: Path, *, kind: str = "F32", entries: dict | None = None, extra: dict | None = None) -> Path:
+def write_gguf(
+    model, path: Path, *, kind: str = "F32", entries: dict | None = None, extra: dict | None = None
+) -> Path:
     """The model with the embedded model's tokenizer and chat template.
 
     kind: type of the matrices, of gguf.GGMLQuantizationType; entries: of the header, changed (None: left out); extra: more
