@@ -49,7 +49,7 @@ def load_adapted(found: Checkpoint, load: Callable, trust_remote_code: bool) -> 
         (result.unexpected_keys, "has weights without a place"),
     ):
         if keys:
-            raise InputError(f"the adapter in {found.name} {problem} in {name}, such as {sorted(keys)[0]}")
+            raise InputError(f"the adapter in {found.name} {problem} in {name}, such as {min(keys)}")
     model = base_model(model)
     model.__dict__[ORIGIN] = base.__dict__.get(ORIGIN, {}) | {"adapter": _describe(found, folder, name)}
     return model

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .. import hub
 from ..errors import InputError, UnsupportedModelError
-from . import hub
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 ORIGIN = "_shipsfast_origin"  # attribute of a model: what run.json says of its files, beside its name

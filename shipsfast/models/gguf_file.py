@@ -105,13 +105,11 @@ def read(where: Checkpoint) -> GgufFile:
         size = path.stat().st_size
         entries, _ = read_gguf_metadata(str(path))
         architecture = entries["general.architecture"]
-        if not isinstance(architecture, str):
-            raise ValueError("its architecture is no text")
         if entries.get("split.count", 0) not in (0, 1):
             raise UnsupportedModelError(
                 f"{path.name} is one of {entries['split.count']} parts: make one file of them with llama-gguf-split --merge"
             )
-        if architecture not in FAMILIES:
+        if not isinstance(architecture, str) or architecture not in FAMILIES:
             raise UnsupportedModelError(
                 f"{where.name} is a GGUF file of architecture {architecture}, which is not loaded from GGUF: expected one "
                 f"of {', '.join(FAMILIES)}; take the model's safetensors"

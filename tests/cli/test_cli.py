@@ -320,7 +320,7 @@ def test_a_run_folder_that_does_not_exist(capsys, tmp_path, command):
 def test_a_name_that_is_no_folder_is_looked_up_on_the_hub_and_says_so(capsys, monkeypatch):
     import transformers
 
-    from shipsfast.models import hub
+    from shipsfast import hub
 
     def unknown(*_args, **_kwargs):
         raise OSError("my-modle is not a valid model identifier")

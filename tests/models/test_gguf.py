@@ -211,8 +211,6 @@ def test_missing_weights_are_refused(tmp_path):
 @pytest.mark.parametrize("rule", ["smollm", "llama-bpe", "qwen2"])
 def test_words_are_cut_as_the_file_says(tmp_path, rule):
     """Digits one by one, in threes, or each alone: not GPT-2's rule, which transformers takes for unknown names."""
-    from tokenizers import Regex, pre_tokenizers
-
     path = write_gguf(
         built(CONFIGS["llama"]),
         tmp_path / "m.gguf",

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 import shipsfast
+from shipsfast import hub
 from shipsfast.demo.run import MODEL
-from shipsfast.models import hub
 from shipsfast.models.checkpoint import find
 from shipsfast.models.loading import load_model, load_tokenizer
 from shipsfast.models.without_weights import hollow_model

@@ -1,7 +1,7 @@
 """Can the hub be reached? Asked once before it is used: transformers tries for most of a minute, and then says less.
 
-What needs a file of the hub passes on what `how_to_ask` gives: with a hub that answers nothing changes, without one only the cache
-is looked at.
+What needs a file of the hub passes on what `how_to_ask` gives: with a hub that answers nothing changes, without one only the
+cache is looked at.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 import time
 from pathlib import Path
 
-from ..errors import InputError
+from .errors import InputError
 
-REMEMBERED_S = 60.0
-_last: list = [None, None]  # when it was asked, and what `unreachable` said
 PATIENCE_S = 4.0  # for the first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
+REMEMBERED_S = 60.0  # what the hub said
+_last: list = [None, None]  # when it was asked, and what `unreachable` gave
 
 
 def how_to_ask(name: str, file: str) -> dict:
@@ -56,7 +56,7 @@ def _ask() -> str | None:
         patience = float(constants.HF_HUB_ETAG_TIMEOUT)
     try:
         get_session().head(constants.ENDPOINT, timeout=patience)
-    except Exception as error:  # of whichever HTTP library this version of huggingface_hub uses
+    except Exception as error:  # noqa: BLE001 (of whichever HTTP library huggingface_hub uses)
         return f"{constants.ENDPOINT} cannot be reached ({_cause(error)})"
     return None
 
@@ -69,13 +69,6 @@ def download(name: str, file: str, *, here: bool = False) -> Path | None:
         return Path(hf_hub_download(name, file, local_files_only=here))
     except (OSError, ValueError):  # all of its errors: no such file or repository, no access, no valid name
         return None
-
-
-def check_reachable(name: str) -> None:
-    """Raises InputError, with the cause, if the hub has to be asked for `name` and cannot be."""
-    why = None if offline() else unreachable()
-    if why:
-        raise InputError(f"there is nothing at {name}, and {why}")
 
 
 def _cause(error: BaseException) -> str:
