@@ -34,7 +34,7 @@ for version in "$OLDEST" "$NEWEST"; do
     pip="$place/venv/bin/python -m pip --disable-pip-version-check install --quiet -c $place/constraints.txt"
     $pip torch setuptools wheel ninja &&
       $pip transformers numpy pandas pyarrow matplotlib typer rich safetensors scipy psutil tqdm \
-        pytest pytest-timeout hypothesis triton accelerate peft torchao bitsandbytes &&
+        pytest pytest-timeout hypothesis triton accelerate gguf peft torchao bitsandbytes &&
       mkdir -p "$place/source" && rm -rf "$place"/source/{shipsfast,kernels,benchmarks,csrc,tests} && git ls-files -z --cached --others --exclude-standard |
       tar --null --files-from=- --create --ignore-failed-read | tar --extract --directory="$place/source" &&
       (cd "$place/source" && ../venv/bin/python setup.py --quiet build_ext --inplace)

@@ -39,6 +39,7 @@ class Asked:
             check_place(path)
         if given.get("resume"):
             check_resume(out)
+        self._check_model()
         self._check_how()
 
     def _check_prompts(self) -> None:
@@ -64,6 +65,14 @@ class Asked:
             path, self.given["column"], self.given["quiet"], f"--{option}"
         )
         return prompts
+
+    def _check_model(self) -> None:
+        """Before transformers is imported, which takes long."""
+        from ..models.checkpoint import check_streamable, find
+
+        found = find(self.given["model"], self.given["gguf_file"])
+        if self.given.get("stream"):
+            check_streamable(found)
 
     def _check_how(self) -> None:
         quiet_transformers()  # before anything imports it
@@ -104,7 +113,7 @@ class Asked:
         given, tokenizer = self.given, self._tokenizer()
         model = load_model(
             given["model"], dtype=given["dtype"], device=given["device"], stream=given.get("stream", False),
-            trust_remote_code=given["trust_remote_code"],
+            trust_remote_code=given["trust_remote_code"], gguf_file=given["gguf_file"],
         )  # fmt: skip
         return function.run(model, tokenizer, *self._described(function, own))
 
@@ -114,7 +123,9 @@ class Asked:
         from ..scans.forecast import Elsewhere, forecast
 
         given, tokenizer = self.given, self._tokenizer()
-        model = hollow_model(given["model"], given["dtype"], trust_remote_code=given["trust_remote_code"])
+        model = hollow_model(
+            given["model"], given["dtype"], trust_remote_code=given["trust_remote_code"], gguf_file=given["gguf_file"],
+        )  # fmt: skip
         where = Elsewhere(given["device"], self.device_memory, given["stream"])
         return forecast(model, tokenizer, *self._described(function, own), where)
 
@@ -127,7 +138,10 @@ class Asked:
     def _tokenizer(self):
         from ..models.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(self.given["model"], trust_remote_code=self.given["trust_remote_code"])
+        given = self.given
+        tokenizer = load_tokenizer(
+            given["model"], trust_remote_code=given["trust_remote_code"], gguf_file=given["gguf_file"]
+        )
         self.values["template"] = template_for(self.given["template"], tokenizer)
         return tokenizer
 

@@ -27,7 +27,10 @@ def _option(
     return Annotated[kind or field.type, typer.Option(*flags, help=said[:1].upper() + said[1:], min=least)]
 
 
-ModelName = Annotated[str, typer.Argument(help="Model folder or hub id.")]
+ModelName = Annotated[str, typer.Argument(help="Model folder, GGUF file or hub id.")]
+GgufName = Annotated[
+    str | None, typer.Option("--gguf-file", help="The GGUF file to load of MODEL, a folder or hub id.")
+]
 PromptFile = Annotated[
     str,
     typer.Argument(
@@ -177,6 +180,7 @@ RUN_OPTIONS = {
     "device": (Device, None),
     "max_memory": (MaxMemory, None),
     "trust_remote_code": (RemoteCode, False),
+    "gguf_file": (GgufName, None),
     "json": (Json, False),
     "quiet": (Quiet, False),
 }

@@ -17,6 +17,7 @@ from .options import (
     Column,
     Device,
     Dtype,
+    GgufName,
     GroupSize,
     Json,
     JudgeName,
@@ -128,6 +129,7 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = None,
     max_memory: MaxMemory = None,
+    gguf_file: GgufName = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -141,9 +143,9 @@ def bench(
     from ..scans.bench import bench as run
 
     memory = None if max_memory is None else parse_bytes(max_memory)
-    tokenizer = None if texts is None else load_tokenizer(model)
+    tokenizer = None if texts is None else load_tokenizer(model, gguf_file=gguf_file)
     result = run(
-        load_model(model, dtype=dtype, device=device), texts, tokenizer, template=template_for(template, tokenizer),
+        load_model(model, dtype=dtype, device=device, gguf_file=gguf_file), texts, tokenizer, template=template_for(template, tokenizer),
         backend=backend, max_memory=memory, seconds=seconds, progress=not quiet,
     )  # fmt: skip
     show_report(result, json)

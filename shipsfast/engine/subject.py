@@ -15,6 +15,7 @@ from ..errors import InputError, note
 from ..memory import once_more
 from ..models.ambient import describe_matmul
 from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_model
+from ..models.checkpoint import ORIGIN
 from ..models.fingerprint import fingerprint
 from ..models.forward import input_device
 from ..models.output_head import head_precision
@@ -232,6 +233,8 @@ def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device)
             "kv_heads": anatomy.num_kv_heads,
             "hidden": anatomy.hidden_size,
             "vocabulary": anatomy.vocab_size,
+            # Of a GGUF file or an adapter.
+            **model.__dict__.get(ORIGIN, {}),
         },
         "device": {"type": device.type, "name": name},
         "versions": {

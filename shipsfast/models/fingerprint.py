@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +23,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update("".join(_adapters(model)).encode())
     named = sorted(_named_tensors(model))
     for name, tensor in (part for each in named for part in _plain_parts(*each)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -34,6 +36,18 @@ def fingerprint(model: torch.nn.Module) -> str:
         sample = flat[index.to(flat.device)].contiguous().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _adapters(model: torch.nn.Module) -> Iterator[str]:
+    """What PEFT's layers keep beside tensors: by how much an adapter counts, and whether it is in force."""
+    layers = sys.modules.get("peft.tuners.tuners_utils")
+    if layers is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, layers.BaseTunerLayer):
+            scaling = sorted(getattr(module, "scaling", {}).items())
+            in_force = [] if module.disable_adapters else list(module.active_adapters)
+            yield f"{name} {scaling} {in_force} {module.merged_adapters}"
 
 
 def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
 
@@ -193,10 +193,10 @@ class Source:
             ) from error
 
 
-def load_streamed(name: str, device: torch.device, **how) -> tuple[PreTrainedModel, dict]:
+def load_streamed(name: str, device: torch.device, loader: type, **how) -> tuple[PreTrainedModel, dict]:
     """A causal language model whose decoder layers are read from its safetensors when they run; and loading info.
 
-    how: what from_pretrained takes, which is to use safetensors and to give loading info.
+    loader: the class of transformers that loads it; how: what from_pretrained takes, which is to use safetensors and to give loading info.
     Raises UnsupportedModelError for checkpoints whose layers cannot be read one by one, and what from_pretrained does.
     """
     made: list[CheckpointLayers] = []
@@ -217,7 +217,7 @@ def load_streamed(name: str, device: torch.device, **how) -> tuple[PreTrainedMod
         return info, offload
 
     with _one_at_a_time, _loading_with(load):
-        model, info = AutoModelForCausalLM.from_pretrained(name, **how)
+        model, info = loader.from_pretrained(name, **how)
     layers = made[-1]
     layers.device = device
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))

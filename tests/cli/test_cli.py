@@ -320,12 +320,17 @@ def test_a_run_folder_that_does_not_exist(capsys, tmp_path, command):
 def test_a_name_that_is_no_folder_is_looked_up_on_the_hub_and_says_so(capsys, monkeypatch):
     import transformers
 
-    def unreachable(*_args, **_kwargs):
-        raise OSError("We couldn't connect to 'https://huggingface.co'")
+    from shipsfast import hub
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    def unknown(*_args, **_kwargs):
+        raise OSError("my-modle is not a valid model identifier")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unknown)
+    monkeypatch.setattr(hub, "_ask", lambda: None)  # it answers
+    monkeypatch.setattr(hub, "download", lambda *_, **__: None)  # and has none of the name
+    monkeypatch.setattr(hub, "_last", [None, None])
     err = refused(capsys, "scan", "my-modle", PROMPTS / "taboo.csv")
-    assert "the hub's my-modle (there is no folder of that name): We couldn't connect" in err
+    assert "the hub's my-modle (there is no folder of that name): my-modle is not a valid" in err
 
 
 def test_numbers_of_thousands_of_digits_are_refused(capsys):

@@ -125,6 +125,7 @@ model of it here, so nothing is known.
 | | |
 |---|---|
 | PEFT: LoRA and other adapters inside the layers | scanned, generated and ablated with the adapter in force (`tests/models/test_wrapped_models.py`) |
+| PEFT: a folder or repository with an adapter, on the command line | loaded onto its base model, recorded, part of the identity (`tests/models/test_adapters.py`); with `--stream` or without peft refused |
 | PEFT: prompt learning | refused |
 | torch.compile (the model or its layers), DataParallel, DistributedDataParallel | taken off, or run as they are; `ablate` wants `.module` where DataParallel has several devices |
 | FSDP, tensor parallelism | refused: a process holds a part of each weight |
@@ -132,6 +133,8 @@ model of it here, so nothing is known.
 | a decoder layer whose attention is replaced by what calls no attention function | refused, naming it |
 | hooks on hidden states | at every token alike: scanned as a part of the model; where they look at a token's place: one prompt per pack |
 | `torch.ao.quantization.quantize_dynamic` | refused by scans and generation (a row depends on those beside it); goes on in `ablate` |
+| GGUF: llama, qwen2, qwen3, phi3, gemma2, gemma3 | every weight and setting held against the model the file was made of (`tests/models/test_gguf.py`), with transformers 5.18 or newer; other architectures, and files with something that transformers would drop, are refused |
+| image and text (`AutoModelForImageTextToText`) | loaded on the command line and scanned on text alone (`tests/models/test_with_images.py`); which families, the table below says |
 | float64, float32, bfloat16, float16 | tested (`tests/engine/test_exactness.py`, `tests/models/test_wrapped_models.py`) |
 | torchao int8 weight-only (`quantize_`), CPU | tested against brute force on the same quantised model (`tests/models/test_quantised.py`) |
 | bitsandbytes 4 bit (nf4, fp4, twice quantised), CPU | tested likewise, with bitsandbytes 0.50; on processors with bfloat16 products its layers round to that whatever the model's dtype |

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ...errors import InputError, whole_number
-from ...models import loading
+from ...models import checkpoint, loading
 from ...models.fingerprint import fingerprint
 from ...models.forward import padded
 from ...prompts.tokens import tokenize
@@ -210,16 +210,20 @@ def _filled(template: str, completion: Completion) -> str:
 
 def _load_classifier(path: str, dtype: str, device: str | None) -> PreTrainedModel:
     """As loading.load_model, with the head of a sequence classifier."""
-    loading.check_folder(path)
-    if dtype not in loading.DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(loading.DTYPES)}")
+    loading.check_dtype(dtype)
+    found = checkpoint.find(path)
+    if found.gguf or found.adapter:
+        raise InputError(
+            f"{path} holds {'a GGUF file' if found.gguf else 'an adapter'}: a classifier is loaded from a whole model's "
+            "safetensors"
+        )
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        model, info = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
-            output_loading_info=True, trust_remote_code=False,
+            output_loading_info=True, trust_remote_code=False, **found.how,
         )  # fmt: skip
-        missing = sorted(found["missing_keys"])
+        missing = sorted(info["missing_keys"])
         if missing:
             raise InputError(
                 f"{path} lacks weights of a sequence classifier, such as {missing[0]}: they would be random"
@@ -229,7 +233,7 @@ def _load_classifier(path: str, dtype: str, device: str | None) -> PreTrainedMod
         raise
     except (*loading.LOADING_ERRORS, AssertionError) as error:  # torch asserts that there is CUDA
         raise InputError(
-            f"cannot load a sequence classifier from {path}: {loading.first_line(error)}"
+            f"cannot load a sequence classifier from {found}: {loading.first_line(error)}"
         ) from error
 
 
