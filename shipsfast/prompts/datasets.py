@@ -47,7 +47,7 @@ class PromptSet(NamedTuple):
         for name, kinds in about.get("kinds", {}).items():
             words.append(f"{name} {', '.join(f'{kind} {number:,}' for kind, number in kinds.items())}")
         if CUT in about:
-            words.append(f"{counted(about[CUT], 'answer')} that end a conversation left off")
+            words.append(f"{counted(about[CUT], 'answer')} at the end of a conversation left off")
         return "; ".join(words)
 
 

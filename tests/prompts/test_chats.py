@@ -46,7 +46,7 @@ def test_chats_in_every_format(tmp_path, suffix, column):
     found = read_prompts(path)
     assert found.prompts == [SHORT, LONG, LONG]
     assert found.origin["answers_left_off"] == 1
-    assert "1 answer that end a conversation left off" in str(found)
+    assert "1 answer at the end of a conversation left off" in str(found)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
