@@ -111,12 +111,11 @@ def rescore(work) -> None:
     cells: dict[tuple[int, ...], bool] = {}  # (prompt, layer, head), and whether it was drawn
     count = how_many(asked, int(usable.sum()))
     if count:
-        first = _named_first(count)
-        cells = dict.fromkeys(drawn(usable, count - first), True)
-        top = ranked(main.scores.mean(0), first, main.metric.signed)
+        top = ranked(main.scores.mean(0), _named_first(count), main.metric.signed)
         prompts = np.random.default_rng(SEED).integers(len(prepared.token_ids), size=len(top))
         for (layer, head, _), prompt in zip(top, prompts.tolist(), strict=True):
-            cells.setdefault((prompt, layer, head), False)
+            cells[prompt, layer, head] = usable[prompt, layer, head] = False
+        cells |= dict.fromkeys(drawn(usable, count - len(top)), True)
     found, against, why = {}, "", NOT_ASKED if not asked else "there is no score"
     if cells:
         found, against, why = again(prepared, lambda one: _scores(work, one, cells))
