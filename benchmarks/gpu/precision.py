@@ -49,7 +49,12 @@ def precision(session: Session) -> None:
                 model = twin(model, dtype)
             with alarms_off(), contextlib.nullcontext() if wide_head else _model_head():
                 shipsfast.scan(
-                    model, token_ids[:1], heads=[(0, 0), (shape.layers - 1, 0)], layers=layers, progress=False, rescored=0
+                    model,
+                    token_ids[:1],
+                    heads=[(0, 0), (shape.layers - 1, 0)],
+                    layers=layers,
+                    progress=False,
+                    rescored=0,
                 )
                 taken, result = seconds(
                     lambda model=model, layers=layers: shipsfast.scan(

@@ -134,7 +134,9 @@ def run_scan(session: Session, case: ScanCase) -> None:
         rate = session.gemm_rate(shape)
         times, inner, before = [], [], reset_peak(session.device)
         for _ in range(runs):
-            taken, result = seconds(lambda: shipsfast.scan(model, token_ids, progress=False, rescored=0), session.device)
+            taken, result = seconds(
+                lambda: shipsfast.scan(model, token_ids, progress=False, rescored=0), session.device
+            )
             times.append(taken)
             inner.append(result.record["scan_seconds"])
             if session.left_s < 3 * taken:
@@ -313,7 +315,9 @@ def _angles_checked(model, token_ids, result) -> dict:
     expected = shipsfast.scan_dataset(
         exact, token_ids, heads=heads, backend="torch", progress=False, rescored=0
     ).angle_deg
-    plain = shipsfast.scan_dataset(model, token_ids, heads=heads, backend="torch", progress=False, rescored=0).angle_deg
+    plain = shipsfast.scan_dataset(
+        model, token_ids, heads=heads, backend="torch", progress=False, rescored=0
+    ).angle_deg
     at = tuple(np.array(heads).T)
     error, allowed = _rms(_first(result)[at] - expected[at]), FACTOR * _rms(plain[at] - expected[at]) + 1e-3
     wrong = None

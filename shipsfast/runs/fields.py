@@ -93,7 +93,15 @@ def error_of_scores(x) -> bool:
 
 
 def _rescored(x) -> bool:
-    if not isinstance(x, dict) or not x.keys() <= {"layer", "head", "score", "expected", "drawn", "prompt", "step"}:
+    if not isinstance(x, dict) or not x.keys() <= {
+        "layer",
+        "head",
+        "score",
+        "expected",
+        "drawn",
+        "prompt",
+        "step",
+    }:
         return False
     return (
         scanned_head([x.get("layer"), x.get("head")])

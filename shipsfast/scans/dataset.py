@@ -61,7 +61,9 @@ def scan_dataset(
         angular.run((), prepared.units, (), store.keep)
         angular.complete()
     error = rescore_angles(store, store.angles[None], measurement.rank, angular.noise_floor)
-    record = prepared.record | angular.record() | {"error": error.to_json(), "seconds": seconds_since(started)}
+    record = (
+        prepared.record | angular.record() | {"error": error.to_json(), "seconds": seconds_since(started)}
+    )
     result = SubspaceResult(store.angles, error.floor, record, identity, store.grams)
     record["concentration"] = result.concentration().to_json()
     if folder is not None:

@@ -128,7 +128,12 @@ def rescore(work) -> None:
 
 
 def _error(
-    prepared: Prepared, sample: list[Rescored], against: str, why: str, packing: float, plain: Sequence[Rescored]
+    prepared: Prepared,
+    sample: list[Rescored],
+    against: str,
+    why: str,
+    packing: float,
+    plain: Sequence[Rescored],
 ) -> ScoreError:
     """plain: what plain passes in the model's own dtype gave; where there is nothing else, they are the sample."""
     own = _name(prepared.model.dtype)
@@ -152,7 +157,8 @@ def rescore_angles(
     if before is not None and store.folder.same_environment and ScoreError.from_json(before).settles(asked):
         return ScoreError.from_json(before)
     usable = np.isfinite(angles)
-    count, cells = how_many(asked, int(usable.sum()), ONE_IN // 2), {}  # (step, layer, head), and whether it was drawn
+    count = how_many(asked, int(usable.sum()), ONE_IN // 2)
+    cells: dict[tuple[int, ...], bool] = {}  # (step, layer, head), and whether it was drawn
     if chosen:
         named = [(step, *head) for step, head in enumerate(chosen)] * bool(count)
     else:
@@ -162,13 +168,13 @@ def rescore_angles(
         cells[cell] = False
     # A search always has its own heads in it, and says nothing of others without some of these.
     cells |= dict.fromkeys(drawn(usable, min(asked, max(LEAST - 1, count - len(named)))), True)
-    groups = [(*chosen[:step], unit) for step, *unit in cells]
+    groups = [(*chosen[:step], (layer, head)) for step, layer, head in cells]
     found, against, why = None, "", NOT_ASKED
     if groups:
         found, against, why = again(prepared, lambda one: _angles(one, groups, rank))
-    sample, expected = [], dict(zip(cells, found if found is not None else (), strict=found is not None))
-    for step, layer, head in expected:
-        score, other = angles[step, layer, head], expected[step, layer, head]
+    sample, expected = [], {} if found is None else dict(zip(cells, found, strict=True))
+    for (step, layer, head), other in expected.items():
+        score = angles[step, layer, head]
         if step:
             last = (step - 1, *chosen[step - 1])
             score, other = score - angles[last], other - expected[last]

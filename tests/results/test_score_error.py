@@ -22,7 +22,9 @@ def sample(scores, errors, drawn=None):
 
 def test_quantiles_are_of_what_was_drawn_and_the_largest_of_all():
     error = ScoreError(sample([1.0, 2.0, 4.0, 8.0], [0.5, -0.25, 0.5, 2.0], [True] * 3 + [False]), "float32")
-    assert error.absolute["median"] == 0.5 and error.absolute["max"] == 2.0 and np.isnan(error.absolute["p90"])
+    assert (
+        error.absolute["median"] == 0.5 and error.absolute["max"] == 2.0 and np.isnan(error.absolute["p90"])
+    )
     assert error.relative["median"] == 0.125 and error.relative["max"] == 0.5
     ten = ScoreError(sample([1.0] * 11, np.arange(11) / 16), "float32")
     assert ten.absolute["p90"] == 9 / 16
@@ -39,13 +41,19 @@ def test_the_floor_is_the_largest_error_of_the_smaller_half_or_what_packing_does
 def test_words():
     error = ScoreError(sample([1.0, 2.0], [0.015625, 0.0001]), "float32", "", 1e-9, 0.25, "bfloat16")
     first, second = error.lines("nats")
-    assert first == "error of a score, against float32: median 0.0079 nats (0.78 %), largest 0.016 nats (1.6 %); 2 rescored"
+    assert (
+        first
+        == "error of a score, against float32: median 0.0079 nats (0.78 %), largest 0.016 nats (1.6 %); 2 rescored"
+    )
     assert second == (
         "packing moves the unablated model by 1e-09 nats; scores and plain passes in bfloat16 differ by 0.25 nats or less "
         "where checked"
     )
     none = ScoreError(reason="its layers are quantised", own="bfloat16")
-    assert none.lines("nats")[0] == "the error against higher precision was not measured: its layers are quantised"
+    assert (
+        none.lines("nats")[0]
+        == "the error against higher precision was not measured: its layers are quantised"
+    )
     assert none.note() == "error of scores not measured: its layers are quantised"
     assert "(0.78 %)" in error.note() and "float32" in error.note()
     zero = ScoreError(sample([0.0], [0.0]), "float64")

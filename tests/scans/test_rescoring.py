@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import shipsfast
-from shipsfast.models.wider import wider_copy, why_no_copy
+from shipsfast.models.wider import why_no_copy, wider_copy
 from shipsfast.results.tables import as_json, show
 from shipsfast.runs.verify import verify
 from shipsfast.scans import rescoring
@@ -70,9 +70,7 @@ HOW = {
 def test_every_kind_of_scan_has_it(how):
     model = build(dtype=torch.float32)
     found, expected = scan(model, **HOW[how]), scan(wide(model), **HOW[how])
-    for result, other in zip(
-        (found, *found.also.values()), (expected, *expected.also.values()), strict=True
-    ):
+    for result, other in zip((found, *found.also.values()), (expected, *expected.also.values()), strict=True):
         error = result.error
         assert error.measured and len({x[-2:] + x[:2] for x in error.rescored}) >= 4
         for x in error.rescored:
@@ -141,7 +139,9 @@ def test_a_run_that_goes_on_ends_the_same_and_measures_once(tmp_path, monkeypatc
         again = scan(model, out=tmp_path / "run", **how)
     loaded = shipsfast.load(tmp_path / "run")
     for found in (again, loaded):
-        assert found == whole and found.error == whole.error and found.also["js"].error == whole.also["js"].error
+        assert (
+            found == whole and found.error == whole.error and found.also["js"].error == whole.also["js"].error
+        )
     assert kept == whole.error.to_json() and verify(tmp_path / "run")["verdict"] == "sound"
     body = as_json(loaded, 3)
     assert body["error"] == kept == json.loads(json.dumps(kept))
