@@ -63,7 +63,7 @@ def test_float32_is_close_to_float64(family):
     error = (torch.as_tensor(single.kl) - exact).abs()
     assert torch.isfinite(error).all()
     assert (error <= 1e-5 + 1e-4 * exact).all(), error.max()
-    assert single.record["packing_noise"] < 1e-8 and single.noise_floor <= error.max()
+    assert single.record["packing_noise"] < 1e-8 and single.noise_floor <= 1e-5 + 1e-4 * exact.median()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
