@@ -23,9 +23,9 @@ def run_case(case: Case, repeats: int, console: Console) -> dict:
     """Time a KL scan, one dataset-level scan and a search of STEPS heads; append the row and return it."""
     model, prompts = case.model(), case.token_ids()
     paths = {
-        "scan": lambda: shipsfast.scan(model, prompts, progress=False),
-        "step": lambda: shipsfast.sahara(model, prompts, group_size=1, progress=False),
-        "search": lambda: shipsfast.sahara(model, prompts, group_size=STEPS, progress=False),
+        "scan": lambda: shipsfast.scan(model, prompts, progress=False, rescored=0),
+        "step": lambda: shipsfast.sahara(model, prompts, group_size=1, progress=False, rescored=0),
+        "search": lambda: shipsfast.sahara(model, prompts, group_size=STEPS, progress=False, rescored=0),
     }
     paths["scan"]()
     times: dict[str, list[float]] = {name: [] for name in paths}
@@ -41,7 +41,7 @@ def run_case(case: Case, repeats: int, console: Console) -> dict:
             found.append(taken / statistics.mean(around))
     row = provenance("cpu") | {
         "bench": "sahara", "case": case.name, "dtype": str(case.dtype).removeprefix("torch."),
-        "prompts": case.prompts, "shared_tokens": case.shared, "own_tokens": case.own, "steps": STEPS, "runs": repeats,
+        "prompts": case.prompts, "shared_tokens": case.shared, "own_tokens": case.own, "steps": STEPS, "runs": repeats, "rescored": 0,
         "scan_median_s": round(statistics.median(times["scan"]), 4),
         "step_median_s": round(statistics.median(times["step"]), 4),
         "search_median_s": round(statistics.median(times["search"]), 4),

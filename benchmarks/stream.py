@@ -30,7 +30,7 @@ def run_case(case: Case, repeats: int, console: Console) -> dict:
         memory, streamed = load_model(folder, device="cpu"), _streamed(folder)
         size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
         # One plan for both: what is free differs by the model.
-        options = {"max_memory": 4 << 30, "progress": False}
+        options = {"max_memory": 4 << 30, "progress": False, "rescored": 0}
         expected = shipsfast.scan(memory, prompts, **options)
         found = shipsfast.scan(streamed, prompts, **options)
         equal = (
@@ -52,7 +52,7 @@ def run_case(case: Case, repeats: int, console: Console) -> dict:
     row = provenance("cpu") | {
         "bench": "stream", "case": case.name, "dtype": str(case.dtype).removeprefix("torch."),
         "prompts": case.prompts, "shared_tokens": case.shared, "own_tokens": case.own, "runs": repeats,
-        "checkpoint_mib": round(size / 2**20, 1), "one_reading_s": round(reading, 4), "equal_bits": equal,
+        "checkpoint_mib": round(size / 2**20, 1), "one_reading_s": round(reading, 4), "equal_bits": equal, "rescored": 0,
         "layers": found.record["layers"],
         "memory_median_s": round(statistics.median(times["memory"]), 4),
         "stream_median_s": round(statistics.median(times["stream"]), 4),

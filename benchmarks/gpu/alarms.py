@@ -30,7 +30,7 @@ def alarms_off() -> Iterator[None]:
 
 def refused(result, dtype: torch.dtype) -> str | None:
     """Why a scan would have refused to go on."""
-    allowed = ALARM_NATS[dtype][0]
-    if result.noise_floor <= allowed:
+    allowed, found = ALARM_NATS[dtype][0], result.record["packing_noise"]
+    if found <= allowed:
         return None
-    return f"packed prompts give other answers (KL {result.noise_floor:.3g} nats, allowed are {allowed:.3g})"
+    return f"packed prompts give other answers (KL {found:.3g} nats, allowed are {allowed:.3g})"

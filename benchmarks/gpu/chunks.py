@@ -39,7 +39,9 @@ class Setting:
 
     def scan(self, model, token_ids, **how):
         with alarms_off(), mock.patch.object(memory_plan, "HEAD_BYTES", self.head_bytes):
-            return shipsfast.scan(model, token_ids, chunk_tokens=self.chunk_tokens, progress=False, **how)
+            return shipsfast.scan(
+                model, token_ids, chunk_tokens=self.chunk_tokens, progress=False, rescored=0, **how
+            )
 
 
 CASES = {

@@ -23,14 +23,17 @@ def run_profile(session: Session) -> None:
     with session.guarded(CASE, OURS), alarms_off():
         model = session.model(shape)
         few = [(0, 0), (shape.layers - 1, 0)]
-        shipsfast.scan(model, token_ids, heads=few, progress=False)
-        taken, result = seconds(lambda: shipsfast.scan(model, token_ids, progress=False), session.device)
+        shipsfast.scan(model, token_ids, heads=few, progress=False, rescored=0)
+        taken, result = seconds(
+            lambda: shipsfast.scan(model, token_ids, progress=False, rescored=0), session.device
+        )
         # Events of a scan whose every layer has the same chunks: half of the layers tell as much in half the memory.
         heads = [(layer, None) for layer in range(0, shape.layers, 2)]
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * session.on_gpu
         with profile(activities=activities) as found:
             profiled, _ = seconds(
-                lambda: shipsfast.scan(model, token_ids, heads=heads, progress=False), session.device
+                lambda: shipsfast.scan(model, token_ids, heads=heads, progress=False, rescored=0),
+                session.device,
             )
         events = found.key_averages()
         by = "self_device_time_total" if session.on_gpu else "self_cpu_time_total"

@@ -129,12 +129,14 @@ def run_scan(session: Session, case: ScanCase) -> None:
     with session.guarded(case.name, OURS, common), alarms_off():
         model = session.model(shape)
         # Kernels are compiled and libraries loaded before anything is timed.
-        shipsfast.scan(model, token_ids, heads=[units[0], units[-1]], progress=False)
+        shipsfast.scan(model, token_ids, heads=[units[0], units[-1]], progress=False, rescored=0)
         runs = 1 if session.quick or session.smoke else case.runs
         rate = session.gemm_rate(shape)
         times, inner, before = [], [], reset_peak(session.device)
         for _ in range(runs):
-            taken, result = seconds(lambda: shipsfast.scan(model, token_ids, progress=False), session.device)
+            taken, result = seconds(
+                lambda: shipsfast.scan(model, token_ids, progress=False, rescored=0), session.device
+            )
             times.append(taken)
             inner.append(result.record["scan_seconds"])
             if session.left_s < 3 * taken:
@@ -152,7 +154,7 @@ def run_scan(session: Session, case: ScanCase) -> None:
                 "scan_median_s": round(statistics.median(inner), 4),
                 "share_of_floor": round(work / rate.sustained / ours_s, 4), "times_slower_than_shipsfast": 1.0,
                 "scores_per_s": round(common["scores"] / ours_s, 1),
-                "noise_floor_nats": float(f"{result.noise_floor:.4g}"), "peak_mib": peak, **how_it_ran(result),
+                "noise_floor_nats": float(f"{result.record['packing_noise']:.4g}"), "peak_mib": peak, **how_it_ran(result),
             },
         )  # fmt: skip
     session.clear()
@@ -188,7 +190,7 @@ def how_it_ran(result) -> dict:
     return {
         "chunk_tokens": plan["chunk_tokens"], "predicted_mib": round(plan["predicted_bytes"] / 2**20, 1), "plan": plan,
         "resolved_backend": result.record["attention_backend"], "kl_backend": result.record["kl_backend"],
-        "spot_check_max_abs_nats": result.record.get("spot_check_max_abs"), **_layers(result),
+        "rescored": 0, "spot_check_max_abs_nats": result.record.get("spot_check_max_abs"), **_layers(result),
     }  # fmt: skip
 
 
@@ -203,7 +205,7 @@ def _run_own_layers(
     """The same scan through the model's own decoder layers: what the fused ones save."""
     if session.left_s < 3 * (ours_s or 0.0):
         raise NotMeasured(f"{session.left_s:.0f} s of the budget are left")
-    how = dict(layers="model", progress=False)
+    how = dict(layers="model", progress=False, rescored=0)
     model = session.model(session.shape(case.shape))
     shipsfast.scan(model, token_ids, heads=[units[0], units[-1]], **how)
     before = reset_peak(session.device)
@@ -270,7 +272,7 @@ def run_sahara(session: Session) -> None:
     token_ids = prompts.token_ids(shape.vocabulary)
     common = {"dtype": "bfloat16", "prompts": len(token_ids), "shared_tokens": prompts.shared}
     model = session.model(shape)
-    quiet = dict(progress=False)
+    quiet = dict(progress=False, rescored=0)
     paths = {
         "KL scan": lambda: shipsfast.scan(model, token_ids, **quiet),
         "dataset-level scan": lambda: shipsfast.scan_dataset(model, token_ids, **quiet),
@@ -311,9 +313,11 @@ def _angles_checked(model, token_ids, result) -> dict:
     gc.collect()
     exact = twin(model, torch.float32)
     expected = shipsfast.scan_dataset(
-        exact, token_ids, heads=heads, backend="torch", progress=False
+        exact, token_ids, heads=heads, backend="torch", progress=False, rescored=0
     ).angle_deg
-    plain = shipsfast.scan_dataset(model, token_ids, heads=heads, backend="torch", progress=False).angle_deg
+    plain = shipsfast.scan_dataset(
+        model, token_ids, heads=heads, backend="torch", progress=False, rescored=0
+    ).angle_deg
     at = tuple(np.array(heads).T)
     error, allowed = _rms(_first(result)[at] - expected[at]), FACTOR * _rms(plain[at] - expected[at]) + 1e-3
     wrong = None

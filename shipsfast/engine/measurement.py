@@ -187,10 +187,18 @@ class ScanExecution(Execution):
     ] = None
     rows_per_block: Annotated[int | None, Doc("ablations that pass the model together; the same.")] = None
     prompts_per_group: Annotated[int | None, Doc("prompts of a packed sequence; the same.")] = None
+    rescored: Annotated[
+        int,
+        Doc(
+            "scores that are computed again in a wider dtype, where there is memory for such a copy of the model, to tell how "
+            "far scores are off: at most, as it takes a twentieth of a scan's work or four scores. 0 for none."
+        ),
+    ] = 12
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._whole(*self.asked())
+        object.__setattr__(self, "rescored", whole_number("rescored", self.rescored, 0))
 
     def asked(self) -> dict:
         """The parts of the plan that the caller has set."""

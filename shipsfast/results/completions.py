@@ -14,17 +14,20 @@ from ..runs.kinds import COMPLETIONS, LABELS
 from ..runs.part_file import ANSWER as COLUMNS
 from ..runs.part_file import cells
 from ..runs.tables import damage, read_parts
+from .equality import Compared
 
 MISSING = -1
 
 
-class Completions:
+class Completions(Compared):
     """What is known of each row.
 
     label: int8 [G, P], an index into runs.kinds.LABELS, -1 for rows not done; num_tokens: int32 [G, P], new tokens
     without the end token; finished: bool [G, P], ended by the end token; sha256: [G, P], of the text in UTF-8;
-    text: [G][P] str, None where it was not kept.
+    text: [G][P] str, None where it was not kept; the hash tells texts apart.
     """
+
+    compared = ("label", "num_tokens", "finished", "sha256")
 
     def __init__(self, groups: int, prompts: int, *, keep_text: bool = True) -> None:
         self.keep_text = keep_text

@@ -15,13 +15,14 @@ from ..runs.manifest import read_manifest
 from ..runs.tables import read_scores
 from .answer_sheet import Sheet, sheet_of
 from .completions import MISSING, Completions
+from .equality import Compared
 from .statistics import wilson_interval
 
 KL_NAMES, KL = KINDS["evaluate"].index, "kl_nats"
 
 
-@dataclass(repr=False)
-class EvalResult:
+@dataclass(repr=False, eq=False)
+class EvalResult(Compared):
     """Labelled completions of G groups x P prompts.
 
     groups: (layer, head) pairs, [] for the unablated model; prompts: the texts; completions: labels, lengths, texts.
@@ -33,7 +34,7 @@ class EvalResult:
     prompts: list[str]
     completions: Completions
     control: Control | None = None
-    record: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict, compare=False)
     identity: dict = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -136,8 +137,8 @@ class EvalResult:
         return cls(groups, prompts, completions, control, manifest, identity)
 
 
-@dataclass
-class Control:
+@dataclass(eq=False)
+class Control(Compared):
     """Groups on ordinary prompts.
 
     kl_nats: float64 [G, P], KL(unablated || group off) of the next token, mean over the first `tokens` tokens of the

@@ -14,7 +14,9 @@ from ..runs.kinds import GRAMS, SCORES
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .bootstrap import RankStability, as_known, quick_stability
+from .equality import Compared
 from .gram_bootstrap import Grams
+from .score_error import ScoreError
 from .statistics import Concentration, above_noise, concentration
 
 LABELLED = 3  # heads named in a map
@@ -72,7 +74,7 @@ def save_scores(
     return run.path
 
 
-class Ranked:
+class Ranked(Compared):
     """What every result with a [L, H] map of scores offers. Subclasses say what the map is."""
 
     noise_floor: float
@@ -88,6 +90,11 @@ class Ranked:
     def unit(self) -> str:
         """What was switched off: "head", or "kv_group"; then the last axis counts key/value groups."""
         return self.identity.get("unit", "head")
+
+    @property
+    def error(self) -> ScoreError | None:
+        """How far scores are off, as the scan measured it; None for rates, and for runs of earlier versions."""
+        return ScoreError.from_json(self.record["error"]) if "error" in self.record else None
 
     def mean(self) -> np.ndarray:
         raise NotImplementedError
@@ -149,12 +156,15 @@ class Ranked:
 
         ablation = self.record.get("ablation")
         title = f"{title}\nablation: {ablation}" if ablation else title
+        note = self.error.note() if self.error else ""
+        title = f"{title}\n{note}" if note else title
         return heatmap(self.panel(label), self.bars(label), title, path)
 
     def as_json(self, top: int) -> dict:
         """What a program reads of it: the top heads, how firm they are, and what ran."""
         return {
             "noise_floor": self.noise_floor,
+            "error": error_json(self.error),
             "record": self.record,
             "top": [{"layer": s.layer, "head": s.head, self.score_name: s.score} for s in self.top(top)],
             "concentration": self.concentration().to_json(),
@@ -162,7 +172,11 @@ class Ranked:
         }
 
 
+def error_json(error: ScoreError | None) -> dict | None:
+    return None if error is None else error.to_json()
+
+
 def share_of(found: Concentration) -> str:
-    """How much the first heads carry, in words; "" where nobody knows."""
+    """How much the first heads carry, in words; "" where nobody knows, or they are all."""
     share = found.top_share[LABELLED]
-    return "" if np.isnan(share) else f"top {LABELLED} carry {share:.0%}"
+    return "" if np.isnan(share) or found.heads <= LABELLED else f"top {LABELLED} carry {share:.0%}"

@@ -13,31 +13,34 @@ from ..runs.kinds import KINDS
 from ..runs.manifest import read_manifest
 from ..runs.tables import read_scores, score_frame
 from .bootstrap import RankStability, as_known
+from .equality import Compared
 from .gram_bootstrap import RESAMPLES, Grams
-from .head_map import HeadScore, Ranked, ranked, save_scores, share_of
+from .head_map import HeadScore, Ranked, error_json, ranked, save_scores, share_of
 from .statistics import Concentration, above_noise, concentration
 from .subspace import ANGLE_LABEL, _stability, quick_angles
 
 STEP_COLUMNS = KINDS["sahara"].index
 
 
-@dataclass(repr=False)
-class SaharaResult:
+@dataclass(repr=False, eq=False)
+class SaharaResult(Compared):
     """The group of heads that Sahara found (arXiv 2410.13708, algorithm 1).
 
     heads: (layer, head) in the order chosen; scores: the dataset-level Ships in degrees of the group after each.
     angle_deg: float64 [group_size, L, H], the score of the group so far with each further head; NaN where the head
         was already chosen (or not in `heads=`).
     beams: the groups kept at the end, best first, as (heads, angle in degrees).
+    noise_floor: degrees, what packing, chunking and rounding alone make of a gain; error: a `ScoreError`, of gains. See
+        results/score_error.py.
     """
 
     heads: list[tuple[int, int]]
     angle_deg: np.ndarray
     beams: list[tuple[list[tuple[int, int]], float]] = field(default_factory=list)
     noise_floor: float = 0.0
-    record: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict, compare=False)
     identity: dict = field(default_factory=dict)
-    grams: Grams | None = None
+    grams: Grams | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         found = ", ".join(f"{i}-{j}" for i, j in self.heads)
@@ -52,7 +55,7 @@ class SaharaResult:
         """float64 [group_size, L, H], degrees: what each further head adds to the score of the group so far."""
         return self.angle_deg - np.reshape([0.0, *self.scores[:-1]], (-1, 1, 1))
 
-    unit = Ranked.unit
+    unit, error = Ranked.unit, Ranked.error
 
     def top(self, k: int = 10, step: int = 0) -> list[HeadScore]:
         """The k best candidates of a step (from 0)."""
@@ -135,6 +138,7 @@ class SaharaResult:
         count = range(len(self.heads))
         return self.outcome() | {
             "noise_floor": self.noise_floor,
+            "error": error_json(self.error),
             "record": self.record,
             "angle_deg": self.scores,
             "concentration": [self.concentration(step).to_json() for step in count],

@@ -21,14 +21,15 @@ MARKED = "nonfinite"  # what run.json says of marked scores
 KL = {"name": "kl", "unit": "nats", "signed": False, "label": "KL(base || head ablated)"}
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ShipsResult(Ranked):
     """Ships of every head and prompt (arXiv 2410.13708, eq. 9), or another metric in its place.
 
     scores: float64 [P, L, H]; NaN for heads not scanned. For the metric "kl" they are KL(p(base) || p(head
         ablated)) of the next token in nats, and `.kl` is another name for them.
-    noise_floor: the score between two computations of the same unablated model that differ in packing,
-        chunking and rounding only; scores at or under it cannot be told from zero.
+    noise_floor: what packing, chunking and rounding alone make of a score (results/score_error.py has the definition);
+        scores at or under it cannot be told from zero.
+    error: a `ScoreError`, how far scores are off: a sample of them, computed again in a wider dtype.
     record: what really ran: model, ablation, precision, backend, versions, device, plan, timings.
     also: the results of further metrics of the same scan, by their names.
     marked: bool [P, L, H], scores that are NaN because they were not finite (`scan(nonfinite="mark")`), or None where
@@ -37,7 +38,7 @@ class ShipsResult(Ranked):
 
     scores: np.ndarray
     noise_floor: float = 0.0
-    record: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict, compare=False)
     identity: dict = field(default_factory=dict)
     also: dict[str, ShipsResult] = field(default_factory=dict)
     marked: np.ndarray | None = None

@@ -20,22 +20,23 @@ from .head_map import Ranked, save_scores
 HEAD_COLUMNS = KINDS["subspace"].index
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class SubspaceResult(Ranked):
     """Dataset-level Ships of every head (arXiv 2410.13708, eq. 11).
 
     angle_deg: float64 [L, H], sum of the r principal angles between the leading left singular subspaces of the
         prompts' hidden states with and without the head, in degrees; NaN for heads not scanned.
-    noise_floor: degrees, the same angle between the packed and the plain unablated model.
+    noise_floor: degrees, what packing, chunking and rounding alone make of an angle; error: a `ScoreError`. See
+        results/score_error.py.
     """
 
     score_name = "angle_deg"
 
     angle_deg: np.ndarray
     noise_floor: float = 0.0
-    record: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict, compare=False)
     identity: dict = field(default_factory=dict)
-    grams: Grams | None = None
+    grams: Grams | None = field(default=None, compare=False)
 
     def mean(self) -> np.ndarray:
         """The angles themselves: they already belong to the whole set of prompts."""

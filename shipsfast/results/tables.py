@@ -57,24 +57,25 @@ def _ranking(result, top: int, score: str, console: Console) -> None:
     if result.is_rate:
         return _rates(result, top, console)
     stability, problem = result.quick_stability(top)
-    names = ["rank", f"layer-{result.unit}", score]
+    names, heads = ["rank", f"layer-{result.unit}", score], int((~np.isnan(result.mean())).sum())
+    ranks = stability is not None and heads > 1  # one head has no other rank
+    some = ranks and stability.k < heads  # all heads are in a top as large
     if stability is not None:
-        names += [f"{stability.confidence:.0%} interval", "rank interval", f"in top {stability.k}"]
+        names += [f"{stability.confidence:.0%} interval"]
+        names += ["rank interval"] * ranks + [f"in top {stability.k}"] * some
     table = _grid(*names)
     for rank, (layer, head, value) in enumerate(result.top(top), 1):
         row = [str(rank), f"{layer}-{head}", f"{value:.6g}{_weak(result, layer, head)}"]
         if stability is not None:
             at = (layer, head)
-            row += [
-                f"{stability.low[at]:.3g} to {stability.high[at]:.3g}",
-                f"{stability.rank_low[at]:.0f} to {stability.rank_high[at]:.0f}",
-                f"{stability.top_k_frequency[at]:.0%}",
-            ]
+            row += [f"{stability.low[at]:.3g} to {stability.high[at]:.3g}"]
+            row += [f"{stability.rank_low[at]:.0f} to {stability.rank_high[at]:.0f}"] * ranks
+            row += [f"{stability.top_k_frequency[at]:.0%}"] * some
         table.add_row(*map(Text, row))
     console.print(table)
     if stability is None:
         _say(console, problem)
-    else:
+    elif some:
         _say(
             console,
             f"resampling the prompts {stability.resamples} times keeps {stability.top_k_overlap:.0%} of the top "
@@ -98,12 +99,19 @@ def _rates(result, top: int, console: Console) -> None:
 
 
 def _concentration(found: Concentration, unit: str, of: str, console: Console) -> None:
-    shares = ", ".join(f"top {k} {share:.0%}" for k, share in found.top_share.items() if not np.isnan(share))
-    if shares:
-        _say(
-            console,
-            f"concentration{of}: {shares}; Gini {found.gini:.2f}, {found.effective_heads:.1f} effective {unit}s",
-        )
+    """Of all heads the share is 100 %, and one head is not concentrated."""
+    if found.heads < 2 or np.isnan(found.gini):
+        return
+    shares = "".join(f"top {k} {share:.0%}, " for k, share in found.top_share.items() if k < found.heads)
+    _say(
+        console,
+        f"concentration{of}: {shares}Gini {found.gini:.2f}, {found.effective_heads:.1f} effective {unit}s",
+    )
+
+
+def _error(result, unit: str, console: Console, score: str = "a score") -> None:
+    for line in result.error.lines(unit, score) if result.error else ():
+        _say(console, line)
 
 
 def _noise(result, unit: str) -> str:
@@ -126,6 +134,7 @@ def show_ships(result, top: int, console: Console) -> None:
         f"{counted(scanned, result.unit)} x {counted(result.scores.shape[0], 'prompt')} in {result.record.get('scan_seconds', 0):.2f} s; "
         f"{_noise(result, metric['unit'])}",
     )
+    _error(result, metric["unit"], console)
     _concentration(result.concentration(), result.unit, "", console)
     for line in marks(result):
         _say(console, line)
@@ -159,6 +168,7 @@ def show_subspace(result, top: int, console: Console) -> None:
     )
     _ranking(result, top, "degrees", console)
     _say(console, _noise(result, "degrees"))
+    _error(result, "degrees", console, "an angle")
     _concentration(result.concentration(), result.unit, "", console)
 
 
@@ -192,5 +202,6 @@ def show_sahara(result, console: Console) -> None:
             f"interval, chosen again: of {firm[0][0].resamples} resamples of the prompts, the group before each step given",
         )
     _say(console, f"noise floor {result.noise_floor:.2g} degrees")
+    _error(result, "degrees", console, "a gain")
     for step in range(len(result.heads)):
         _concentration(result.concentration(step), result.unit, f" of step {step + 1}", console)

@@ -4,6 +4,7 @@ checked first, its type, its range, and how much memory it asks for. Fields that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import isfinite
 from pathlib import Path
 
 from ..errors import InputError
@@ -76,6 +77,37 @@ def marks(x) -> bool:
         and count(0, 1 << 40)(first.get("prompt"))
         and pair([first.get("layer"), first.get("head")])
         and text(first.get("why"))
+    )
+
+
+def error_of_scores(x) -> bool:
+    return (
+        isinstance(x, dict)
+        and all(text(x.get(name)) for name in ("against", "reason", "own"))
+        and x.get("packing") is not None
+        and noise(x.get("packing"))
+        and noise(x.get("plain_max_abs"))
+        and "plain_max_abs" in x
+        and list_of(_rescored)(x.get("rescored"))
+    )
+
+
+def _rescored(x) -> bool:
+    if not isinstance(x, dict) or not x.keys() <= {
+        "layer",
+        "head",
+        "score",
+        "expected",
+        "drawn",
+        "prompt",
+        "step",
+    }:
+        return False
+    return (
+        scanned_head([x.get("layer"), x.get("head")])
+        and all(number(x.get(name)) and isfinite(x[name]) for name in ("score", "expected"))
+        and flag(x.get("drawn"))
+        and all(count(0, 1 << 40)(x[name]) for name in ("prompt", "step") if name in x)
     )
 
 

@@ -15,6 +15,7 @@ from .fields import (
     an_object,
     check_fields,
     count,
+    error_of_scores,
     flag,
     list_of,
     marks,
@@ -90,6 +91,8 @@ RECORD: Fields = {
     "chosen": (list_of(scanned_head), "a list of heads"),
     "path": (list_of(count(0, MOST_STEPS)), "a list of places"),
     "beams": (list_of(an_object), "a list of groups"),
+    "packing_noise": (noise, "a number of at least 0"),
+    "error": (error_of_scores, "what is known of the error of scores"),
     "nonfinite": (marks, "what is known of marked scores"),
     "base_singular_values": (list_of(number), "a list of numbers"),
 }

@@ -73,7 +73,8 @@ class AngleScan:
         # Whether the packed model has been held against its own forward pass.
         self.checked = "noise_floor" in store.before and self.folder.same_environment
         self.singular_values: list[float] = store.before.get("base_singular_values", [])
-        self.noise_floor: float = store.before.get("noise_floor", 0.0)
+        # What packing does; the result's is the larger of this and what rounding does.
+        self.noise_floor: float = store.before.get("packing_noise", store.before.get("noise_floor", 0.0))
         self.parent_angle = 0.0  # of the group that was off in the last block
         self._packs: dict[tuple[int, ...], tuple[PackedPrompts, object]] = {}
 
@@ -109,7 +110,8 @@ class AngleScan:
 
     def record(self) -> dict:
         """What the run folder keeps of it."""
-        return {"plan": self.prepared.plan.to_json(), "base_singular_values": self.singular_values}
+        plan = self.prepared.plan.to_json()
+        return {"plan": plan, "packing_noise": self.noise_floor, "base_singular_values": self.singular_values}
 
     def _block(
         self, at: tuple[int, ...], block: list[Head], parent: tuple[Head, ...], keep: Callable
@@ -233,4 +235,7 @@ class AngleScan:
         check_own_hidden(prepared, prompt, hidden[0, prompt], plain[prompt])
         self.noise_floor = max(self.noise_floor, float(subspace_angle_deg(self.basis, plain[None])[0]))
         if self.folder is not None:  # before the first scores are
-            self.folder.update(noise_floor=self.noise_floor, base_singular_values=self.singular_values)
+            self.folder.update(
+                noise_floor=self.noise_floor, packing_noise=self.noise_floor,
+                base_singular_values=self.singular_values,
+            )  # fmt: skip

@@ -116,7 +116,8 @@ def bench(
         raise InputError(f"seconds must be positive, got {seconds}")
     if prompts is None:
         prompts, tokenizer, template = random_prompts(model), None, "none"
-    how = dict(template=template, backend=backend, layers=layers, max_memory=max_memory)
+    # The error of scores is not asked for, and would take memory that the plan does not know.
+    how = dict(template=template, backend=backend, layers=layers, max_memory=max_memory, rescored=0)
     execution = ScanExecution(backend=backend, layers=layers, max_memory=max_memory)
     prepared = prepare(model, tokenizer, ShipsMeasurement(prompts=prompts, template=template), execution)
     costs = model_flops(model, prepared.anatomy, fused=prepared.fused)

@@ -20,6 +20,7 @@ from ..runs.folder import RunFolder
 from .angles import AngleScan, AngleStore
 from .measurements import SubspaceMeasurement
 from .prepare import prepare, progress_bar
+from .rescoring import rescore_angles
 
 
 @called_with(SubspaceMeasurement, ScanExecution)
@@ -59,10 +60,13 @@ def scan_dataset(
         angular = AngleScan(store, bar)
         angular.run((), prepared.units, (), store.keep)
         angular.complete()
-    record = prepared.record | angular.record() | {"seconds": seconds_since(started)}
-    result = SubspaceResult(store.angles, angular.noise_floor, record, identity, store.grams)
+    error = rescore_angles(store, store.angles[None], measurement.rank, angular.noise_floor)
+    record = (
+        prepared.record | angular.record() | {"error": error.to_json(), "seconds": seconds_since(started)}
+    )
+    result = SubspaceResult(store.angles, error.floor, record, identity, store.grams)
     record["concentration"] = result.concentration().to_json()
     if folder is not None:
         record["rank_stability"] = result.stability_json(10)
-        folder.write_manifest(record | {"status": "complete", "noise_floor": angular.noise_floor})
+        folder.write_manifest(record | {"status": "complete", "noise_floor": error.floor})
     return result

@@ -24,6 +24,7 @@ from ..runs.folder import RunFolder
 from .angles import AngleScan, AngleStore
 from .measurements import SaharaMeasurement
 from .prepare import prepare, progress_bar
+from .rescoring import rescore_angles
 
 TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
 
@@ -74,18 +75,20 @@ def sahara(
         angular.complete()
         bar.total = bar.n
     best = search.beams[0]
+    angles = np.stack([store.angles[step, at] for step, at in enumerate(best.path)])
+    error = rescore_angles(store, angles, measurement.rank, angular.noise_floor, best.heads)
     record = prepared.record | angular.record() | {
         "path": best.path,
+        "error": error.to_json(),
         "step_seconds": seconds,
         "repeated_angle_max_abs_deg": search.repeated,
         "seconds": seconds_since(started),
     }  # fmt: skip
-    angles = np.stack([store.angles[step, at] for step, at in enumerate(best.path)])
     kept = [(list(each.heads), each.angle) for each in search.beams]
     grams = store.grams
     if grams is not None:
         grams = Grams(grams.base, np.stack([grams.heads[step, at] for step, at in enumerate(best.path)]))
-    noise_floor = angular.noise_floor
+    noise_floor = error.floor
     result = SaharaResult(list(best.heads), angles, kept, noise_floor, record, identity, grams)
     record["concentration"] = [result.concentration(step).to_json() for step in range(group_size)]
     if folder is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..engine.heads import Head
 from ..errors import InputError
+from ..results.score_error import Rescored, ScoreError
 from ..results.ships import MARKED, ShipsResult, also_place, column
 from ..runs.folder import RunFolder
 from ..runs.tables import score_frame
@@ -56,7 +57,8 @@ class Measure:
         self.scores = np.full(self.identity["shape"], np.nan)
         self.mark = prepared.measurement.nonfinite == "mark"  # scores that are not finite
         self.marked = np.zeros(self.scores.shape, dtype=bool)
-        self.noise_floor, self.compared, self.folder = 0.0, False, None
+        self.noise_floor, self.compared, self.folder = 0.0, False, None  # what packing does
+        self.plain: list[Rescored] = []  # scores that plain passes in the model's own dtype gave
         if path is not None:
             self.folder = RunFolder(path, self.identity, self.record)
 
@@ -88,8 +90,10 @@ class Measure:
     def begin(self) -> None:
         """Say in the folder that the run goes on."""
         before = self.folder.previous_measures()
-        self.noise_floor = before.get("noise_floor", 0.0)
+        self.noise_floor = before.get("packing_noise", before.get("noise_floor", 0.0))
         self.compared = "noise_floor" in before and self.folder.same_environment
+        if "error" in before and self.folder.same_environment:
+            self.record["error"] = before["error"]
         self.record["plan"] = self.prepared.plan.to_json()
         self.folder.write_manifest(before | self.record | {"status": "running"})
 
@@ -117,20 +121,33 @@ class Measure:
 
     def keep_noise(self, noise: float) -> None:
         self.noise_floor, self.compared = max(self.noise_floor, noise), True
-        if self.folder is not None:  # before the first scores are
-            self.folder.write_manifest(self.record | {"status": "running", "noise_floor": self.noise_floor})
+        self._write()  # before the first scores are
+
+    def knows_error(self, asked: int) -> bool:
+        """Whether it was measured before the run was cut, if it is `asked` for."""
+        return "error" in self.record and ScoreError.from_json(self.record["error"]).settles(asked)
+
+    def keep_error(self, error: ScoreError) -> None:
+        self.record["error"] = error.to_json()
+        self._write()
+
+    def _write(self) -> None:
+        noise = {"noise_floor": self.noise_floor, "packing_noise": self.noise_floor}
+        if self.folder is not None:
+            self.folder.write_manifest(self.record | {"status": "running"} | noise)
 
     def result(self, also: dict[str, ShipsResult] | None = None) -> ShipsResult:
         """The finished result; its run folder says so."""
         marked = self.marked if self.marked.any() else None
         if marked is None:  # those that a run begun elsewhere had were lost with their part
             self.record.pop(MARKED, None)
-        result = ShipsResult(
-            self.scores, self.noise_floor, self.record, self.identity, also or {}, marked=marked
-        )
+        self.record["packing_noise"], floor = self.noise_floor, self.noise_floor
+        if "error" in self.record:
+            floor = max(floor, ScoreError.from_json(self.record["error"]).floor)
+        result = ShipsResult(self.scores, floor, self.record, self.identity, also or {}, marked=marked)
         self.record["concentration"] = result.concentration().to_json()
         if not np.isnan(result.mean()).all():
             self.record["rank_stability"] = result.stability().to_json()
         if self.folder is not None:
-            self.folder.write_manifest(self.record | {"status": "complete", "noise_floor": self.noise_floor})
+            self.folder.write_manifest(self.record | {"status": "complete", "noise_floor": floor})
         return result

@@ -54,38 +54,46 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
 def ablated_logits(prepared: Prepared, prompt: int, units: Sequence[Head]) -> torch.Tensor:
     """Next-token logits [len(units) + 1, V] by a plain forward pass with each unit off; the last with none."""
     out = []
-    for mask in _plain_masks(prepared, prompt, units):
+    for mask in _plain_masks(prepared, prompt, [(unit,) for unit in units]):
         with dense_rows(prepared.model, prepared.anatomy, mask):
             out.append(plain_logits(prepared, prompt, len(mask)))
     return torch.cat(out)
 
 
-def _plain_masks(prepared: Prepared, prompt: int, units: Sequence[Head]) -> list[HeadMask]:
-    """One row for each unit, and the unablated one: all together; of a long prompt one by one, as each takes what a chunk
-    takes in a scan.
+def _plain_masks(prepared: Prepared, prompt: int, groups: Sequence[Sequence[Head]]) -> list[HeadMask]:
+    """One row for each group of units, and the unablated one: all together; of a long prompt one by one, as each takes what a
+    chunk takes in a scan.
 
     The unablated one runs through the same attention: transformers' eager attention rounds its softmax to float32, in
     float64 models as well. It comes last, unlike in a scan: a model whose rows disturb each other gives other
     scores then.
     """
-    mask = prepared.mask(units, prepared.dense_values(prompt))
-    rows = (*mask.groups[1:], ())
+    mask = prepared.mask([], prepared.dense_values(prompt))
+    rows = (*map(prepared.heads, groups), ())
     together = [rows] if len(prepared.token_ids[prompt]) < LONG else [(row,) for row in rows]
     return [replace(mask, groups=groups) for groups in together]
+
+
+@torch.inference_mode()
+def ablated_hidden(prepared: Prepared, prompt: int, groups: Sequence[Sequence[Head]]) -> torch.Tensor:
+    """Last-position hidden states [len(groups) + 1, hidden] after the final norm by plain forward passes with each group of
+    units off; the last with none."""
+    masks = _plain_masks(prepared, prompt, groups)  # runs the model for resample
+    with head_input(prepared.model) as seen:
+        for mask in masks:
+            with dense_rows(prepared.model, prepared.anatomy, mask):
+                _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
+    return torch.cat([hidden[:, -1] for hidden in seen])
 
 
 def check_hidden(
     prepared: Prepared, prompt: int, unit: Head, base: torch.Tensor, ablated: torch.Tensor
 ) -> None:
     """Raises UnsupportedModelError unless plain forward passes give these hidden states [hidden]."""
-    masks = _plain_masks(prepared, prompt, [unit])  # runs the model for resample
-    with head_input(prepared.model) as seen:
-        for mask in masks:
-            with dense_rows(prepared.model, prepared.anatomy, mask):
-                _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
+    off, plain = ablated_hidden(prepared, prompt, [(unit,)])
     for name, got, expected in (
-        (f"with {prepared.unit} {unit[0]}-{unit[1]} off", ablated, seen[0][0, -1]),
-        ("unablated", base, seen[-1][-1, -1]),
+        (f"with {prepared.unit} {unit[0]}-{unit[1]} off", ablated, off),
+        ("unablated", base, plain),
     ):
         error = float((got.double() - expected.double()).norm() / expected.double().norm())
         if not error <= ALARM_HIDDEN.get(rounded_to(prepared.model), ALARM_HIDDEN[torch.float32]):

@@ -17,11 +17,13 @@ from ..errors import InputError, UnsupportedModelError
 from ..memory import OutOfMemory, once_more
 from ..models.forward import alarm
 from ..models.restore import untouched
+from ..results.score_error import Rescored
 from ..results.ships import MARKED, ShipsResult
 from .measurements import ShipsMeasurement
 from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, explain, reason
 from .prepare import Prepared, prepare, progress_bar, run_blocks
+from .rescoring import rescore
 from .score_store import Measure, finished, measures_of
 from .self_check import ablated_logits, longest_prompt, own_layers_hint, packing_noise_nats, plain_logits
 
@@ -64,6 +66,7 @@ def scan(
         work.bar.close()
     scan_seconds = seconds_since(scan_started)
     _spot_check(work)
+    rescore(work)
     for measure in measures:
         measure.record |= {"scan_seconds": scan_seconds, "plan": prepared.plan.to_json()}
         measure.record["seconds"] = seconds_since(started)
@@ -197,7 +200,7 @@ class _Work:
         """The metric of one pair of logits [V]."""
         bases, at = base[None], 0
         if metric.sees_all_prompts:
-            bases, at = self.all_base.to(base.device, copy=True), prompt
+            bases, at = self.all_base.to(base.device, base.dtype, copy=True), prompt
             bases[prompt] = base
         index = torch.full((1,), at, dtype=torch.long, device=base.device)
         return float(metric.rows(bases, other[None].to(base.dtype), index)[0])
@@ -249,7 +252,6 @@ def _spot_check(work: _Work) -> None:
         absolute, relative = alarm(prepared.model)
         if metric.sees_all_prompts:  # a metric of the caller's own, of unknown size
             absolute *= max(1.0, float(np.nanmax(np.abs(scores[prompt]))))
-        worst = 0.0
         for (layer, index), logits in zip(chosen, ablated, strict=True):
             got = scores[prompt, layer, index]
             expected = once_more(what, functools.partial(work.one, metric, prompt, base, logits))
@@ -260,8 +262,9 @@ def _spot_check(work: _Work) -> None:
                     f"pass gives {expected:.6g}: {type(prepared.model).__name__} cannot be scanned exactly"
                     f"{own_layers_hint(prepared)}"
                 )
-            worst = max(worst, error)
-        measure.record["spot_check_max_abs"] = worst
+            drawn = (layer, index) != strongest or len(chosen) == 1
+            measure.plain.append(Rescored(layer, index, float(got), expected, drawn, prompt))
+        measure.record["spot_check_max_abs"] = max(each.error for each in measure.plain)
 
 
 def _one_by_one(prepared: Prepared, prompt: int, chosen: Sequence[Head]) -> list[torch.Tensor]:
