@@ -19,7 +19,8 @@ from ..results.subspace import HEAD_COLUMNS, SubspaceResult
 from ..runs.folder import RunFolder
 from .angles import AngleScan, AngleStore
 from .measurements import SubspaceMeasurement
-from .prepare import prepare, progress_bar
+from .prepare import prepare
+from .scan_bar import ScanBar
 
 
 @called_with(SubspaceMeasurement, ScanExecution)
@@ -55,7 +56,8 @@ def scan_dataset(
     store = AngleStore(prepared, folder, HEAD_COLUMNS, prepared.grid)
     missing = [u for u in prepared.units if np.isnan(store.angles[u])]
     steps = prepared.layer_passes(prepared.units, missing, len(prepared.plan.prompt_groups))
-    with progress_bar("scan-dataset", steps, execution) as bar:
+    scores = len(missing) * len(prepared.token_ids)
+    with ScanBar("scan-dataset", steps, scores, prepared, execution) as bar:
         angular = AngleScan(store, bar)
         angular.run((), prepared.units, (), store.keep)
         angular.complete()

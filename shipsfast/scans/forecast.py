@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from ..clock import in_words
 from ..engine.alignment import pair_ids
-from ..engine.flops import gemm_flops_per_s, model_flops, scan_flops
-from ..engine.heads import check_unit
+from ..engine.flops import gemm_flops_per_s, scan_flops
 from ..engine.measurement import ScanExecution
-from ..engine.memory_plan import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
+from ..engine.memory_plan import Plan, block_parts, free_bytes, make_plan, peak_bytes
 from ..engine.subject import held_beside, layer_path, tokens_of
+from ..engine.work_plan import PART_SECONDS, Work, cut_by_work
 from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
 from ..models.attention_hook import LONG
@@ -78,7 +79,7 @@ class Forecast:
         groups, blocks = len(plan.prompt_groups), -(-self.units // plan.rows_per_block)
         how = "streamed" if self.stream else "in memory"
         if self.seconds is not None:
-            seconds = _duration(self.seconds)
+            seconds = in_words(self.seconds)
         elif self.flops_per_s:
             seconds = "not predicted here: there are no weights to see how fast they are read"
         else:
@@ -154,6 +155,9 @@ def forecast(
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
     plan = make_plan(anatomy, tree_ids, len(units), limited, beside)
+    work = Work.of(model, anatomy, measurement, device, fused=layers != "model", stream=stream)
+    fit = plan
+    plan = cut_by_work(plan, tree_ids, units, execution, work)
     packs = [pack([tree_ids[i] for i in group]) for group in plan.prompt_groups]
     tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.last_index.tolist())) for p in packs)
     rows = plan.rows_per_block + 1
@@ -175,11 +179,10 @@ def forecast(
         "kept": rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes,
     }
     rounds = 1 + (steps - 1) * beam
-    unit_heads = anatomy.num_heads // check_unit(measurement.unit, anatomy)
-    costs = model_flops(model, anatomy, fused=layers != "model", unit_heads=unit_heads)
-    flops = rounds * scan_flops(costs, packs, units, rows_per_block=plan.rows_per_block)
+    costs, cut = work.costs, plan.blocks(units)
+    flops = rounds * scan_flops(costs, packs, units, blocks=cut)
     flops += CHECK_ROWS * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
-    blocks = len(packs) * len(even_slices(len(units), plan.rows_per_block))
+    blocks = len(packs) * len(cut)
     checks = _check_passes(longest)
     passes = rounds * blocks + checks
     rate = _rate(costs.products, max(plan.chunk_tokens, tokens), model.dtype, device) if here else None
@@ -194,7 +197,7 @@ def forecast(
         tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops, flops_per_s=rate,
         read_bytes_per_s=reading,
         seconds=_seconds(flops, rate, _layer_bytes(anatomy), reading, passes, checks, stream),
-        limits=_limits(plan, len(units), len(token_ids), blocks, device),
+        limits=_limits(plan, fit, len(units), len(token_ids), blocks, device),
     )  # fmt: skip
 
 
@@ -273,14 +276,20 @@ def _seconds(
     return max(computing, (passes - checks) * load) + passes * first + checks * load
 
 
-def _limits(plan: Plan, units: int, prompts: int, blocks: int, where: torch.device) -> list[str]:
+def _limits(plan: Plan, fit: Plan, units: int, prompts: int, blocks: int, where: torch.device) -> list[str]:
+    """fit: the plan by memory alone."""
     out = []
-    if plan.rows_per_block < units:
+    if fit.rows_per_block < units:
         out.append(
-            f"memory: {plan.rows_per_block:,} of {units:,} rows fit at a time, and each of {blocks:,} blocks begins anew at "
+            f"memory: {fit.rows_per_block:,} of {units:,} rows fit at a time, and each of {blocks:,} blocks begins anew at "
             "the first layer"
         )
-    if len(plan.prompt_groups) > 1:
+    if plan != fit:
+        out.append(
+            f"parts: {blocks:,} blocks, so that a part can be kept about every {PART_SECONDS:.0f} s of work; each begins anew at "
+            "the first layer"
+        )
+    if len(fit.prompt_groups) > 1:
         why = "the chunks that suit a CPU's cache" if where.type == "cpu" else "memory"
         out.append(f"{why}: {prompts:,} prompts go through in {len(plan.prompt_groups):,} groups")
     return out or ["none: all heads and prompts go through in one pass"]
@@ -288,9 +297,3 @@ def _limits(plan: Plan, units: int, prompts: int, blocks: int, where: torch.devi
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
