@@ -26,8 +26,8 @@ from .memory_plan import Plan, even_slices, in_order
 
 PART_SECONDS = 30.0  # of work, between two parts
 MOST_MORE = 0.03  # of the work, for cutting it
-# FLOP/s, below what a quiet machine does: a part too many costs little. Of a CPU, for each thread.
-CPU_THREAD_RATE = 25e9
+# FLOP/s, rather less than a quiet machine does, since a part too many costs little. Of a CPU, for each thread; half in float64.
+CPU_THREAD_RATE = 50e9
 CUDA_RATE = 100e12  # in half precision; wider dtypes: a tenth
 # A streamed block has to compute for every byte that it reads again, or it would wait for the disk.
 CPU_FLOPS_PER_BYTE, CUDA_FLOPS_PER_BYTE = 400, 400_000

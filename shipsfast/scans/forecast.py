@@ -1,12 +1,14 @@
 """What a scan would take: the plan, its memory and its time, from the model's config and the prompts. Nothing is run.
 
-time    FLOPs of all passes (engine/flops.py) / the rate of matrix products, measured in about a second; of a streamed pass
-        the larger of that and reading the layers; what lies between the products is not counted
+time    FLOPs of all passes (engine/flops.py) / the rate of matrix products, measured several times in about a second: at the
+        best of them, and at their median; of a streamed pass the larger of that and reading the layers; what lies between the
+        products is not counted
 memory  the model's weights + prompts' ends + the larger of rows with a layer at work and the head + what is kept
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..clock import in_words
 from ..engine.alignment import pair_ids
-from ..engine.flops import gemm_flops_per_s, scan_flops
+from ..engine.flops import scan_flops
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, block_parts, free_bytes, make_plan, peak_bytes
 from ..engine.subject import held_beside, layer_path, tokens_of
@@ -31,10 +33,9 @@ from ..ops.tree_attention import BACKENDS, resolve_backend
 from ..text import counted
 from .measurements import ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
+from .rates import Rates, measure_rates
 
 COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
-LARGEST_BYTES = 64 << 20  # of a matrix whose rate is measured: larger ones are cut, their rate is the same
-MOST_TOKENS = 16384  # more make no product faster
 READ_BYTES = 256 << 20  # of a checkpoint are read to see how fast it can be
 # Rows of the longest prompt that pass the model as it is: one for the noise floor, three for the spot check.
 CHECK_ROWS = 4
@@ -45,8 +46,9 @@ class Forecast:
     """A scan that has not been run.
 
     memory: bytes by part ("model", "ends", "rows", "chunk", "head", "kept"), of which rows with chunk and head take turns; passes: over the
-    layers, checks included; flops_per_s, read_bytes_per_s: rates measured now, None where they cannot be, or nothing is
-    streamed; seconds: None where such a rate is wanting; limits: why it is not one block.
+    layers, checks included; blocks: of heads, for each group of prompts; flops_per_s, read_bytes_per_s: rates measured now
+    (of `rates` the median), None where they cannot be, or nothing is streamed; seconds, best_seconds: at the median and at the
+    best rate, None where a rate is wanting; limits: why it is not one block.
     """
 
     kind: str
@@ -66,25 +68,30 @@ class Forecast:
     read_bytes_per_s: float | None
     seconds: float | None
     limits: list[str]
+    blocks: int
+    rates: Rates | None
+    best_seconds: float | None
 
     @property
     def total_bytes(self) -> int:
         return self.memory["model"] + peak_bytes(self.memory) + self.memory["kept"]
 
     def to_json(self) -> dict:
-        return vars(self) | {"plan": self.plan.to_json(), "total_bytes": self.total_bytes}
+        rates = self.rates and vars(self.rates)
+        return vars(self) | {"plan": self.plan.to_json(), "total_bytes": self.total_bytes, "rates": rates}
 
     def render(self) -> str:
         plan, parts, of = self.plan, self.memory, self.model
-        groups, blocks = len(plan.prompt_groups), -(-self.units // plan.rows_per_block)
+        groups, blocks = len(plan.prompt_groups), self.blocks
         how = "streamed" if self.stream else "in memory"
         if self.seconds is not None:
-            seconds = in_words(self.seconds)
+            first, second = in_words(self.best_seconds), in_words(self.seconds)
+            seconds = first if first == second else f"{first} to {second}"
         elif self.flops_per_s:
             seconds = "not predicted here: there are no weights to see how fast they are read"
         else:
             seconds = f"not predicted here: there is no {self.device} to measure the rate of"
-        rate = "" if self.flops_per_s is None else f" at {self.flops_per_s / 1e9:,.0f} GFLOP/s, measured now"
+        rate = "" if self.rates is None else f" at {_in_words(self.rates)}"
         if self.read_bytes_per_s:
             rate += f"; layers read at {self.read_bytes_per_s / 1e9:.1f} GB/s, measured now"
         lines = [
@@ -105,6 +112,7 @@ class Forecast:
                 f"{_gib(plan.memory_limit_bytes)} may be used beyond the model"
             ),
             f"time    {seconds}{rate}",
+            *(f"busy    {warning}" for warning in [self.rates and self.rates.warning] if warning),
             *(f"limit   {limit}" for limit in self.limits),
         ]
         return "\n".join(lines)
@@ -185,7 +193,10 @@ def forecast(
     blocks = len(packs) * len(cut)
     checks = _check_passes(longest)
     passes = rounds * blocks + checks
-    rate = _rate(costs.products, max(plan.chunk_tokens, tokens), model.dtype, device) if here else None
+    rates = (
+        measure_rates(costs.products, max(plan.chunk_tokens, tokens), model.dtype, device) if here else None
+    )
+    took = functools.partial(_seconds, flops, layer_bytes=_layer_bytes(anatomy), passes=passes, checks=checks)
     reading = _read_rate(model.config._name_or_path) if stream else None
     return Forecast(
         kind=COMMANDS[measurement.kind],
@@ -194,18 +205,14 @@ def forecast(
             "layers": anatomy.num_layers, "heads": anatomy.num_heads,
         },
         device=str(device), dtype=str(model.dtype).removeprefix("torch."), stream=stream, prompts=len(token_ids),
-        tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops, flops_per_s=rate,
+        tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops,
+        flops_per_s=rates and rates.median,
         read_bytes_per_s=reading,
-        seconds=_seconds(flops, rate, _layer_bytes(anatomy), reading, passes, checks, stream),
+        seconds=took(rates and rates.median, reading=reading, stream=stream),
+        best_seconds=took(rates and rates.best, reading=reading, stream=stream),
+        blocks=len(cut), rates=rates,
         limits=_limits(plan, fit, len(units), len(token_ids), blocks, device),
     )  # fmt: skip
-
-
-def _rate(products, tokens: int, dtype: torch.dtype, where: torch.device) -> float:
-    """FLOP/s of a layer's matrix products, measured now."""
-    most = max(1, LARGEST_BYTES // dtype.itemsize)
-    cut = dict.fromkeys((a, min(b, max(1, most // a))) for a, b in products)
-    return gemm_flops_per_s(list(cut), min(tokens, MOST_TOKENS), dtype=dtype, device=where)
 
 
 def _bytes(module: torch.nn.Module) -> int:
@@ -264,8 +271,13 @@ def _check_passes(longest: int) -> int:
     return 3 if longest < LONG else 5
 
 
+def _in_words(rates: Rates) -> str:
+    best, median = (f"{rate / 1e9:,.0f}" for rate in (rates.best, rates.median))
+    return f"{best} GFLOP/s, the best of {rates.count} short measurements now, to {median}, their median"
+
+
 def _seconds(
-    flops, rate, layer_bytes: list[int], reading, passes: int, checks: int, stream: bool
+    flops, rate, *, layer_bytes: list[int], reading, passes: int, checks: int, stream: bool
 ) -> float | None:
     if rate is None or stream and reading is None:
         return None

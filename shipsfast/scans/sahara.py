@@ -69,7 +69,7 @@ def sahara(
         search = _Search(angular)
         seconds = []
         for step in range(group_size):
-            bar.set_description(f"sahara, head {step + 1} of {group_size}")
+            bar.set_description(f"sahara, head {step + 1} of {group_size}", refresh=False)
             before = time.perf_counter()
             search.step(step)
             seconds.append(seconds_since(before))
