@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..engine.decoder import Decoded, Decoder
 from ..errors import InputError
 from ..memory import out_of_memory
+from ..progress import Bar
 from .generation import Generation
 from .self_check import NotFinite, refuse_token
 
@@ -26,7 +26,7 @@ def continuous(
     After running out of memory, rows in flight start anew with half as many at a time: their texts are the same.
     """
     waiting = deque(sorted(rows, key=lambda row: (row[1], generation.fork_layer(row[0]))))
-    bar = tqdm(total=len(waiting), desc="generate", unit=" answers", disable=not progress or not waiting)
+    bar = Bar(total=len(waiting), desc="generate", unit="answers", progress=progress)
     try:
         while waiting:
             burst = _Burst(generation, min(generation.plan.slots, len(waiting)), bar)

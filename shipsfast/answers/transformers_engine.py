@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..engine.ablate import dense_rows
@@ -14,6 +13,7 @@ from ..engine.decoder import Decoded
 from ..engine.head_mask import HeadMask
 from ..errors import InputError
 from ..models.forward import padded
+from ..progress import Bar
 from .generation import Generation
 
 PROMPTS = "the prompts say it"
@@ -73,7 +73,7 @@ def with_transformers(
         prompts_of.setdefault(group, []).append(prompt)
     pad = min(generation.end_tokens, default=0)
     config.pad_token_id = pad
-    for group, prompts in tqdm(prompts_of.items(), desc="generate", unit=" groups", disable=not progress):
+    for group, prompts in Bar(prompts_of.items(), desc="generate", unit="groups", progress=progress):
         mask = HeadMask((generation.groups[group],), subject.how, generation.values)
         out: list[Decoded] = []
         for part in _batches(generation, prompts, generate_kwargs | own):

@@ -69,6 +69,7 @@ def main() -> None:
     """Entry point. Exit status: 0, 2 for bad input or a disk that fails, 130 after Ctrl-C, 143 after SIGTERM, 141 where
     nobody reads what is printed any more, such as head; of verify, 1 for a run that is damaged or not finished."""
     running["out"] = None
+    _let_threads_sleep()
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, _stop)
@@ -93,6 +94,18 @@ def main() -> None:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _let_threads_sleep() -> None:
+    """Threads of OpenMP that wait for others give their core away instead of spinning, unless the user says how they wait:
+    beside another busy program, spinning takes most of the time (docs/performance.md). It counts as torch is loaded, and for
+    this command only: the library leaves the process that it is used in as it is."""
+    if "torch" not in sys.modules and not os.environ.keys() & {
+        "OMP_WAIT_POLICY",
+        "GOMP_SPINCOUNT",
+        "KMP_BLOCKTIME",
+    }:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _stop(_number, _frame) -> None:

@@ -22,7 +22,6 @@ import torch
 from ..models.anatomy import Anatomy
 from ..ops.prefix_tree import PackedPrompts
 from .forked_rows import pays
-from .memory_plan import even_slices
 
 
 @dataclass(frozen=True)
@@ -151,18 +150,19 @@ def scan_flops(
     packs: Sequence[PackedPrompts],
     units: Sequence[tuple[int, int]],
     *,
-    rows_per_block: int | None = None,
+    blocks: Sequence[Sequence[tuple[int, int]]] | None = None,
     head: bool = True,
 ) -> int:
     """FLOPs of a scan that switches off `units`, (layer, index) pairs, over groups of packed prompts.
 
-    rows_per_block: as in the plan: the unablated row passes once per block; None for a single block, the least there
+    blocks: the units as a plan cuts them: the unablated row passes once per block; None for a single block, the least there
     is. head: whether logits are computed (a dataset-level scan needs none).
     """
     num_layers = len(costs.layers)
     # [blocks, layers]: rows that fork, and all that are alive then
-    blocks = [units[part] for part in even_slices(len(units), rows_per_block or len(units))] or [[]]
-    forks = np.stack([np.bincount([layer for layer, _ in block], minlength=num_layers) for block in blocks])
+    forks = np.stack(
+        [np.bincount([layer for layer, _ in block], minlength=num_layers) for block in blocks or [units]]
+    )
     alive = 1 + np.cumsum(forks, 1)
     total = 0
     for packed in packs:

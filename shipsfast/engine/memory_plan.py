@@ -18,7 +18,7 @@ import bisect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import psutil
 import torch
@@ -41,7 +41,9 @@ HEAD_WIDTH = 4  # of hidden states that enter the output head: the slice, its no
 
 @dataclass(frozen=True)
 class Plan:
-    """prompt_groups: indices into the prompts; rows_per_block counts ablations, without the unablated row."""
+    """prompt_groups: indices into the prompts; rows_per_block counts ablations, without the unablated row;
+    steps_per_block: the most (row, layer) steps of a block, the unablated row's included, or one ablation's if that takes
+    more; None where only rows count (work_plan.py)."""
 
     prompt_groups: tuple[tuple[int, ...], ...]
     rows_per_block: int
@@ -50,11 +52,28 @@ class Plan:
     memory_limit_bytes: int
     predicted_bytes: int
     needs: Needs = field(repr=False, compare=False)
+    steps_per_block: int | None = None
 
     def to_json(self) -> dict:
         out = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
         out["prompt_groups"] = [len(g) for g in self.prompt_groups]
+        if self.steps_per_block is None:
+            del out["steps_per_block"]
         return out
+
+    def blocks(self, units: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+        """(layer, index) pairs in ascending order, cut into the fewest blocks that keep to the plan, as equal in work as
+        can be."""
+        layers = self.needs.anatomy.num_layers
+        parts = [slice(0, len(units))]
+        if self.steps_per_block is not None:
+            done = [0, *accumulate(layers - layer for layer, _ in units)]
+            count = max(1, -(-done[-1] // max(1, self.steps_per_block - layers)))
+            # Where the steps so far pass a share of all: a block may be larger than the others by one row.
+            ends = [bisect.bisect_left(done, done[-1] * i / count) for i in range(count + 1)]
+            parts = [slice(a, b) for a, b in pairwise(ends) if b > a]
+        cut = [units[part] for part in parts]
+        return [block[rows] for block in cut for rows in even_slices(len(block), self.rows_per_block)]
 
     @classmethod
     def from_json(cls, body: dict, prompts: Sequence[Sequence[int]], needs: Needs) -> Plan:
@@ -75,6 +94,10 @@ class Plan:
         """The same for prompts in these groups."""
         groups = tuple(groups)
         return replace(self, prompt_groups=groups, needs=self.needs.of_groups(groups, prompts))._predicted()
+
+    def of_rows(self, rows_per_block: int) -> Plan:
+        """The same for blocks of at most so many ablations."""
+        return replace(self, rows_per_block=rows_per_block)._predicted()
 
     def smaller(self) -> Plan | None:
         """The plan to retry with after running out of memory, None if there is nothing left to halve."""

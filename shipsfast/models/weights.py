@@ -201,6 +201,11 @@ def check_in_memory(model: torch.nn.Module) -> None:
         )
 
 
+def absent_bytes(layers: Sequence[torch.nn.Module]) -> int:
+    """Of these layers' weights that are not in memory: a pass through all of them reads so many."""
+    return sum(_absent_bytes(module) for layer in layers for module in layer.modules())
+
+
 def coming_bytes(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> int:
     """Weights that a scan will bring into memory: two layers, and all that is outside them."""
     absent = [sum(_absent_bytes(m) for m in layer.modules()) for layer in layers]

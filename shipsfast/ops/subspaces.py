@@ -20,8 +20,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from tqdm import tqdm
 
+from ..progress import Bar
 from .jacobi import SCRATCH_BYTES, left_singular_vectors, orthogonal_rows
 
 LAPACK_ON = ("cpu",)  # types of devices
@@ -111,8 +111,13 @@ def resampled_angle_deg(
 
     # torch goes through a batch of small matrices one by one
     with ThreadPoolExecutor(threads) as pool:
-        found = tqdm(
-            pool.map(one, counts), desc="resampling", total=len(counts), disable=not progress, leave=False
+        found = Bar(
+            pool.map(one, counts),
+            desc="resampling",
+            total=len(counts),
+            unit="resamples",
+            progress=progress,
+            leave=False,
         )
         return torch.stack(list(found))
 

@@ -75,8 +75,9 @@ def _check_shape(file: Path, manifest: dict, identity: dict) -> list[int]:
         fits = len(identity["prompts"]) == shape[0]
         need(file, "identity.prompts", fits, "as many as the shape has prompts")
     if "plan" in manifest and not _of_answers(identity):
-        check_fields(file, "plan.", manifest["plan"], PLAN, all_of=PLAN)
-        need(file, "plan", manifest["plan"].keys() == PLAN.keys(), f"an object with {', '.join(PLAN)}")
+        check_fields(file, "plan.", manifest["plan"], PLAN | PLAN_CUT_BY_WORK, all_of=PLAN)
+        own = manifest["plan"].keys() - PLAN_CUT_BY_WORK.keys()
+        need(file, "plan", own == PLAN.keys(), f"an object with {', '.join(PLAN)}")
     return shape
 
 
@@ -218,6 +219,7 @@ PLAN = {
     ),
     **dict.fromkeys(("memory_limit_bytes", "predicted_bytes"), (whole(0, 1 << 62), "a whole number")),
 }
+PLAN_CUT_BY_WORK = {"steps_per_block": (whole(1, 1 << 62), "a whole number of at least 1")}
 CONTROLLED = {
     "prompts": (list_of(text), "a list of hashes"),
     "tokens": (whole(1, 1 << 31), "a whole number"),

@@ -98,6 +98,7 @@ class AngleScan:
                     lambda: [u for u in units if np.isnan(angles[u])],
                     lambda block: self._block(at, block, parent, keep),
                     self.bar,
+                    passes=len(self.prepared.plan.prompt_groups),
                 )
                 return
             except OutOfMemory:

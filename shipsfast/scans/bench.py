@@ -8,7 +8,6 @@ measured in the same run.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,10 +28,12 @@ from ..ops.prefix_tree import pack
 from ..text import counted
 from .measurements import ShipsMeasurement
 from .prepare import Prepared, prepare
+from .rates import BUSY, busy_share
 from .ships import scan
 
 SECONDS = 20.0  # what the timed scan may take, roughly
 PROMPTS, SHARED, OWN = 16, 5, 17  # random prompts where none are given
+WORTH = 1.2  # times as fast, from which on another dtype is suggested
 LOW_SHARE = 0.6  # of the floor, below which a reason is looked for
 
 
@@ -134,6 +135,7 @@ def bench(
     with peak_memory(prepared.device) as peak:
         result = scan(model, prompts, tokenizer, heads=sample, progress=progress, **how)
     rate = (before + measure()) / 2
+    faster = faster_dtype(costs.products, chunk, model.dtype, prepared.device)
     taken, record = result.record["scan_seconds"], result.record
     work, whole = scan_flops(costs, packs, sample), scan_flops(costs, packs, prepared.units)
     share = work / rate / max(taken, 1e-9)
@@ -161,7 +163,7 @@ def bench(
         kl_backend=record["kl_backend"],
         layers=record["layers"],
         layers_why=record.get("layers_why"),
-        suggestion=suggest(prepared, record, tokens, share),
+        suggestion=suggest(prepared, record, tokens, share, faster),
         plan=record["plan"],
     )
 
@@ -212,31 +214,46 @@ def _peak_rss() -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def suggest(prepared: Prepared, record: dict, tokens: int, share: float) -> str | None:
+def faster_dtype(
+    products: Sequence[tuple[int, int]], tokens: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Whether the layers' matrix products are faster in another dtype here, by their rates now, in words; None if not."""
+    others = [other for other in (torch.float32, torch.bfloat16) if other != dtype]
+    rates: dict[torch.dtype, list[float]] = {}
+    for each in (dtype, *others) * 3:  # in turns: a busy machine is so for all of them
+        found = gemm_flops_per_s(products, tokens, dtype=each, device=device, repeats=1)
+        rates.setdefault(each, []).append(found)
+    best = max(others, key=lambda each: max(rates[each]))
+    gain = max(rates[best]) / max(rates[dtype])
+    if gain < WORTH:
+        return None
+    name, own = (str(each).removeprefix("torch.") for each in (best, dtype))
+    cost = ", if it fits" if best.itemsize > dtype.itemsize else ", where its rounding does no harm"
+    return f"matrix products are {gain:.1f} times as fast in {name} as in {own} here, measured now: try --dtype {name}{cost}"
+
+
+def suggest(
+    prepared: Prepared, record: dict, tokens: int, share: float, faster: str | None = None
+) -> str | None:
     """The one thing that would help most, None if nothing is known to hold the scan back.
 
-    tokens: of the largest pack; share: of the floor.
+    tokens: of the largest pack; share: of the floor; faster: what `faster_dtype` says.
     """
-    device, dtype, plan = prepared.device, prepared.model.dtype, prepared.plan
+    device, plan = prepared.device, prepared.plan
     loaded, why = extension_status()
     on_gpu = device.type == "cuda"
     if not loaded:
         return why
-    if on_gpu and dtype in (torch.float32, torch.float64):
-        return f"the model is in {str(dtype).removeprefix('torch.')}: load it in bfloat16 (--dtype bfloat16)"
     if on_gpu and record["attention_backend"] != "triton":
         return f"attention runs by {record['attention_backend']}: install triton (pip install triton), backend auto"
     if on_gpu and record["kl_backend"] != "cpp":
         return f"the extension was built without CUDA: {REMEDY}, a CUDA build of torch and nvcc"
-    if not on_gpu and dtype in (torch.bfloat16, torch.float16):
-        return (
-            f"{str(dtype).removeprefix('torch.')} keeps attention and layers off a CPU's fast paths: use --dtype float32, "
-            "if it fits"
-        )
+    if faster is not None:
+        return faster
     if not on_gpu and record["attention_backend"] in ("torch", "reference"):
         return f"attention runs by {record['attention_backend']}: leave the backend on auto"
     wanted = CUDA_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS
-    blocks = -(-len(prepared.units) // plan.rows_per_block)
+    blocks = len(plan.blocks(prepared.units)) if plan.steps_per_block is None else 1
     if plan.chunk_tokens < wanted or blocks > 4:
         return (
             f"memory is short: chunks of {plan.chunk_tokens} tokens, {counted(blocks, 'block')} of heads within "
@@ -244,9 +261,8 @@ def suggest(prepared: Prepared, record: dict, tokens: int, share: float) -> str 
         )
     if tokens * (1 + len(prepared.units)) < wanted:
         return f"there is little to do at a time: {tokens} tokens a row; give more prompts"
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if not on_gpu and share < LOW_SHARE and busy > 1.5 * (os.cpu_count() or 1):
-        return f"the machine is busy (load {busy:.1f} on {os.cpu_count()} cores): measure when it is not"
+    if not on_gpu and share < LOW_SHARE and (busy := busy_share()) > BUSY:
+        return f"others keep {busy:.0%} of this machine's cores busy: measure when they do not"
     if not on_gpu and record["layers"] == "model" and share < 0.8:
         return f"layers run by the model's own code ({record['layers_why']}), where fused layers are faster"
     return None

@@ -19,8 +19,9 @@ from ..results.subspace import HEAD_COLUMNS, SubspaceResult
 from ..runs.folder import RunFolder
 from .angles import AngleScan, AngleStore
 from .measurements import SubspaceMeasurement
-from .prepare import prepare, progress_bar
+from .prepare import prepare
 from .rescoring import rescore_angles
+from .scan_bar import ScanBar
 
 
 @called_with(SubspaceMeasurement, ScanExecution)
@@ -56,7 +57,8 @@ def scan_dataset(
     store = AngleStore(prepared, folder, HEAD_COLUMNS, prepared.grid)
     missing = [u for u in prepared.units if np.isnan(store.angles[u])]
     steps = prepared.layer_passes(prepared.units, missing, len(prepared.plan.prompt_groups))
-    with progress_bar("scan-dataset", steps, execution) as bar:
+    scores = len(missing) * len(prepared.token_ids)
+    with ScanBar("scan-dataset", steps, scores, prepared, execution) as bar:
         angular = AngleScan(store, bar)
         angular.run((), prepared.units, (), store.keep)
         angular.complete()

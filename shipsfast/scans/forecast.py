@@ -1,12 +1,14 @@
 """What a scan would take: the plan, its memory and its time, from the model's config and the prompts. Nothing is run.
 
-time    FLOPs of all passes (engine/flops.py) / the rate of matrix products, measured in about a second; of a streamed pass
-        the larger of that and reading the layers; what lies between the products is not counted
+time    FLOPs of all passes (engine/flops.py) / the rate of matrix products, measured several times in about a second: at the
+        best of them, and at their median; of a streamed pass the larger of that and reading the layers; what lies between the
+        products is not counted
 memory  the model's weights + prompts' ends + the larger of rows with a layer at work and the head + what is kept
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from ..clock import in_words
 from ..engine.alignment import pair_ids
-from ..engine.flops import gemm_flops_per_s, model_flops, scan_flops
-from ..engine.heads import check_unit
+from ..engine.flops import scan_flops
 from ..engine.measurement import ScanExecution
-from ..engine.memory_plan import Plan, block_parts, even_slices, free_bytes, make_plan, peak_bytes
+from ..engine.memory_plan import Plan, block_parts, free_bytes, make_plan, peak_bytes
 from ..engine.subject import held_beside, layer_path, tokens_of
+from ..engine.work_plan import PART_SECONDS, Work, cut_by_work
 from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
 from ..models.attention_hook import LONG
@@ -30,10 +33,9 @@ from ..ops.tree_attention import BACKENDS, resolve_backend
 from ..text import counted
 from .measurements import ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
+from .rates import Rates, measure_rates
 
 COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
-LARGEST_BYTES = 64 << 20  # of a matrix whose rate is measured: larger ones are cut, their rate is the same
-MOST_TOKENS = 16384  # more make no product faster
 READ_BYTES = 256 << 20  # of a checkpoint are read to see how fast it can be
 # Rows of the longest prompt that pass the model as it is: one for the noise floor, three for the spot check.
 CHECK_ROWS = 4
@@ -44,8 +46,9 @@ class Forecast:
     """A scan that has not been run.
 
     memory: bytes by part ("model", "ends", "rows", "chunk", "head", "kept"), of which rows with chunk and head take turns; passes: over the
-    layers, checks included; flops_per_s, read_bytes_per_s: rates measured now, None where they cannot be, or nothing is
-    streamed; seconds: None where such a rate is wanting; limits: why it is not one block.
+    layers, checks included; blocks: of heads, for each group of prompts; flops_per_s, read_bytes_per_s: rates measured now
+    (of `rates` the median), None where they cannot be, or nothing is streamed; seconds, best_seconds: at the median and at the
+    best rate, None where a rate is wanting; limits: why it is not one block.
     """
 
     kind: str
@@ -65,25 +68,30 @@ class Forecast:
     read_bytes_per_s: float | None
     seconds: float | None
     limits: list[str]
+    blocks: int
+    rates: Rates | None
+    best_seconds: float | None
 
     @property
     def total_bytes(self) -> int:
         return self.memory["model"] + peak_bytes(self.memory) + self.memory["kept"]
 
     def to_json(self) -> dict:
-        return vars(self) | {"plan": self.plan.to_json(), "total_bytes": self.total_bytes}
+        rates = self.rates and vars(self.rates)
+        return vars(self) | {"plan": self.plan.to_json(), "total_bytes": self.total_bytes, "rates": rates}
 
     def render(self) -> str:
         plan, parts, of = self.plan, self.memory, self.model
-        groups, blocks = len(plan.prompt_groups), -(-self.units // plan.rows_per_block)
+        groups, blocks = len(plan.prompt_groups), self.blocks
         how = "streamed" if self.stream else "in memory"
         if self.seconds is not None:
-            seconds = _duration(self.seconds)
+            first, second = in_words(self.best_seconds), in_words(self.seconds)
+            seconds = first if first == second else f"{first} to {second}"
         elif self.flops_per_s:
             seconds = "not predicted here: there are no weights to see how fast they are read"
         else:
             seconds = f"not predicted here: there is no {self.device} to measure the rate of"
-        rate = "" if self.flops_per_s is None else f" at {self.flops_per_s / 1e9:,.0f} GFLOP/s, measured now"
+        rate = "" if self.rates is None else f" at {_in_words(self.rates)}"
         if self.read_bytes_per_s:
             rate += f"; layers read at {self.read_bytes_per_s / 1e9:.1f} GB/s, measured now"
         lines = [
@@ -104,6 +112,7 @@ class Forecast:
                 f"{_gib(plan.memory_limit_bytes)} may be used beyond the model"
             ),
             f"time    {seconds}{rate}",
+            *(f"busy    {warning}" for warning in [self.rates and self.rates.warning] if warning),
             *(f"limit   {limit}" for limit in self.limits),
         ]
         return "\n".join(lines)
@@ -154,6 +163,9 @@ def forecast(
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
     plan = make_plan(anatomy, tree_ids, len(units), limited, beside)
+    work = Work.of(model, anatomy, measurement, device, fused=layers != "model", stream=stream)
+    fit = plan
+    plan = cut_by_work(plan, tree_ids, units, execution, work)
     packs = [pack([tree_ids[i] for i in group]) for group in plan.prompt_groups]
     tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.last_index.tolist())) for p in packs)
     rows = plan.rows_per_block + 1
@@ -175,14 +187,16 @@ def forecast(
         "kept": rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes,
     }
     rounds = 1 + (steps - 1) * beam
-    unit_heads = anatomy.num_heads // check_unit(measurement.unit, anatomy)
-    costs = model_flops(model, anatomy, fused=layers != "model", unit_heads=unit_heads)
-    flops = rounds * scan_flops(costs, packs, units, rows_per_block=plan.rows_per_block)
+    costs, cut = work.costs, plan.blocks(units)
+    flops = rounds * scan_flops(costs, packs, units, blocks=cut)
     flops += CHECK_ROWS * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
-    blocks = len(packs) * len(even_slices(len(units), plan.rows_per_block))
+    blocks = len(packs) * len(cut)
     checks = _check_passes(longest)
     passes = rounds * blocks + checks
-    rate = _rate(costs.products, max(plan.chunk_tokens, tokens), model.dtype, device) if here else None
+    rates = (
+        measure_rates(costs.products, max(plan.chunk_tokens, tokens), model.dtype, device) if here else None
+    )
+    took = functools.partial(_seconds, flops, layer_bytes=_layer_bytes(anatomy), passes=passes, checks=checks)
     reading = _read_rate(model.config._name_or_path) if stream else None
     return Forecast(
         kind=COMMANDS[measurement.kind],
@@ -191,18 +205,14 @@ def forecast(
             "layers": anatomy.num_layers, "heads": anatomy.num_heads,
         },
         device=str(device), dtype=str(model.dtype).removeprefix("torch."), stream=stream, prompts=len(token_ids),
-        tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops, flops_per_s=rate,
+        tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops,
+        flops_per_s=rates and rates.median,
         read_bytes_per_s=reading,
-        seconds=_seconds(flops, rate, _layer_bytes(anatomy), reading, passes, checks, stream),
-        limits=_limits(plan, len(units), len(token_ids), blocks, device),
+        seconds=took(rates and rates.median, reading=reading, stream=stream),
+        best_seconds=took(rates and rates.best, reading=reading, stream=stream),
+        blocks=len(cut), rates=rates,
+        limits=_limits(plan, fit, len(units), len(token_ids), blocks, device),
     )  # fmt: skip
-
-
-def _rate(products, tokens: int, dtype: torch.dtype, where: torch.device) -> float:
-    """FLOP/s of a layer's matrix products, measured now."""
-    most = max(1, LARGEST_BYTES // dtype.itemsize)
-    cut = dict.fromkeys((a, min(b, max(1, most // a))) for a, b in products)
-    return gemm_flops_per_s(list(cut), min(tokens, MOST_TOKENS), dtype=dtype, device=where)
 
 
 def _bytes(module: torch.nn.Module) -> int:
@@ -261,8 +271,13 @@ def _check_passes(longest: int) -> int:
     return 3 if longest < LONG else 5
 
 
+def _in_words(rates: Rates) -> str:
+    best, median = (f"{rate / 1e9:,.0f}" for rate in (rates.best, rates.median))
+    return f"{best} GFLOP/s, the best of {rates.count} short measurements now, to {median}, their median"
+
+
 def _seconds(
-    flops, rate, layer_bytes: list[int], reading, passes: int, checks: int, stream: bool
+    flops, rate, *, layer_bytes: list[int], reading, passes: int, checks: int, stream: bool
 ) -> float | None:
     if rate is None or stream and reading is None:
         return None
@@ -273,14 +288,20 @@ def _seconds(
     return max(computing, (passes - checks) * load) + passes * first + checks * load
 
 
-def _limits(plan: Plan, units: int, prompts: int, blocks: int, where: torch.device) -> list[str]:
+def _limits(plan: Plan, fit: Plan, units: int, prompts: int, blocks: int, where: torch.device) -> list[str]:
+    """fit: the plan by memory alone."""
     out = []
-    if plan.rows_per_block < units:
+    if fit.rows_per_block < units:
         out.append(
-            f"memory: {plan.rows_per_block:,} of {units:,} rows fit at a time, and each of {blocks:,} blocks begins anew at "
+            f"memory: {fit.rows_per_block:,} of {units:,} rows fit at a time, and each of {blocks:,} blocks begins anew at "
             "the first layer"
         )
-    if len(plan.prompt_groups) > 1:
+    if plan != fit:
+        out.append(
+            f"parts: {blocks:,} blocks, so that a part can be kept about every {PART_SECONDS:.0f} s of work; each begins anew at "
+            "the first layer"
+        )
+    if len(fit.prompt_groups) > 1:
         why = "the chunks that suit a CPU's cache" if where.type == "cpu" else "memory"
         out.append(f"{why}: {prompts:,} prompts go through in {len(plan.prompt_groups):,} groups")
     return out or ["none: all heads and prompts go through in one pass"]
@@ -288,9 +309,3 @@ def _limits(plan: Plan, units: int, prompts: int, blocks: int, where: torch.devi
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..engine.alignment import pair_ids, unpair
@@ -14,15 +13,17 @@ from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Head, unit_heads
 from ..engine.measurement import ScanExecution
-from ..engine.memory_plan import Plan, even_slices, make_plan
+from ..engine.memory_plan import Plan, make_plan
 from ..engine.replacement_values import mean_outputs, resample_outputs
 from ..engine.subject import Subject, look_at
+from ..engine.work_plan import Work, cut_by_work
 from ..errors import note
 from ..memory import OutOfMemory, out_of_memory
 from ..models.output_head import head_precision
 from ..ops.prefix_tree import PackedPrompts, pack
 from ..runs.folder import RunFolder
 from .measurements import ScanMeasurement
+from .scan_bar import ScanBar
 
 
 @dataclass
@@ -110,14 +111,16 @@ class Prepared(Subject):
         """`units` cut into blocks as planned, without those that have nothing missing. A block is always the same
         rows, however much of it is known: matrix products of other sizes would round otherwise."""
         missing = set(missing)
-        cut = (units[part] for part in even_slices(len(units), self.plan.rows_per_block))
-        return [block for block in cut if not missing.isdisjoint(block)]
+        return [block for block in self.plan.blocks(units) if not missing.isdisjoint(block)]
 
     def layer_passes(self, units: Sequence[Head], missing: Iterable[Head], groups: int = 1) -> int:
         """How many (row, layer) steps it takes to scan what is missing of `units`: the unit of progress."""
+        return groups * sum(map(self.steps_of, self.blocks(units, missing)))
+
+    def steps_of(self, block: Sequence[Head]) -> int:
+        """(row, layer) steps of a block."""
         layers = self.anatomy.num_layers
-        blocks = self.blocks(units, missing)
-        return groups * sum(layers + sum(layers - layer for layer, _ in block) for block in blocks)
+        return layers + sum(layers - layer for layer, _ in block)
 
 
 def prepare(
@@ -132,16 +135,12 @@ def prepare(
     if resample:
         tree_ids, tokens = pair_ids(token_ids, subject.other_ids, subject.how.align)
     plan = make_plan(anatomy, tree_ids, len(units), execution, subject.held())
+    work = Work.of(model, anatomy, measurement, subject.device, fused=subject.fused)
+    plan = cut_by_work(plan, tree_ids, units, execution, work)
     subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(model)}
     return Prepared(
         **vars(subject), units=units, plan=plan, execution=execution, tree_ids=tree_ids, _tokens=tokens
     )
-
-
-def progress_bar(name: str, steps: int, execution: ScanExecution) -> tqdm:
-    """Of (row, layer) steps, on stderr; none where there are none, or none is wanted."""
-    hidden = not execution.progress or not steps
-    return tqdm(total=steps, desc=name, unit=" layer passes", unit_scale=True, disable=hidden)
 
 
 def run_blocks(
@@ -149,18 +148,20 @@ def run_blocks(
     units: Sequence[Head],
     missing: Callable[[], list[Head]],
     run: Callable[[Sequence[Head]], None],
-    bar,
+    bar: ScanBar,
+    passes: int = 1,
 ) -> None:
     """Run what is missing of `units`, block by block; after running out of memory, with a smaller plan.
 
     missing: the units still to be done; run: does a block, and keeps what was missing of it; bar: the progress bar,
-    which goes back. Raises OutOfMemory when there is no smaller plan.
+    which goes back; passes: over the layers that a block takes. Raises OutOfMemory when there is no smaller plan.
     """
     while blocks := prepared.blocks(units, missing()):
         done = bar.n
         with out_of_memory() as found:
             for block in blocks:
                 done = bar.n
+                bar.begin(passes * prepared.steps_of(block))
                 run(block)
         if not found:
             continue

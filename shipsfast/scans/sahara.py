@@ -23,8 +23,9 @@ from ..results.sahara import STEP_COLUMNS, SaharaResult
 from ..runs.folder import RunFolder
 from .angles import AngleScan, AngleStore
 from .measurements import SaharaMeasurement
-from .prepare import prepare, progress_bar
+from .prepare import prepare
 from .rescoring import rescore_angles
+from .scan_bar import ScanBar
 
 TIE_DEG = 1e-9  # heads that can stand in for each other differ by rounding only
 
@@ -62,13 +63,14 @@ def sahara(
 
     groups = len(prepared.plan.prompt_groups)
     per_step = prepared.layer_passes(prepared.units, prepared.units, groups)
-    total = per_step * (1 + (group_size - 1) * beam)
-    with progress_bar("sahara", total, execution) as bar:
+    rounds = 1 + (group_size - 1) * beam
+    scores = rounds * len(prepared.units) * len(prepared.token_ids)
+    with ScanBar("sahara", rounds * per_step, scores, prepared, execution) as bar:
         angular = AngleScan(store, bar)
         search = _Search(angular)
         seconds = []
         for step in range(group_size):
-            bar.set_description(f"sahara, head {step + 1} of {group_size}")
+            bar.set_description(f"sahara, head {step + 1} of {group_size}", refresh=False)
             before = time.perf_counter()
             search.step(step)
             seconds.append(seconds_since(before))

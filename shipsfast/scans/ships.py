@@ -22,8 +22,9 @@ from ..results.ships import MARKED, ShipsResult
 from .measurements import ShipsMeasurement
 from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, explain, reason
-from .prepare import Prepared, prepare, progress_bar, run_blocks
+from .prepare import Prepared, prepare, run_blocks
 from .rescoring import rescore
+from .scan_bar import ScanBar
 from .score_store import Measure, finished, measures_of
 from .self_check import ablated_logits, longest_prompt, own_layers_hint, packing_noise_nats, plain_logits
 
@@ -80,11 +81,12 @@ class _Work:
 
     def __init__(self, prepared: Prepared, measures: list[Measure]) -> None:
         self.prepared, self.measures = prepared, measures
-        steps = sum(
-            prepared.layer_passes(prepared.units, self.missing(together))
-            for together in prepared.plan.prompt_groups
-        )
-        self.bar = progress_bar("scan", steps, prepared.execution)
+        steps = scores = 0
+        for together in prepared.plan.prompt_groups:
+            missing = self.missing(together)
+            steps += prepared.layer_passes(prepared.units, missing)
+            scores += len(missing) * len(together)
+        self.bar = ScanBar("scan", steps, scores, prepared, prepared.execution)
         self._packed: tuple | None = None  # the prompts at hand, their pack, and values
 
     @property

@@ -16,6 +16,7 @@ from transformers import LlamaModel
 
 import shipsfast
 from shipsfast import cli
+from shipsfast.cli import entry
 from shipsfast.demo.run import MODEL, PROMPTS
 from tests.support.command_line import refused, run
 from tests.support.places import ROOT
@@ -351,3 +352,20 @@ def test_messages_about_generation_name_the_options(capsys):
     args = ("generate", MODEL, PROMPTS / "taboo.csv", "--limit", 1)
     assert "--max-new-tokens" in refused(capsys, *args, "--max-new-tokens", 5000)
     assert "--max-memory" in refused(capsys, *args, "--max-memory", "64KiB")
+
+
+@pytest.mark.parametrize(
+    ("before", "loaded", "after"),
+    [
+        ({}, False, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, False, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "100"}, False, {"GOMP_SPINCOUNT": "100"}),
+        ({}, True, {}),  # a process that uses torch already is somebody else's
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch, before, loaded, after):
+    monkeypatch.setattr(os, "environ", dict(before))
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "torch")
+    entry._let_threads_sleep()
+    assert os.environ == after

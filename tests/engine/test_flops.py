@@ -86,7 +86,10 @@ def test_every_block_has_the_unablated_row_again():
     costs = model_flops(model, inspect_model(model, [3, 4], 40))
     once = scan_flops(costs, [pack(PROMPTS)], [])
     whole = scan_flops(costs, [pack(PROMPTS)], UNITS)
-    assert scan_flops(costs, [pack(PROMPTS)], UNITS, rows_per_block=5) == whole + 2 * once
+    assert (
+        scan_flops(costs, [pack(PROMPTS)], UNITS, blocks=[UNITS[:5], UNITS[5:10], UNITS[10:]])
+        == whole + 2 * once
+    )
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "qwen3-qknorm"])

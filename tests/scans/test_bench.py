@@ -1,6 +1,7 @@
 """`shipsfast bench`: what it measures, and the one thing it suggests."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -78,33 +79,55 @@ def test_random_prompts_fit_the_model():
 RECORD = {"attention_backend": "cpp", "kl_backend": "cpp", "layers": "fused", "layers_why": None}
 
 
-def told(ready, share=0.5, tokens=10_000, **record) -> str | None:
-    return suggest(ready, RECORD | record, tokens, share)
+def told(ready, share=0.5, tokens=10_000, faster=None, **record) -> str | None:
+    return suggest(ready, RECORD | record, tokens, share, faster)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rates", "words"),
+    [
+        (torch.bfloat16, {"float32": 90, "bfloat16": 30}, "3.0 times as fast in float32 .* --dtype float32, if it fits"),
+        (torch.float32, {"float32": 90, "bfloat16": 180}, "2.0 times .* --dtype bfloat16, where its rounding"),
+        (torch.float64, {"float32": 90, "bfloat16": 30, "float64": 45}, "2.0 times as fast in float32 as in float64"),
+        (torch.bfloat16, {"float32": 90, "bfloat16": 80}, None),
+        (torch.float32, {"float32": 90, "bfloat16": 9}, None),
+    ],
+)  # fmt: skip
+def test_another_dtype_is_suggested_by_what_is_measured(monkeypatch, dtype, rates, words):
+    """The best of each in turns: one measurement that others disturb changes nothing."""
+    calls = []
+
+    def rate(_products, _tokens, *, dtype, device, repeats):
+        calls.append(dtype)
+        return rates[str(dtype).removeprefix("torch.")] * (0.1 if len(calls) <= len(rates) else 1)
+
+    monkeypatch.setattr(bench_module, "gemm_flops_per_s", rate)
+    found = bench_module.faster_dtype([(8, 8)], 4, dtype, torch.device("cpu"))
+    assert found is None if words is None else re.search(words, found)
 
 
 @needs_extension
 def test_nothing_to_suggest(monkeypatch):
-    monkeypatch.setattr(bench_module.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(bench_module, "busy_share", lambda: 0.0)
     assert told(prepared()) is None
 
 
 @needs_extension
 def test_what_is_suggested(monkeypatch):
-    monkeypatch.setattr(bench_module.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(bench_module, "busy_share", lambda: 0.0)
     ready = prepared()
     assert "give more prompts" in told(ready, tokens=5)
     assert "leave the backend on auto" in told(ready, attention_backend="torch")
     assert "own code (asked for)" in told(ready, layers="model", layers_why="asked for")
     assert told(ready, share=0.9, layers="model", layers_why="asked for") is None
-    assert "use --dtype float32" in told(prepared(torch.bfloat16))
+    assert told(ready, faster="another dtype is faster") == "another dtype is faster"
+    assert told(prepared(torch.bfloat16)) is None, "no advice without a measurement"
     short = replace(ready, plan=replace(ready.plan, chunk_tokens=64))
     assert "memory is short: chunks of 64 tokens" in told(short)
     blocks = replace(ready, plan=replace(ready.plan, rows_per_block=2))
     assert "6 blocks of heads" in told(blocks)
-    monkeypatch.setattr(bench_module.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
-    assert "the machine is busy" in told(ready)
-    gpu = replace(ready, device=torch.device("cuda"))
-    assert "load it in bfloat16" in told(gpu)
+    monkeypatch.setattr(bench_module, "busy_share", lambda: 0.9)
+    assert "others keep 90% of this machine's cores busy" in told(ready)
     half = replace(prepared(torch.bfloat16), device=torch.device("cuda"))
     assert "install triton" in told(half, attention_backend="torch")
     assert "built without CUDA" in told(half, attention_backend="triton", kl_backend="reference")

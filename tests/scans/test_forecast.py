@@ -13,15 +13,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
 import shipsfast.scans.forecast as forecast_module
+from shipsfast.clock import in_words
 from shipsfast.demo.run import MODEL, PROMPTS
-from shipsfast.engine import fused_layer
+from shipsfast.engine import fused_layer, work_plan
 from shipsfast.engine.flops import model_flops, scan_flops
 from shipsfast.engine.measurement import ScanExecution
 from shipsfast.models.anatomy import inspect_model
 from shipsfast.models.without_weights import hollow
 from shipsfast.ops.prefix_tree import pack
+from shipsfast.scans import rates
 from shipsfast.scans.forecast import Elsewhere, forecast
 from shipsfast.scans.measurements import ShipsMeasurement
+from shipsfast.scans.rates import Rates
 from tests.support.command_line import refused, run
 from tests.support.models import FAMILIES, build
 
@@ -154,6 +157,51 @@ def test_predicted_time_and_memory_of_a_real_scan():
     assert 1 / 4 < taken / found.seconds < 4, (taken, found.seconds)
     beyond = found.total_bytes - found.memory["model"]
     assert peak[0] - before < 2 * beyond, ((peak[0] - before) / 2**20, beyond / 2**20)
+
+
+def test_the_time_is_a_range_and_says_how_it_was_measured(monkeypatch):
+    """From the best rate, which others have not disturbed, to the median; a busy machine is told."""
+    model, prompts = build("llama-gqa", torch.float32), [[3, 4, 5]]
+    for others in (0.0, 0.9):
+        monkeypatch.setattr(
+            forecast_module, "measure_rates", lambda *_, others=others: Rates(4e9, 1e9, 9, others)
+        )
+        found = planned(model, prompts, device="cpu")
+        assert found.seconds == pytest.approx(found.flops / 1e9) and found.best_seconds == found.seconds / 4
+        assert found.flops_per_s == 1e9 and json.loads(json.dumps(found.to_json()))["rates"]["best"] == 4e9
+        text = found.render()
+        first, second = in_words(found.best_seconds), in_words(found.seconds)
+        assert (
+            f"{first} to {second} at 4 GFLOP/s, the best of 9 short measurements now, to 1, their median"
+            in text
+        )
+        assert ("\nbusy    others keep" in text) == (others > 0)
+
+
+def test_rates_are_of_several_measurements(monkeypatch):
+    given = iter([5.0, 1.0, 3.0] * 3)
+    monkeypatch.setattr(rates, "gemm_flops_per_s", lambda products, *_, **__: next(given))
+    monkeypatch.setattr(rates, "busy_share", lambda: 0.5)
+    found = rates.measure_rates([(8, 8)], 4, torch.float32, torch.device("cpu"))
+    assert found == Rates(best=5.0, median=3.0, count=9, others=0.5)
+    assert found.warning and Rates(5.0, 3.0, 9, others=0.1).warning is None
+
+
+def test_parts_are_told_as_what_limits_a_block(monkeypatch):
+    monkeypatch.setattr(work_plan, "PART_SECONDS", 1e-9)
+    monkeypatch.setattr(work_plan, "MOST_MORE", 1.0)
+    model, prompts = build("llama-gqa", torch.float32), [[3, 4, 5], [3, 6]]
+    found = planned(model, prompts, device="cpu")
+    assert found.blocks > 1 and f"x {found.blocks} blocks of at most" in found.render()
+    assert (
+        found.limits[0].startswith(f"parts: {found.blocks} blocks")
+        and found.passes == found.blocks + found.checks
+    )
+    result = shipsfast.scan(model, prompts, progress=False)
+    assert {**found.plan.to_json(), "memory_limit_bytes": 0} == {
+        **result.record["plan"],
+        "memory_limit_bytes": 0,
+    }
 
 
 @pytest.mark.parametrize("command", ["scan", "scan-dataset", "sahara"])
