@@ -11,7 +11,7 @@ import torch
 from ..engine.decoder import Decoded, Decoder
 from ..errors import InputError
 from ..memory import out_of_memory
-from ..progress import Bar
+from .answers_bar import AnswersBar
 from .generation import Generation
 from .self_check import NotFinite, refuse_token
 
@@ -26,7 +26,7 @@ def continuous(
     After running out of memory, rows in flight start anew with half as many at a time: their texts are the same.
     """
     waiting = deque(sorted(rows, key=lambda row: (row[1], generation.fork_layer(row[0]))))
-    bar = Bar(total=len(waiting), desc="generate", unit="answers", progress=progress)
+    bar = AnswersBar(len(waiting), generation.max_new_tokens, progress)
     try:
         while waiting:
             burst = _Burst(generation, min(generation.plan.slots, len(waiting)), bar)
@@ -119,6 +119,7 @@ class _Burst:
                 logits = self.decoder.step(slots, self.text[slots, self.count[slots] - 1])
                 self._take(slots, logits)
                 self._collect()
+                self.bar.underway(int(self.count[[row is not None for row in self.row]].sum()))
         out, self.finished = self.finished, []
         return out
 
@@ -143,7 +144,7 @@ class _Burst:
                 ended = bool(self.ended[slot])
                 tokens = self.text[slot, : self.count[slot] - ended].tolist()
                 self.finished.append(Decoded(*row, tokens, ended))
-                self.bar.update()
+                self.bar.done()
                 self.row[slot] = None
 
 

@@ -13,7 +13,7 @@ from ..engine.decoder import Decoded
 from ..engine.head_mask import HeadMask
 from ..errors import InputError
 from ..models.forward import padded
-from ..progress import Bar
+from .answers_bar import AnswersBar
 from .generation import Generation
 
 PROMPTS = "the prompts say it"
@@ -73,7 +73,8 @@ def with_transformers(
         prompts_of.setdefault(group, []).append(prompt)
     pad = min(generation.end_tokens, default=0)
     config.pad_token_id = pad
-    for group, prompts in Bar(prompts_of.items(), desc="generate", unit="groups", progress=progress):
+    bar = AnswersBar(sum(map(len, prompts_of.values())), generation.max_new_tokens, progress)
+    for group, prompts in prompts_of.items():
         mask = HeadMask((generation.groups[group],), subject.how, generation.values)
         out: list[Decoded] = []
         for part in _batches(generation, prompts, generate_kwargs | own):
@@ -92,7 +93,10 @@ def with_transformers(
                 end = next((i for i, t in enumerate(tokens) if t in generation.end_tokens), None)
                 ended = end is not None or len(tokens) < generation.max_new_tokens
                 out.append(Decoded(group, p, tokens[:end], ended))
+            bar.done(len(part))
+            bar.underway(0)
         yield out
+    bar.close()
 
 
 def _batches(generation: Generation, prompts: list[int], given: dict) -> Iterator[list[int]]:
