@@ -72,13 +72,14 @@ def _results() -> Iterator[tuple[str, object]]:
 def _evaluation(path: Path) -> None:
     identity = {
         "kind": "evaluate", "groups": [[], [[0, 1]]], "keep_text": True, "control": None, "prompts": ["aa", "bb"],
-        "unit": "head", "generation": {"max_new_tokens": 4, "do_sample": False},
+        "unit": "head", "generation": {"max_new_tokens": 4, "do_sample": False}, "incoherent": {"margin_nats": 1.5, "turn_nats": 6.0},
     }  # fmt: skip
     record = {"judge": "keywords", "prompt_texts": ["one", "<i>two"], "seconds": 1.0, "status": "complete"}
     folder = shipsfast.runs.folder.RunFolder(path, identity)
     folder.write_manifest(record)
     done = Completions(2, 2)
     done.label[:], done.num_tokens[:], done.sha256[:] = 0, 3, "ab"
+    done.nll_nats[:] = [[0.5, 1.0], [0.7, 9.0]]
     done.text = [["yes", "no <b>"], ["\x1b[31mx", "`y`"]]
     folder.write_part(done.frame(text=True), "completions")
 

@@ -15,6 +15,8 @@ from ..clock import seconds_since
 from ..engine.measurement import called_with
 from ..models.restore import untouched
 from ..results.completions import MISSING, Completions
+from ..results.evaluation_warnings import of_baseline, of_limit
+from ..results.incoherence import limit_nats, mark, rule
 from ..results.ships import ShipsResult, column
 from ..runs.folder import RunFolder
 from ..runs.kinds import LABELS
@@ -47,8 +49,10 @@ def scan_asr(
     Returns:
         ShipsResult of the metric "asr": .scores float64 [P, L, H] are 1 for an answer that complied and 0 for one that
         did not, .mean() is each head's attack success rate, .noise_floor that of the unablated model. .record has
-        its share of refusals and degenerate answers as well, and, beside the scores, mean shares of "degenerate" by
-        head are in .record["degenerate"], [L][H].
+        its share of every label as well (.record["unablated"]), its scores by prompt (.record["unablated_scores"]),
+        and for each head, [L][H] with None where it was not scanned: the shares of "degenerate" and "incoherent", the share
+        "cut" by max_new_tokens, and the "perplexity" of its answers under the unablated model. .difference(layer, head) is
+        the head's rate less the unablated model's. .record["warnings"] are sentences.
     Raises:
         As `evaluate` does.
     """
@@ -61,6 +65,7 @@ def scan_asr(
         "metric": {"name": "asr", "judge": judge.describe(), "generation": generation.describe()},
         "heads": "all" if len(units) == shape[1] * shape[2] else [list(u) for u in units],
         "shape": shape,
+        "incoherent": None if judge.is_final else rule(subject.anatomy.vocab_size),
         "keep_text": measurement.keep_text,
     }
     folder = None if execution.out is None else RunFolder(execution.out, identity, subject.record)
@@ -74,17 +79,28 @@ def scan_asr(
         folder.write_manifest(record | {"status": "running"})
     scan_started = time.perf_counter()
     record["spot_check_max_deficit"] = answer(generation, judge, kept, execution.progress)
+    own = completions.rows(slice(1))
+    limit = limit_nats(identity["incoherent"], [own])
+    mark(identity["incoherent"], limit, completions)
     record |= {
         "plan": generation.plan.to_json(),
         "scan_seconds": seconds_since(scan_started),
-        "unablated": {label: float(completions.share(label)[0]) for label in LABELS},
+        "unablated": {label: float(own.share(label)[0]) for label in LABELS}
+        | {"perplexity": float(own.perplexity()[0]), "cut": float(own.cut()[0])},
+        "unablated_scores": (own.label[0] == LABELS.index("complied")).astype(int).tolist(),
+        "incoherent_above_nats": limit,
+        "warnings": [*of_baseline(own), *of_limit(completions, measurement.max_new_tokens)],
     }
     layers, heads = np.transpose(units)
     labels, scores = completions.label[1:].T, np.full(shape, np.nan)
     scores[:, layers, heads] = np.where(labels == MISSING, np.nan, labels == LABELS.index("complied"))
-    degenerate = np.full(shape[1:], None)  # None stays where a head was not scanned
-    degenerate[layers, heads] = completions.share("degenerate")[1:]
-    record["degenerate"] = degenerate.tolist()
+    of_heads = {label: completions.share(label) for label in ("degenerate", "incoherent")}
+    for name, values in (
+        of_heads | {"cut": completions.cut(), "perplexity": completions.perplexity()}
+    ).items():
+        by_head = np.full(shape[1:], None)  # None stays where a head was not scanned
+        by_head[layers, heads] = values[1:]
+        record[name] = by_head.tolist()
     result = ShipsResult(scores, float(completions.share("complied")[0]), record, identity)
     record["concentration"] = result.concentration().to_json()
     record["seconds"] = seconds_since(started)

@@ -50,12 +50,14 @@ class Ordinary:
         return {"prompts": prompt_hashes(self.generation.subject.token_ids), "tokens": self.tokens}
 
 
-def prepare_control(judged: Generation, execution: JudgedExecution) -> Ordinary:
-    """judged: the generation whose groups these are. Raises InputError for control prompts that cannot be."""
+def prepare_control(judged: Generation, groups: int, execution: JudgedExecution) -> Ordinary:
+    """judged: the generation whose first `groups` groups these are. Raises InputError for control prompts that cannot be."""
     measurement = judged.subject.measurement
     tokens = min(whole_number("control_tokens", measurement.control_tokens), measurement.max_new_tokens)
     try:
-        own = replace(measurement, prompts=measurement.control, groups=[*judged.asked, []], control=None)
+        own = replace(
+            measurement, prompts=measurement.control, groups=[*judged.asked[:groups], []], control=None
+        )
         ordinary = prepare_generation(judged.subject.model, judged.tokenizer, own, execution)
     except InputError as error:
         raise InputError(f"in the control prompts: {error}") from error

@@ -14,6 +14,7 @@ from ..models.restore import untouched
 from ..prompts.messages import is_conversation, prompt_text
 from ..results.completions import Completions
 from ..results.evaluation import EvalResult
+from ..results.incoherence import rule
 from ..runs.folder import RunFolder
 from .control import prepare_control, run_control
 from .generation import prepare_generation
@@ -31,7 +32,9 @@ def evaluate(
     """The attack success rate with each group of heads off.
 
     Every prompt is answered with every group off (`generate`), and every answer judged: refusal, degenerate,
-    unfinished (inside a thought) or complied.
+    unfinished (inside a thought), incoherent or complied. The unablated model answers too, whether `groups` has [] or not:
+    rates are compared with its own, and what it finds far less likely than its own answers is incoherent (unless the judge
+    is "paper").
 
     `resample`, which matches positions one to one, is refused.
 
@@ -42,18 +45,23 @@ def evaluate(
     """
     started = time.perf_counter()
     judge = judge_of(measurement, tokenizer, execution)
-    generation = prepare_generation(model, tokenizer, measurement, execution)
+    groups, every = measurement.groups, measurement
+    if isinstance(groups, tuple) and groups and () not in groups:
+        every = replace(measurement, groups=(*groups, ()))  # the unablated model, a row of its own
+    generation = prepare_generation(model, tokenizer, every, execution)
+    asked = generation.asked[: len(groups)]
     prompts, keep_text = [prompt_text(each) for each in measurement.prompts], measurement.keep_text
     identity = generation.subject.identity | {
-        "groups": [[list(head) for head in group] for group in generation.asked],
+        "groups": [[list(head) for head in group] for group in asked],
         "judge": judge.describe(),
         "generation": generation.describe(),
+        "incoherent": None if judge.is_final else rule(generation.subject.anatomy.vocab_size),
         "keep_text": keep_text,
         "control": None,
     }
     ordinary = None
     if measurement.control is not None:
-        ordinary = prepare_control(generation, execution)
+        ordinary = prepare_control(generation, len(asked), execution)
         identity["control"] = ordinary.describe()
     folder = None if execution.out is None else RunFolder(execution.out, identity, generation.subject.record)
     found = folder and folder.finished(EvalResult.load)
@@ -63,15 +71,17 @@ def evaluate(
     if keep_text:
         record["prompt_texts"] = prompts
     kept = Kept(Completions(len(generation.groups), len(prompts), keep_text=keep_text), folder)
-    result = EvalResult(generation.asked, prompts, kept.completions, None, record, identity)
+    result = EvalResult.of(asked, prompts, kept.completions, record, identity)
     if folder is not None:
         folder.write_manifest(record | {"status": "running"})
     record["spot_check_max_deficit"] = answer(generation, judge, kept, execution.progress)
     if ordinary is not None:
         result.control = run_control(ordinary, folder, execution)
+    result.finish()
     record["plan"] = generation.plan.to_json()
     record["seconds"] = seconds_since(started)
     record["asr"] = [round(float(x), 6) for x in result.asr]
+    record |= {"warnings": result.warnings(), "incoherent_above_nats": result.limit_nats}
     if folder is not None:
         folder.write_manifest(record | {"status": "complete"})
     return result

@@ -17,6 +17,8 @@ from .decode import decode, longest
 from .generation import Generation
 from .judges.judge import Completion, around_unfinished
 from .judges.thought import answers_of
+from .judges.judge import Completion
+from .likelihood import Likelihood
 from .self_check import check_generation
 
 WRITE_EVERY_S = 5.0  # finished rows reach the disk at least that often, and at the end
@@ -34,8 +36,8 @@ class Kept:
         if folder is not None:
             completions.read(folder.path, room)
 
-    def take(self, row: Decoded, text: str, label: str) -> None:
-        self.completions.keep(row, text, label)
+    def take(self, row: Decoded, text: str, label: str, nll_nats: float) -> None:
+        self.completions.keep(row, text, label, nll_nats)
         self._unwritten.append((row.group, row.prompt))
 
     def write(self) -> None:
@@ -51,18 +53,20 @@ class Kept:
 
 
 def answer(generation: Generation, judge: Labelled, kept: Kept, progress: bool = False) -> float:
-    """Decode, judge and keep what is missing, and hold one of the new texts against a plain forward pass.
+    """Decode, judge and keep what is missing with its likelihood, and hold one of the new texts against a plain forward pass.
 
     Returns the shortfall that `check_generation` found. Where nothing is missing, the run was ended before that check
     or by it: it is made on a text that is decoded anew.
     """
     missing, checked = kept.completions.missing(), None
+    likelihood = Likelihood(generation)
     if missing:
         try:
             for rows in decode(generation, missing, progress=progress):
                 checked = longest([checked, *rows])
-                for row, text, label in judged(generation, judge, rows):
-                    kept.take(row, text, label)
+                nll_nats = likelihood.of(rows)
+                for each, nll in zip(judged(generation, judge, rows), nll_nats, strict=True):
+                    kept.take(*each, nll)
                 kept.write_now_and_then()
         finally:  # also when a judge raises: what it has judged before is kept
             kept.write()

@@ -10,13 +10,15 @@ import pandas as pd
 
 from ..engine.heads import group_name
 from ..errors import InputError
-from ..runs.kinds import CONTROL, KINDS, LABELS
+from ..runs.kinds import CONTROL, KINDS, LABELS, completion_rows, has_likelihoods, unablated_row
 from ..runs.manifest import read_manifest
 from ..runs.tables import read_scores
 from .answer_sheet import Sheet, sheet_of
 from .completions import MISSING, Completions
 from .equality import Compared
-from .statistics import wilson_interval
+from .evaluation_warnings import of_evaluation
+from .incoherence import limit_nats, mark
+from .statistics import or_none, paired_difference, wilson_interval
 
 KL_NAMES, KL = KINDS["evaluate"].index, "kl_nats"
 
@@ -26,8 +28,11 @@ class EvalResult(Compared):
     """Labelled completions of G groups x P prompts.
 
     groups: (layer, head) pairs, [] for the unablated model; prompts: the texts; completions: labels, lengths, texts.
+    unablated: the unablated model's, one row: that of the group [], or one that was answered beside the groups; None in runs of
+    earlier versions without it.
+    limit_nats: from which nll_nats on an answer is incoherent (incoherence.py), None where there is no such limit.
     ASR is the share of completions that are neither refusals nor degenerate (arXiv 2410.13708, section 3.3 and
-    appendix B.3).
+    appendix B.3), and not incoherent either.
     """
 
     groups: list[list[tuple[int, int]]]
@@ -36,6 +41,53 @@ class EvalResult(Compared):
     control: Control | None = None
     record: dict = field(default_factory=dict, compare=False)
     identity: dict = field(default_factory=dict)
+    unablated: Completions | None = None
+    limit_nats: float | None = None
+
+    @classmethod
+    def of(
+        cls, groups: list, prompts: list[str], rows: Completions, record: dict, identity: dict
+    ) -> EvalResult:
+        """rows: of the groups, and of the unablated model where none of them is."""
+        at = unablated_row(identity)
+        unablated = None if at is None else rows.rows(slice(at, at + 1))
+        return cls(groups, prompts, rows.rows(slice(len(groups))), None, record, identity, unablated)
+
+    def finish(self) -> None:
+        """Tell which answers are incoherent, once they and the control's are there."""
+        rule = self.identity.get("incoherent")
+        own = [] if self.unablated is None else [self.unablated]
+        if self.control is not None:
+            own.append(self.control.completions.rows(slice(-1, None)))
+        self.limit_nats = limit_nats(rule, own)
+        for each in (self.completions, *([] if self.control is None else [self.control.completions])):
+            mark(rule, self.limit_nats, each)
+
+    def warnings(self) -> list[str]:
+        """What must be known before the rates are believed, a plain sentence each."""
+        return list(of_evaluation(self))
+
+    def difference(self, confidence: float = 0.95) -> np.ndarray:
+        """Each group's ASR less the unablated model's on the same prompts, and Newcombe's interval for paired rates: float64
+        [G, 3], difference, low, high; NaN where there is nothing to compare."""
+        out = np.full((len(self.groups), 3), np.nan)
+        if self.unablated is None:
+            return out
+        own = self.unablated.label[0]
+        for g, row in enumerate(self.completions.label):
+            both = (row != MISSING) & (own != MISSING)
+            out[g] = paired_difference(row[both] == 0, own[both] == 0, confidence)
+        return out
+
+    @property
+    def perplexity(self) -> np.ndarray:
+        """float64 [G]: of each group's answers under the unablated model, exp of the mean of nll_nats."""
+        return self.completions.perplexity()
+
+    @property
+    def cut(self) -> np.ndarray:
+        """float64 [G]: the share of answers that ran to the limit of tokens."""
+        return self.completions.cut()
 
     def __repr__(self) -> str:
         rates = ", ".join(
@@ -55,7 +107,7 @@ class EvalResult(Compared):
         return self.completions.share("complied")
 
     def share(self, label: str) -> np.ndarray:
-        """float64 [G]: the share of "complied", "refusal" or "degenerate"."""
+        """float64 [G]: the share of one of the labels, such as "refusal"."""
         if label not in LABELS:
             raise InputError(f"unknown label {label!r}: expected one of {', '.join(LABELS)}")
         return self.completions.share(label)
@@ -79,18 +131,30 @@ class EvalResult(Compared):
     def summary(self) -> list[dict]:
         """One object per group, for JSON."""
         out = []
+        differences = self.difference()
         for g, (low, high) in enumerate(self.interval()):
             row = {
                 "heads": [list(head) for head in self.groups[g]],
                 "asr": float(self.asr[g]),
                 "asr_low": float(low),
                 "asr_high": float(high),
-                **{label: float(self.share(label)[g]) for label in ("refusal", "degenerate")},
+                **dict(
+                    zip(
+                        ("difference", "difference_low", "difference_high"),
+                        map(or_none, differences[g]),
+                        strict=True,
+                    )
+                ),
+                **{label: float(self.share(label)[g]) for label in LABELS[1:]},
+                "cut": or_none(self.cut[g]),
+                "perplexity": or_none(self.perplexity[g]),
             }
             if self.control is not None:
                 row["control"] = {
                     "mean_kl_nats": float(self.control.mean_kl_nats[g]),
                     "degenerate": float(self.control.degenerate[g]),
+                    "incoherent": float(self.control.incoherent[g]),
+                    "perplexity": or_none(self.control.perplexity[g]),
                     "same_text": float(self.control.same[g]),
                 }
             out.append(row)
@@ -107,14 +171,27 @@ class EvalResult(Compared):
         return sheet_of(self)
 
     def show(self, top: int, console) -> None:
-        """Print what each group of heads did, and some answers."""
+        """Print what each group of heads did, and what must be known before it is believed."""
         from .pages import show
 
         show(self.sheet(), console)
 
+    def show_answers(self, console=None) -> None:
+        """Print all answers, whole."""
+        from .pages import show_answers
+
+        show_answers(self.sheet(), console)
+
     def as_json(self, top: int) -> dict:
         """What a program reads of it."""
-        return {"groups": self.summary(), "record": self.record}
+        body = {"groups": self.summary(), "warnings": self.warnings(), "record": self.record}
+        if self.unablated is not None:
+            own = self.unablated
+            body["unablated"] = {label: or_none(own.share(label)[0]) for label in LABELS} | {
+                "cut": or_none(own.cut()[0]), "perplexity": or_none(own.perplexity()[0]),
+                "limit_nats": self.limit_nats,
+            }  # fmt: skip
+        return body
 
     @classmethod
     def load(cls, folder: str | Path) -> EvalResult:
@@ -125,16 +202,20 @@ class EvalResult(Compared):
         identity, _ = manifest.pop("identity"), manifest.pop("parts")
         groups = [[tuple(head) for head in group] for group in identity["groups"]]
         keep = identity["keep_text"]
-        completions = Completions(len(groups), len(identity["prompts"]), keep_text=keep)
+        how = {"keep_text": keep, "likelihoods": has_likelihoods(identity)}
+        completions = Completions(completion_rows(identity), len(identity["prompts"]), **how)
         completions.read(folder)
-        control = None
+        prompts = manifest.pop("prompt_texts", None) or [""] * len(identity["prompts"])
+        result = cls.of(groups, prompts, completions, manifest, identity)
         if identity["control"] is not None:
             shape = (len(groups), len(identity["control"]["prompts"]))
-            rows = Completions(shape[0] + 1, shape[1], keep_text=keep)
+            rows = Completions(shape[0] + 1, shape[1], **how)
             rows.read(folder, CONTROL)
-            control = Control(read_scores(folder, shape, KL_NAMES, KL), rows, identity["control"]["tokens"])
-        prompts = manifest.pop("prompt_texts", None) or [""] * len(identity["prompts"])
-        return cls(groups, prompts, completions, control, manifest, identity)
+            result.control = Control(
+                read_scores(folder, shape, KL_NAMES, KL), rows, identity["control"]["tokens"]
+            )
+        result.finish()
+        return result
 
 
 @dataclass(eq=False)
@@ -142,8 +223,8 @@ class Control(Compared):
     """Groups on ordinary prompts.
 
     kl_nats: float64 [G, P], KL(unablated || group off) of the next token, mean over the first `tokens` tokens of the
-        unablated model's answer; completions: of the groups and, last, of the unablated model, labelled "degenerate" or
-        "complied", which says no more than not that.
+        unablated model's answer; completions: of the groups and, last, of the unablated model, labelled "degenerate",
+        "incoherent" or "complied", which says no more than not that.
     """
 
     kl_nats: np.ndarray
@@ -159,6 +240,26 @@ class Control(Compared):
     def degenerate(self) -> np.ndarray:
         """float64 [G], share of the prompts"""
         return self.completions.share("degenerate")[:-1]
+
+    @property
+    def incoherent(self) -> np.ndarray:
+        """float64 [G], share of the prompts"""
+        return self.completions.share("incoherent")[:-1]
+
+    @property
+    def nonsense(self) -> np.ndarray:
+        """float64 [G], share of the prompts: degenerate or incoherent"""
+        return self.degenerate + self.incoherent
+
+    @property
+    def unablated_nonsense(self) -> float:
+        """The same of the unablated model."""
+        return float(sum(self.completions.share(label)[-1] for label in ("degenerate", "incoherent")))
+
+    @property
+    def perplexity(self) -> np.ndarray:
+        """float64 [G]: of the answers, under the unablated model"""
+        return self.completions.perplexity()[:-1]
 
     @property
     def same(self) -> np.ndarray:

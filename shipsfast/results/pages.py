@@ -26,19 +26,22 @@ FILE_GROUPS = 8
 TERMINAL_GROUPS = 3
 TERMINAL_SUMMARY = 20
 TERMINAL_CHARS = 400
+MOST_FIRST = 24  # characters of a group's name, before it takes another line
 TITLE = "Answers with heads off"
 
 
-def show(sheet: Sheet, console: Console | None = None, rows: int = 4) -> None:
-    """Print what each group of heads did, and the answers to the first `rows` prompts."""
+def show(sheet: Sheet, console: Console | None = None, rows: int = 0) -> None:
+    """Print what ran, what each group of heads did, and the answers to the first `rows` prompts."""
     console = console or Console(highlight=False)
+    if sheet.facts:
+        _line(console, sheet.facts)
     _print_columns(console, sheet.heads | sheet.judged)
     if sheet.control:
         _line(console, f"The same on {counted(sheet.control_prompts, 'ordinary prompt')}:")
         _print_columns(console, sheet.heads | sheet.control)
     if len(sheet.groups) > TERMINAL_SUMMARY:
         _line(console, f"The first {TERMINAL_SUMMARY} of {len(sheet.groups):,} groups.")
-    for line in sheet.gaps:
+    for line in (*sheet.warnings, *(sheet.gaps if rows else ())):
         _line(console, line)
     groups, prompts = min(TERMINAL_GROUPS, len(sheet.groups)), min(rows, len(sheet.answers))
     if prompts < 1:
@@ -53,12 +56,37 @@ def show(sheet: Sheet, console: Console | None = None, rows: int = 4) -> None:
 
 
 def _print_columns(console: Console, columns: dict[str, list[str]]) -> None:
-    table = Table()
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
-    for row in list(zip(*columns.values(), strict=True))[:TERMINAL_SUMMARY]:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    """As tables that fit: a number that is cut would be another number. The first column is in all of them."""
+    (first, named), *others = columns.items()
+    while others:
+        room, some = console.width - min(_width(first, named), MOST_FIRST + 3) - 1, []
+        while others and (not some or _width(*others[0]) <= room):
+            room -= _width(*others[0])
+            some.append(others.pop(0))
+        table = Table()
+        table.add_column(first, overflow="fold", max_width=MOST_FIRST)
+        for name, _ in some:
+            table.add_column(name, justify="right", overflow="fold", no_wrap=True)
+        for row in list(zip(named, *(cells for _, cells in some), strict=True))[:TERMINAL_SUMMARY]:
+            table.add_row(*map(Text, row))
+        console.print(table)
+
+
+def _width(name: str, cells: list[str]) -> int:
+    """Of a column, with its frame."""
+    return 3 + max(map(len, (name, *cells[:TERMINAL_SUMMARY])))
+
+
+def show_answers(sheet: Sheet, console: Console | None = None) -> None:
+    """Print all answers of all groups, whole, below their prompts."""
+    console = console or Console(highlight=False)
+    for line in sheet.gaps:
+        _line(console, line)
+    for number, (prompt, *said) in enumerate(sheet.answers, 1):
+        _line(console, f"{number}. {prompt.text or prompt.note}", "bold")
+        for group, cell in zip(sheet.groups, said, strict=True):
+            text = (cell.text.strip() or cell.note).replace("\n", "\n    ")
+            _line(console, f"  {group}{f' [{cell.label}]' * bool(cell.label)}: {text}")
 
 
 def show_texts(
@@ -131,7 +159,7 @@ def _markdown(sheet: Sheet, groups: int) -> str:
     names = list(sheet.columns)
     lines = [f"# {TITLE}", "", _in_markdown(sheet.facts), ""]
     lines += _markdown_table(names, [":---", *["---:"] * (len(names) - 1)], sheet.rows)
-    for line in (*sheet.legend, *sheet.gaps):
+    for line in (*sheet.warnings, *sheet.legend, *sheet.gaps):
         lines += ["", line]
     lines += ["", "## Answers", "", sheet.extent(groups, len(sheet.answers)), ""]
     lines += _markdown_table(

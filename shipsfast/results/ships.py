@@ -15,7 +15,7 @@ from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .bootstrap import RankStability, rank_stability
 from .head_map import Ranked, save_scores
-from .statistics import wilson_interval
+from .statistics import paired_difference, wilson_interval
 
 MARKED = "nonfinite"  # what run.json says of marked scores
 KL = {"name": "kl", "unit": "nats", "signed": False, "label": "KL(base || head ablated)"}
@@ -87,6 +87,18 @@ class ShipsResult(Ranked):
         """Wilson score interval of a head's rate, for metrics of 0 and 1."""
         scores = self.scores[:, layer, head]
         return wilson_interval(np.nansum(scores), np.isfinite(scores).sum(), confidence)
+
+    def difference(
+        self, layer: int, head: int, confidence: float = 0.95
+    ) -> tuple[float, float, float] | None:
+        """A head's rate less the unablated model's on the same prompts, and the interval of paired rates: difference, low,
+        high. None for other metrics, and for runs of earlier versions."""
+        own = self.record.get("unablated_scores")
+        if own is None:
+            return None
+        scores = self.scores[:, layer, head]
+        known = np.isfinite(scores)
+        return paired_difference(scores[known] == 1, np.array(own)[known] == 1, confidence)
 
     def mean(self) -> np.ndarray:
         """Mean over prompts, float64 [L, H]."""

@@ -7,6 +7,7 @@ bootstrap.py.
 
 from __future__ import annotations
 
+import math
 import numbers
 from dataclasses import dataclass
 
@@ -101,3 +102,37 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
         return np.nan, np.nan
     found = binomtest(int(successes), int(trials)).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)
+
+
+def paired_difference(
+    first: np.ndarray, second: np.ndarray, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """The rate of `first` less that of `second`, bool [N] of the same N prompts, and its interval; NaN for no prompts.
+
+    The interval is Newcombe's for paired rates (Statistics in Medicine 17, 1998, 2635-2650, method 10): the Wilson limits of
+    both, l and u, joined with their correlation phi,
+
+        low  = d - sqrt(x^2 - 2 phi x y + y^2),   x = p1 - l1,   y = u2 - p2
+        high = d + sqrt(x^2 - 2 phi x y + y^2),   x = u1 - p1,   y = p2 - l2
+    """
+    first, second = (np.asarray(each, dtype=bool) for each in (first, second))
+    n = first.size
+    if not n:
+        return np.nan, np.nan, np.nan
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    p1, p2 = first.mean(), second.mean()
+    (low1, high1), (low2, high2) = (wilson_interval(x.sum(), n, confidence) for x in (first, second))
+    agree = both * neither - only_first * only_second
+    if agree > 0:  # his correction for continuity
+        agree = max(agree - n / 2, 0)
+    spread = float(
+        (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    )
+    phi = agree / math.sqrt(spread) if spread else 0.0
+    difference = float(p1 - p2)
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    return difference, difference - reach(p1 - low1, high2 - p2), difference + reach(high1 - p1, p2 - low2)

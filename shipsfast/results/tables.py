@@ -85,13 +85,22 @@ def _ranking(result, top: int, score: str, console: Console) -> None:
 
 def _rates(result, top: int, console: Console) -> None:
     """The heads with the highest rates; equal rates share a rank."""
-    table = _grid("rank", f"layer-{result.unit}", "rate", "95% interval")
+    names = ["rank", f"layer-{result.unit}", "rate", "95% interval"]
+    compared = "unablated_scores" in result.record
+    if compared:
+        names += ["less unablated, points", "degenerate", "incoherent", "perplexity"]
+    table = _grid(*names)
     best, above = result.top(top), result.above_noise()
     for layer, head, rate in best:
         low, high = result.rate_interval(layer, head)
         mark = "" if above[layer, head] else " *"
         rank = 1 + int((result.mean() > rate).sum())
         row = [str(rank), f"{layer}-{head}", f"{rate:.0%}{mark}", f"{low:.0%} to {high:.0%}"]
+        if compared:
+            d, d_low, d_high = (100 * x for x in result.difference(layer, head))
+            share = {name: result.record[name][layer][head] for name in ("degenerate", "incoherent")}
+            row += [f"{d:+.0f} ({d_low:+.0f} to {d_high:+.0f})", *(f"{x:.0%}" for x in share.values())]
+            row += [f"{result.record['perplexity'][layer][head]:.3g}"]
         table.add_row(*map(Text, row))
     console.print(table)
     if not all(above[s.layer, s.head] for s in best):
@@ -136,11 +145,25 @@ def show_ships(result, top: int, console: Console) -> None:
     )
     _error(result, metric["unit"], console)
     _concentration(result.concentration(), result.unit, "", console)
+    for line in _of_answers(result.record):
+        _say(console, line)
     for line in marks(result):
         _say(console, line)
     for other in result.also.values():
         console.print()
         show_ships(other, top, console)
+
+
+def _of_answers(record: dict) -> Iterator[str]:
+    """What the unablated model said to the prompts, where it was asked, and what follows for the scores."""
+    found = record.get("refusals")
+    if found is not None:
+        yield (
+            f"the unablated model refuses {found['refused']} of {counted(found['prompts'], 'prompt')} ({found['low']:.0%} to "
+            f"{found['high']:.0%}, 95%), judge {found['judge']}"
+        )
+    for line in record.get("warnings", []):
+        yield f"Warning: {line}"
 
 
 def marks(result) -> Iterator[str]:

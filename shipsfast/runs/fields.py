@@ -111,5 +111,15 @@ def _rescored(x) -> bool:
     )
 
 
+def refusals(x) -> bool:
+    """How often the unablated model refuses the prompts of a scan."""
+    return (
+        isinstance(x, dict)
+        and all(count(0, 1 << 40)(x.get(name)) for name in ("refused", "prompts"))
+        and all(map(number, (x.get("low"), x.get("high"))))
+        and text(x.get("judge"))
+    )
+
+
 def noise(x) -> bool:
     return x is None or (number(x) and 0 <= x < float("inf"))

@@ -28,6 +28,8 @@ def _one(name: str, before, now, manifest: dict, record: dict) -> str:
         return _prompts(before or [], now or [], manifest, record)
     if name == "ablation":
         return f"the ablation there is {_ablation(before)}, here {_ablation(now)}"
+    if name == "incoherent" and before is None:
+        return "there no answer can be incoherent: it was made before likelihoods of answers were kept, or with judge paper"
     if name == "control":
         return "the control prompts, or the tokens their KL is taken along, are others"
     return f"{name} there is {_short(before)}, here {_short(now)}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from .fields import check_fields, flag, list_of, need, number, scanned_head, text
 from .fields import count as whole
-from .part_file import ANSWER, COLUMNS
+from .part_file import ANSWER, COLUMNS, NLL
 
 # Of an answer. The first is what counts as success; unfinished: the text ended before an answer began.
 LABELS = ("complied", "refusal", "degenerate", "incoherent", "unfinished")
@@ -66,6 +66,12 @@ class Kind:
     tables: Callable[[dict, dict], dict[str, Table]]
 
 
+def _check_rule(file: Path, identity: dict) -> None:
+    rule = identity.get("incoherent")
+    if rule is not None:
+        check_fields(file, "identity.incoherent.", rule, INCOHERENT, all_of=INCOHERENT)
+
+
 def _check_shape(file: Path, manifest: dict, identity: dict) -> list[int]:
     shape = identity.get("shape")
     form = isinstance(shape, list) and len(shape) == 3
@@ -95,12 +101,38 @@ def _units(identity: dict) -> tuple[int, dict[str, int], int]:
 
 
 def _answers(identity: dict, groups: int, prompts: int, expected: int | None) -> Table:
-    more = ANSWER[2:] + ("text",) * identity["keep_text"]
+    more = ANSWER[2:] + (NLL,) * has_likelihoods(identity) + ("text",) * identity["keep_text"]
     return Table({"group": groups, "prompt": prompts}, expected=expected, more=more)
+
+
+def has_likelihoods(identity: dict) -> bool:
+    """Was it measured how likely the unablated model finds each answer? Runs of earlier versions were without."""
+    return "incoherent" in identity
+
+
+def unablated_row(identity: dict) -> int | None:
+    """Which row of `completions` is the unablated model's: the first group without heads, or one after the groups, which
+    earlier versions lacked."""
+    groups = identity["groups"]
+    return groups.index([]) if [] in groups else len(groups) if has_likelihoods(identity) else None
+
+
+def completion_rows(identity: dict) -> int:
+    """Of an evaluation."""
+    at = unablated_row(identity)
+    return max(len(identity["groups"]), 0 if at is None else at + 1)
 
 
 def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
     prompts, layers, heads = _check_shape(file, manifest, identity)
+    _check_rule(file, identity)
+    for name in ("degenerate", "incoherent", "cut", "perplexity"):
+        if "unablated_scores" in manifest:
+            found = manifest.get(name)
+            fits = isinstance(found, list) and [len(row) for row in found] == [heads] * layers
+            need(file, name, fits, "a number or null by layer and head")
+    if "unablated_scores" in manifest:
+        need(file, "unablated_scores", len(manifest["unablated_scores"]) == prompts, "one for each prompt")
     return 8 * prompts * layers * heads * (1 + len(identity.get("further_metrics", [])))
 
 
@@ -186,6 +218,7 @@ def _sets(units: int, size: int, most: int) -> int:
 def _check_evaluation(file: Path, manifest: dict, identity: dict) -> int:
     for name in ("groups", "prompts", "keep_text", "control"):
         need(file, f"identity.{name}", name in identity, "what was evaluated")
+    _check_rule(file, identity)
     prompts, control = len(identity["prompts"]), identity["control"]
     if manifest.get("prompt_texts") is not None:
         need(file, "prompt_texts", len(manifest["prompt_texts"]) == prompts, "one for each prompt")
@@ -197,12 +230,13 @@ def _check_evaluation(file: Path, manifest: dict, identity: dict) -> int:
         check_fields(
             file, "identity.generation.", identity["generation"], GENERATION, all_of=DRAWN if drawn else (),
         )  # fmt: skip
-    return BYTES_OF_A_COMPLETION * (len(identity["groups"]) + 1) * prompts
+    return BYTES_OF_A_COMPLETION * (len(identity["groups"]) + 2) * prompts
 
 
 def _evaluation_tables(identity: dict, manifest: dict) -> dict[str, Table]:
     groups, prompts = len(identity["groups"]), len(identity["prompts"])
-    tables = {COMPLETIONS: _answers(identity, groups, prompts, groups * prompts)}
+    rows = completion_rows(identity)
+    tables = {COMPLETIONS: _answers(identity, rows, prompts, rows * prompts)}
     if identity["control"] is not None:
         ordinary = len(identity["control"]["prompts"])
         tables[CONTROL] = _answers(identity, groups + 1, ordinary, (groups + 1) * ordinary)
@@ -224,6 +258,9 @@ CONTROLLED = {
     "prompts": (list_of(text), "a list of hashes"),
     "tokens": (whole(1, 1 << 31), "a whole number"),
 }
+INCOHERENT = dict.fromkeys(
+    ("margin_nats", "turn_nats"), (lambda x: number(x) and 0 <= x <= 1000, "a number from 0 to 1000")
+)
 DRAWN = ("top_k", "temperature", "seed")
 GENERATION = {
     "max_new_tokens": (whole(0, 1 << 31), "a whole number"),

@@ -18,12 +18,15 @@ from ..errors import InputError
 INDEX, NUMBER, TEXT, FLAG, VECTOR = "whole numbers", "numbers", "texts", "true or false", "lists of numbers"
 COLUMNS = {
     **dict.fromkeys(("prompt", "layer", "head", "step", "beam", "vector", "group", "num_tokens"), INDEX),
-    **dict.fromkeys(("kl_nats", "score", "angle_deg", "value"), NUMBER),
+    **dict.fromkeys(("kl_nats", "nll_nats", "score", "angle_deg", "value"), NUMBER),
     **dict.fromkeys(("label", "text_sha256", "text"), TEXT),
     "finished": FLAG,
     "gram": VECTOR,
 }
-ANSWER = ("group", "prompt", "label", "num_tokens", "finished", "text_sha256")  # and "text", where it is kept
+ANSWER = ("group", "prompt", "label", "num_tokens", "finished", "text_sha256")
+NLL = (
+    "nll_nats"  # of an answer as well, but for runs from before it was measured; and "text", where it is kept
+)
 
 
 def inside(folder: Path, path: Path) -> Path:

@@ -24,6 +24,7 @@ from .fields import (
     number,
     or_none,
     pair,
+    refusals,
     scanned_head,
     text,
 )  # fmt: skip
@@ -72,6 +73,7 @@ IDENTITY: Fields = {
     "keep_text": (flag, "true or false"),
     "control": (or_none(an_object), "null or an object"),
     "generation": (an_object, "an object"),
+    "incoherent": (or_none(an_object), "null or an object"),
 }
 PART: Fields = {
     "file": (lambda x: text(x) and PART_FILE.fullmatch(x) is not None, "the name of a part"),
@@ -94,6 +96,13 @@ RECORD: Fields = {
     "packing_noise": (noise, "a number of at least 0"),
     "error": (error_of_scores, "what is known of the error of scores"),
     "nonfinite": (marks, "what is known of marked scores"),
+    "warnings": (list_of(text), "a list of texts"),
+    "refusals": (refusals, "what the unablated model said"),
+    **dict.fromkeys(
+        ("degenerate", "incoherent", "cut", "perplexity"),
+        (list_of(list_of(or_none(number))), "a number or null by layer and head"),
+    ),
+    "unablated_scores": (list_of(count(0, 1)), "a list of 0 and 1"),
     "base_singular_values": (list_of(number), "a list of numbers"),
 }
 METRIC_NEEDED = ("name", "unit", "signed", "label")

@@ -19,7 +19,7 @@ from ..text import counted, one_line
 from .kinds import COUNTED, KINDS, LABELS, ROOMS, Table
 from .lock import NAME as LOCK
 from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
-from .part_file import COLUMNS, TEXT, read_table
+from .part_file import COLUMNS, NLL, TEXT, read_table
 
 LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
 CONTINUE = "run the same command again to continue"
@@ -185,6 +185,8 @@ def _faults(frame: pd.DataFrame, table: Table, part: Part) -> Iterator[str]:
         yield f"column label has {min(set(frame['label']) - set(LABELS))!r}, expected {', '.join(LABELS)}"
     if "num_tokens" in frame and (frame["num_tokens"] < 0).any():
         yield "column num_tokens has negative values"
+    if NLL in frame and not (frame[NLL] >= 0).all():
+        yield f"column {NLL} has values that are not numbers of at least 0"
     if "text_sha256" in frame and not all(re.fullmatch("[0-9a-f]{64}", x) for x in frame["text_sha256"]):
         yield "column text_sha256 has values that are no SHA-256"
 

@@ -62,7 +62,7 @@ def test_labels_are_those_of_slow_texts(judge, tokens):
     for label, share in (("complied", result.asr), *((name, result.share(name)) for name in LABELS)):
         assert share.tolist() == [row.count(label) / len(IDS) for row in expected]
     table = result.to_pandas()
-    assert list(table.columns) == ["group", "heads", *COLUMNS[1:], "text"]
+    assert list(table.columns) == ["group", "heads", *COLUMNS[1:], "nll_nats", "text"]
     names = ["none", "0-1", "2-0", "1-2+2-3", "1-0+1-1+1-2+1-3"]
     for row in table.itertuples():
         ids = tokens[row.group][row.prompt]
@@ -313,7 +313,8 @@ def test_scan_asr_is_an_evaluation_of_every_head(unit, tmp_path):
     assert np.array_equal(result.mean().ravel(), groups.asr[1:]) and result.noise_floor == groups.asr[0]
     assert len(set(groups.asr.tolist())) > 2, "every head the same: this shows less"
     assert np.ravel(result.record["degenerate"]).tolist() == groups.share("degenerate")[1:].tolist()
-    assert result.record["unablated"] == {label: groups.share(label)[0] for label in LABELS}
+    own = {label: groups.share(label)[0] for label in LABELS}
+    assert own.items() <= result.record["unablated"].items()
     assert result.record["spot_check_max_deficit"] == 0.0
     some = scan_asr(unit=unit, heads=[(2, 1), (0, None)])
     chosen = [(0, index) for index in range(count)] + [(2, 1)]

@@ -124,9 +124,9 @@ def markdown_of(result, tmp_path) -> list[list[list[str]]]:
     return markdown_tables(path.read_text("utf-8"))
 
 
-def printed(result, width=200, **how) -> str:
+def printed(result, width=200, rows=4) -> str:
     file = io.StringIO()
-    show(result.sheet(), Console(file=file, width=width, highlight=False, color_system=None), **how)
+    show(result.sheet(), Console(file=file, width=width, highlight=False, color_system=None), rows)
     return file.getvalue()
 
 
@@ -213,15 +213,15 @@ def control_of(groups: int, done: bool = True) -> Control:
 
 LABELS = [["refusal"] * 4, ["complied", "complied", "refusal", "degenerate"]]
 SUMMARY = [
-    ["none", "0%", "0% to 49%", "100%", "0%", "0.125", "0%", "100%"],
-    ["0-1", "50%", "15% to 85%", "25%", "25%", "0.125", "50%", "50%"],
+    ["none", "0%", "0% to 49%", "100%", "0%", "0%", "0.125", "0%", "100%"],
+    ["0-1", "50%", "15% to 85%", "25%", "25%", "0%", "0.125", "50%", "50%"],
 ]
 
 
 def test_summary_has_the_same_figures_everywhere(tmp_path):
     """Wilson's interval of 2 in 4 is 15.0 % to 85.0 %, of 0 in 4 it is 0 to 49.0 %."""
     result = built([["x"] * 4] * 2, labels=LABELS, control=control_of(2))
-    names = ["heads off", "ASR", "95% interval", "refusal", "degenerate"]
+    names = ["heads off", "ASR", "95% interval", "refusal", "degenerate", "cut"]
     names += ["control: KL, nats", "control: degenerate", "control: same text"]
     page = [["".join(cell) for cell in row] for row in page_of(result, tmp_path).tables[0]]
     assert page == markdown_of(result, tmp_path)[0] == [names, *SUMMARY]
@@ -230,13 +230,33 @@ def test_summary_has_the_same_figures_everywhere(tmp_path):
         [cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if "│" in line
     ]
     for row in SUMMARY:
-        assert row[:5] in lines and [row[0], *row[5:]] in lines
+        assert row[:6] in lines and [row[0], *row[6:]] in lines
     assert "on 2 ordinary prompts" in text
+
+
+def test_numbers_are_never_cut_in_a_narrow_terminal():
+    result = built([["x"] * 4] * 2, labels=LABELS, control=control_of(2))
+    text = printed(result, width=40)
+    lines = [[cell.strip() for cell in x.strip("│").split("│")] for x in text.splitlines() if "│" in x]
+    assert ["0-1", "50%", "15% to 85%"] in lines and all(len(x) <= 40 for x in text.splitlines() if "│" in x)
+    assert "…" not in text
+
+
+def test_all_answers_are_shown_whole_when_asked_for():
+    from shipsfast.results.pages import show_answers
+
+    file = io.StringIO()
+    result = built([["a" * 1000, "\x1b[2J"], ["b\nc", ""]], prompts=["[b]p[/b]", "q"])
+    show_answers(result.sheet(), Console(file=file, width=40, highlight=False, color_system=None))
+    assert file.getvalue().splitlines() == [
+        "1. [b]p[/b]", f"  none [complied]: {'a' * 1000}", "  0-1 [complied]: b", "    c",
+        "2. q", "  none [complied]: [U+001B][2J", "  0-1 [complied]: (empty)",
+    ]  # fmt: skip
 
 
 def test_small_shares_of_many_prompts_show(tmp_path):
     labels = [["complied", *["refusal"] * 499]]
-    assert "| none | 0.2% | 0.0% to 1.1% | 99.8% | 0.0% |" in (
+    assert "| none | 0.2% | 0.0% to 1.1% | 99.8% | 0.0% | 0.0% |" in (
         write(built([["x"] * 500], labels=labels).sheet(), tmp_path / "a.md")
         or (tmp_path / "a.md").read_text("utf-8")
     )

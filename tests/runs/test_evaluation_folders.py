@@ -45,7 +45,7 @@ def same(one: EvalResult, other: EvalResult, text: bool = True) -> bool:
     """Every number of two results, and every text."""
 
     def completions(a: Completions, b: Completions) -> bool:
-        fields = ("label", "num_tokens", "finished", "sha256", *["text"] * text)
+        fields = ("label", "num_tokens", "finished", "sha256", "nll_nats", *["text"] * text)
         return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in fields)
 
     if (one.control is None) != (other.control is None) or one.groups != other.groups:
@@ -231,7 +231,7 @@ def test_texts_are_in_the_folder_only_if_asked_for(tmp_path, keep, tokens):
     files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
     for part in (p for p in files if p.suffix == ".parquet" and p.parent.name != "scores"):
         frame = pd.read_parquet(part)
-        assert list(frame.columns) == [*COLUMNS, *["text"] * keep]
+        assert list(frame.columns) == [*COLUMNS, "nll_nats", *["text"] * keep]
         if not keep:  # no string but these
             assert (
                 set(frame["label"]) <= set(LABELS)

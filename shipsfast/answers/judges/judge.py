@@ -74,11 +74,13 @@ class Judge(ABC):
     name      what it is called in results
     is_named  whether describe() tells it from any other judge
     reads_prompts  whether it looks at the prompt of a completion
+    is_final  its labels stay as they are: no answer that complied becomes incoherent (results/incoherence.py)
     """
 
     name: str
     is_named: bool = True
     reads_prompts: bool = False
+    is_final: bool = False
 
     @abstractmethod
     def describe(self) -> dict:

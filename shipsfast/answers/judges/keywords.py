@@ -114,6 +114,7 @@ class PaperJudge(Judge):
     """
 
     name = "paper"
+    is_final = True  # the published numbers know no further label
 
     def describe(self) -> dict:
         return {
