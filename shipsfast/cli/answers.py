@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from .asked import Asked, check_place
+from .inherited import check_source
 from .options import ANSWER_OPTIONS, Control, Groups, JudgeName, JudgeTemplate, JudgeTokens, KeepText, command
 from .shown import show_json, show_result
 
@@ -55,10 +56,12 @@ def evaluate(
     view: Annotated[
         Path | None, typer.Option(help="Write the answers side by side here (md or html).")
     ] = None,
+    show_answers: Annotated[bool, typer.Option("--show-answers", help="Print all answers, whole.")] = False,
 ):
     """Judge what MODEL answers to PROMPTS with each group of heads off: attack success rates.
 
-    The unablated model's answers are judged beside them.
+    The unablated model's answers are judged beside them. With --run, the ablation, template, unit and dtype are the run's,
+    unless they are given.
     """
     from ..engine.heads import parse_groups
 
@@ -71,7 +74,7 @@ def evaluate(
         raise InputError(
             "evaluate needs --groups, such as '2-26; 2-26,3-1', or --run with a finished run folder"
         )
-    chosen = parse_groups(groups) if run is None else _best(run, top, cumulative, asked.values["unit"])
+    chosen = parse_groups(groups) if run is None else _best(run, top, cumulative, asked)
     ordinary = None if control is None else asked.more_prompts("control", control)
     from ..answers.evaluate import evaluate as run_it
 
@@ -82,11 +85,13 @@ def evaluate(
     if view is not None:
         result.view(view)
     show_result(result, top, asked)
+    if show_answers and not asked.given["json"]:
+        result.show_answers()
     if view is not None and not asked.given["json"]:
         print(f"answers side by side: {view}")
 
 
-def _best(run: Path, top: int, cumulative: bool, unit: str) -> list[list[tuple[int, int]]]:
+def _best(run: Path, top: int, cumulative: bool, asked: Asked) -> list[list[tuple[int, int]]]:
     """The groups that a finished run speaks for."""
     from ..results.load import load
     from ..results.sahara import SaharaResult
@@ -96,7 +101,8 @@ def _best(run: Path, top: int, cumulative: bool, unit: str) -> list[list[tuple[i
         raise InputError(f"{run} holds no scan: give one of scan, scan-dataset or sahara")
     if result.record.get("status") not in (None, "complete"):
         raise InputError(f"{run} holds a run that is not finished: run it again to continue")
-    if result.unit != unit:
+    check_source(run, asked.values["ablation"].kind, asked.source_ids, asked.others is not None)
+    if result.unit != asked.values["unit"]:
         raise InputError(f"{run} is about {result.unit}s: give --unit {result.unit}")
     heads = result.heads[:top] if isinstance(result, SaharaResult) else [s[:2] for s in result.top(top)]
     if cumulative or isinstance(result, SaharaResult):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -108,14 +109,18 @@ class Asked:
 
     def run(self, function: Callable, **own):
         """Load the model, and give it to a public function with what was asked, and with the command's own options."""
+        tokenizer = self._tokenizer()
+        return function.run(self._model, tokenizer, *self._described(function, own))
+
+    @functools.cached_property
+    def _model(self):
         from ..models.loading import load_model
 
-        given, tokenizer = self.given, self._tokenizer()
-        model = load_model(
+        given = self.given
+        return load_model(
             given["model"], dtype=given["dtype"], device=given["device"], stream=given.get("stream", False),
             trust_remote_code=given["trust_remote_code"], gguf_file=given["gguf_file"],
         )  # fmt: skip
-        return function.run(model, tokenizer, *self._described(function, own))
 
     def forecast(self, function: Callable, **own):
         """What `run` would take, of a model without weights."""
@@ -128,6 +133,16 @@ class Asked:
         )  # fmt: skip
         where = Elsewhere(given["device"], self.device_memory, given["stream"])
         return forecast(model, tokenizer, *self._described(function, own), where)
+
+    def source_ids(self) -> list[list[int]]:
+        """Token ids of the prompts that `mean` averages over."""
+        from ..prompts.tokens import tokenize
+        from ..prompts.wrapping import Wrapping
+
+        tokenizer, values = self._tokenizer(), self.values
+        prompts = values["prompts"] if self.others is None else self.others
+        names = ("template", "system", "prefix", "template_args", "template_date")
+        return tokenize(tokenizer, prompts, Wrapping(*(values[name] for name in names)))
 
     def judge(self, name: str, template: str | None, tokens: int | None):
         """The judge of that name. Model judges go where the model goes."""

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..prompts.wrapping import DATE
 from ..scans.measurements import SaharaMeasurement, ShipsMeasurement
 from .asked import Asked
+from .inherited import inherit
 
 
 def _option(
@@ -193,7 +194,7 @@ ANSWER_OPTIONS = {
 }
 SCAN_OPTIONS = {"heads": (HeadNames, None), "plot": (Plot, None), "stream": (Stream, False)}
 PLAN_OPTIONS = {"plan": (PlanOnly, False), "device_memory": (DeviceMemory, None)}
-# Without --rank-by asr nobody answers, and nobody judges.
+# Without --rank-by asr or --judge nobody answers, and nobody judges.
 OF_ANSWERS = (
     "judge", "judge_template", "judge_tokens", "max_new_tokens", "do_sample", "top_k", "temperature", "eos_token_id", "keep_text",
 )  # fmt: skip
@@ -212,9 +213,12 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
         options = {name: option for name, option in options.items() if name not in without}
 
         def run(context: typer.Context, **given) -> None:
+            explicit = given_options(context)
             if "plan" in options:
                 by_answers = given.get("rank_by") == "asr"
-                check_together(given_options(context), plan=given["plan"], answers=by_answers)
+                check_together(explicit, plan=given["plan"], answers=by_answers)
+            if given.get("run") is not None and given["groups"] is None:  # and the options that made it
+                given = inherit(given["run"], given, explicit)
             asked = Asked({name: given.pop(name) for name in (*ARGUMENTS, *options)})
             function(asked, **given)
 
@@ -253,10 +257,20 @@ def check_together(given: set[str], *, plan: bool, answers: bool) -> None:
             raise InputError(
                 f"--plan runs nothing, so that {idle} would do nothing: leave it away, or leave --plan away"
             )
+    elif not answers and "judge" in given:
+        idle = _flags(given, ("keep_text",))
+        if idle:
+            raise InputError(f"only --rank-by asr keeps answers: leave {idle} away, or add it")
+        if "stream" in given:
+            raise InputError(
+                "--judge lets the model answer, which takes all of it in memory: leave --stream away"
+            )
     elif not answers:
         idle = _flags(given, OF_ANSWERS)
         if idle:
-            raise InputError(f"only whole answers have a use for {idle}: add --rank-by asr, or leave it away")
+            raise InputError(
+                f"only whole answers have a use for {idle}: add --judge or --rank-by asr, or leave it away"
+            )
 
 
 def _flags(given: set[str], names: Iterable[str]) -> str:

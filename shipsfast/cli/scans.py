@@ -35,6 +35,7 @@ from .options import (
     Top,
     command,
 )
+from .refusals import record_refusals, refusals
 from .shown import show_report, show_result
 
 
@@ -50,15 +51,16 @@ def scan(
             help="score: the metric, of the next token. asr: attack success rate of whole answers, judged."
         ),
     ] = "score",
-    judge: JudgeName = "keywords",
+    judge: JudgeName = None,
     judge_template: JudgeTemplate = None,
     judge_tokens: JudgeTokens = None,
     keep_text: KeepText = False,
 ):
     """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats).
 
-    With --rank-by asr: let the model answer with every head off, and judge the answers.
-    The options from --judge to --eos-token-id are for this.
+    With --judge: also let the unablated model answer, and say how often it refuses these prompts.
+    With --rank-by asr: let the model answer with every head off, and judge the answers (--judge, by default keywords).
+    The options from --judge to --eos-token-id are for these two.
     """
     from ..scans.metrics import parse_metric
 
@@ -70,7 +72,8 @@ def scan(
     if rank_by == "score":
         from ..scans.ships import scan as run
 
-        return _scanned(asked, run, top, metric=chosen, nonfinite=nonfinite)
+        before = None if judge is None else refusals(asked, asked.judge(judge, judge_template, judge_tokens))
+        return _scanned(asked, run, top, before, metric=chosen, nonfinite=nonfinite)
     if asked.given["plan"]:
         raise InputError("--plan is for scans of the next token: leave --rank-by asr away")
     if tuple(metric) != ("kl",):
@@ -83,7 +86,7 @@ def scan(
         )
     from ..answers.asr import scan_asr
 
-    judge = asked.judge(judge, judge_template, judge_tokens)
+    judge = asked.judge(judge or "keywords", judge_template, judge_tokens)
     show_result(asked.run(scan_asr, judge=judge, keep_text=keep_text), top, asked)
 
 
@@ -103,11 +106,14 @@ def sahara(asked: Asked, group_size: GroupSize = 3, rank: Rank = 1, beam: Beam =
     _scanned(asked, run, group_size, group_size=group_size, rank=rank, beam=beam)
 
 
-def _scanned(asked: Asked, function, top: int, **own) -> None:
+def _scanned(asked: Asked, function, top: int, judged: dict | None = None, **own) -> None:
+    """judged: what `refusals` found, for the record."""
     if asked.given["plan"]:
-        show_report(asked.forecast(function, **own), asked.given["json"])
-    else:
-        show_result(asked.run(function, **own), top, asked)
+        return show_report(asked.forecast(function, **own), asked.given["json"])
+    result = asked.run(function, **own)
+    if judged is not None:
+        record_refusals(result, judged, asked)
+    show_result(result, top, asked)
 
 
 BenchPrompts = Annotated[

@@ -44,7 +44,10 @@ def test_evaluate_and_its_folder(capsys, tmp_path):
     status, text, err = run(capsys, *args, "--json")
     assert status == 0 and json.loads(text)["groups"] == result.summary(), err
     status, text, err = run(capsys, *args)
-    assert status == 0 and "nothing was run" in text and "(not kept)" in text, err
+    assert status == 0 and "nothing was run" in text and "prompt 1" not in text, err
+    assert "Ablation: undifferentiated (eps 1e-05)" in text and "less unablated" in text
+    status, text, err = run(capsys, *args, "--show-answers")
+    assert status == 0 and text.count("0-2+1-0 [") == 5 and "(not kept)" in text, err
 
 
 def test_a_scan_by_attack_success_rate_and_the_best_of_it(capsys, tmp_path):

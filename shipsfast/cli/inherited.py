@@ -1,0 +1,99 @@
+"""What `evaluate --run RUN` takes over from the run: all that made its numbers, so that heads are judged as they were found.
+
+Options that were given on the command line win, and what then differs is said. A folder holds no prompts, only hashes of
+their tokens: where an ablation needs the run's own, they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import InputError, note
+from ..runs.identity import prompt_hashes
+from ..runs.manifest import read_manifest
+
+OF_CHATS = ("system", "template_args", "template_date")  # what only a chat template reads
+SCALES = {"undifferentiated": "logit_scale", "scale": "output_scale"}
+
+
+def inherit(run: Path, given: dict, explicit: set[str]) -> dict:
+    """The options in `given` with those of the run in the place of defaults. explicit: names of what was given.
+
+    Raises InputError for what is no run, and for an ablation of it that cannot be evaluated.
+    """
+    manifest = read_manifest(run)
+    own = _options(manifest)
+    _check(run, own, explicit)
+    # A scale of another ablation's says nothing.
+    idle = {"scale"} if "ablation" in explicit and given["ablation"] != own.get("ablation") else set()
+    if "template" in explicit and given["template"] != own.get("template"):
+        idle |= set(OF_CHATS)
+    taken = {name: value for name, value in own.items() if name not in explicit | idle and name in given}
+    said = [f"{name} {value}" for name, value in taken.items() if _same(value) != _same(given[name])]
+    if said:
+        note(f"as in {run}: {', '.join(said)}")
+    other = [
+        f"--{name.replace('_', '-')} {given[name]} (there {own[name]})"
+        for name in own
+        if name in explicit and _same(given[name]) != _same(own[name])
+    ]
+    if other:
+        note(f"not as in {run}: {', '.join(other)}")
+    return given | taken
+
+
+def _options(manifest: dict) -> dict:
+    """What made the run, as options say it."""
+    identity, own = manifest["identity"], {}
+    ablation = identity.get("ablation")
+    if isinstance(ablation, dict) and isinstance(ablation.get("kind"), str):
+        own["ablation"] = ablation["kind"]
+        scale = ablation.get(SCALES.get(ablation["kind"], ""))
+        if isinstance(scale, (int, float)):
+            own["scale"] = repr(float(scale))
+    for name, value in (
+        ("unit", identity.get("unit")), ("dtype", identity.get("dtype")), ("template", manifest.get("template")),
+    ):  # fmt: skip
+        if isinstance(value, str):
+            own[name] = value
+    around = manifest.get("prompting")
+    if isinstance(around, dict):
+        texts = {name: around.get(name) for name in ("system", "prefix", "template_date")}
+        own |= {name: text for name, text in texts.items() if isinstance(text, str) and text}
+        if isinstance(around.get("template_args"), dict) and around["template_args"]:
+            own["template_args"] = [f"{name}={json.dumps(x)}" for name, x in around["template_args"].items()]
+    return own
+
+
+def _check(run: Path, own: dict, explicit: set[str]) -> None:
+    if own.get("ablation") == "resample" and "ablation" not in explicit:
+        raise InputError(
+            f"{run} was made with ablation resample, which matches positions one to one, and new text has no counterpart: "
+            "give --ablation with another"
+        )
+
+
+def _same(value) -> object:
+    text = str(value).replace("-", "_") if not isinstance(value, Path) else value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return text
+
+
+def check_source(run: Path, kind: str, token_ids: Callable[[], list[list[int]]], given: bool) -> None:
+    """Means are those of the run's prompts, whose hashes the folder has. token_ids: gives the prompts that the mean would be of;
+    given: by --source. Raises InputError where they are others and nobody asked for them."""
+    ablation = read_manifest(run)["identity"].get("ablation")
+    if kind != "mean" or not isinstance(ablation, dict) or ablation.get("kind") != "mean":
+        return
+    if sorted(ablation.get("prompts") or []) == sorted(prompt_hashes(token_ids())):
+        return
+    if given:
+        return note(f"not as in {run}: the mean there is of other prompts than --source has")
+    raise InputError(
+        f"{run} was made with ablation mean over prompts that the folder does not hold, only their hashes, and PROMPTS are "
+        "others: give the run's with --source"
+    )

@@ -1,0 +1,146 @@
+"""evaluate --run: everything that made the run, or a line about what differs. scan --judge: does the model refuse at all?"""
+
+import json
+
+import pytest
+
+import shipsfast
+from shipsfast.demo.run import MODEL, PROMPTS
+from shipsfast.runs.verify import verify
+from tests.support.command_line import refused, run
+
+TABOO, ORDINARY = PROMPTS / "taboo.csv", PROMPTS / "ordinary.csv"
+SHORT = ("--max-new-tokens", 12, "--quiet", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def made(capsys, runs, name: str, *how):
+    out = runs / name
+    if not out.exists():
+        args = ("--limit", 2, "--heads", "0-2,1-0", "--out", out, "-q", "--device", "cpu")
+        status, _, err = run(capsys, "scan", MODEL, TABOO, *args, *how)
+        assert status == 0, err
+    return out
+
+
+HOW = {
+    "scale": ("--ablation", "scale", "--scale", "0.25", "--template", "none", "--dtype", "float64"),
+    "mean": ("--ablation", "mean", "--prefix", "Well,"),
+    "kv": ("--ablation", "zero", "--unit", "kv_group", "--heads", "0-1"),
+    "resample": ("--ablation", "resample", "--source", str(TABOO), "--limit", 1, "--template", "chat"),
+}
+
+
+@pytest.mark.parametrize("name", ["scale", "kv", "mean"])
+def test_evaluate_inherits_what_made_the_run(capsys, runs, tmp_path, name):
+    out = made(capsys, runs, name, *HOW[name])
+    before = shipsfast.load(out)
+    args = ("evaluate", MODEL, TABOO, "--run", out, "--top", 1, "--limit", 2, "--out", tmp_path / "e", *SHORT)
+    status, text, err = run(capsys, *args)
+    assert status == 0, err
+    after = shipsfast.load(tmp_path / "e")
+    for field in ("ablation", "unit", "dtype", "prompts"):
+        assert after.identity[field] == before.identity[field], field
+    assert after.record["template"] == before.record["template"]
+    assert f"Ablation: {before.record['ablation']}" in text.replace("\n", " ")
+    assert f"as in {out}: " in err and before.identity["ablation"]["kind"] in err
+    assert after.groups[1] == [before.top(1)[0][:2]]
+
+
+def test_what_is_given_wins_and_is_said(capsys, runs):
+    out = made(capsys, runs, "scale", *HOW["scale"])
+    args = ("evaluate", MODEL, TABOO, "--run", out, "--top", 1, "--limit", 1, "--json", *SHORT)
+    status, text, err = run(capsys, *args, "--ablation", "zero", "--dtype", "float32")
+    assert status == 0, err
+    record = json.loads(text)["record"]
+    assert record["ablation"] == "zero" and record["template"] == "none"
+    assert f"not as in {out}: --ablation zero (there scale), --dtype float32 (there float64)" in err
+    status, text, err = run(capsys, *args, "--scale", "0.5")
+    assert json.loads(text)["record"]["ablation"] == "scale (eps 0.5)" and "--scale 0.5 (there 0.25)" in err
+
+
+def test_what_a_folder_does_not_hold_is_asked_for(capsys, runs):
+    out = made(capsys, runs, "mean", *HOW["mean"])
+    args = ("evaluate", MODEL, ORDINARY, "--run", out, "--top", 1, "--limit", 2)
+    status, text, err = run(capsys, *args, *SHORT)
+    assert status == 2 and text == "" and "give the run's with --source" in err
+    prompts = runs / "two.csv"
+    prompts.write_text("".join(TABOO.read_text().splitlines(keepends=True)[:3]))
+    status, text, err = run(capsys, *args, *SHORT, "--source", prompts)
+    assert status == 0 and "Ablation: mean" in text and "not as in" not in err, err
+    status, _, err = run(capsys, *args, *SHORT, "--source", ORDINARY)
+    assert status == 0 and "the mean there is of other prompts" in err
+
+
+def test_a_run_that_text_cannot_follow_is_refused(capsys, runs):
+    out = made(capsys, runs, "resample", *HOW["resample"])
+    assert "new text has no counterpart" in refused(capsys, "evaluate", MODEL, TABOO, "--run", out)
+    kv = made(capsys, runs, "kv", *HOW["kv"])
+    status, _, err = run(capsys, "evaluate", MODEL, TABOO, "--run", kv, "--unit", "head", "-q")
+    assert status == 2 and "is about kv_groups" in err
+
+
+@pytest.mark.parametrize(("prompts", "refuses"), [(TABOO, 3), (ORDINARY, 0)], ids=["taboo", "ordinary"])
+def test_a_scan_says_how_often_the_model_refuses(capsys, tmp_path, prompts, refuses):
+    out = tmp_path / "run"
+    args = (
+        "scan",
+        MODEL,
+        prompts,
+        "--limit",
+        3,
+        "--heads",
+        "0-2",
+        "--out",
+        out,
+        "--judge",
+        "keywords",
+        *SHORT,
+    )
+    status, text, err = run(capsys, *args)
+    assert status == 0, err
+    text = " ".join(text.split())
+    assert f"the unablated model refuses {refuses} of 3 prompts (" in text and "judge keywords" in text
+    assert ("refuses none of these 3 prompts" in text) == (refuses == 0)
+    found = shipsfast.load(out).record["refusals"]
+    assert (found["refused"], found["prompts"]) == (refuses, 3) and verify(out)["verdict"] == "sound"
+    status, text, err = run(capsys, *args, "--json")
+    assert status == 0 and json.loads(text)["record"]["refusals"] == found, err
+    plain = ("scan", MODEL, prompts, "--limit", 3, "--heads", "0-2", "--out", out, "-q", "--device", "cpu")
+    status, text, err = run(capsys, *plain)
+    assert status == 0 and f"refuses {refuses} of 3" in " ".join(text.split()) and "nothing was run" in text
+
+
+def test_progress_moves_while_answers_decode(capsys, monkeypatch):
+    """Rows that all end in the same step: the bar has moved before, and ends at all of them."""
+    from shipsfast.answers import answers_bar
+
+    seen = []
+
+    class Bar(answers_bar.AnswersBar):
+        def underway(self, tokens):
+            super().underway(tokens)
+            seen.append((self.finished, self._bar.n))
+
+    monkeypatch.setattr("shipsfast.answers.queue.AnswersBar", Bar)
+    args = (
+        "scan",
+        MODEL,
+        TABOO,
+        "--rank-by",
+        "asr",
+        "--limit",
+        2,
+        "--heads",
+        "0-2",
+        "--eos-token-id",
+        "none",
+    )
+    assert run(capsys, *args, "--max-new-tokens", 8, "--device", "cpu", "--template", "chat")[0] == 0
+    moved = [n for finished, n in seen if finished == 0]
+    assert moved == sorted(moved) and len(moved) >= 5 and 0 < moved[0] < moved[-1] < 4
+    assert seen[-1] == (4, 4)
