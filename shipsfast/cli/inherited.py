@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InputError, note
-from ..runs.identity import prompt_hashes
-from ..runs.manifest import read_manifest
 
 OF_CHATS = ("system", "template_args", "template_date")  # what only a chat template reads
 SCALES = {"undifferentiated": "logit_scale", "scale": "output_scale"}
@@ -23,6 +21,8 @@ def inherit(run: Path, given: dict, explicit: set[str]) -> dict:
 
     Raises InputError for what is no run, and for an ablation of it that cannot be evaluated.
     """
+    from ..runs.manifest import read_manifest
+
     manifest = read_manifest(run)
     own = _options(manifest)
     _check(run, own, explicit)
@@ -86,6 +86,9 @@ def _same(value) -> object:
 def check_source(run: Path, kind: str, token_ids: Callable[[], list[list[int]]], given: bool) -> None:
     """Means are those of the run's prompts, whose hashes the folder has. token_ids: gives the prompts that the mean would be of;
     given: by --source. Raises InputError where they are others and nobody asked for them."""
+    from ..runs.identity import prompt_hashes
+    from ..runs.manifest import read_manifest
+
     ablation = read_manifest(run)["identity"].get("ablation")
     if kind != "mean" or not isinstance(ablation, dict) or ablation.get("kind") != "mean":
         return

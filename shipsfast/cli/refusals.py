@@ -3,7 +3,6 @@ about refusals. Scans and answers do not know each other, so the two are joined 
 
 from __future__ import annotations
 
-from ..runs.folder import RunFolder
 from .asked import Asked
 
 
@@ -31,6 +30,8 @@ def record_refusals(result, found: dict, asked: Asked) -> None:
     result.record |= added
     out = asked.given["out"]
     if out is not None:
+        from ..runs.folder import RunFolder
+
         folder = RunFolder(out, result.identity, result.record)
         try:
             folder.update(**added)

@@ -94,6 +94,8 @@ def _others():
         return [
             result.completions.label.tobytes(),
             result.completions.sha256.tolist(),
+            result.completions.nll_nats.tobytes(),
+            result.control.completions.nll_nats.tobytes(),
             result.control.kl_nats.tobytes(),
         ]
 

@@ -126,6 +126,14 @@ def test_word_salad_in_the_control_is_a_break():
     assert result.control.incoherent.tolist() == [0.5] and "50%" in result.warnings()[-1]
 
 
+def test_own_answers_to_control_prompts_set_the_limit_too():
+    """Refusals known by heart are likelier than any answer: 0.2 nats here, and 3.0 on ordinary prompts."""
+    rows = said(["c", "c"], nll=[[4.0], [3.0]])
+    result = evaluation(["c"], "r", Control(np.zeros((1, 1)), rows, 8), nll=[[4.0], [0.2]])
+    assert result.limit_nats == 5.0 and result.labels == [["complied"]]
+    assert evaluation(["c"], "r", nll=[[4.0], [0.2]]).labels == [["incoherent"]]
+
+
 def test_summary_and_labels_have_what_is_new():
     result = evaluation(["cc"], "rr", nll=[[0.5, 9.0], [0.5, 0.5]])
     row = result.summary()[0]
