@@ -17,7 +17,6 @@ from .decode import decode, longest
 from .generation import Generation
 from .judges.judge import Completion, around_unfinished
 from .judges.thought import answers_of
-from .judges.judge import Completion
 from .likelihood import Likelihood
 from .self_check import check_generation
 
