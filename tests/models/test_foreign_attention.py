@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -108,6 +109,19 @@ def test_what_no_name_tells_is_seen_in_the_answers(monkeypatch, call, dtype):
     with pytest.raises(
         shipsfast.UnsupportedModelError, match="gives other answers with shipsfast's attention in place"
     ):
+        CALLS[call](model)
+
+
+@pytest.mark.parametrize("call", ["scan", "scan_dataset", "sahara"])
+def test_where_weights_are_elsewhere_the_passes_of_the_scan_itself_tell(monkeypatch, call):
+    import transformers.integrations.sdpa_attention as inside
+
+    model = cpu_offload(build(), execution_device=torch.device("cpu"))
+    CALLS[call](model)
+    own = inside.repeat_kv
+    monkeypatch.setattr(inside, "repeat_kv", lambda x, n: own(x, n) * 0.5)
+    monkeypatch.setattr(inside, "use_gqa_in_sdpa", lambda *_a, **_k: False)
+    with pytest.raises(shipsfast.UnsupportedModelError, match="of the model's own forward|are packed"):
         CALLS[call](model)
 
 
