@@ -18,8 +18,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..errors import InputError, UnsupportedModelError
-from .anatomy import base_model
 from .checkpoint import ADAPTER, ORIGIN, Checkpoint, find
+from .wrappers import base_model
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"

@@ -127,7 +127,7 @@ def test_the_command_line_tells_before_it_imports_transformers(tmp_path):
         "PYTHONPATH": os.pathsep.join(sys.path), "HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}", "PYTHONPROFILEIMPORTTIME": "1",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "shipsfast", "scan", "nobody/none", str(tmp_path / "prompts.txt")],
+        [sys.executable, "-m", "shipsfast", "scan", "nobody/none", str(tmp_path / "prompts.txt"), "-q"],
         env=os.environ | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
