@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InputError, whole_number
+from ..hub import unreachable
 from ..text import counted
 from . import arrow_files, files
 from .chats import CUT, NoPrompt, Prompt, as_prompt, joined
@@ -233,13 +234,18 @@ def _from_hub(name: str, repository: str, config: str | None, split: str | None)
         raise InputError(
             f"datasets {datasets.__version__} can run code of a data set: pip install -U 'datasets>=4'"
         )
+    # Without a hub only what was downloaded before is looked for: the library tries for most of a minute.
+    why, before = unreachable(), datasets.config.HF_HUB_OFFLINE
     try:
+        datasets.config.HF_HUB_OFFLINE = before or why is not None
         splits = datasets.load_dataset(repository, config or None)
     except Exception as error:  # of many libraries: the hub's, fsspec's, pyarrow's, their own
         raise InputError(
             f"no prompt file at {name}, and it cannot be loaded from the hub as owner/name[:config[:split]]: "
-            f"{' '.join(str(error).split())}"
+            f"{why or ' '.join(str(error).split())}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
     split = _one_split(name, list(splits), split, f"{repository}:{config or ''}:SPLIT")
     rows = splits[split]
     where = {"data_set": repository} | ({"config": config} if config else {}) | {"split": split}

@@ -183,9 +183,10 @@ def hub(monkeypatch):
             return {"train": Rows({"prompt": ["a", second]})}
         return {"harmful": rows, "benign": rows}
 
-    monkeypatch.setitem(
-        sys.modules, "datasets", SimpleNamespace(__version__="4.1.0", load_dataset=load_dataset)
-    )
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    library = SimpleNamespace(__version__="4.1.0", load_dataset=load_dataset, config=config)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr("shipsfast.prompts.datasets.unreachable", lambda: None)
     return asked
 
 
@@ -235,6 +236,23 @@ def test_data_sets_that_cannot_be_read(hub, tmp_path, monkeypatch, name, message
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="village/one has no column 'text': it has prompt"):
         load_prompts("village/one", "text")
+
+
+def test_without_a_hub_only_what_was_downloaded_is_looked_for(hub, tmp_path, monkeypatch):
+    """The library itself tries for most of a minute."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shipsfast.prompts.datasets.unreachable", lambda: "the hub is out at sea")
+    offline, load = [], datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *x: offline.append(datasets.config.HF_HUB_OFFLINE) or load(*x)
+    )
+    assert load_prompts("village/one") == ["a", "b"]  # as one that was downloaded
+    with pytest.raises(InputError, match="no prompt file at nobody/nothing, .*: the hub is out at sea"):
+        load_prompts("nobody/nothing")
+    assert offline == [True, True]
+    assert datasets.config.HF_HUB_OFFLINE is False
 
 
 @pytest.mark.parametrize(
