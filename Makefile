@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: make demo, make test. Python 3.11 or 3.12 and a C++ compiler are all they need.
+# Two commands on a fresh machine: make demo, make test. Python 3.11 to 3.13 and a C++ compiler are all they need.
 .PHONY: demo test real wheel test-gpu test-matrix test-sanitizers env bench bench-gpu lint clean
 
 demo: env ## scan the embedded model, write demo-run/

@@ -8,13 +8,13 @@ extras="${1:-}" # "test" adds what the tests need, "lint" what make lint does
 stop() { echo "shipsfast: $1" >&2; exit 2; }
 
 python=""
-for candidate in ${PYTHON:-} python3.12 python3.11 python3; do
-  if "$candidate" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+for candidate in ${PYTHON:-} python3.12 python3.11 python3.13 python3; do
+  if "$candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; then
     python="$candidate"
     break
   fi
 done
-[ -n "$python" ] || stop "Python 3.11 or 3.12 is needed and was not found: install one, or set PYTHON to its path"
+[ -n "$python" ] || stop "Python 3.11 or newer is needed and was not found: install one, or set PYTHON to its path"
 compiler="${CXX:-c++}"
 command -v "${compiler%% *}" >/dev/null || stop "a C++ compiler is needed and ${compiler%% *} was not found: install g++ or clang++, or set CXX"
 

@@ -4,7 +4,6 @@ import copy
 import os
 
 import pytest
-import torch
 
 from tools.real.fetch import NotToBeHad, smollm2
 
@@ -31,17 +30,16 @@ def gguf():
 
 @pytest.fixture(scope="session")
 def tokenizer(gguf):
-    from transformers import AutoTokenizer
+    from shipsfast.models.loading import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return load_tokenizer(str(gguf))
 
 
 @pytest.fixture(scope="session")
 def model(gguf):
-    from transformers import AutoModelForCausalLM
+    from shipsfast.models.loading import load_model
 
-    found = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    return found.eval()
+    return load_model(str(gguf), dtype="float32")
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +49,13 @@ def wide(model):
 
 
 @pytest.fixture(scope="session")
-def ids(tokenizer):
-    """The prompts in the model's chat template, as the model's own tokenizer has them."""
+def ids(gguf):
+    """The prompts in the model's chat template, as transformers itself makes tokens of them."""
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     return [
-        tokenizer.apply_chat_template(
+        plain.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
         )
         for prompt in PROMPTS

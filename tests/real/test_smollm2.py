@@ -1,6 +1,7 @@
 """What shipsfast says of a real chat model, held against plain passes with hooks: one prompt, one head at a time, no cache."""
 
 import copy
+import json
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from scipy.stats import spearmanr
 
 import shipsfast
+from tests.support.command_line import run
 from tests.support.hooks import Off, Oracle, forward, kl_nats
 
 from .conftest import PROMPTS
@@ -119,21 +121,45 @@ def test_generation_under_ablation(model, tokenizer, ids):
 
 def test_bfloat16_agrees_with_float32(model, scanned, ids):
     """1,080 scores. What was seen: 9 of the first ten, Spearman 0.994."""
-    narrow = shipsfast.scan(copy.deepcopy(model).bfloat16(), ids, progress=False).mean().ravel()
-    wide = scanned.mean().ravel()
+    result = shipsfast.scan(copy.deepcopy(model).bfloat16(), ids, progress=False)
+    narrow, wide = result.mean().ravel(), scanned.mean().ravel()
     both = set(np.argsort(-narrow)[:10]) & set(np.argsort(-wide)[:10])
     assert len(both) >= 8
     assert spearmanr(narrow, wide).statistic >= 0.98
+    # What it says of its own error, from a dozen scores, is what all of them show.
+    true = np.abs(result.kl - scanned.kl) / scanned.kl
+    assert result.error.against == "float32"
+    assert result.error.relative["median"] / 3 <= np.median(true) <= 3 * result.error.relative["median"]
+    assert result.error.relative["max"] >= np.quantile(true, 0.7)
+
+
+def test_on_the_command_line(capsys, gguf, scanned, tmp_path):
+    """The file as it is, the prompts in a file, the chat template unasked."""
+    (tmp_path / "mild.txt").write_text("\n".join(PROMPTS))
+    heads = ",".join(f"{layer}-{head}" for layer, head in SAMPLE)
+    status, out, _ = run(
+        capsys,
+        "scan",
+        gguf,
+        tmp_path / "mild.txt",
+        "--heads",
+        heads,
+        "--json",
+        "-q",
+        "--out",
+        tmp_path / "run",
+    )
+    found = json.loads(out)["record"]
+    assert status == 0 and found["template"] == "chat"
+    assert found["model"]["gguf"]["file"] == gguf.name and "Q4_1" in str(found["model"]["gguf"])
+    np.testing.assert_allclose(shipsfast.load(tmp_path / "run").kl[AT], scanned.kl[AT], rtol=1e-3)
 
 
 CHILD = """
-import sys, shipsfast
-from pathlib import Path
-from tests.real.test_smollm2 import SAMPLE, _scan_in_parts
-from transformers import AutoModelForCausalLM
-file = Path(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32").eval()
-_scan_in_parts(model, eval(sys.argv[3]), sys.argv[2])
+import sys
+from shipsfast.models.loading import load_model
+from tests.real.test_smollm2 import _scan_in_parts
+_scan_in_parts(load_model(sys.argv[1], dtype="float32"), eval(sys.argv[3]), sys.argv[2])
 """
 
 
