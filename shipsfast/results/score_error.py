@@ -22,7 +22,7 @@ import numpy as np
 from .statistics import or_none
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
-LEAST_FOR_P90 = 10  # draws; fewer say nothing of a tail
+LEAST_FOR_P90 = 9  # draws; of fewer, nine tenths are expected within none
 
 
 class Rescored(NamedTuple):
@@ -78,13 +78,14 @@ class ScoreError:
         return self._quantiles(lambda x: x.error / abs(x.expected) if x.expected else np.nan)
 
     def _quantiles(self, value) -> dict[str, float]:
-        """Of those drawn, and the largest of all."""
+        """Of those drawn, and the largest of all. Another score is within the k-th of n draws with probability k / (n + 1)
+        (Weibull's plotting positions); linear interpolation would promise more than small samples hold."""
         found = {}
         for name, at in QUANTILES.items():
             values = np.array([value(x) for x in self.rescored if x.drawn or at == 1])
             values = values[~np.isnan(values)]
             enough = values.size >= (LEAST_FOR_P90 if name == "p90" else 1)
-            found[name] = float(np.quantile(values, at)) if enough else np.nan
+            found[name] = float(np.quantile(values, at, method="weibull")) if enough else np.nan
         return found
 
     @property

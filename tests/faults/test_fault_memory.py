@@ -96,17 +96,17 @@ def test_out_of_memory_at_any_operator(tmp_path, monkeypatch, model, name):
 def test_no_memory_at_all_says_so_and_keeps_what_is_there(tmp_path, model):
     before = state(model)
     with Calls() as calls:
-        whole = scan(tmp_path / "whole", model)
+        whole = scan(tmp_path / "whole", model, rescored=0)  # which goes on without memory
     for share in (0.0, 0.4, 0.999):
         out = tmp_path / str(share)
         with (
             Calls(int(1 + share * calls.count), 10**9),
             pytest.raises(shipsfast.InputError, match="out of memory"),
         ):
-            scan(out, model)
+            scan(out, model, rescored=0)
         assert_same(dict(before), state(model))
         assert share == 0.0 or (list(out.glob("scores/part-*")) and verify(out)["verdict"] == "unfinished")
-        np.testing.assert_allclose(scan(out, model).kl, whole.kl, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(scan(out, model, rescored=0).kl, whole.kl, rtol=0, atol=1e-12)
     found("out of memory", 3)
 
 

@@ -8,6 +8,7 @@ import torch
 
 import shipsfast
 from shipsfast.results.equality import equal
+from tests.support.evaluations import CONTROL, evaluate
 from tests.support.models import build
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [11, 12]]
@@ -52,3 +53,12 @@ def test_what_is_alike():
     words = np.array(["a", ""], dtype=object)
     assert equal(words, words.copy()) and not equal(words, np.array(["a", "b"], dtype=object))
     assert not equal(torch.tensor(1.0), "x")
+
+
+def test_evaluations(tmp_path):
+    how = dict(control=CONTROL, keep_text=True)
+    one, other = evaluate(out=tmp_path / "run", **how), evaluate(**how)
+    assert one == other and one.completions == other.completions and one == shipsfast.load(tmp_path / "run")
+    changed = copy.deepcopy(one)
+    changed.completions.num_tokens[0, 0] += 1
+    assert one != changed and one.completions != changed.completions and one.control == other.control
