@@ -73,7 +73,7 @@ def _check_whole(model) -> None:
         return
     for name, module in model.named_modules():
         # By their names: not every build of torch has them to import, and they are slow to.
-        kinds = [type(module), *(type(p.data) for p in module._parameters.values() if p is not None)]
+        kinds = [type(module), *(type(p) for p in module._parameters.values() if p is not None)]
         if any(c.__name__ in ("FullyShardedDataParallel", "DTensor") for kind in kinds for c in kind.__mro__):
             where = f"{name} ({type(module).__name__})" if name else type(module).__name__
             raise UnsupportedModelError(
