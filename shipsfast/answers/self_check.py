@@ -32,7 +32,7 @@ def refuse_token(generation, group: int, prompt: int, text: list[int]) -> NoRetu
 
 # By how much the logit of a generated token may fall short of the one it had to reach, relative to the spread of the
 # logits, before the model is refused.
-ALARM_LOGIT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.1}
+ALARM_LOGIT = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 @torch.inference_mode()

@@ -120,9 +120,8 @@ def check_own_forward(model: PreTrainedModel, anatomy: Anatomy) -> None:
         return  # known attention that runs elsewhere only (paged, flash): there is nothing it could have lost here
     with dense_rows(model, anatomy, HeadMask(((),), Ablation())):
         ours = plain_pass(model, [ids])[0].to(plain.device)
-    readable = (
-        (~torch.isnan(plain).any(-1)).nonzero().flatten()
-    )  # what is no number is refused where it is used
+    # What is no number is refused where it is used; -inf are tokens that the model rules out.
+    readable = (torch.isfinite(plain) | (plain == -torch.inf)).all(-1).nonzero().flatten()
     if not len(readable):
         return
     nats = kl_rows(plain[readable], ours[readable], torch.arange(len(readable), device=plain.device))

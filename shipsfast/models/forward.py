@@ -17,9 +17,10 @@ BY_BATCH = ("torch.ao.nn.quantized", "torch.nn.quantized")  # where their classe
 
 # By how much, in nats and relative to a score, what shipsfast runs and single spot-checked scores may differ from the model's
 # own forward before the model is refused. These are alarms for a model that does something unknown, far above rounding; how
-# exact a scan is shows in its noise floor.
+# exact a scan is shows in its noise floor. Float64 models round to float32 inside transformers' norms: on a deep one, two ways to
+# the same number were seen to differ by 3e-7 of a hidden state's norm.
 ALARM_NATS = {
-    torch.float64: (1e-8, 1e-6),
+    torch.float64: (1e-6, 1e-4),
     torch.float32: (1e-4, 1e-3),
     torch.bfloat16: (0.1, 0.2),
     torch.float16: (0.02, 0.1),

@@ -18,7 +18,7 @@ from ..ops.divergences import kl_rows
 from .prepare import Prepared
 
 # The same as ALARM_NATS for hidden states: the largest difference relative to their norm.
-ALARM_HIDDEN = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+ALARM_HIDDEN = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 def own_layers_hint(prepared: Prepared) -> str:

@@ -11,6 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import shipsfast
 from shipsfast.cli import main
+from shipsfast.demo.run import MODEL
 from shipsfast.models.loading import load_model
 from shipsfast.results.tables import as_json, show
 from tests.support.checkpoints import device_map, load_offloaded, save
@@ -248,7 +249,7 @@ def test_unknown_policies_are_refused(capsys, monkeypatch, tmp_path):
         scan(build(), nonfinite="zero")
     prompts = tmp_path / "p.txt"
     prompts.write_text("one\n")
-    monkeypatch.setattr("sys.argv", ["shipsfast", "scan", "M", str(prompts), "--nonfinite", "zero"])
+    monkeypatch.setattr("sys.argv", ["shipsfast", "scan", str(MODEL), str(prompts), "--nonfinite", "zero"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and "--nonfinite zero: expected raise or mark" in capsys.readouterr().err
