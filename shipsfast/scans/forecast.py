@@ -28,6 +28,7 @@ from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
 from ..models.attention_hook import LONG
 from ..models.loading import as_device, first_line
+from ..models.wider import WIDER, copy_bytes
 from ..ops.prefix_tree import pack
 from ..ops.tree_attention import BACKENDS, resolve_backend
 from ..text import counted
@@ -48,7 +49,8 @@ class Forecast:
     memory: bytes by part ("model", "ends", "rows", "chunk", "head", "kept"), of which rows with chunk and head take turns; passes: over the
     layers, checks included; blocks: of heads, for each group of prompts; flops_per_s, read_bytes_per_s: rates measured now
     (of `rates` the median), None where they cannot be, or nothing is streamed; seconds, best_seconds: at the median and at the
-    best rate, None where a rate is wanting; limits: why it is not one block.
+    best rate, None where a rate is wanting; limits: why it is not one block; copy_bytes: of the wider copy that scores are
+    held against after the scan, if so much is free then, 0 where none is made.
     """
 
     kind: str
@@ -71,6 +73,7 @@ class Forecast:
     blocks: int
     rates: Rates | None
     best_seconds: float | None
+    copy_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -110,6 +113,12 @@ class Forecast:
                 f"larger of rows {_gib(parts['rows'])} with a layer at work {_gib(parts['chunk'])} and the head "
                 f"{_gib(parts['head'])} + kept {_gib(parts['kept'])}; "
                 f"{_gib(plan.memory_limit_bytes)} may be used beyond the model"
+            ),
+            *(
+                [
+                    f"error   afterwards a wider copy of the model, {_gib(self.copy_bytes)}, if so much may be used then"
+                ]
+                * bool(self.copy_bytes)
             ),
             f"time    {seconds}{rate}",
             *(f"busy    {warning}" for warning in [self.rates and self.rates.warning] if warning),
@@ -211,6 +220,7 @@ def forecast(
         seconds=took(rates and rates.median, reading=reading, stream=stream),
         best_seconds=took(rates and rates.best, reading=reading, stream=stream),
         blocks=len(cut), rates=rates,
+        copy_bytes=0 if stream or not execution.rescored or model.dtype not in WIDER else copy_bytes(model),
         limits=_limits(plan, fit, len(units), len(token_ids), blocks, device),
     )  # fmt: skip
 

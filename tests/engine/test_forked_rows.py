@@ -66,7 +66,7 @@ def in_float64(monkeypatch) -> list[bool]:
 
     for norm in NORMS:
         monkeypatch.setattr(norm, "forward", forward)
-    monkeypatch.setattr(fused_layer, "_is_patched", lambda _function: False)
+    monkeypatch.setattr(fused_layer, "is_patched", lambda _function: False)
     found = []
 
     def pays(*args, dtype, **how):

@@ -131,7 +131,8 @@ def test_a_chunk_stays_within_the_plan(family, per_chunk):
     tokens = 300
     with Live() as live:
         result = shipsfast.scan(
-            model, prompts, layers="fused", chunk_tokens=per_chunk * tokens, heads=[(0, None), (1, 2)], progress=False
+            model, prompts, layers="fused", chunk_tokens=per_chunk * tokens, heads=[(0, None), (1, 2)], progress=False,
+            rescored=0,
         )  # fmt: skip
     packed = (
         loaded_bytes(model.model.layers[0], torch.device("cpu")) // 2 * CAN_PACK

@@ -48,7 +48,12 @@ def peak(name: str, limit_mib: int) -> dict:
     gc.collect()
     with peak_memory(torch.device("cpu")) as found:
         result = shipsfast.scan(
-            subject, ids, progress=False, layers="model", max_memory=limit_mib << 20 if limit_mib else None
+            subject,
+            ids,
+            progress=False,
+            layers="model",
+            max_memory=limit_mib << 20 if limit_mib else None,
+            rescored=0,
         )
     return {"peak_mib": found[0], "plan": result.record["plan"]}
 
