@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import InputError, note
 
 OF_CHATS = ("system", "template_args", "template_date")  # what only a chat template reads
+OPTIONS = {"template_args": "template-arg"}  # where an option has another name
 SCALES = {"undifferentiated": "logit_scale", "scale": "output_scale"}
 
 
@@ -31,11 +32,11 @@ def inherit(run: Path, given: dict, explicit: set[str]) -> dict:
     if "template" in explicit and given["template"] != own.get("template"):
         idle |= set(OF_CHATS)
     taken = {name: value for name, value in own.items() if name not in explicit | idle and name in given}
-    said = [f"{name} {value}" for name, value in taken.items() if _same(value) != _same(given[name])]
+    said = [f"{name} {_shown(value)}" for name, value in taken.items() if _same(value) != _same(given[name])]
     if said:
         note(f"as in {run}: {', '.join(said)}")
     other = [
-        f"--{name.replace('_', '-')} {given[name]} (there {own[name]})"
+        f"--{OPTIONS.get(name, name.replace('_', '-'))} {_shown(given[name])} (there {_shown(own[name])})"
         for name in own
         if name in explicit and _same(given[name]) != _same(own[name])
     ]
@@ -60,10 +61,13 @@ def _options(manifest: dict) -> dict:
             own[name] = value
     around = manifest.get("prompting")
     if isinstance(around, dict):
-        texts = {name: around.get(name) for name in ("system", "prefix", "template_date")}
-        own |= {name: text for name, text in texts.items() if isinstance(text, str) and text}
-        if isinstance(around.get("template_args"), dict) and around["template_args"]:
-            own["template_args"] = [f"{name}={json.dumps(x)}" for name, x in around["template_args"].items()]
+        # What was not given counts too: an option of today's may differ from it. An empty system message is one.
+        own |= {name: around[name] for name in ("system", "prefix") if name in around}
+        if isinstance(around.get("template_date"), str):
+            own["template_date"] = around["template_date"]
+        if isinstance(around.get("template_args"), dict):
+            args = [f"{name}={json.dumps(x)}" for name, x in around["template_args"].items()]
+            own["template_args"] = args or None
     return own
 
 
@@ -75,7 +79,17 @@ def _check(run: Path, own: dict, explicit: set[str]) -> None:
         )
 
 
+def _shown(value) -> str:
+    if isinstance(value, list):
+        return " ".join(value)
+    return "none" if value is None else str(value) or "''"
+
+
 def _same(value) -> object:
+    if isinstance(value, list):  # --template-arg, in any order
+        from ..prompts.wrapping import TemplateArgs
+
+        return TemplateArgs.parse(value)
     text = str(value).replace("-", "_") if not isinstance(value, Path) else value
     try:
         return float(value)

@@ -1,6 +1,7 @@
 """evaluate --run: everything that made the run, or a line about what differs. scan --judge: does the model refuse at all?"""
 
 import json
+import shutil
 
 import pytest
 
@@ -61,6 +62,47 @@ def test_what_is_given_wins_and_is_said(capsys, runs):
     assert f"not as in {out}: --ablation zero (there scale), --dtype float32 (there float64)" in err
     status, text, err = run(capsys, *args, "--scale", "0.5")
     assert json.loads(text)["record"]["ablation"] == "scale (eps 0.5)" and "--scale 0.5 (there 0.25)" in err
+
+
+@pytest.fixture
+def polite(tmp_path):
+    """The model with a template that has a system message of its own, for conversations that have none."""
+    folder = shutil.copytree(MODEL, tmp_path / "polite")
+    template = (
+        "{% if messages[0].role != 'system' %}<|begin|>Be kind.<|end|>{% endif %}{% if loud is defined %}!{% endif %}"
+        "{% for m in messages %}<|begin|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--system", ""),
+        ("--system", "Be brief."),
+        ("--prefix", "Well,"),
+        ("--template-arg", "loud=true"),
+    ],
+    ids=["empty system", "system", "prefix", "argument"],
+)
+def test_what_was_around_the_prompts_is_inherited(capsys, tmp_path, polite, how):
+    """An empty system message is none of the template's own."""
+    common = ("--limit", 2, "-q", "--device", "cpu")
+    before, plain, after = (tmp_path / name for name in ("before", "plain", "after"))
+    for out, more in ((before, how), (plain, ())):
+        args = ("scan", polite, TABOO, "--heads", "0-2", "--out", out, *common, *more)
+        assert run(capsys, *args)[0] == 0
+    tokens = shipsfast.load(before).identity["prompts"]
+    assert tokens != shipsfast.load(plain).identity["prompts"]
+    args = ("evaluate", polite, TABOO, "--top", 1, "--max-new-tokens", 4, *common)
+    status, _, err = run(capsys, *args, "--run", before, "--out", after)
+    assert status == 0 and shipsfast.load(after).identity["prompts"] == tokens, err
+    status, _, err = run(capsys, *args, "--run", plain, *how)
+    there = "''" if how[0] == "--prefix" else "none"
+    assert status == 0 and f"not as in {plain}: {how[0]} {how[1] or repr('')} (there {there})" in err
+    status, _, err = run(capsys, *args, "--run", before, *how)
+    assert status == 0 and "not as in" not in err
 
 
 def test_what_a_folder_does_not_hold_is_asked_for(capsys, runs):
