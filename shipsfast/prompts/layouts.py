@@ -24,7 +24,21 @@ COLUMNS = (
     "forbidden_prompt",
     *CHATS,
 )
-BESIDE = ("context", "contextstring", "history", "system", "system_prompt")  # what may belong to a prompt
+# What may belong to a prompt.
+BESIDE = (
+    "context",
+    "contextstring",
+    "passage",
+    "history",
+    "system",
+    "system_prompt",
+    "choices",
+    "options",
+)
+# What a text is about, and no text holds.
+MEDIA = (
+    "image", "images", "image_path", "image_url", "img", "picture", "pixel_values", "video", "videos", "audio", "audios",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,12 @@ def choose(columns: Sequence[str] | None, path: str | Path, column: str | None) 
     if column is not None:
         return Layout(None, _named(columns, path, column))
     found = {name.strip().lower(): name for name in reversed(columns)}
+    media = [name for name in columns if name.strip().lower() in MEDIA]
+    if media:
+        raise InputError(
+            f"{path} has prompts with {', '.join(media)}, and only text is read: name the column of the text with --column to "
+            "scan it without them"
+        )
     prompts = [name for name in columns if name.strip().lower() in COLUMNS]
     beside = [name for name in columns if name.strip().lower() in BESIDE]
     meant = [name.strip().lower() for name in (*prompts, *beside)]

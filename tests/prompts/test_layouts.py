@@ -135,3 +135,20 @@ def test_nothing_of_a_column_is_a_missing_context(tmp_path):
 def test_a_set_of_many_kinds_is_not_counted(tmp_path):
     path = write(tmp_path / "p.csv", ("prompt", "category"), [(f"p{i}", f"c{i}") for i in range(21)])
     assert "kinds" not in read_prompts(path).origin
+
+
+@pytest.mark.parametrize("name", ["image", "Images", "image_url", "video", "audio"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_prompts_about_pictures_are_refused_in_words(tmp_path, suffix, name):
+    """Their text alone asks about nothing."""
+    path = write(tmp_path / f"p{suffix}", ("id", "question", name), [("1", KETTLE, "kettle.png")])
+    with pytest.raises(InputError, match=f"has prompts with {name}, and only text is read: .* with --column"):
+        load_prompts(path)
+    assert load_prompts(path, "question") == [KETTLE]
+
+
+@pytest.mark.parametrize("name", ["passage", "choices", "options"])
+def test_what_a_question_is_about_is_not_left_away(tmp_path, name):
+    path = write(tmp_path / "p.csv", ("question", name), [(KETTLE, LANTERN)])
+    with pytest.raises(InputError, match=f"several columns that may be of the prompt, question, {name}"):
+        load_prompts(path)
