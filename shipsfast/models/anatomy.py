@@ -103,8 +103,13 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights:
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = context if context and context > 0 else None
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary, media = model.get_input_embeddings().weight.shape[0], _media_tokens(model)
     for i, ids in enumerate(token_ids):
+        if media and not media.isdisjoint(ids):
+            raise InputError(
+                f"prompt {i} has token {min(media.intersection(ids))}, in whose place {type(model).__name__} wants an image or "
+                "other media, and only text is read: take its placeholder out of the prompt"
+            )
         if context is not None and len(ids) > context:
             raise InputError(
                 f"prompt {i} has {len(ids)} tokens, and the model's context is {context}: shorten or remove it"
@@ -116,6 +121,16 @@ def check_model(model, token_ids: list[list[int]], new_tokens: int = 0, weights:
             )
         if not (0 <= min(ids) and max(ids) < vocabulary):
             raise InputError(f"prompt {i} has token ids outside the model's vocabulary of {vocabulary}")
+
+
+def _media_tokens(model: PreTrainedModel) -> set[int]:
+    """Ids of tokens that stand for images, videos or sounds, which are put in their place."""
+    named = (
+        getattr(model.config, f"{kind}_token_{end}", None)
+        for kind in ("image", "video", "audio")
+        for end in ("id", "index")
+    )
+    return {token for token in named if isinstance(token, int)}
 
 
 def check_own_dtype(model: PreTrainedModel, anatomy: Anatomy) -> None:

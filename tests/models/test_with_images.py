@@ -107,3 +107,18 @@ def test_missing_weights_are_refused(capsys, tmp_path):
     lost = next(k for k in weights if "language_model" in k and "q_proj" in k)
     save_file({k: x for k, x in weights.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
     assert "lacks weights" in refused(capsys, "scan", folder, prompts)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_a_placeholder_of_an_image_is_refused_in_words(tmp_path, family):
+    """Without an image the model takes the token's own embedding, which it was never trained to see."""
+    model = checkpoint(family, tmp_path)
+    config = model.config
+    token = getattr(config, "image_token_id", None) or config.image_token_index
+    asked = [IDS[0], [5, token, 7]]
+    said = f"prompt 1 has token {token}, in whose place {type(model).__name__} wants an image"
+    for run_it in (shipsfast.scan, shipsfast.scan_dataset, shipsfast.sahara):
+        with pytest.raises(shipsfast.InputError, match=said):
+            run_it(model, asked, progress=False)
+    with pytest.raises(shipsfast.InputError, match="in the prompts of ablation mean: " + said):
+        shipsfast.scan(model, IDS, ablation=shipsfast.Ablation("mean", prompts=asked), progress=False)
