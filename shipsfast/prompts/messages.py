@@ -57,8 +57,8 @@ def as_conversation(prompt, i: int) -> Conversation:
 
 
 def _message(message, where: str) -> Message:
-    if isinstance(message, Message):
-        return message
+    if isinstance(message, Message):  # anyone may make one
+        message = message.to_json()
     if not isinstance(message, Mapping):
         raise InputError(f"{where} is {type(message).__name__}: expected an object with role and content")
     given = {name: value for name, value in message.items() if value is not None}

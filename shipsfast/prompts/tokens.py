@@ -43,6 +43,11 @@ def tokenised(tokenizer, prompts: Sequence, template: str | Wrapping = "none") -
     """
     wrapping = as_wrapping(template)
     chats = bool(prompts) and is_conversation(prompts[0])
+    if chats and not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "prompts are chat messages, and the tokenizer has no chat template to write them with: give texts, or set the "
+            "tokenizer's chat_template"
+        )
     if chats and wrapping.template != "chat":
         raise InputError(
             f"prompts are chat messages, which need template 'chat' (--template chat): it is {wrapping.template!r}"

@@ -8,7 +8,7 @@ import pytest
 
 from shipsfast import Ablation, InputError
 from shipsfast.answers.measurements import EvaluationMeasurement
-from shipsfast.prompts.messages import prompt_text
+from shipsfast.prompts.messages import Message, prompt_text
 from shipsfast.prompts.tokens import as_prompts, tokenize
 from shipsfast.scans.measurements import ShipsMeasurement
 from tests.support import tokenizers
@@ -90,6 +90,9 @@ def test_in_measurements():
         ([[{"role": 3, "content": "Hello."}]], "has the role 3"),
         ([[{"role": "user", "content": b"Hello."}]], "has a content of type bytes: expected a text"),
         ([[{"role": "user", "content": [*parts("Hello."), {"type": "image"}]}]], "has the parts text, image: .* images"),
+        ([[Message("user", None)]], "is an object with role: expected role and content"),
+        ([[Message("user", " ")]], "prompt 0, message 0 is empty"),
+        ([[Message("user", b"Hello.")]], "has a content of type bytes"),
         ([b"Hello."], r"prompt 0 is bytes: decode it to text, prompt.decode\('utf-8'\)"),
         (["Hello.", bytearray(b"Hello.")], "prompt 1 is bytearray"),
         (b"Hello.", "got a single string"),
@@ -111,6 +114,16 @@ def test_they_need_a_chat_template():
             ShipsMeasurement(prompts=[ONE], template=template)
         with pytest.raises(InputError, match="chat messages, which need template 'chat'"):
             tokenize(tokenizers.of_bytes(), as_prompts([ONE]), template)
+
+
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_a_tokenizer_without_a_template_cannot_write_them(template):
+    """Neither way out that there is for texts is one here."""
+    tokenizer = tokenizers.of_bytes(chat_template=None)
+    with pytest.raises(
+        InputError, match="chat messages, and the tokenizer has no chat template .* give texts"
+    ):
+        tokenize(tokenizer, as_prompts([ONE]), template)
 
 
 def test_one_system_message():
