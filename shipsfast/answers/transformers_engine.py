@@ -13,6 +13,7 @@ from ..engine.decoder import Decoded
 from ..engine.head_mask import HeadMask
 from ..errors import InputError
 from ..models.forward import padded
+from ..text import one_line
 from .answers_bar import AnswersBar
 from .generation import Generation
 
@@ -65,9 +66,14 @@ def with_transformers(
     }  # fmt: skip
     if sampling.do_sample:
         settings |= {"top_k": sampling.top_k, "temperature": sampling.temperature, "top_p": 1.0}
+    if generate_kwargs.get("stop_strings") and generate_kwargs.get("tokenizer") is None:
+        if generation.tokenizer is None:
+            raise InputError("generate_kwargs has stop_strings, which are text: pass the model's tokenizer")
+        generate_kwargs = generate_kwargs | {"tokenizer": generation.tokenizer}
     own = {name: x for name, x in generate_kwargs.items() if hasattr(GenerationConfig(), name)}
     generate_kwargs = {name: x for name, x in generate_kwargs.items() if name not in own}
-    config = GenerationConfig(**settings | own)
+    with _told(own):
+        config = GenerationConfig(**settings | own)
     prompts_of: dict[int, list[int]] = {}
     for group, prompt in rows:
         prompts_of.setdefault(group, []).append(prompt)
@@ -88,7 +94,8 @@ def with_transformers(
                 undo.enter_context(torch.random.fork_rng(devices))
                 undo.enter_context(dense_rows(subject.model, subject.anatomy, mask))
                 torch.manual_seed(sampling.seed)
-                text = subject.model.generate(**batch, generation_config=config, **generate_kwargs)
+                with _told(own | generate_kwargs):
+                    text = subject.model.generate(**batch, generation_config=config, **generate_kwargs)
             for p, tokens in zip(part, text[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((i for i, t in enumerate(tokens) if t in generation.end_tokens), None)
                 ended = end is not None or len(tokens) < generation.max_new_tokens
@@ -97,6 +104,19 @@ def with_transformers(
             bar.underway(0)
         yield out
     bar.close()
+
+
+@contextlib.contextmanager
+def _told(given: dict) -> Iterator[None]:
+    """What transformers says of settings that it does not know, or that do not fit together."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not given or isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"generate_kwargs ({', '.join(given)}) cannot be used: {one_line(str(error))}"
+        ) from error
 
 
 def _batches(generation: Generation, prompts: list[int], given: dict) -> Iterator[list[int]]:
