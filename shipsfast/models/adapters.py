@@ -75,6 +75,12 @@ def base_of(found: Checkpoint) -> Checkpoint:
             f"the adapter in {found.name} is for the base model {name}, which is not here ({error}): set "
             f"base_model_name_or_path in {ADAPTER} to where it is"
         ) from error
+    revision = _read(found).get("revision")
+    if base.folder is None and revision not in (None, "", "main"):
+        raise InputError(
+            f"the adapter in {found.name} is for revision {revision} of {name}, and the hub's newest would be taken: download "
+            f"that revision, and set base_model_name_or_path in {ADAPTER} to its folder"
+        )
     if base.adapter:
         raise InputError(
             f"the adapter in {found.name} is for {name}, which holds an adapter itself: merge that one first"

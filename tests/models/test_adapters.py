@@ -219,3 +219,19 @@ def test_prompt_learning_is_refused(capsys, base, tmp_path, prompts):
         peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config), tmp_path / "soft", False
     )
     assert "learned tokens before the prompt" in refused(capsys, "scan", folder, prompts)
+
+
+def test_a_revision_of_the_base_model_is_not_passed_over(adapter, monkeypatch):
+    """PEFT takes that revision: the hub's newest is another model."""
+    from shipsfast import hub
+
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(hub, "download", lambda *_args, **_how: None)
+    file = adapter / "adapter_config.json"
+    edited = {"base_model_name_or_path": "someone/base", "revision": "v1.0"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | edited))
+    for look in (load_model, load_tokenizer):
+        with pytest.raises(
+            shipsfast.InputError, match="is for revision v1.0 of someone/base, and the hub's newest"
+        ):
+            look(str(adapter))
