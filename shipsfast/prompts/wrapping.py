@@ -140,8 +140,9 @@ def as_wrapping(template: str | Wrapping) -> Wrapping:
 def as_date(date) -> datetime.date:
     """Raises InputError for anything but YYYY-MM-DD."""
     try:
-        return datetime.date.fromisoformat(date)
+        found = datetime.date.fromisoformat(date)
     except (TypeError, ValueError):
-        raise InputError(
-            f"template_date (--template-date) must be a date such as {DATE}, got {date!r}"
-        ) from None
+        found = None
+    if found is None or found.isoformat() != date:  # a date has one name, which runs are compared by
+        raise InputError(f"template_date (--template-date) must be a date such as {DATE}, got {date!r}")
+    return found

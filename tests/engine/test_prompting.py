@@ -135,6 +135,10 @@ def test_a_run_goes_on_the_next_day(capsys, tmp_path, monkeypatch, dated):
             ("--template-date", "soon"),
             "template_date (--template-date) must be a date such as 2024-07-26, got 'soon'",
         ),
+        (
+            ("--template-date", "20240726"),
+            "template_date (--template-date) must be a date such as 2024-07-26, got '20240726'",
+        ),
     ],
 )
 def test_options_that_say_nothing_are_refused(capsys, dated, more, message):
