@@ -140,6 +140,9 @@ def config_of(where: Checkpoint, file: GgufFile) -> PreTrainedConfig:
     )
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    if config.model_type not in (file.architecture, f"{file.architecture}_text"):
+        # A file of llama that is named mistral is taken for one, with a window that it does not have.
+        raise _lost(where, f"transformers takes it for a model of {config.model_type}, by its general.name")
     of = FAMILIES[file.architecture]
     for key, name in of.items():
         value = file.entries.get(f"{file.architecture}.{key}")

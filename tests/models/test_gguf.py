@@ -185,8 +185,9 @@ def test_llama_3_rotary_scaling_is_not_lost(tmp_path):
         ({"llama.expert_count": 4}, {}, "does not read llama.expert_count"),
         ({}, {"blk.0.attn_q.bias": [0.5] * 32}, "no place for blk.0.attn_q.bias"),
         ({"split.count": 3}, {}, "one of 3 parts"),
+        ({"general.name": "mistral"}, {}, "takes it for a model of mistral, by its general.name"),
     ],
-    ids=["rope", "rotary", "head", "experts", "bias", "split"],
+    ids=["rope", "rotary", "head", "experts", "bias", "split", "name"],
 )
 def test_what_transformers_would_lose_is_refused(tmp_path, entries, extra, said):
     path = write_gguf(built(CONFIGS["llama"]), tmp_path / "model.gguf", entries=entries, extra=extra)
