@@ -103,6 +103,9 @@ def test_what_was_around_the_prompts_is_inherited(capsys, tmp_path, polite, how)
     assert status == 0 and f"not as in {plain}: {how[0]} {how[1] or repr('')} (there {there})" in err
     status, _, err = run(capsys, *args, "--run", before, *how)
     assert status == 0 and "not as in" not in err
+    # What only a chat template reads goes with it.
+    status, _, err = run(capsys, *args, "--run", before, "--template", "none")
+    assert status == 0 and f"not as in {before}: --template none (there chat)" in err, err
 
 
 def test_what_a_folder_does_not_hold_is_asked_for(capsys, runs):
