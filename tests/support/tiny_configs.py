@@ -76,6 +76,7 @@ _MROPE_HALF = {
 }
 _HYBRID_TEXT, _CONV_TEXT, _MROPE_TEXT = ({"text_config.": x} for x in (_HYBRID, _CONV, _MROPE))
 OVERRIDES: dict[str, dict] = {
+    "aria": {"image_token_index": VOCAB - 1},  # its own is a token of prompts here
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "jamba": {"num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "attention", "recurrent"]},
