@@ -155,3 +155,20 @@ def test_nested_ablations_are_looked_at_once():
     with shipsfast.ablate(model, HEADS[:1]):
         got = ablated(model, HEADS[1:])
     assert_close_abs(got, family_oracle.next_log_probs(model, PROMPTS[0], HEADS), 1e-12)
+
+
+def test_a_streamed_model_is_looked_at_too(tmp_path):
+    """Without the passes that would read all its weights again."""
+    from shipsfast.models.loading import load_model
+    from tests.support.checkpoints import save
+
+    AttentionInterface.register(
+        "test_sharper",
+        lambda module, query, *rest, **how: sdpa_attention_forward(module, 1.5 * query, *rest, **how),
+    )
+    model = load_model(str(save(build("llama-gqa", torch.float32), tmp_path)), device="cpu", stream=True)
+    model.set_attn_implementation("test_sharper")
+    with pytest.raises(
+        shipsfast.UnsupportedModelError, match="'test_sharper', for which .* call model.set_attn"
+    ):
+        shipsfast.scan(model, PROMPTS, progress=False)
