@@ -81,6 +81,7 @@ def test_texts_of_reasoning_models():
         ("<|channel|>commentary<|message|>A<|end|>" + GPT_OSS.format("B", "Hello."), "Hello."),
         ("<|channel>thought\nHm<channel|>Hello.", "Hello."),
         ("<think>a</think> In HTML, <b> is a tag and </think> is none.", " In HTML, <b> is a tag and </think> is none."),
+        ("<|start|>assistant" + GPT_OSS.format("Is it fine?", "Hello."), "Hello."),
     ):  # fmt: skip
         assert text[answer_start(text) :] == said
     assert answer_start(GPT_OSS.format("Is it", "")[:45]) is None
@@ -88,6 +89,20 @@ def test_texts_of_reasoning_models():
     assert left_open("Use <think> to think. a b", "a") is None  # of a system prompt
     assert left_open("user: th assistant: <think>\nWell", "th") == 0  # a prompt that is a piece of the marker
     assert left_open("a<think>", [{"role": "user", "content": "a"}]) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure. Write <reasoning> before the steps, and it explains itself.",
+        "It writes <think>, then its steps, then </think>, and then it answers you.",
+        "In the letter, [THINK] stands above the first line.",
+    ],
+)
+def test_answers_that_tell_of_markers_are_answers(text):
+    assert answer_start(text) == 0 and KeywordJudge()([text, f"{REFUSAL} {text}"]) == [C, R]
+    ids = village(True)(text, add_special_tokens=False)["input_ids"]
+    assert not next(answers_of(village(True), [ids], [([], "Hello")])).thinking
 
 
 @pytest.mark.parametrize("judge", ["keywords", "paper", lambda texts: ["cannot" not in t for t in texts]])
