@@ -153,6 +153,7 @@ def refused(result, reason: str, rescored: int) -> None:
     error = result.error
     assert not error.measured and reason in error.reason and len(error.rescored) == rescored
     assert f"the error against higher precision was not measured: {error.reason}" in text(result)
+    assert f"the noise floor has what packing and batching round, and not what {error.own} does" in text(result)
     assert error.against == error.own == result.identity["dtype"]
     assert result.noise_floor == max([error.packing, *(x.error for x in error.smaller)])
 
@@ -208,6 +209,23 @@ def test_marked_scores_are_not_drawn():
     assert result.marked.any() and result.error.rescored
     assert all(np.isfinite([x.score, x.expected]).all() for x in result.error.rescored)
     assert not any(result.marked[x.prompt, x.layer, x.head] for x in result.error.rescored)
+
+
+def test_what_one_metric_ranks_first_may_be_marked_in_another():
+    model = build(dtype=torch.bfloat16)
+    strong = np.quantile(scan(model).kl, 0.7)
+
+    def broken(base, ablated, index):
+        base, ablated = base[index].log_softmax(-1), ablated.log_softmax(-1)
+        kl_nats = (base.exp() * (base - ablated)).sum(-1).double()
+        return torch.where(kl_nats > strong, torch.nan, kl_nats)
+
+    result = scan(model, metric=["kl", broken], nonfinite="mark")
+    (other,) = result.also.values()
+    assert np.isnan(other.scores[:, *result.top(1)[0][:2]]).any()
+    for each in (result, other):
+        assert each.error.measured and len(each.error.rescored) == rescoring.LEAST
+        assert np.isfinite([(x.score, x.expected) for x in each.error.rescored]).all()
 
 
 def test_a_copy_is_the_same_model_and_leaves_the_first_alone():
