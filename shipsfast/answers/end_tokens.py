@@ -44,4 +44,6 @@ def named_end_tokens(model: PreTrainedModel, tokenizer, vocab_size: int) -> froz
     ):
         if tokens is not None:
             found.update(map(int, tokens if isinstance(tokens, Iterable) else [tokens]))
-    return frozenset(token for token in found if 0 <= token < vocab_size)  # a tokenizer may have more than the model
+    return frozenset(
+        token for token in found if 0 <= token < vocab_size
+    )  # a tokenizer may have more than the model

@@ -32,11 +32,11 @@ def inherit(run: Path, given: dict, explicit: set[str]) -> dict:
     if "template" in explicit and given["template"] != own.get("template"):
         idle |= set(OF_CHATS)
     taken = {name: value for name, value in own.items() if name not in explicit | idle and name in given}
-    said = [f"{name} {value}" for name, value in taken.items() if _same(value) != _same(given[name])]
+    said = [f"{name} {_said(value)}" for name, value in taken.items() if _same(value) != _same(given[name])]
     if said:
         note(f"as in {run}: {', '.join(said)}")
     other = [
-        f"--{name.replace('_', '-')} {given[name]} (there {own[name]})"
+        f"--{name.replace('_', '-')} {_said(given[name])} (there {_said(own[name])})"
         for name in own
         if name in explicit and _same(given[name]) != _same(own[name])
     ]
@@ -62,7 +62,9 @@ def _options(manifest: dict) -> dict:
     around = manifest.get("prompting")
     if isinstance(around, dict):
         texts = {name: around.get(name) for name in ("system", "prefix", "template_date")}
-        own |= {name: text for name, text in texts.items() if isinstance(text, str)}  # an empty system message is one
+        own |= {
+            name: text for name, text in texts.items() if isinstance(text, str)
+        }  # an empty system message is one
         if isinstance(around.get("template_args"), dict) and around["template_args"]:
             own["template_args"] = [f"{name}={json.dumps(x)}" for name, x in around["template_args"].items()]
     return own | _of_answers(identity.get("metric"), manifest.get("judge"))
@@ -76,10 +78,15 @@ def _of_answers(metric, judge) -> dict:
     own = {name: how[name] for name in DRAWN if name in how}
     if isinstance(how.get("end_tokens"), list):
         own["eos_token_id"] = [str(token) for token in how["end_tokens"]] or ["none"]
-    if isinstance(judge, str) and (judge in ("keywords", "paper") or judge.startswith(("classifier:", "chat:"))):
+    if isinstance(judge, str) and (
+        judge in ("keywords", "paper") or judge.startswith(("classifier:", "chat:"))
+    ):
         own["judge"] = judge
         if ":" in judge:
-            found = {"judge_template": described.get("template"), "judge_tokens": described.get("max_new_tokens")}
+            found = {
+                "judge_template": described.get("template"),
+                "judge_tokens": described.get("max_new_tokens"),
+            }
             own |= {name: value for name, value in found.items() if value is not None}
     return own
 
@@ -91,9 +98,13 @@ def check_same_weights(run: Path, model) -> None:
 
     identity = read_manifest(run)["identity"]
     if identity.get("residual"):
-        note(f"not as in {run}: residual streams were {identity['residual']} there, texts are what the model itself says")
+        note(
+            f"not as in {run}: residual streams were {identity['residual']} there, texts are what the model itself says"
+        )
     # A fingerprint is of a dtype, and another one was said before.
-    if identity.get("dtype") == str(model.dtype).removeprefix("torch.") and identity["fingerprint"] != fingerprint(model):
+    if identity.get("dtype") == str(model.dtype).removeprefix("torch.") and identity[
+        "fingerprint"
+    ] != fingerprint(model):
         note(f"not as in {run}: its heads were found in a model with other weights")
 
 
@@ -103,6 +114,10 @@ def _check(run: Path, own: dict, explicit: set[str]) -> None:
             f"{run} was made with ablation resample, which matches positions one to one, and new text has no counterpart: "
             "give --ablation with another"
         )
+
+
+def _said(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value) or "empty"
 
 
 def _same(value) -> object:

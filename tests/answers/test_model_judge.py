@@ -253,7 +253,9 @@ def test_a_chat_judges_turn_ends_where_its_template_says(chat, tmp_path, monkeyp
     assert judge.describe() != plain.describe()
     told = []
     generate = judge.model.generate
-    monkeypatch.setattr(judge.model, "generate", lambda **how: told.append(how["eos_token_id"]) or generate(**how))
+    monkeypatch.setattr(
+        judge.model, "generate", lambda **how: told.append(how["eos_token_id"]) or generate(**how)
+    )
     with pytest.raises(InputError, match="answers do not begin with"):
         judge(COMPLETIONS)
     assert told == [judge.end_tokens]

@@ -88,13 +88,41 @@ def test_an_empty_system_message_is_not_the_templates_own(capsys, runs, tmp_path
 
 def test_answers_are_made_and_judged_as_in_a_scan_of_answers(capsys, runs, tmp_path):
     out, how = tmp_path / "asr", ("--limit", 2, "-q", "--device", "cpu")
-    drawn = ("--max-new-tokens", 9, "--do-sample", "--top-k", 7, "--temperature", 1.5, "--seed", 3, "--eos-token-id", 40)
-    args = ("scan", MODEL, TABOO, "--rank-by", "asr", "--heads", "0-2,1-0", "--judge", "paper", "--out", out, *how, *drawn)
+    drawn = (
+        "--max-new-tokens",
+        9,
+        "--do-sample",
+        "--top-k",
+        7,
+        "--temperature",
+        1.5,
+        "--seed",
+        3,
+        "--eos-token-id",
+        40,
+    )
+    args = (
+        "scan",
+        MODEL,
+        TABOO,
+        "--rank-by",
+        "asr",
+        "--heads",
+        "0-2,1-0",
+        "--judge",
+        "paper",
+        "--out",
+        out,
+        *how,
+        *drawn,
+    )
     assert run(capsys, *args)[0] == 0
     before = shipsfast.load(out)
     args = ("evaluate", MODEL, TABOO, "--run", out, "--top", 2, *how)
     status, _, err = run(capsys, *args, "--out", tmp_path / "e")
-    assert status == 0 and "max_new_tokens 9" in err and "judge paper" in err, err
+    assert status == 0 and "max_new_tokens 9" in err and "eos_token_id 40" in err and "judge paper" in err, (
+        err
+    )
     after = shipsfast.load(tmp_path / "e")
     assert after.identity["generation"] == before.identity["metric"]["generation"]
     assert after.identity["judge"] == before.identity["metric"]["judge"]

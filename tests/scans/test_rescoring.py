@@ -153,7 +153,9 @@ def refused(result, reason: str, rescored: int) -> None:
     error = result.error
     assert not error.measured and reason in error.reason and len(error.rescored) == rescored
     assert f"the error against higher precision was not measured: {error.reason}" in text(result)
-    assert f"the noise floor has what packing and batching round, and not what {error.own} does" in text(result)
+    assert f"the noise floor has what packing and batching round, and not what {error.own} does" in text(
+        result
+    )
     assert error.against == error.own == result.identity["dtype"]
     assert result.noise_floor == max([error.packing, *(x.error for x in error.smaller)])
 

@@ -95,7 +95,11 @@ class ModelJudge(Judge):
         if self.kind == "classifier":
             own = {"complied_label": self.complied_label}
         else:
-            own = {"answers": self.answers, "max_new_tokens": self.max_new_tokens, "end_tokens": self.end_tokens}
+            own = {
+                "answers": self.answers,
+                "max_new_tokens": self.max_new_tokens,
+                "end_tokens": self.end_tokens,
+            }
         return {
             "name": self.kind, "model": fingerprint(self.model), "template": self.template, **own, "degenerate": RULE,
         }  # fmt: skip
