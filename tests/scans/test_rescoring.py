@@ -80,6 +80,23 @@ def test_every_kind_of_scan_has_it(how):
         assert result.noise_floor > 0 and "error of a score, against float64" in text(result)
 
 
+@pytest.mark.parametrize("how", ["mean", "resample"])
+def test_what_replaces_outputs_is_computed_anew_in_the_wider_dtype(how):
+    model = build(dtype=torch.bfloat16)
+    found, expected = scan(model, **HOW[how]).error, scan(wide(model), **HOW[how])
+    for x in found.rescored:
+        assert x.expected == pytest.approx(expected.scores[x.prompt, x.layer, x.head], rel=1e-4)
+
+
+def test_a_run_that_lost_a_part_keeps_its_packing_noise(tmp_path):
+    """Its manifest is a finished run's, whose noise floor is more than packing."""
+    model, how = build(dtype=torch.bfloat16), dict(rows_per_block=5, out=tmp_path / "run")
+    whole = scan(model, **how)
+    sorted((tmp_path / "run" / "scores").glob("part-*"))[0].unlink()
+    again = scan(model, **how)
+    assert again == whole and again.record["packing_noise"] == whole.record["packing_noise"] < whole.noise_floor
+
+
 def test_the_noise_floor_covers_what_rounding_does_to_ablated_rows():
     """Of half precision it is that of the scores, far above what packing does."""
     model = build(dtype=torch.bfloat16)
