@@ -60,7 +60,9 @@ def with_transformers(
     check_generate_kwargs(generate_kwargs)
     if generate_kwargs.get("stop_strings") is not None and "tokenizer" not in generate_kwargs:
         if generation.tokenizer is None:
-            raise InputError("generate_kwargs has stop_strings, and there is no tokenizer to find them with: pass one")
+            raise InputError(
+                "generate_kwargs has stop_strings, and there is no tokenizer to find them with: pass one"
+            )
         generate_kwargs = generate_kwargs | {"tokenizer": generation.tokenizer}
     subject, sampling = generation.subject, generation.sampling
     settings = {
