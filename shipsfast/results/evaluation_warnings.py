@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..runs.kinds import LABELS
 from ..text import counted
 from .answer_sheet import group_label
 from .completions import MISSING, Completions
@@ -38,7 +39,8 @@ def of_evaluation(result) -> Iterator[str]:
 def of_baseline(unablated: Completions) -> Iterator[str]:
     """unablated: one row."""
     done = int((unablated.label != MISSING).sum())
-    if done and unablated.share("refusal")[0] == 0:
+    # What never came to an answer neither refused nor did not; `of_limit` tells of it.
+    if _unfinished(unablated) < done and unablated.share("refusal")[0] == 0:
         yield (
             f"the unablated model refuses none of these {counted(done, 'prompt')}: neither an attack success rate nor a "
             "ranking of heads says anything about refusals here; use prompts that it refuses"
@@ -54,6 +56,15 @@ def of_limit(completions: Completions, limit: int | None) -> Iterator[str]:
             f"{cut:,} of {counted(done, 'answer')} ran to the limit{tokens}: what would have come after is not judged "
             "(max_new_tokens, --max-new-tokens)"
         )
+    if thinking := _unfinished(completions):
+        yield (
+            f"{thinking:,} of {counted(done, 'answer')} ended inside a thought, so that there is none to judge: give more "
+            "max_new_tokens (--max-new-tokens), or turn thinking off"
+        )
+
+
+def _unfinished(completions: Completions) -> int:
+    return int((completions.label == LABELS.index("unfinished")).sum())
 
 
 def _of_control(result) -> Iterator[str]:

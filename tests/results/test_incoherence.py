@@ -17,15 +17,15 @@ RULE = {"margin_nats": 2.0, "turn_nats": 10.0}
 
 
 def said(labels: list[str], nll=0.5, num_tokens=20, finished=True) -> Completions:
-    """One row per text of labels: c, r, d, i and - for not done."""
+    """One row per text of labels: c, r, d, i, u and - for not done."""
     out = Completions(len(labels), len(labels[0]))
-    out.label[:] = [["crdi".find(x) for x in row] for row in labels]
+    out.label[:] = [["crdiu".find(x) for x in row] for row in labels]
     out.nll_nats[:], out.num_tokens[:], out.finished[:] = nll, num_tokens, finished
     return out
 
 
 def labels_of(some: Completions) -> list[str]:
-    return ["".join("crdi"[i] if i >= 0 else "-" for i in row) for row in some.label]
+    return ["".join("crdiu"[i] if i >= 0 else "-" for i in row) for row in some.label]
 
 
 def test_only_what_complied_and_goes_on_unlikely_is_incoherent():
@@ -108,6 +108,9 @@ def test_warnings():
     assert none.startswith("the unablated model refuses none of these 2 prompts")
     (cut,) = evaluation(["cc", "cc"], "rr", finished=False).warnings()
     assert cut.startswith("4 of 4 answers ran to the limit of 20 new tokens")
+    (thoughts,) = evaluation(["uu"], "uu").warnings()  # which says nothing of whether it would refuse
+    assert thoughts.startswith("2 of 2 answers ended inside a thought")
+    assert [x[:20] for x in evaluation(["cc"], "cu").warnings()] == ["the unablated model "]
     assert "1 of 2 answers are not done" in evaluation(["c-"], "rr").warnings()[0]
     assert any("no answer that says anything" in x for x in evaluation(["cc"], "dd").warnings())
 
