@@ -146,3 +146,8 @@ def test_summary_and_labels_have_what_is_new():
     assert (row["asr"], row["incoherent"], row["cut"], row["difference"]) == (0.5, 0.5, 0, 0.5)
     assert row["perplexity"] == pytest.approx(math.exp(4.75)) and set(LABELS[1:]) <= set(row)
     assert result.labels == [["complied", "incoherent"]] and "incoherent" in result.sheet().columns
+
+
+def test_differences_are_of_prompts_that_both_answered():
+    assert evaluation(["cc"], "c-").difference()[0][0] == 0
+    assert evaluation(["c-"], "rc").difference()[0][0] == 1
