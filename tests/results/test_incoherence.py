@@ -151,3 +151,4 @@ def test_summary_and_labels_have_what_is_new():
 def test_differences_are_of_prompts_that_both_answered():
     assert evaluation(["cc"], "c-").difference()[0][0] == 0
     assert evaluation(["c-"], "rc").difference()[0][0] == 1
+    assert evaluation(["c-"], "rr", finished=False).cut.tolist() == [1]
