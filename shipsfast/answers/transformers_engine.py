@@ -59,6 +59,12 @@ def with_transformers(
     tokens, rows of one batch have equally many: padding would be read with them.
     """
     check_generate_kwargs(generate_kwargs)
+    if generate_kwargs.get("stop_strings") is not None and "tokenizer" not in generate_kwargs:
+        if generation.tokenizer is None:
+            raise InputError(
+                "generate_kwargs has stop_strings, and there is no tokenizer to find them with: pass one"
+            )
+        generate_kwargs = generate_kwargs | {"tokenizer": generation.tokenizer}
     subject, sampling = generation.subject, generation.sampling
     settings = {
         "max_new_tokens": generation.max_new_tokens, "do_sample": sampling.do_sample, "num_beams": 1,

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from .asked import Asked, check_place
-from .inherited import check_source
+from .inherited import check_same_weights, check_source
 from .options import ANSWER_OPTIONS, Control, Groups, JudgeName, JudgeTemplate, JudgeTokens, KeepText, command
 from .shown import show_json, show_result
 
@@ -75,6 +75,8 @@ def evaluate(
             "evaluate needs --groups, such as '2-26; 2-26,3-1', or --run with a finished run folder"
         )
     chosen = parse_groups(groups) if run is None else _best(run, top, cumulative, asked)
+    if run is not None:
+        check_same_weights(run, asked.model)
     ordinary = None if control is None else asked.more_prompts("control", control)
     from ..answers.evaluate import evaluate as run_it
 

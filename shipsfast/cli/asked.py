@@ -110,10 +110,10 @@ class Asked:
     def run(self, function: Callable, **own):
         """Load the model, and give it to a public function with what was asked, and with the command's own options."""
         tokenizer = self._tokenizer()
-        return function.run(self._model, tokenizer, *self._described(function, own))
+        return function.run(self.model, tokenizer, *self._described(function, own))
 
     @functools.cached_property
-    def _model(self):
+    def model(self):
         from ..models.loading import load_model
 
         given = self.given

@@ -14,6 +14,7 @@ from ..errors import InputError, note
 
 OF_CHATS = ("system", "template_args", "template_date")  # what only a chat template reads
 OPTIONS = {"template_args": "template-arg"}  # where an option has another name
+DRAWN = ("max_new_tokens", "do_sample", "top_k", "temperature", "seed")
 SCALES = {"undifferentiated": "logit_scale", "scale": "output_scale"}
 
 
@@ -68,7 +69,45 @@ def _options(manifest: dict) -> dict:
         if isinstance(around.get("template_args"), dict):
             args = [f"{name}={json.dumps(x)}" for name, x in around["template_args"].items()]
             own["template_args"] = args or None
+    return own | _of_answers(identity.get("metric"), manifest.get("judge"))
+
+
+def _of_answers(metric, judge) -> dict:
+    """How answers were made and judged, where the run is a scan by whole answers."""
+    if not isinstance(metric, dict) or not isinstance(metric.get("generation"), dict):
+        return {}
+    how, described = metric["generation"], metric.get("judge") or {}
+    own = {name: how[name] for name in DRAWN if name in how}
+    if isinstance(how.get("end_tokens"), list):
+        own["eos_token_id"] = [str(token) for token in how["end_tokens"]] or ["none"]
+    if isinstance(judge, str) and (
+        judge in ("keywords", "paper") or judge.startswith(("classifier:", "chat:"))
+    ):
+        own["judge"] = judge
+        if ":" in judge:
+            found = {
+                "judge_template": described.get("template"),
+                "judge_tokens": described.get("max_new_tokens"),
+            }
+            own |= {name: value for name, value in found.items() if value is not None}
     return own
+
+
+def check_same_weights(run: Path, model) -> None:
+    """Says it where the heads were found in other weights."""
+    from ..models.fingerprint import fingerprint
+    from ..runs.manifest import read_manifest
+
+    identity = read_manifest(run)["identity"]
+    if identity.get("residual"):
+        note(
+            f"not as in {run}: residual streams were {identity['residual']} there, texts are what the model itself says"
+        )
+    # A fingerprint is of a dtype, and another one was said before.
+    if identity.get("dtype") == str(model.dtype).removeprefix("torch.") and identity[
+        "fingerprint"
+    ] != fingerprint(model):
+        note(f"not as in {run}: its heads were found in a model with other weights")
 
 
 def _check(run: Path, own: dict, explicit: set[str]) -> None:

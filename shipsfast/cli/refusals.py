@@ -9,9 +9,11 @@ from .asked import Asked
 def refusals(asked: Asked, judge) -> dict:
     """Let the unablated model answer, before the scan: for the scan's record."""
     from ..answers.evaluate import evaluate
+    from ..engine.ablation import Ablation
     from ..results.statistics import wilson_interval
 
-    own = {"out": None, "layers": "auto", "groups": [[]], "judge": judge}
+    # Nothing is off, so that an ablation that text cannot follow does not matter.
+    own = {"out": None, "layers": "auto", "groups": [[]], "judge": judge, "ablation": Ablation()}
     result = asked.run(evaluate, **own)
     refused, prompts = result.labels[0].count("refusal"), len(result.prompts)
     low, high = wilson_interval(refused, prompts)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..runs.kinds import LABELS
 from ..text import counted
 from .answer_sheet import group_label
 from .completions import MISSING, Completions
@@ -38,10 +39,11 @@ def of_evaluation(result) -> Iterator[str]:
 def of_baseline(unablated: Completions) -> Iterator[str]:
     """unablated: one row."""
     done = int((unablated.label != MISSING).sum())
-    if done and unablated.share("refusal")[0] == 0:
+    # What never came to an answer neither refused nor did not; `of_limit` tells of it.
+    if _unfinished(unablated) < done and unablated.share("refusal")[0] == 0:
         yield (
-            f"the unablated model refuses none of these {counted(done, 'prompt')}: an attack success rate says nothing about "
-            "refusals here; use prompts that it refuses"
+            f"the unablated model refuses none of these {counted(done, 'prompt')}: neither an attack success rate nor a "
+            "ranking of heads says anything about refusals here; use prompts that it refuses"
         )
 
 
@@ -54,6 +56,15 @@ def of_limit(completions: Completions, limit: int | None) -> Iterator[str]:
             f"{cut:,} of {counted(done, 'answer')} ran to the limit{tokens}: what would have come after is not judged "
             "(max_new_tokens, --max-new-tokens)"
         )
+    if thinking := _unfinished(completions):
+        yield (
+            f"{thinking:,} of {counted(done, 'answer')} ended inside a thought, so that there is none to judge: give more "
+            "max_new_tokens (--max-new-tokens), or turn thinking off"
+        )
+
+
+def _unfinished(completions: Completions) -> int:
+    return int((completions.label == LABELS.index("unfinished")).sum())
 
 
 def _of_control(result) -> Iterator[str]:
@@ -70,9 +81,14 @@ def _of_control(result) -> Iterator[str]:
     names = ", ".join(group_label(result.groups[g]) for g in broken[:NAMED])
     more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
     worst, moved = (np.array([of[g] for g in broken]) for of in (said, kl_nats))
-    kl = "" if np.isnan(moved).all() else f", and the next token moves by up to {np.nanmax(moved):.2g} nats"
-    before = "" if np.isnan(own) else f" (unablated {own:.0%})"
+    signs = []
+    if np.nanmax(worst) > 0:
+        before = "" if np.isnan(own) else f" (unablated {own:.0%})"
+        signs.append(
+            f"up to {np.nanmax(worst):.0%} of the answers to ordinary prompts are degenerate or incoherent{before}"
+        )
+    if not np.isnan(moved).all():
+        signs.append(f"the next token of ordinary answers moves by up to {np.nanmax(moved):.2g} nats")
     yield (
-        f"the control breaks with {names}{more} off: up to {np.nanmax(worst):.0%} of the answers to ordinary prompts are "
-        f"degenerate or incoherent{before}{kl}; such an ablation breaks the model, not its refusals"
+        f"the control breaks with {names}{more} off: {', and '.join(signs)}; such an ablation breaks the model, not its refusals"
     )

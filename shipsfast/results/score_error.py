@@ -103,7 +103,10 @@ class ScoreError:
         """It in words. unit: of the scores, "" for none; score: what they are."""
         unit, out = f" {unit}" if unit else "", []
         if not self.measured:
-            out.append(f"the error against higher precision was not measured: {self.reason}")
+            out.append(
+                f"the error against higher precision was not measured: {self.reason}; the noise floor has what packing and "
+                f"batching round, and not what {self.own or 'the dtype'} does"
+            )
         if self.rescored:
             said = ", ".join(
                 f"{word} {absolute:.2g}{unit}{percent(relative)}"

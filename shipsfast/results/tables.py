@@ -14,6 +14,7 @@ from rich.text import Text
 from ..text import counted, visible
 from .statistics import Concentration
 
+SAID = ("degenerate", "incoherent", "cut", "perplexity")  # of answers with a head off
 NAMED = 10  # heads that a line lists
 
 
@@ -85,11 +86,11 @@ def _ranking(result, top: int, score: str, console: Console) -> None:
 
 def _rates(result, top: int, console: Console) -> None:
     """The heads with the highest rates; equal rates share a rank."""
-    names = ["rank", f"layer-{result.unit}", "rate", "95% interval"]
     compared = "unablated_scores" in result.record
-    if compared:
-        names += ["less unablated, points", "degenerate", "incoherent", "perplexity"]
-    table = _grid(*names)
+    table = _grid(
+        "rank", unit := f"layer-{result.unit}", "rate", "95% interval", *["less unablated, points"] * compared
+    )
+    said = _grid(unit, *SAID)  # of its own: eight columns are more than a terminal shows
     best, above = result.top(top), result.above_noise()
     for layer, head, rate in best:
         low, high = result.rate_interval(layer, head)
@@ -98,11 +99,13 @@ def _rates(result, top: int, console: Console) -> None:
         row = [str(rank), f"{layer}-{head}", f"{rate:.0%}{mark}", f"{low:.0%} to {high:.0%}"]
         if compared:
             d, d_low, d_high = (100 * x for x in result.difference(layer, head))
-            share = {name: result.record[name][layer][head] for name in ("degenerate", "incoherent")}
-            row += [f"{d:+.0f} ({d_low:+.0f} to {d_high:+.0f})", *(f"{x:.0%}" for x in share.values())]
-            row += [f"{result.record['perplexity'][layer][head]:.3g}"]
+            row += [f"{d:+.0f} ({d_low:+.0f} to {d_high:+.0f})"]
+            *shares, perplexity = (result.record[name][layer][head] for name in SAID)
+            said.add_row(f"{layer}-{head}", *(f"{x:.0%}" for x in shares), f"{perplexity:.3g}")
         table.add_row(*map(Text, row))
     console.print(table)
+    if compared:
+        console.print(said)
     if not all(above[s.layer, s.head] for s in best):
         _say(console, f"* not above {result.floor_name}")
 

@@ -112,10 +112,14 @@ def rescore(work) -> None:
     count = how_many(asked, int(usable.sum()))
     if count:
         top = ranked(main.scores.mean(0), _named_first(count), main.metric.signed)
-        prompts = np.random.default_rng(SEED).integers(len(prepared.token_ids), size=len(top))
-        for (layer, head, _), prompt in zip(top, prompts.tolist(), strict=True):
-            cells[prompt, layer, head] = usable[prompt, layer, head] = False
-        cells |= dict.fromkeys(drawn(usable, count - len(top)), True)
+        generator = np.random.default_rng(SEED)
+        for layer, head, _ in top:
+            # What one metric ranks first may be no number in another.
+            prompts = np.flatnonzero(usable[:, layer, head])
+            if prompts.size:
+                cell = int(generator.choice(prompts)), layer, head
+                cells[cell] = usable[cell] = False
+        cells |= dict.fromkeys(drawn(usable, count - len(cells)), True)
     found, against, why = {}, "", NOT_ASKED if not asked else "there is no score"
     if cells:
         found, against, why = again(prepared, lambda one: _scores(work, one, cells))

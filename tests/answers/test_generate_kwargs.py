@@ -95,10 +95,22 @@ def test_stop_strings():
     cut = shipsfast.generate(model, prompts, tokenizer, **how, generate_kwargs=given)
     ended = [[text[: text.find(" the") + 4] if " the" in text else text for text in row] for row in plain]
     assert cut == ended != plain
+    # Theirs is the tokenizer of the texts, unless another is given.
+    assert (
+        shipsfast.generate(model, prompts, tokenizer, **how, generate_kwargs={"stop_strings": [" the"]})
+        == cut
+    )
     (ids,) = tokenize(tokenizer, prompts[:1], "chat")
     with shipsfast.ablate(model, [(0, 2)]):
         text = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, **given)
     assert tokenizer.decode(text[0, len(ids) :], skip_special_tokens=True) == cut[1][0]
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(model):
+    with pytest.raises(
+        shipsfast.InputError, match="generate_kwargs has stop_strings, and there is no tokenizer"
+    ):
+        generate(model, stop_strings=["the"])
 
 
 def test_assisted_decoding_says_the_same(model):

@@ -241,6 +241,28 @@ def test_chat_judges_generate(chat):
         judge(COMPLETIONS)
 
 
+def test_a_chat_judges_turn_ends_where_its_template_says(chat, tmp_path, monkeypatch):
+    """Neither its config nor its tokenizer names that token; what comes behind it is no verdict."""
+    folder = shutil.copytree(chat, tmp_path / "turns")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|user|>{{ m.content }}{% if m.role == 'assistant' %}<|assistant|>{% endif %}{% endfor %}"
+    )
+    judge, plain = (as_judge(f"chat:{each}", device="cpu") for each in (folder, chat))
+    turn = judge.tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert turn in judge.end_tokens and turn not in plain.end_tokens and plain.end_tokens
+    assert judge.describe() != plain.describe()
+    told = []
+    generate = judge.model.generate
+    monkeypatch.setattr(
+        judge.model, "generate", lambda **how: told.append(how["eos_token_id"]) or generate(**how)
+    )
+    with pytest.raises(InputError, match="answers do not begin with"):
+        judge(COMPLETIONS)
+    assert told == [judge.end_tokens]
+    answering(judge, monkeypatch, ["safe<|assistant|>Hm.</think>unsafe"])
+    assert judge(COMPLETIONS[:1]) == [R]
+
+
 def test_a_text_beyond_a_chat_judges_context_is_told(chat):
     judge = as_judge(f"chat:{chat}", device="cpu")
     long = " ".join(f"Step {i} of the mill leads to lantern {i * 7}." for i in range(60))

@@ -1,6 +1,7 @@
 """Answers behind a thought: what is judged, what is unfinished, and that the whole text is kept."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -13,7 +14,9 @@ from shipsfast.answers.judges.choose import as_judge
 from shipsfast.answers.judges.judge import Completion
 from shipsfast.answers.judges.keywords import KeywordJudge
 from shipsfast.answers.judges.thought import MARKERS, answer_start, answers_of, left_open
+from shipsfast.answers.label import judged
 from shipsfast.demo.run import MODEL
+from shipsfast.engine.decoder import Decoded
 from shipsfast.errors import InputError
 from shipsfast.models.loading import load_tokenizer
 from tests.support.completions import ANSWER, LOOP, C, D, R, completion
@@ -81,6 +84,7 @@ def test_texts_of_reasoning_models():
         ("<|channel|>commentary<|message|>A<|end|>" + GPT_OSS.format("B", "Hello."), "Hello."),
         ("<|channel>thought\nHm<channel|>Hello.", "Hello."),
         ("<think>a</think> In HTML, <b> is a tag and </think> is none.", " In HTML, <b> is a tag and </think> is none."),
+        ("<|start|>assistant" + GPT_OSS.format("Is it fine?", "Hello."), "Hello."),
     ):  # fmt: skip
         assert text[answer_start(text) :] == said
     assert answer_start(GPT_OSS.format("Is it", "")[:45]) is None
@@ -88,6 +92,20 @@ def test_texts_of_reasoning_models():
     assert left_open("Use <think> to think. a b", "a") is None  # of a system prompt
     assert left_open("user: th assistant: <think>\nWell", "th") == 0  # a prompt that is a piece of the marker
     assert left_open("a<think>", [{"role": "user", "content": "a"}]) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure. Write <reasoning> before the steps, and it explains itself.",
+        "It writes <think>, then its steps, then </think>, and then it answers you.",
+        "In the letter, [THINK] stands above the first line.",
+    ],
+)
+def test_answers_that_tell_of_markers_are_answers(text):
+    assert answer_start(text) == 0 and KeywordJudge()([text, f"{REFUSAL} {text}"]) == [C, R]
+    ids = village(True)(text, add_special_tokens=False)["input_ids"]
+    assert not next(answers_of(village(True), [ids], [([], "Hello")])).thinking
 
 
 @pytest.mark.parametrize("judge", ["keywords", "paper", lambda texts: ["cannot" not in t for t in texts]])
@@ -127,6 +145,24 @@ def test_a_limit_spent_on_thinking_is_not_held_against_a_short_answer():
     """The answer's tokens, not the thought's, are held against what it says."""
     text = f"<think>{'Where is it? ' * 100}</think>In it."
     assert KeywordJudge()([completion(text, num_tokens=320, limit=320)]) == [C]
+
+
+def test_the_limit_of_an_answer_is_what_its_thought_left():
+    tokenizer = village(True)
+    rows = [
+        Decoded(0, 0, tokenizer(text, add_special_tokens=False)["input_ids"], False)
+        for text in (f"<think>Where is it?</think>{ANSWER}", ANSWER, "<think>Where")
+    ]
+    subject = SimpleNamespace(
+        measurement=SimpleNamespace(prompts=["Hello"]), token_ids=[tokenizer("Hello")["input_ids"]]
+    )
+    generation = SimpleNamespace(subject=subject, max_new_tokens=500, tokenizer=tokenizer)
+    seen = []
+    list(judged(generation, lambda given: seen.extend(given) or [C] * len(given), rows))
+    assert [(c.num_tokens, c.limit) for c in seen] == [
+        (len(rows[1].tokens), 500 - (len(rows[0].tokens) - len(rows[1].tokens))),
+        (len(rows[1].tokens), 500),
+    ]
 
 
 def test_judges_take_texts():

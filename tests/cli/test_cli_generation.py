@@ -59,6 +59,8 @@ def test_a_scan_by_attack_success_rate_and_the_best_of_it(capsys, tmp_path):
     assert "attack success rate" in text and "unablated model's rate 0" in text
     assert plot.read_bytes().startswith(b"\x89PNG")
     best = shipsfast.load(out).top(2)
+    rows = [line.split("│") for line in text.splitlines() if f" {best[0].layer}-{best[0].head} " in line]
+    assert rows[0][3].strip() == f"{best[0].score:.0%}" and "…" not in text  # on 80 columns
     status, text, err = run(
         capsys, "evaluate", MODEL, TABOO, "--limit", 4, "--run", out, "--top", 2, "--json", *SHORT
     )

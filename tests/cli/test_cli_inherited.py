@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import shipsfast
 from shipsfast.demo.run import MODEL, PROMPTS
@@ -106,6 +107,90 @@ def test_what_was_around_the_prompts_is_inherited(capsys, tmp_path, polite, how)
     # What only a chat template reads goes with it.
     status, _, err = run(capsys, *args, "--run", before, "--template", "none")
     assert status == 0 and f"not as in {before}: --template none (there chat)" in err, err
+
+
+SYSTEMS = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}system: Be kind. {% endif %}"
+    "{{ '<|user|>' if m.role == 'user' else 'system: ' }}{{ m.content }} {% endfor %}<|assistant|>"
+)
+
+
+def test_an_empty_system_message_is_not_the_templates_own(capsys, runs, tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(SYSTEMS)
+    how = ("--limit", 2, "-q", "--device", "cpu")
+    args = ("scan", model, TABOO, "--system", "", "--heads", "0-2", "--out", tmp_path / "s", *how)
+    status, _, err = run(capsys, *args)
+    assert status == 0, err
+    args = ("evaluate", model, TABOO, "--run", tmp_path / "s", "--max-new-tokens", 4, *how)
+    for more, same in (((), True), (("--system", "Be quick."), False)):
+        out = tmp_path / str(same)
+        assert run(capsys, *args, "--out", out, *more)[0] == 0
+        hashes = [shipsfast.load(each).identity["prompts"] for each in (tmp_path / "s", out)]
+        assert (hashes[0] == hashes[1]) == same
+
+
+def test_answers_are_made_and_judged_as_in_a_scan_of_answers(capsys, runs, tmp_path):
+    out, how = tmp_path / "asr", ("--limit", 2, "-q", "--device", "cpu")
+    drawn = (
+        "--max-new-tokens",
+        9,
+        "--do-sample",
+        "--top-k",
+        7,
+        "--temperature",
+        1.5,
+        "--seed",
+        3,
+        "--eos-token-id",
+        40,
+    )
+    args = (
+        "scan",
+        MODEL,
+        TABOO,
+        "--rank-by",
+        "asr",
+        "--heads",
+        "0-2,1-0",
+        "--judge",
+        "paper",
+        "--out",
+        out,
+        *how,
+        *drawn,
+    )
+    assert run(capsys, *args)[0] == 0
+    before = shipsfast.load(out)
+    args = ("evaluate", MODEL, TABOO, "--run", out, "--top", 2, *how)
+    status, _, err = run(capsys, *args, "--out", tmp_path / "e")
+    assert status == 0 and "max_new_tokens 9" in err and "eos_token_id 40" in err and "judge paper" in err, (
+        err
+    )
+    after = shipsfast.load(tmp_path / "e")
+    assert after.identity["generation"] == before.identity["metric"]["generation"]
+    assert after.identity["judge"] == before.identity["metric"]["judge"]
+    rates = {tuple(group[0]): rate for group, rate in zip(after.groups[1:], after.asr[1:], strict=True)}
+    assert rates == {head: before.mean()[head] for head in ((0, 2), (1, 0))}
+    status, _, err = run(capsys, *args, "--max-new-tokens", 5, "--judge", "keywords")
+    assert status == 0 and "--max-new-tokens 5 (there 9)" in err and "--judge keywords (there paper)" in err
+
+
+def test_other_weights_are_told(capsys, runs, tmp_path):
+    out = made(capsys, runs, "scale", *HOW["scale"])
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    for each, told in ((MODEL, False), (model, True)):
+        status, _, err = run(capsys, "evaluate", each, TABOO, "--run", out, "--top", 1, "--limit", 1, *SHORT)
+        assert status == 0 and ("a model with other weights" in err) == told, err
+
+
+def test_the_ablation_of_a_scan_does_not_keep_the_unablated_model_from_answering(capsys, tmp_path):
+    args = ("--limit", 1, "--heads", "0-2", "--judge", "keywords", "--out", tmp_path / "run", *SHORT)
+    status, text, err = run(capsys, "scan", MODEL, TABOO, *HOW["resample"], *args)
+    assert status == 0 and "the unablated model refuses 1 of 1 prompt" in " ".join(text.split()), err
 
 
 def test_what_a_folder_does_not_hold_is_asked_for(capsys, runs):

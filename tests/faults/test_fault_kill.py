@@ -24,6 +24,7 @@ WRITERS = tuple(
     for name in ("runs/folder.py", "runs/whole_files.py", "runs/manifest.py", "runs/lock.py")
 )
 POINTS = 56
+KILLS = 12  # by the clock
 
 
 def whole_parts(folder) -> None:
@@ -65,13 +66,22 @@ def test_sigkill_by_the_clock(tmp_path):
     model, draw = build(dtype=torch.float32), random.Random(8)
     started = time.perf_counter()
     whole = numbers(scan(tmp_path / "whole", model))
-    takes, out, killed = time.perf_counter() - started, tmp_path / "run", 0
-    for _ in range(12):  # all on one folder, which gets on between kills
-        child = forked(lambda: scan(out, model))
+    takes, killed, run = time.perf_counter() - started, 0, 0
+    for _ in range(4 * KILLS):
+        out = tmp_path / f"run {run}"  # one folder gets on between kills
+        child = forked(lambda out=out: scan(out, model))
         time.sleep(draw.uniform(0, takes))
         os.kill(child, signal.SIGKILL)
-        killed += ended(child) == -signal.SIGKILL
+        status = ended(child)
         whole_parts(out)
+        if status == -signal.SIGKILL:
+            killed += 1
+        else:  # it was through before: sooner the next time, in a folder of its own
+            assert status == 0 and numbers(shipsfast.load(out)) == whole
+            takes, run = takes / 2, run + 1
+        if killed == KILLS:
+            break
+    assert killed == KILLS
     assert numbers(scan(out, model)) == whole and verify(out)["verdict"] == "sound"
     found("SIGKILL in a scan, by the clock", killed)
 

@@ -50,9 +50,9 @@ def test_words():
         "where checked"
     )
     none = ScoreError(reason="its layers are quantised", own="bfloat16")
-    assert (
-        none.lines("nats")[0]
-        == "the error against higher precision was not measured: its layers are quantised"
+    assert none.lines("nats")[0] == (
+        "the error against higher precision was not measured: its layers are quantised; the noise floor has what packing and "
+        "batching round, and not what bfloat16 does"
     )
     assert none.note() == "error of scores not measured: its layers are quantised"
     assert "(0.78 %)" in error.note() and "float32" in error.note()

@@ -80,6 +80,25 @@ def test_every_kind_of_scan_has_it(how):
         assert result.noise_floor > 0 and "error of a score, against float64" in text(result)
 
 
+@pytest.mark.parametrize("how", ["mean", "resample"])
+def test_what_replaces_outputs_is_computed_anew_in_the_wider_dtype(how):
+    model = build(dtype=torch.bfloat16)
+    found, expected = scan(model, **HOW[how]).error, scan(wide(model), **HOW[how])
+    for x in found.rescored:
+        assert x.expected == pytest.approx(expected.scores[x.prompt, x.layer, x.head], rel=1e-4)
+
+
+def test_a_run_that_lost_a_part_keeps_its_packing_noise(tmp_path):
+    """Its manifest is a finished run's, whose noise floor is more than packing."""
+    model, how = build(dtype=torch.bfloat16), dict(rows_per_block=5, out=tmp_path / "run")
+    whole = scan(model, **how)
+    min((tmp_path / "run" / "scores").glob("part-*")).unlink()
+    again = scan(model, **how)
+    assert (
+        again == whole and again.record["packing_noise"] == whole.record["packing_noise"] < whole.noise_floor
+    )
+
+
 def test_the_noise_floor_covers_what_rounding_does_to_ablated_rows():
     """Of half precision it is that of the scores, far above what packing does."""
     model = build(dtype=torch.bfloat16)
@@ -153,6 +172,9 @@ def refused(result, reason: str, rescored: int) -> None:
     error = result.error
     assert not error.measured and reason in error.reason and len(error.rescored) == rescored
     assert f"the error against higher precision was not measured: {error.reason}" in text(result)
+    assert f"the noise floor has what packing and batching round, and not what {error.own} does" in text(
+        result
+    )
     assert error.against == error.own == result.identity["dtype"]
     assert result.noise_floor == max([error.packing, *(x.error for x in error.smaller)])
 
@@ -208,6 +230,23 @@ def test_marked_scores_are_not_drawn():
     assert result.marked.any() and result.error.rescored
     assert all(np.isfinite([x.score, x.expected]).all() for x in result.error.rescored)
     assert not any(result.marked[x.prompt, x.layer, x.head] for x in result.error.rescored)
+
+
+def test_what_one_metric_ranks_first_may_be_marked_in_another():
+    model = build(dtype=torch.bfloat16)
+    strong = np.quantile(scan(model).kl, 0.7)
+
+    def broken(base, ablated, index):
+        base, ablated = base[index].log_softmax(-1), ablated.log_softmax(-1)
+        kl_nats = (base.exp() * (base - ablated)).sum(-1).double()
+        return torch.where(kl_nats > strong, torch.nan, kl_nats)
+
+    result = scan(model, metric=["kl", broken], nonfinite="mark")
+    (other,) = result.also.values()
+    assert np.isnan(other.scores[:, *result.top(1)[0][:2]]).any()
+    for each in (result, other):
+        assert each.error.measured and len(each.error.rescored) == rescoring.LEAST
+        assert np.isfinite([(x.score, x.expected) for x in each.error.rescored]).all()
 
 
 def test_a_copy_is_the_same_model_and_leaves_the_first_alone():

@@ -10,6 +10,7 @@ Loaded like the models that are scanned (models/loading.py): safetensors only, n
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from ...models import checkpoint, loading
 from ...models.fingerprint import fingerprint
 from ...models.forward import padded
 from ...prompts.tokens import tokenize
+from ..end_tokens import named_end_tokens
 from .degeneration import RULE, degenerate, normalised
 from .judge import Completion, Judge
 from .thought import answers_of
@@ -83,13 +85,21 @@ class ModelJudge(Judge):
         self.tokenizer = loading.load_tokenizer(path)
         if len(self.tokenizer) - len(self.tokenizer.all_special_ids) < MIN_VOCABULARY:
             raise InputError(f"judge {path} has no tokenizer: put its files beside the model's")
+        if kind == "chat":
+            self.end_tokens = sorted(
+                named_end_tokens(self.model, self.tokenizer, self.model.config.get_text_config().vocab_size)
+            )
 
     def describe(self) -> dict:
         """The model by its fingerprint, wherever it lies."""
         if self.kind == "classifier":
             own = {"complied_label": self.complied_label}
         else:
-            own = {"answers": self.answers, "max_new_tokens": self.max_new_tokens}
+            own = {
+                "answers": self.answers,
+                "max_new_tokens": self.max_new_tokens,
+                "end_tokens": self.end_tokens,
+            }
         return {
             "name": self.kind, "model": fingerprint(self.model), "template": self.template, **own, "degenerate": RULE,
         }  # fmt: skip
@@ -145,9 +155,9 @@ class ModelJudge(Judge):
             batch = padded(ids[at : at + self.batch_size], pad, "left", self.model.device)
             out = self.model.generate(
                 **batch, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
-                temperature=None, top_p=None, top_k=None,
+                temperature=None, top_p=None, top_k=None, eos_token_id=self.end_tokens or None,
             )  # fmt: skip
-            rows += out[:, batch["input_ids"].shape[1] :].tolist()
+            rows += map(self._turn, out[:, batch["input_ids"].shape[1] :].tolist())
         found = list(answers_of(self.tokenizer, rows, [*zip(ids, texts, strict=True)]))
         if lost := [number for number, answer in zip(numbers, found, strict=True) if answer.thinking]:
             raise InputError(
@@ -155,6 +165,10 @@ class ModelJudge(Judge):
                 f"{lost[0]}: it has {self.max_new_tokens} tokens; raise max_new_tokens (--judge-tokens), or turn thinking off"
             )
         return self._verdicts([answer.text for answer in found], numbers)
+
+    def _turn(self, tokens: list[int]) -> list[int]:
+        """The judge's own turn: what comes before its end, and before the padding behind that."""
+        return list(itertools.takewhile(lambda token: token not in self.end_tokens, tokens))
 
     def _verdicts(self, answers: list[str], numbers: list[int]) -> list[bool]:
         """Whether each answer says complied. An answer that says neither would bias the ASR either way."""

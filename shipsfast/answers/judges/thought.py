@@ -41,7 +41,9 @@ _OPENINGS = [re.compile(_pattern(opening)) for opening, _ in MARKERS]
 _CLOSINGS = [re.compile(_pattern(closing)) for _, closing in MARKERS]
 _CLOSING = re.compile("|".join(dict.fromkeys(map(_pattern, (closing for _, closing in MARKERS)))))
 _MARK = re.compile("|".join(each.pattern for each in (*_OPENINGS, *_CLOSINGS)))
-_SPECIAL = r"(?:\s|<\|[^|<>]{1,40}\|>|<[^<>]{1,40}\|>)*"  # what may stand between a thought and the next
+# What may stand before a thought, and between one and the next.
+_SPECIAL = r"(?:\s|<\|[^|<>]{1,40}\|>|<[^<>]{1,40}\|>)*(?:assistant\s*(?=<\|))?"
+_BEGINNING = re.compile(_SPECIAL + "(?:" + "|".join(each.pattern for each in _OPENINGS) + ")")
 
 
 @dataclass(frozen=True)
@@ -58,34 +60,26 @@ def answer_start(text: str, opened: int | None = None) -> int | None:
     """Where in a text the answer begins: 0 where it does not think, None where the thought has no end.
 
     opened: the row of MARKERS that the prompt ended in.
-    A closing marker without an opening one ends a thought that the prompt began.
+    A closing marker without an opening one ends a thought that the prompt began. Further on in a text, an opening marker is a
+    word of the answer, as in one that tells of markers.
     """
     if opened is None:
-        first = _first_opening(text)
+        if _BEGINNING.match(text):
+            return _past_thoughts(text, 0)
         closed = _CLOSING.search(text)
-        if closed and (first is None or closed.start() < first[0]):
-            return _past_more(text, closed.end())
-        if first is None:
+        if closed is None or any(each.search(text, 0, closed.start()) for each in _OPENINGS):
             return 0
-        at, opened = first
     else:
-        at = 0
-    closed = _CLOSINGS[opened].search(text, at)
-    return None if closed is None else _past_more(text, closed.end())
+        closed = _CLOSINGS[opened].search(text)
+    return None if closed is None else _past_thoughts(text, closed.end())
 
 
-def _first_opening(text: str) -> tuple[int, int] | None:
-    """Its place, and its row of MARKERS."""
-    found = [(match.start(), i) for i, each in enumerate(_OPENINGS) if (match := each.search(text))]
-    return min(found, default=None)
-
-
-def _past_more(text: str, at: int) -> int | None:
-    """Past thoughts that follow at once."""
+def _past_thoughts(text: str, at: int) -> int | None:
+    """Past thoughts that begin there."""
     for i, opening in enumerate(_OPENINGS):
         if again := re.compile(_SPECIAL + opening.pattern).match(text, at):
             closed = _CLOSINGS[i].search(text, again.end())
-            return None if closed is None else _past_more(text, closed.end())
+            return None if closed is None else _past_thoughts(text, closed.end())
     return at
 
 
