@@ -118,6 +118,12 @@ def _concentration(found: Concentration, unit: str, of: str, console: Console) -
     )
 
 
+def _among(result) -> str:
+    """Of what a share is one, where some heads have no score."""
+    scored, of = int((~np.isnan(result.mean())).sum()), result.mean().size
+    return "" if scored == of else f" among {scored:,} of {counted(of, result.unit)}"
+
+
 def _error(result, unit: str, console: Console, score: str = "a score") -> None:
     for line in result.error.lines(unit, score) if result.error else ():
         _say(console, line)
@@ -144,7 +150,7 @@ def show_ships(result, top: int, console: Console) -> None:
         f"{_noise(result, metric['unit'])}",
     )
     _error(result, metric["unit"], console)
-    _concentration(result.concentration(), result.unit, "", console)
+    _concentration(result.concentration(), result.unit, _among(result), console)
     for line in _of_answers(result.record):
         _say(console, line)
     for line in marks(result):
@@ -192,7 +198,7 @@ def show_subspace(result, top: int, console: Console) -> None:
     _ranking(result, top, "degrees", console)
     _say(console, _noise(result, "degrees"))
     _error(result, "degrees", console, "an angle")
-    _concentration(result.concentration(), result.unit, "", console)
+    _concentration(result.concentration(), result.unit, _among(result), console)
 
 
 def show_sahara(result, console: Console) -> None:
