@@ -72,7 +72,10 @@ def _of_control(result) -> Iterator[str]:
     worst, moved = (np.array([of[g] for g in broken]) for of in (said, kl_nats))
     kl = "" if np.isnan(moved).all() else f", and the next token moves by up to {np.nanmax(moved):.2g} nats"
     before = "" if np.isnan(own) else f" (unablated {own:.0%})"
+    share = np.nanmax(worst)
+    answers = f"up to {share:.0%} of" if share else "none of"  # 0 where the next token alone tells
     yield (
-        f"the control breaks with {names}{more} off: up to {np.nanmax(worst):.0%} of the answers to ordinary prompts are "
-        f"degenerate or incoherent{before}{kl}; such an ablation breaks the model, not its refusals"
+        f"the control breaks with {names}{more} off: {answers} the answers to ordinary prompts are "
+        f"degenerate or incoherent{before}{kl if share else kl.replace(', and', ', but')}; such an ablation breaks the "
+        "model, not its refusals"
     )

@@ -117,6 +117,9 @@ def test_a_control_that_breaks_is_told(label, kl, broken):
     control = Control(np.full((2, 4), [[0.01], [kl]]), said(["cccc", f"{label}ccc", "cccc"]), 8)
     result = evaluation(["cr", "cr"], "rr", control)
     found = [x for x in result.warnings() if x.startswith("the control breaks with 0-1 off")]
+    assert all(
+        ("none of the answers" in x and ", but the next token moves" in x) == (label == "c") for x in found
+    )
     assert len(found) == broken and result.sheet().warnings == [f"Warning: {x}" for x in result.warnings()]
 
 
