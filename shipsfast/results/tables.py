@@ -30,10 +30,16 @@ def show(result, top: int, out: Path | None = None, console: Console | None = No
     _say(
         console,
         f"{record.get('attention_backend')} attention, {record.get('layers')} layers, "
-        f"{result.identity.get('dtype')}, {record.get('seconds', 0):.2f} s in all",
+        f"{result.identity.get('dtype')}{_template(record)}, {record.get('seconds', 0):.2f} s in all",
     )
     if out is not None:
         _say(console, f"run folder: {out}")
+
+
+def _template(record: dict) -> str:
+    """`auto` chose it; a text of one's own is long, and known."""
+    name = (record.get("prompting") or {}).get("template")
+    return f", template {name}" if name in ("chat", "query-answer", "none") else ""
 
 
 def as_json(result, top: int, out: Path | None = None) -> dict:

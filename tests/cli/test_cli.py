@@ -62,6 +62,12 @@ def test_concentration_says_of_which_heads_it_is(capsys):
     assert "concentration: top 1 " in run(capsys, *args[:-2])[1]
 
 
+@pytest.mark.parametrize(("asked", "said"), [((), "chat"), (("--template", "none"), "none")])
+def test_the_template_that_auto_chose_is_said(capsys, asked, said):
+    args = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 2, "-q", "--heads", "0-2")
+    assert f"float32, template {said}, " in run(capsys, *args, *asked)[1]
+
+
 def test_a_second_run_continues_the_first(capsys, tmp_path):
     args = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 3, "--out", tmp_path / "run", "--json", "-q")
     first, second = run(capsys, *args), run(capsys, *args)
