@@ -68,7 +68,8 @@ Scale = _option(Measurement, "scale", str)
 Source = Annotated[
     Path | None,
     typer.Option(
-        help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all)."
+        help="Prompt file for mean (default: PROMPTS) and resample (one prompt each, or one for all; of several, --limit and "
+        "--sample take the same as of PROMPTS)."
     ),
 ]
 Align = Annotated[

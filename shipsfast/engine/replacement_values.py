@@ -24,6 +24,7 @@ from ..ops.prefix_tree import PackedPrompts, pack
 from ..ops.tree_attention import TreeContext, resolve_backend
 from ..prompts.tokens import to_tokens
 from ..prompts.wrapping import Wrapping
+from ..text import counted
 from .ablate import is_ablated
 from .ablation import Ablation
 from .alignment import NONE, sources
@@ -47,8 +48,8 @@ def source_ids(
         ids = ids * len(token_ids)
     if len(ids) != len(token_ids):
         raise InputError(
-            f"ablation resample has {len(ids)} prompts to take outputs from, and {len(token_ids)} prompts are "
-            "scanned: give one for each, or one for all"
+            f"ablation resample has {counted(len(ids), 'prompt')} to take outputs from, and "
+            f"{counted(len(token_ids), 'prompt')} to scan: give one for each, or one for all"
         )
     for i, (scanned, other) in enumerate(zip(token_ids, ids, strict=True)):
         if how.align == "exact" and len(scanned) != len(other):

@@ -152,7 +152,13 @@ def config_of(where: Checkpoint, file: GgufFile) -> PreTrainedConfig:
     if any(name == _ROPE_FACTORS for name, *_ in file.tensors):
         _take_rope_factors(where, file, config)
     _check_tensors(where, file, config)
+    config._name_or_path = _name(where)
     return config
+
+
+def _name(where: Checkpoint) -> str:
+    """What the model is called in plans and records: transformers would name the folder alone."""
+    return str(Path(where.name) if where.name.endswith(where.gguf) else f"{where.name}/{where.gguf}")
 
 
 def load(where: Checkpoint, file: GgufFile, dtype: torch.dtype):
@@ -174,9 +180,7 @@ def load(where: Checkpoint, file: GgufFile, dtype: torch.dtype):
         )
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # it is no quantised model any more
-    model.config._name_or_path = str(
-        Path(where.name) if where.name.endswith(where.gguf) else f"{where.name}/{where.gguf}"
-    )
+    model.config._name_or_path = _name(where)
     return model, info
 
 

@@ -132,7 +132,7 @@ class ScoreError:
         middle, most = self.relative["median"], self.relative["max"]
         if np.isnan(middle):
             return ""
-        return f"error of a score against {self.against}: median{percent(middle)}, largest{percent(most)}"
+        return f"error of a score against {self.against}: median {share(middle)}, largest {share(most)}"
 
     def to_json(self) -> dict:
         """For run.json, and for a program to read."""
@@ -159,6 +159,11 @@ class ScoreError:
 
 def percent(part: float) -> str:
     """ " (1.3 %)", " (8e-05 of it)"; nothing where it is not known."""
-    if np.isnan(part):
-        return ""
-    return f" ({100 * part:.2g} %)" if part >= 1e-3 or part == 0 else f" ({part:.1g} of it)"
+    return "" if np.isnan(part) else f" ({share(part)})"
+
+
+def share(part: float) -> str:
+    """A share of a score: "1.3 %", "240 %", "8e-05 of it"."""
+    if part < 1e-3 and part != 0:
+        return f"{part:.1g} of it"
+    return f"{100 * part:,.0f} %" if part >= 1 else f"{100 * part:.2g} %"

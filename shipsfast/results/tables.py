@@ -31,10 +31,16 @@ def show(result, top: int, out: Path | None = None, console: Console | None = No
     _say(
         console,
         f"{record.get('attention_backend')} attention, {record.get('layers')} layers, "
-        f"{result.identity.get('dtype')}, {record.get('seconds', 0):.2f} s in all",
+        f"{result.identity.get('dtype')}{_template(record)}, {record.get('seconds', 0):.2f} s in all",
     )
     if out is not None:
         _say(console, f"run folder: {out}")
+
+
+def _template(record: dict) -> str:
+    """`auto` chose it; a text of one's own is long, and known."""
+    name = (record.get("prompting") or {}).get("template")
+    return f", template {name}" if name in ("chat", "query-answer", "none") else ""
 
 
 def as_json(result, top: int, out: Path | None = None) -> dict:
@@ -121,6 +127,12 @@ def _concentration(found: Concentration, unit: str, of: str, console: Console) -
     )
 
 
+def _among(result) -> str:
+    """Of what a share is one, where some heads have no score."""
+    scored, of = int((~np.isnan(result.mean())).sum()), result.mean().size
+    return "" if scored == of else f" among {scored:,} of {counted(of, result.unit)}"
+
+
 def _error(result, unit: str, console: Console, score: str = "a score") -> None:
     for line in result.error.lines(unit, score) if result.error else ():
         _say(console, line)
@@ -147,7 +159,7 @@ def show_ships(result, top: int, console: Console) -> None:
         f"{_noise(result, metric['unit'])}",
     )
     _error(result, metric["unit"], console)
-    _concentration(result.concentration(), result.unit, "", console)
+    _concentration(result.concentration(), result.unit, _among(result), console)
     for line in _of_answers(result.record):
         _say(console, line)
     for line in marks(result):
@@ -195,7 +207,7 @@ def show_subspace(result, top: int, console: Console) -> None:
     _ranking(result, top, "degrees", console)
     _say(console, _noise(result, "degrees"))
     _error(result, "degrees", console, "an angle")
-    _concentration(result.concentration(), result.unit, "", console)
+    _concentration(result.concentration(), result.unit, _among(result), console)
 
 
 def show_sahara(result, console: Console) -> None:

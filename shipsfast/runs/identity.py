@@ -30,6 +30,8 @@ def _one(name: str, before, now, manifest: dict, record: dict) -> str:
         return f"the ablation there is {_ablation(before)}, here {_ablation(now)}"
     if name == "incoherent" and before is None:
         return "there no answer can be incoherent: it was made before likelihoods of answers were kept, or with judge paper"
+    if name == "heads" and isinstance(before, list) and isinstance(now, list):
+        return f"{len(before):,} heads there, {len(now):,} here{_first_apart(before, now)}"
     if name == "control":
         return "the control prompts, or the tokens their KL is taken along, are others"
     return f"{name} there is {_short(before)}, here {_short(now)}"
@@ -44,6 +46,17 @@ def _prompts(before: list, now: list, manifest: dict, record: dict) -> str:
     return (
         order or f"{len(changed)} of {len(now)} prompts are other tokens, the first is prompt {changed[0]}"
     ) + template
+
+
+def _first_apart(before: list, now: list) -> str:
+    """The first head that only one of them has."""
+    for here, others, where in ((now, before, "here"), (before, now, "there")):
+        for head in here:
+            if head not in others:
+                return (
+                    f", {_short('-'.join(map(str, head)) if isinstance(head, list) else head)} only {where}"
+                )
+    return ""
 
 
 def _wrapping(manifest: dict, record: dict) -> str:

@@ -56,6 +56,18 @@ def test_json_is_all_that_stdout_holds(capsys):
     assert found["top"][0]["mean_kl_nats"] > found["top"][1]["mean_kl_nats"]
 
 
+def test_concentration_says_of_which_heads_it_is(capsys):
+    args = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 2, "-q", "--heads", "0-2,3")
+    assert "concentration among 5 of 16 heads: top 1 " in run(capsys, *args)[1]
+    assert "concentration: top 1 " in run(capsys, *args[:-2])[1]
+
+
+@pytest.mark.parametrize(("asked", "said"), [((), "chat"), (("--template", "none"), "none")])
+def test_the_template_that_auto_chose_is_said(capsys, asked, said):
+    args = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 2, "-q", "--heads", "0-2")
+    assert f"float32, template {said}, " in run(capsys, *args, *asked)[1]
+
+
 def test_a_second_run_continues_the_first(capsys, tmp_path):
     args = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 3, "--out", tmp_path / "run", "--json", "-q")
     first, second = run(capsys, *args), run(capsys, *args)

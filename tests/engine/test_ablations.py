@@ -295,7 +295,7 @@ def test_no_such_ablation(make, words):
         (dict(ablation="resample"), "resample needs prompts"),
         (dict(ablation=Ablation("resample", prompts=[[5, 6, 7, 8]])), "prompt 0 has 7 tokens.* has 4"),
         (dict(ablation=Ablation("resample", prompts=[*SOURCES[:2], [1, 2]])), "prompt 2 has 5 tokens.* has 2"),
-        (dict(ablation=Ablation("resample", prompts=SOURCES[:2])), "has 2 prompts.*3 prompts are scanned"),
+        (dict(ablation=Ablation("resample", prompts=SOURCES[:2])), "has 2 prompts to take outputs from, and 3 prompts to scan"),
         (dict(ablation=Ablation("resample", prompts=[*SOURCES[:2], []])), "ablation resample.*prompt 2"),
         (dict(ablation=Ablation("mean", prompts=[[5], []])), "ablation mean.*prompt 1"),
         (dict(ablation=Ablation("mean", prompts=["text"])), "tokenizer"),

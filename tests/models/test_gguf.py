@@ -144,6 +144,11 @@ def test_the_plan_is_that_of_the_folder(capsys, tmp_path, village):
         plans.append(json.loads(out))
     for key in ("dtype", "units", "plan", "memory", "flops"):
         assert plans[0][key] == plans[1][key]
+    assert (
+        plans[1]["model"]["name"]
+        == str(village)
+        == load_model(str(village), device="cpu").config._name_or_path
+    )
 
 
 def test_llama_3_rotary_scaling_is_not_lost(tmp_path):

@@ -55,7 +55,12 @@ def test_words():
         "batching round, and not what bfloat16 does"
     )
     assert none.note() == "error of scores not measured: its layers are quantised"
-    assert "(0.78 %)" in error.note() and "float32" in error.note()
+    assert error.note() == "error of a score against float32: median 0.78 %, largest 1.6 %"
+    far = ScoreError(sample([0.01, 0.01], [0.024, 1e-6]), "float32")
+    assert "largest 0.024 nats (240 %)" in far.lines("nats")[0]
+    assert far.note() == "error of a score against float32: median 120 %, largest 240 %"
+    near = ScoreError(sample([1.0], [2.0**-14]), "float64")
+    assert near.note() == "error of a score against float64: median 6e-05 of it, largest 6e-05 of it"
     zero = ScoreError(sample([0.0], [0.0]), "float64")
     assert zero.lines("")[0] == "error of a score, against float64: median 0, largest 0; 1 rescored"
 

@@ -12,6 +12,7 @@ import shipsfast
 from shipsfast import cli
 from shipsfast.runs import manifest
 from shipsfast.runs.folder import RunFolder
+from shipsfast.runs.identity import in_words
 from shipsfast.runs.manifest import as_text, find_parts, read_manifest
 from shipsfast.runs.verify import render, verify
 from tests.support.command_line import refused, run
@@ -281,3 +282,14 @@ def test_a_resumed_run_is_cut_as_it_was_begun(tmp_path, monkeypatch, model):
         (tmp_path / "run" / "scores" / f"part-{number:06d}.parquet").unlink()
     assert numbers(scan(tmp_path / "run", model, **how)) == whole
     assert blocks == [begun[number] for number in (1, 2, 3, 6)]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ([[1, h] for h in range(30)], [[1, h] for h in range(40)], "30 heads there, 40 here, 1-30 only here"),
+        ([[0, 0], [0, 1]], [[0, 0]], "2 heads there, 1 here, 0-1 only there"),
+    ],
+)
+def test_long_lists_of_heads_are_told_apart(before, now, said):
+    assert in_words(["heads"], {"heads": before}, {"heads": now}, {}, {}) == said
