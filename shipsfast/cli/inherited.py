@@ -125,10 +125,11 @@ def _shown(value) -> str:
 
 
 def _same(value) -> object:
-    if isinstance(value, list):  # --template-arg, in any order
+    if isinstance(value, list):  # in any order
         from ..prompts.wrapping import TemplateArgs
 
-        return TemplateArgs.parse(value)
+        of_template = all("=" in each for each in value)  # --template-arg, else --eos-token-id
+        return TemplateArgs.parse(value) if of_template else sorted(value)
     text = str(value).replace("-", "_") if not isinstance(value, Path) else value
     try:
         return float(value)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -17,6 +18,7 @@ from ..text import visible
 
 BARS_INCHES = 3.2
 CELL_INCHES = 0.32
+STANDS_OUT = 4  # times as much as nearly all heads
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def steps(panels: Sequence[Panel], title: str, path: str | Path | None = None) -
 
 def _map_with_bar(figure: Figure, axes, panel: Panel) -> None:
     image = _map(axes, panel)
-    figure.colorbar(image, ax=axes).set_label(_plain(panel.label), fontsize=8)
+    scale = ", square-root scale" if isinstance(image.norm, PowerNorm) else ""
+    figure.colorbar(image, ax=axes).set_label(_plain(panel.label + scale), fontsize=8)
     if panel.weak.any():
         _note(axes, panel.weak_note)
 
@@ -120,8 +123,12 @@ def _map(axes, panel: Panel, top: float | None = None):
     """One map, with its dots, crosses and names. top: the end of the colours, default the largest value."""
     scores, signed = panel.values, panel.signed
     limit = top or (float(np.nanmax(np.abs(scores))) if not np.isnan(scores).all() else 0.0) or 1.0
-    colours = {"cmap": "PuOr", "vmin": -limit} if signed else {"cmap": "cividis", "vmin": 0}
-    image = axes.imshow(np.ma.masked_invalid(scores), aspect="auto", origin="lower", vmax=limit, **colours)
+    norm = Normalize(-limit if signed else 0, limit)
+    if top is None and not signed and limit > STANDS_OUT * np.nanquantile(scores, 0.98):
+        norm = PowerNorm(0.5, 0, limit)  # or one head would leave all others one colour
+    image = axes.imshow(
+        np.ma.masked_invalid(scores), aspect="auto", origin="lower", norm=norm, cmap="PuOr" if signed else "cividis"
+    )
     axes.set_xlabel("head" if panel.unit == "head" else "key/value group")
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
