@@ -127,7 +127,11 @@ def _map(axes, panel: Panel, top: float | None = None):
     if top is None and not signed and limit > STANDS_OUT * np.nanquantile(scores, 0.98):
         norm = PowerNorm(0.5, 0, limit)  # or one head would leave all others one colour
     image = axes.imshow(
-        np.ma.masked_invalid(scores), aspect="auto", origin="lower", norm=norm, cmap="PuOr" if signed else "cividis"
+        np.ma.masked_invalid(scores),
+        aspect="auto",
+        origin="lower",
+        norm=norm,
+        cmap="PuOr" if signed else "cividis",
     )
     axes.set_xlabel("head" if panel.unit == "head" else "key/value group")
     axes.set_ylabel("layer")
