@@ -6,12 +6,8 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import InputError, note
-
-if TYPE_CHECKING:
-    from ..prompts.datasets import PromptSet
 
 PICTURES = (".png", ".svg", ".pdf")
 running: dict[str, Path | None] = {"out": None}  # where the command at work writes, for its last words
@@ -47,23 +43,25 @@ class Asked:
         from ..prompts.datasets import sample_prompts
 
         given = self.given
-        which = (given["limit"], given["sample"], given["seed"])
-        prompts, self.prompts_from = taken(given["prompts"], given["column"], given["quiet"])
-        self.values |= {"prompts": sample_prompts(prompts, *which), "prompts_from": self.prompts_from}
+        which = {name: given[name] for name in ("limit", "sample", "seed")}
+        some = functools.partial(sample_prompts, **which)
+        prompts, self.prompts_from = taken(given["prompts"], given["column"], given["quiet"], choose=some)
+        self.values |= {"prompts": prompts, "prompts_from": self.prompts_from}
         if given["sample"] is not None:
             self.prompts_from["sample"] = {"prompts": given["sample"], "seed": given["seed"]}
         elif given["limit"] is not None:
             self.prompts_from["limit"] = given["limit"]
         self.others = None
         if given["source"] is not None:
-            self.others = self.more_prompts("source", given["source"])
-            if given["ablation"] == "resample" and len(self.others) > 1:
-                self.others = sample_prompts(self.others, *which)
+            pairs = given["ablation"] == "resample"  # one prompt stands in for all
+            choose = (lambda found: some(found) if len(found) > 1 else found) if pairs else list
+            self.others = self.more_prompts("source", given["source"], choose)
 
-    def more_prompts(self, option: str, path: str | Path) -> list:
+    def more_prompts(self, option: str, path: str | Path, choose: Callable[[list], list] = list) -> list:
         """The prompts of the file that an option names, recorded beside those of the argument."""
+        given = self.given
         prompts, self.prompts_from[option] = taken(
-            path, self.given["column"], self.given["quiet"], f"--{option}"
+            path, given["column"], given["quiet"], f"--{option}", choose
         )
         return prompts
 
@@ -167,14 +165,22 @@ class Asked:
             yield made(cls, self.values | own)
 
 
-def taken(path: str | Path, column: str | None, quiet: bool, what: str = "prompts") -> PromptSet:
-    """The prompts of a file, and where they came from, which is said. what: begins the line."""
+def taken(
+    path: str | Path,
+    column: str | None,
+    quiet: bool,
+    what: str = "prompts",
+    choose: Callable[[list], list] = list,
+) -> tuple[list, dict]:
+    """The prompts of a file, and where they came from, which is said. what: begins the line; choose: takes some of them."""
     from ..prompts.datasets import read_prompts
 
     found = read_prompts(path, column)
+    chosen = choose(found.prompts)
     if not quiet:
-        note(f"{what}: {found}")
-    return found
+        few = f"; {len(chosen):,} of them taken" if len(chosen) < len(found.prompts) else ""
+        note(f"{what}: {found}{few}")
+    return chosen, found.origin
 
 
 def template_for(name: str, tokenizer) -> str:

@@ -9,6 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from .._version import __version__
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "pandas", "pyarrow", "matplotlib")
+# What only some inputs need, and for what.
+EXTRAS = {
+    "gguf": "GGUF files",
+    "accelerate": "GGUF files",
+    "peft": "adapters",
+    "datasets": "data sets of the hub",
+}
 
 
 def describe() -> dict:
@@ -25,6 +32,7 @@ def describe() -> dict:
         "shipsfast": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "extras": {name: _version(name) for name in EXTRAS},
         "extension": {"loaded": loaded, "detail": why},
         "triton_kernels": _triton(torch),
         "devices": {
@@ -59,6 +67,10 @@ def render(facts: dict) -> str:
     """The same as text, one fact a line."""
     lines = [f"shipsfast {facts['shipsfast']}, Python {facts['python']}"]
     lines += [f"  {name}: {found or 'not installed'}" for name, found in facts["packages"].items()]
+    lines += [
+        f"  {name}: {found or f'not installed; {EXTRAS[name]} need it (pip install {name})'}"
+        for name, found in facts["extras"].items()
+    ]
     extension = facts["extension"]
     lines.append(
         f"native extension: {'loaded' if extension['loaded'] else 'not loaded'} ({extension['detail']})"

@@ -56,7 +56,9 @@ def check_heads(
             layer, head = entry[:2] if hasattr(entry, "score") else entry  # a HeadScore is as good as a pair
             layer, head = operator.index(layer), None if head is None else operator.index(head)
         except (TypeError, ValueError):
-            raise InputError(f"head {entry!r} is not a (layer, head) pair of integers") from None
+            raise InputError(
+                f"head {entry!r} is not a (layer, head) pair of integers, or (layer, None) for a whole layer"
+            ) from None
         if not (0 <= layer < num_layers and (head is None or 0 <= head < num_heads)):
             raise InputError(
                 f"{unit} {layer}-{head} does not exist: the model has layers 0 to {num_layers - 1} "

@@ -125,6 +125,9 @@ class ScoreError:
             plain += f"; scores and plain passes in {self.own} differ by {self.plain_max_abs:.2g}{unit} or less where checked"
         return [*out, plain]
 
+    def __str__(self) -> str:
+        return "; ".join(self.lines(""))
+
     def note(self) -> str:
         """In a few words, for plots."""
         if not self.measured:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..clock import seconds_since
 from ..engine.heads import Head
 from ..engine.measurement import ScanExecution, called_with
-from ..errors import InputError, UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError, note
 from ..memory import OutOfMemory, once_more
 from ..models.forward import alarm
 from ..models.restore import untouched
@@ -59,6 +59,10 @@ def scan(
         prepared.continue_plan(main.folder)
         for measure in measures:
             measure.begin()
+        known = int((~main.missing()).sum())
+        if known and execution.progress:
+            of = len(prepared.token_ids) * len(prepared.units)
+            note(f"{main.folder.path} has {known:,} of {of:,} scores, and goes on")
     work = _Work(prepared, measures)
     scan_started = time.perf_counter()
     try:

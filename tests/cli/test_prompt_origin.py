@@ -27,7 +27,7 @@ def test_columns_are_said_once_and_recorded(capsys, tmp_path):
     status, _, err = run(capsys, "scan", MODEL, path, *FEW, "--out", out)
     assert status == 0, err
     assert lines(err) == [
-        "shipsfast: prompts: 2 prompts of set.csv; columns instruction and input; the layout of Alpaca"
+        "shipsfast: prompts: 2 prompts of set.csv; columns instruction and input; the layout of Alpaca; 1 of them taken"
     ]
     expected = {
         "file": "set.csv",
