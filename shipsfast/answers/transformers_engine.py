@@ -72,10 +72,6 @@ def with_transformers(
     }  # fmt: skip
     if sampling.do_sample:
         settings |= {"top_k": sampling.top_k, "temperature": sampling.temperature, "top_p": 1.0}
-    if generate_kwargs.get("stop_strings") and generate_kwargs.get("tokenizer") is None:
-        if generation.tokenizer is None:
-            raise InputError("generate_kwargs has stop_strings, which are text: pass the model's tokenizer")
-        generate_kwargs = generate_kwargs | {"tokenizer": generation.tokenizer}
     own = {name: x for name, x in generate_kwargs.items() if hasattr(GenerationConfig(), name)}
     generate_kwargs = {name: x for name, x in generate_kwargs.items() if name not in own}
     with _told(own):

@@ -142,7 +142,11 @@ def bench(
     """Measure how fast MODEL scans here, how near that is to what the device can do, and what holds it back."""
     from ..prompts.datasets import sample_prompts
 
-    texts = None if prompts is None else taken(prompts, column, quiet, choose=lambda found: sample_prompts(found, limit))[0]
+    texts = (
+        None
+        if prompts is None
+        else taken(prompts, column, quiet, choose=lambda found: sample_prompts(found, limit))[0]
+    )
     quiet_transformers()
     from ..engine.memory_plan import parse_bytes
     from ..models.loading import load_model, load_tokenizer

@@ -138,23 +138,6 @@ def test_one_return_sequence_is_what_there_is(model):
     assert generate(model, num_return_sequences=1) == generate(model)
 
 
-def test_stop_strings_get_the_tokenizer_that_is_there(model):
-    village, tokenizer = load_model(str(MODEL), device="cpu"), load_tokenizer(str(MODEL))
-    prompts = load_prompts(FILES / "ordinary.csv")[:2]
-    how = dict(template="chat", groups=[[], [(0, 2)]], max_new_tokens=12, progress=False)
-    found, named = (
-        shipsfast.generate(
-            village, prompts, tokenizer, **how, generate_kwargs={"stop_strings": [" the"], **more}
-        )
-        for more in ({}, {"tokenizer": tokenizer})
-    )
-    assert found == named != shipsfast.generate(village, prompts, tokenizer, **how)
-    with pytest.raises(
-        shipsfast.InputError, match="stop_strings, which are text: pass the model's tokenizer"
-    ):
-        generate(model, stop_strings=[" the"])
-
-
 @pytest.mark.parametrize(
     "given",
     [
