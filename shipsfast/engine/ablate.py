@@ -14,6 +14,7 @@ from ..models.ambient import set_aside, without_autocast
 from ..models.anatomy import MODEL_ERRORS, Anatomy, inspect_model
 from ..models.attention_hook import ATTRIBUTE, DENSE, DenseCall, installed
 from ..models.forward import alarm, plain_pass, rounded_to, softcap_left_out
+from ..models.int8_products import check_int8_products
 from ..models.own_attention import check_own_attention
 from ..models.wrappers import base_model, check_one_device
 from ..ops.divergences import kl_rows
@@ -110,6 +111,7 @@ def check_own_forward(model: PreTrainedModel, anatomy: Anatomy) -> None:
     Made anew in every call: what a model does may have changed since the last. Raises UnsupportedModelError for an attention
     function that is not transformers' own, and where the two are not the same model.
     """
+    check_int8_products(model)
     check_own_attention(model, [layer.attention for layer in anatomy.layers])
     ids = _few_tokens(model)
     try:

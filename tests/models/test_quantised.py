@@ -1,5 +1,9 @@
 """Quantised models: the scan runs through their modules as they are, against one plain pass for each score."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import shipsfast
 from shipsfast.models.fingerprint import fingerprint
+from shipsfast.models.int8_products import _overflows
 from tests.support import family_oracle
 from tests.support.checkpoints import save
 from tests.support.models import _GQA, build
@@ -30,6 +35,8 @@ def full(dtype: torch.dtype):
 
 def by_bitsandbytes(folder, dtype: torch.dtype, **how):
     pytest.importorskip("bitsandbytes")
+    if how.get("load_in_8bit") and _overflows("bitsandbytes"):
+        pytest.skip("int8 products overflow on this processor: such models are refused")
     save(full(torch.float32), folder)
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=transformers.BitsAndBytesConfig(**how), device_map="cpu", dtype=dtype
@@ -117,6 +124,40 @@ def test_rows_that_bitsandbytes_quantises_together(dtype, tmp_path):
     assert (np.abs(result.kl - expected) <= 0.02 + 0.1 * expected).all()
     angles = shipsfast.scan_dataset(model, PROMPTS, progress=False)
     assert np.isfinite(angles.angle_deg).all() and angles.noise_floor > 0
+
+
+WITHOUT_VNNI = """
+import sys, torch, shipsfast
+from pathlib import Path
+from tests.models.test_quantised import PROMPTS, full
+from tests.support.checkpoints import save
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+save(full(torch.float32), Path(sys.argv[1]))
+how = dict(quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu", dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **how)
+ones = torch.full((32, 32), 127, dtype=torch.int8)
+right = bool((torch.ops.bitsandbytes.int8_linear_matmul(ones, ones) == 32 * 127 * 127).all())
+for call in (lambda: shipsfast.scan(model, PROMPTS, progress=False), lambda: shipsfast.ablate(model, []).__enter__()):
+    try:
+        call()
+        assert right, "wrong products, and no word of it"
+    except shipsfast.UnsupportedModelError as error:
+        assert not right and "model.layers.0.self_attn.q_proj (Linear8bitLt) multiplies int8 by int8" in str(error), error
+"""
+
+
+def test_int8_products_that_overflow_are_refused(tmp_path):
+    """As on processors without VNNI, where oneDNN adds pairs of products in 16 bits."""
+    pytest.importorskip("bitsandbytes")
+    limited = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_VNNI, str(tmp_path)],
+        env=limited,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -132,6 +132,7 @@ model of it here, so nothing is known.
 | attention functions or mask functions that are not transformers' own (registered, overwritten, patched) | refused by every call, with the `set_attn_implementation` that goes without them |
 | a decoder layer whose attention is replaced by what calls no attention function | refused, naming it |
 | hooks on hidden states | at every token alike: scanned as a part of the model; where they look at a token's place: one prompt per pack |
+| int8 products on a CPU without VNNI (bitsandbytes LLM.int8, torchao with quantised activations) | refused, naming the layer: oneDNN adds them in 16 bits there, which overflow, and the model itself answers wrongly |
 | `torch.ao.quantization.quantize_dynamic` | refused by scans and generation (a row depends on those beside it); goes on in `ablate` |
 | GGUF: llama, qwen2, qwen3, phi3, gemma2, gemma3 | every weight and setting held against the model the file was made of (`tests/models/test_gguf.py`), with transformers 5.18 or newer; other architectures, and files with something that transformers would drop, are refused |
 | image and text (`AutoModelForImageTextToText`) | loaded on the command line and scanned on text alone (`tests/models/test_with_images.py`); which families, the table below says |
