@@ -89,7 +89,10 @@ def test_other_libraries_against_brute_force_on_the_same_model(name, tmp_path):
     # On processors with bfloat16 products bitsandbytes' 4-bit layers use those, whatever the model's dtype.
     weight = getattr(model.model.layers[0].self_attn.q_proj, "weight", None)
     state = getattr(weight, "quant_state", None)
-    assert_close_abs(result.kl, expected, 0.02 if getattr(state, "packing_format_for_cpu", False) else 2e-5)
+    # Its int8 layers round what goes in, to float16 and then to int8: inputs that differ by 6e-7 were seen to move a score by
+    # 0.0095, and on some processors one value is next to a border.
+    steps = getattr(state, "packing_format_for_cpu", False) or "int8" in name
+    assert_close_abs(result.kl, expected, 0.02 if steps else 2e-5)
     texts = shipsfast.generate(
         model, PROMPTS, groups=[[(0, 1)]], max_new_tokens=NEW, eos_token_id=[], progress=False
     )
