@@ -50,6 +50,9 @@ if [ ! -e ".venv/.built-$sources" ]; then
     .venv/bin/python -c 'import shipsfast, transformers, pandas, pyarrow, matplotlib, annotated_doc, jinja2, typer, rich, tqdm, psutil, scipy.stats' ||
       step "missing dependencies" $pip --no-build-isolation -e .
   fi
+  # In a folder that holds the checkout, its own folder would be taken for the package: an editable install is asked last.
+  site=$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
+  pwd >"$site/shipsfast-checkout.pth"
   rm -f .venv/.built-*
   touch ".venv/.built-$sources"
 fi
