@@ -85,15 +85,16 @@ def judged(
     if not rows:
         return
     subject, limit, tokenizer = generation.subject, generation.max_new_tokens, generation.tokenizer
-    prompts, tokens = [prompt_text(p) for p in subject.measurement.prompts], [row.tokens for row in rows]
+    tokens = [row.tokens for row in rows]
+    prompts = [prompt_text(subject.measurement.prompts[row.prompt]) for row in rows]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    asked = [(subject.token_ids[row.prompt], prompts[row.prompt]) for row in rows]
+    asked = [(subject.token_ids[row.prompt], prompt) for row, prompt in zip(rows, prompts, strict=True)]
     said = []
-    for row, answer in zip(rows, answers_of(tokenizer, tokens, asked), strict=True):
+    for row, prompt, answer in zip(rows, prompts, answers_of(tokenizer, tokens, asked), strict=True):
         thought = len(row.tokens) - answer.tokens
         said.append(
             Completion(
-                prompts[row.prompt], answer.text, answer.tokens, row.finished, limit - thought,
+                prompt, answer.text, answer.tokens, row.finished, limit - thought,
                 thinks=thought > 0 or answer.thinking, thinking=answer.thinking,
             )
         )  # fmt: skip

@@ -30,7 +30,7 @@ _CLOCK = (
 _OTHER_DATE = datetime.date(1999, 12, 31)  # in year, month, day and weekday
 
 
-def _parts(content: str) -> list[dict]:
+def parts(content: str) -> list[dict]:
     return [{"type": "text", "text": content}]
 
 
@@ -85,7 +85,7 @@ class _Template:
 
     def __init__(self, tokenizer, wrapping: Wrapping) -> None:
         self.tokenizer, self.args, self.date = tokenizer, wrapping.args.to_json(), as_date(wrapping.date)
-        with _told():
+        with told():
             find = getattr(tokenizer, "get_chat_template", None)
             source = find(tools=self.args.get("tools")) if find else tokenizer.chat_template
             self.source = source if isinstance(source, str) else ""
@@ -102,13 +102,13 @@ class _Template:
     def __call__(self, said: Conversation, form: str, date: datetime.date | None = None) -> str:
         system, others = FORMS[form]
         messages = [
-            {"role": m.role, "content": _parts(m.content) if (system if m.role == "system" else others) else m.content}
+            {"role": m.role, "content": parts(m.content) if (system if m.role == "system" else others) else m.content}
             for m in said
         ]  # fmt: skip
         how = dict(self.args)
         if self.asks_time:
             how |= {"chat_template": _CLOCK + self.source, "shipsfast_dates": self._dates(date or self.date)}
-        with _told():
+        with told():
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **how
             )
@@ -125,7 +125,7 @@ class _Template:
 
 
 @contextlib.contextmanager
-def _told():
+def told():
     """What a template, or code that renders it, raises: in one line."""
     try:
         yield

@@ -3,7 +3,9 @@ a text judged beyond it holds turns that nobody asked for."""
 
 from __future__ import annotations
 
-from jinja2 import TemplateError
+from ..errors import InputError
+from .chat import parts, told
+from .special_tokens import special_texts
 
 MARK = "ANSWER"
 
@@ -14,23 +16,22 @@ def end_of_turn(tokenizer) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": MARK}]
-    for messages in (talk, [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk]):
+    for messages in (talk, [{**m, "content": parts(m["content"])} for m in talk]):
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except (ValueError, TypeError, TemplateError):
+            with told():
+                text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except (
+            InputError
+        ):  # one that takes no answers; those that take no prompt are refused where prompts are
             continue
         _, found, after = text.rpartition(MARK)
         if found:
-            written = (
-                t for t in tokenizer(after, add_special_tokens=False)["input_ids"] if t in _ends(tokenizer)
-            )
-            return next((t for t in written if tokenizer.convert_ids_to_tokens(t) in after), None)
+            return _first_end(tokenizer, after)
     return None
 
 
-def _ends(tokenizer) -> set[int]:
-    """Special tokens, also those that have no role of their own, such as <|im_end|> in some. The one that begins a text ends
-    none."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
-    return special - ({tokenizer.bos_token_id} - {tokenizer.eos_token_id})
+def _first_end(tokenizer, text: str) -> int | None:
+    """The id of the special token that a text has first; the one that begins texts ends none."""
+    begins = {tokenizer.bos_token} - {tokenizer.eos_token}
+    written = [token for token in special_texts(tokenizer) if token in text and token not in begins]
+    return tokenizer.convert_tokens_to_ids(min(written, key=text.index)) if written else None

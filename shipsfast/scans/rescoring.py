@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -95,8 +96,11 @@ def drawn(usable: np.ndarray, count: int) -> list[tuple[int, ...]]:
     can be: each in turn gets as many, drawn at random."""
     generator = np.random.default_rng(SEED)
     places = generator.permutation(np.argwhere(usable))
-    before: dict[int, int] = {}
-    turn = np.array([before.update({i: before.get(i, -1) + 1}) or before[i] for i in places[:, 0].tolist()])
+    seen: Counter[int] = Counter()  # of each place on the first axis
+    turn = []
+    for first in places[:, 0].tolist():
+        turn.append(seen[first])
+        seen[first] += 1
     return [tuple(map(int, places[at])) for at in np.argsort(turn, kind="stable")[:count]]
 
 

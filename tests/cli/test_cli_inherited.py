@@ -132,34 +132,21 @@ def test_an_empty_system_message_is_not_the_templates_own(capsys, runs, tmp_path
 
 def test_answers_are_made_and_judged_as_in_a_scan_of_answers(capsys, runs, tmp_path):
     out, how = tmp_path / "asr", ("--limit", 2, "-q", "--device", "cpu")
-    drawn = (
+    drawn = [
         "--max-new-tokens",
-        9,
+        "9",
         "--do-sample",
         "--top-k",
-        7,
+        "7",
         "--temperature",
-        1.5,
+        "1.5",
         "--seed",
-        3,
+        "3",
         "--eos-token-id",
-        40,
-    )
-    args = (
-        "scan",
-        MODEL,
-        TABOO,
-        "--rank-by",
-        "asr",
-        "--heads",
-        "0-2,1-0",
-        "--judge",
-        "paper",
-        "--out",
-        out,
-        *how,
-        *drawn,
-    )
+        "40",
+    ]
+    asr = ["--rank-by", "asr", "--heads", "0-2,1-0", "--judge", "paper"]
+    args = ("scan", MODEL, TABOO, *asr, "--out", out, *how, *drawn)
     assert run(capsys, *args)[0] == 0
     before = shipsfast.load(out)
     args = ("evaluate", MODEL, TABOO, "--run", out, "--top", 2, *how)
@@ -261,14 +248,7 @@ def test_progress_moves_while_answers_decode(capsys, monkeypatch):
         "scan",
         MODEL,
         TABOO,
-        "--rank-by",
-        "asr",
-        "--limit",
-        2,
-        "--heads",
-        "0-2",
-        "--eos-token-id",
-        "none",
+        *["--rank-by", "asr", "--limit", "2", "--heads", "0-2", "--eos-token-id", "none"],
     )
     assert run(capsys, *args, "--max-new-tokens", 8, "--device", "cpu", "--template", "chat")[0] == 0
     moved = [n for finished, n in seen if finished == 0]
