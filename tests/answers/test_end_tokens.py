@@ -27,6 +27,13 @@ def test_the_template_names_its_end_of_turn(template):
     assert end_of_turn(made) == made.convert_tokens_to_ids("<|im_end|>")
 
 
+def test_the_first_special_token_ends_the_turn():
+    """What a template writes behind it begins the next one."""
+    made = tokenizer(TURNS.replace("<|im_end|> ", "<|im_end|> <|im_start|> "))
+    made.add_tokens([AddedToken("<|im_start|>", special=True)])
+    assert end_of_turn(made) == made.convert_tokens_to_ids("<|im_end|>")
+
+
 @pytest.mark.parametrize(
     "template",
     [
