@@ -49,6 +49,11 @@ class AnswerMeasurement(Measurement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ablation.at != "all":
+            raise InputError(
+                f"ablation {self.ablation.describe()}: in answers a head is off at every token; only scans of the next token take "
+                "at='end'"
+            )
         whole_number("max_new_tokens", self.max_new_tokens)
         self._set(eos_token_id=as_tuple(self.eos_token_id))
 

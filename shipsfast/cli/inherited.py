@@ -52,6 +52,10 @@ def _options(manifest: dict) -> dict:
     ablation = identity.get("ablation")
     if isinstance(ablation, dict) and isinstance(ablation.get("kind"), str):
         own["ablation"] = ablation["kind"]
+        if ablation.get("at", "all") != "all":
+            note(
+                "the run's heads were off at the end of each prompt only; in answers they are off at every token"
+            )
         scale = ablation.get(SCALES.get(ablation["kind"], ""))
         if isinstance(scale, (int, float)):
             own["scale"] = repr(float(scale))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 from ..memory import is_out_of_memory
 from ..models.ambient import set_aside, without_autocast
 from ..models.anatomy import MODEL_ERRORS, Anatomy, inspect_model
@@ -61,6 +61,10 @@ def ablate(
         UnsupportedModelError: a model whose attention cannot be reached, or is not transformers' own.
     """
     how = as_ablation(ablation, scale)
+    if how.at != "all":
+        raise InputError(
+            f"ablation {how.describe()}: inside ablate a head is off at every position; only scans of the next token take at='end'"
+        )
     wrapping = Wrapping(template, system, prefix, TemplateArgs(template_args), template_date)
     with contextlib.ExitStack() as off:
         with set_aside(), without_autocast():
@@ -95,7 +99,7 @@ def dense_rows(model: PreTrainedModel, anatomy: Anatomy, mask: HeadMask) -> Iter
             else:
                 here = here.over(outer.mask)
                 undo.callback(setattr, layer.attention, ATTRIBUTE, outer)
-            setattr(layer.attention, ATTRIBUTE, DenseCall(here))
+            setattr(layer.attention, ATTRIBUTE, DenseCall(here, mask.ablation.at == "end"))
         yield
 
 

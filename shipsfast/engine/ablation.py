@@ -26,6 +26,7 @@ from .alignment import ALIGNMENTS
 ALIGNED = {"end": "aligned at the end", "template": "aligned by template"}
 SCALED = ("undifferentiated", "scale")
 SOURCED = ("mean", "resample")
+AT = ("all", "end")
 KINDS = (
     "undifferentiated", "uniform", "scale", "zero", "head_mean_q", "head_mean_k", "head_mean_v", "mean", "resample",
 )  # fmt: skip
@@ -43,6 +44,8 @@ class Ablation:
     align: which of the other prompt's positions stands in for which (alignment.py): "exact", for `resample` prompts with
         as many tokens as those they stand in for; "end", both end together; "template", what both begin and end with is
         matched, and what lies between by its relative place.
+    at: "all", the head is off at every position; "end", only at the position whose next-token distribution is read: what it
+        gives at earlier positions, and so their keys and values in later layers, are the unablated model's.
     Raises InputError for an unknown kind, a scale that is not a finite number, or prompts where none belong.
     """
 
@@ -50,6 +53,7 @@ class Ablation:
     scale: float = DEFAULT_SCALE
     prompts: tuple | None = None
     align: str = "exact"
+    at: str = "all"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", str(self.kind).replace("-", "_"))
@@ -64,6 +68,8 @@ class Ablation:
             raise InputError(
                 f"unknown align {self.align!r} (--align): expected one of {', '.join(ALIGNMENTS)}"
             )
+        if self.at not in AT:
+            raise InputError(f"unknown at {self.at!r} (--at): an ablation is at one of {', '.join(AT)}")
         if self.align != "exact" and self.kind != "resample":
             raise InputError(
                 f"ablation {self.kind} aligns no prompts, and align={self.align!r} was given (--align)"
@@ -93,8 +99,12 @@ class Ablation:
         return {"scale": float(self.scale), "zero": 0.0}.get(self.kind, 1.0)
 
     def describe(self) -> str:
-        about = f"eps {self.scale:g}" if self.kind in SCALED else ALIGNED.get(self.align)
-        return f"{self.kind} ({about})" if about else self.kind
+        about = [
+            f"eps {self.scale:g}" if self.kind in SCALED else ALIGNED.get(self.align),
+            "at the end only" if self.at == "end" else None,
+        ]
+        said = ", ".join(filter(None, about))
+        return f"{self.kind} ({said})" if said else self.kind
 
 
 def as_ablation(ablation: str | Ablation, scale: float = DEFAULT_SCALE) -> Ablation:

@@ -81,6 +81,7 @@ def sources(
     other_tree = pack([others[i] for i in some])
     index = np.full(tree.num_tokens, NONE)
     for place, i in enumerate(some):
-        nodes = np.append(other_tree.path_nodes(place), NONE)
-        index[tree.path_nodes(i)] = nodes[counterparts(prompts[i], others[i], align)]
+        nodes, path = np.append(other_tree.path_nodes(place), NONE), tree.path_nodes(i)
+        # The tree may have a prompt up to where it is read.
+        index[path] = nodes[counterparts(prompts[i], others[i], align)[: len(path)]]
     return other_tree, index

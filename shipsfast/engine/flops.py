@@ -7,6 +7,8 @@ Attention counts the keys each token really sees. A multiplication with its addi
 embeddings and activations are not counted. In fused layers a row that forks does not pass the layer in full: it takes
 the base row's queries, keys and values, and what follows from the change of its own heads (fused_layer.py,
 forked_rows.py). That is counted as it is done.
+
+With an ablation at the end only, a row has as many tokens as the tree is read at, and the unablated one passes beside them.
 """
 
 from __future__ import annotations
@@ -152,11 +154,12 @@ def scan_flops(
     *,
     blocks: Sequence[Sequence[tuple[int, int]]] | None = None,
     head: bool = True,
+    ends_alone: bool = False,
 ) -> int:
     """FLOPs of a scan that switches off `units`, (layer, index) pairs, over groups of packed prompts.
 
     blocks: the units as a plan cuts them: the unablated row passes once per block; None for a single block, the least there
-    is. head: whether logits are computed (a dataset-level scan needs none).
+    is. head: whether logits are computed (a dataset-level scan needs none). ends_alone: rows are as wide as there are reads.
     """
     num_layers = len(costs.layers)
     # [blocks, layers]: rows that fork, and all that are alive then
@@ -166,12 +169,19 @@ def scan_flops(
     alive = 1 + np.cumsum(forks, 1)
     total = 0
     for packed in packs:
-        ends = np.unique(packed.last_index)
+        ends = np.unique(packed.read_index)
         for index, layer in enumerate(costs.layers):
             last = index == num_layers - 1
-            queries = packed.position[ends] if last else packed.position
-            seen = int(np.minimum(queries + 1, layer.window or np.iinfo(np.int32).max).sum())
-            work = packed.num_tokens * layer.keys_values + len(queries) * layer.rest + layer.per_key * seen
+            window = layer.window or np.iinfo(np.int32).max
+            queries = packed.position[ends] if last or ends_alone else packed.position
+            seen = int(np.minimum(queries + 1, window).sum())
+            tokens = packed.num_tokens
+            if ends_alone:
+                of_all = 0 if last else int(np.minimum(packed.position + 1, window).sum())
+                base = tokens * (layer.keys_values + (not last) * layer.rest) + layer.per_key * of_all
+                total += len(alive) * base
+                tokens = len(ends)
+            work = tokens * layer.keys_values + len(queries) * layer.rest + layer.per_key * seen
             if layer.forks is None:
                 total += int(alive[:, index].sum()) * work
                 continue

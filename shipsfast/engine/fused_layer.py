@@ -313,10 +313,17 @@ class FusedLayer:
             q = self.q(normed.view(x.shape).index_select(1, nodes).flatten(0, 1)).view(len(x), len(nodes), -1)
             kv = self.kv(normed).view(*x.shape[:2], -1)
             at = (cos.index_select(0, nodes), sin.index_select(0, nodes))
-        q = q.unflatten(2, (self.heads, -1))
+        q = self.ops.rope(q.unflatten(2, (self.heads, -1)), *at, self.q_norm)
+        return q, *self._rotated(kv, cos, sin)
+
+    def keys_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+        """Of x [B, T, hidden], which is only read: k and v [B, T, HKV, D] as attention takes them."""
+        normed = self.ops.rms_norm(x.flatten(0, 1), self.before_attention)
+        return self._rotated(self.kv(normed).view(*x.shape[:2], -1), cos, sin)
+
+    def _rotated(self, kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
         k, v = kv.unflatten(2, (2 * self.kv_heads, -1)).chunk(2, 2)
-        q, k = self.ops.rope(q, *at, self.q_norm), self.ops.rope(k, cos, sin, self.k_norm)
-        return q, k, self.ops.values(v)
+        return self.ops.rope(k, cos, sin, self.k_norm), self.ops.values(v)
 
     def mlp(self, x: torch.Tensor, inner: torch.Tensor | None = None) -> None:
         """x += mlp(norm(x)), in place. inner: what enters down_proj, where it is known."""

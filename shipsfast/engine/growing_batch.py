@@ -4,8 +4,13 @@ A head ablated in layer l changes nothing below l. So one unablated row enters t
 rows whose first ablated head is in l fork off as copies of row 0; all rows alive then pass the layer in
 chunks, each row with its own mask vectors. The prompts are one packed prefix tree (ops/prefix_tree.py), so a row
 is one sequence. The last layer computes keys and values of every token, but queries, output projection
-and MLP only where a prompt ends. Its rows then go through the model's own final norm and head in chunks,
-and each chunk's logits are handed out at once: nothing of size [rows, V] is kept.
+and MLP only where the tree is read: where a prompt ends, or at the tokens that were asked for. Its rows then go through
+the model's own final norm and head in chunks, and each chunk's logits are handed out at once: nothing of size [rows, V] is kept.
+
+With an ablation at the end only, a head changes nothing but the token that is read. The unablated row then passes all layers
+by itself, and the rows are as wide as there are reads: each token of a row stands at the node that it is read at, and sees the
+unablated row's keys and values above it (ops/end_attention.py). Models that look beyond a token outside of attention keep rows
+of the whole sequence, and the mask is for the one token that is read.
 """
 
 from __future__ import annotations
@@ -18,12 +23,14 @@ from typing import Self
 import numpy as np
 import torch
 
+from ..errors import UnsupportedModelError
 from ..models.anatomy import Block
-from ..models.attention_hook import ATTRIBUTE, TREE, Captured, TreeCall, installed
+from ..models.attention_hook import ATTRIBUTE, TREE, Captured, EndCall, TreeCall, installed
 from ..models.forward import input_device, last_logits_only
 from ..models.layer_call import LayerCall, forward_replaced, no_queries
 from ..models.output_head import float32_head, head_input
 from ..models.weights import on_demand
+from ..ops.end_attention import end_attention
 from ..ops.masks import LayerMask
 from ..ops.prefix_tree import PackedPrompts
 from ..ops.tree_attention import TreeContext, tree_attention
@@ -62,9 +69,12 @@ class GrowingBatch:
         own_head: bool = False,
     ) -> None:
         self.model, self.anatomy, self.packed = subject.model, subject.anatomy, packed
-        self.rows_per_chunk = max(1, plan.chunk_tokens // packed.num_tokens)
-        # Prompts that end at the same node are the same prompt.
-        self.last_nodes, self.prompt_place = np.unique(packed.last_index, return_inverse=True)
+        # Prompts that are read at the same node are the same up to there.
+        self.last_nodes, self.prompt_place = np.unique(packed.read_index, return_inverse=True)
+        self.at_end = subject.at_end
+        self._ends_alone = subject.ends_alone
+        width = len(self.last_nodes) if self._ends_alone else packed.num_tokens
+        self.rows_per_chunk = max(1, plan.chunk_tokens // width)
         self.rows_per_head_chunk = max(1, plan.head_rows // len(self.last_nodes))
         self.tick = tick or (lambda steps: None)
         self.keep = keep
@@ -77,7 +87,12 @@ class GrowingBatch:
         self._tuples = 0  # of how many the decoder layer returns a tuple
         self._forks: list[int] = []
         self._alive = 0
-        self._buffer: torch.Tensor | None = None  # [rows, T, hidden]
+        self._buffer: torch.Tensor | None = (
+            None  # [rows, T, hidden], of ends alone [rows, last nodes, hidden]
+        )
+        self._base: torch.Tensor | None = (
+            None  # of ends alone: the unablated row, [1, T, hidden], as the model was given it last
+        )
         self._final: torch.Tensor | None = None  # [rows, last nodes, hidden]
         self._head_chunk: torch.Tensor | None = None  # while the head runs: what the last layer hands on
         self._undo = contextlib.ExitStack()
@@ -107,7 +122,7 @@ class GrowingBatch:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._buffer = self._final = self._head_chunk = None
+        self._buffer = self._base = self._final = self._head_chunk = None
         self._undo.close()
 
     def run(self, mask: HeadMask, consume: Consume, *, hidden_states: bool = False) -> None:
@@ -116,7 +131,8 @@ class GrowingBatch:
         mask: row 0 may have any heads ablated; the others follow in ascending order of the first layer in
             which they differ from it, which is where they fork.
         consume(rows, logits, first): called for consecutive slices of rows with their logits [n, U, V] and
-            those of row 0 [U, V]; U are the prompts' distinct ends, `prompt_place` maps prompts to them.
+            those of row 0 [U, V]; U are the distinct nodes that are read, `prompt_place` maps the reads (of prompts, as a rule
+            their ends) to them.
         hidden_states: hand out what enters the output head instead, [n, U, hidden]: the hidden states after
             the final norm.
         """
@@ -131,7 +147,7 @@ class GrowingBatch:
         position_ids = torch.as_tensor(self.packed.position, device=device).long()[None]
         # The pass through the layers ends in the model's head, whose result there is not wanted.
         self._forward(token_ids, position_ids, **last_logits_only(self.model))
-        self._buffer = None
+        self._buffer = self._base = None
         base = None
         seen_by = head_input(self.model) if hidden_states else contextlib.nullcontext([])
         with self._weights.idle(), seen_by as seen:
@@ -165,6 +181,8 @@ class GrowingBatch:
             if call.hidden.device != block.device:
                 call = call.to(block.device)
             hidden = call.hidden
+            if self._ends_alone:
+                return call.result(self._ends_layer(index, call, last))
             if self._fused:
                 self._fused_layer(index, hidden, *call.kwargs["position_embeddings"])
                 return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
@@ -186,11 +204,109 @@ class GrowingBatch:
 
         return step
 
+    def _ends_layer(self, index: int, call: LayerCall, last: bool) -> torch.Tensor:
+        """The unablated row through a layer, and the rows, which are at the tree's ends alone. Returns what goes to the next."""
+        hidden, nodes = call.hidden, self._last_nodes(call.hidden.device)
+        same = self._base is None or hidden is self._base or hidden.device != self._base.device
+        if not same and not torch.equal(hidden, self._base):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does something between its layers: ablation at='end' (--at end) cannot be exact"
+            )
+        if (
+            self._base is None or self._base.device != hidden.device
+        ):  # the first layer of the model, or of a device
+            self._fork_ends(hidden.index_select(1, nodes))
+        if self._fused:
+            self._base = self._fused_ends(index, hidden, last, *call.kwargs["position_embeddings"])
+            return self._base
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if last:
+            self._base = hidden
+            try:
+                with no_queries(self.anatomy.layers[index].attention):
+                    self._attend(index, call, hidden, slice(0, 0), capture=True)
+            except Captured as captured:
+                kept.append(captured.kv)
+        else:
+            self._base = self._attend(index, call, hidden, slice(0, 0), keep=lambda k, v: kept.append((k, v)))
+        n = self._fork(index, self._buffer[: self._alive])
+        ends, layer = call.at(nodes, self.packed.num_tokens), self.anatomy.layers[index]
+        for rows in even_slices(n, self.rows_per_chunk):
+            x = self._buffer[rows]
+            mask = self._layer_mask(index, x, rows, nodes)
+            setattr(layer.attention, ATTRIBUTE, EndCall(self._tree(x.device), layer.window, mask, kept[0]))
+            self._buffer[rows] = ends(x)
+            self.tick(rows.stop - rows.start)
+        self._tuples = call.tuples = ends.tuples
+        return self._base
+
+    def _fork_ends(self, ends: torch.Tensor) -> None:
+        """Begin with row 0 at the ends [1, U, hidden], or move the rows to the device of `ends`."""
+        if self._buffer is None:
+            dtype = self._residual_dtype or ends.dtype
+            self._buffer = torch.empty(len(self._mask), *ends.shape[1:], dtype=dtype, device=ends.device)
+            self._buffer[:1] = ends
+        self._buffer = self._final = self._buffer.to(ends.device)
+
+    def _fused_ends(
+        self, index: int, hidden: torch.Tensor, last: bool, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """`_ends_layer` by fused_layer.py."""
+        layer, window, tree = self._fused[index], self.anatomy.layers[index].window, self._tree(hidden.device)
+        how = {"scaling": layer.scaling, "softcap": layer.softcap, "window": window}
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def of_base(q, k, v, mask, _trimmed):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            kept.append((k, v))
+            return tree_attention(tree, q, k, v, mask, tree.plan(window, False, q), **how)
+
+        base, flat = hidden, (cos[0].contiguous(), sin[0].contiguous())
+        if last:
+            kept.append(tuple(x.transpose(1, 2) for x in layer.keys_values(hidden, *flat)))
+        else:
+            base = hidden.to(self._residual_dtype or hidden.dtype, copy=True)
+            layer.rows(base, *flat, of_base, self._layer_mask(index, base, slice(0, 0)))
+
+        def of_ends(q, k, v, mask, _trimmed):
+            return end_attention(tree, kept[0], *(x.transpose(1, 2) for x in (q, k, v)), mask, **how)
+
+        nodes = self._last_nodes(hidden.device)
+        self._fused_rows(index, self._buffer[:1], of_ends, *(x.index_select(0, nodes) for x in flat), nodes)
+        return base
+
     def _fused_layer(self, index: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """One layer by fused_layer.py: first the rows that fork here, from the base row, then the others in place."""
-        layer, window = self._fused[index], self.anatomy.layers[index].window
+        """One layer by fused_layer.py, of rows over the whole tree."""
+        layer, window, tree = self._fused[index], self.anatomy.layers[index].window, self._tree(hidden.device)
+
+        def attention(q, k, v, mask, trimmed, kept=None):
+            if kept is not None:
+                self.keep(index, kept, k.transpose(1, 2), v.transpose(1, 2))
+            plan = tree.plan(window, trimmed, q)
+            return tree_attention(
+                tree, *(x.transpose(1, 2) for x in (q, k, v)), mask, plan,
+                scaling=layer.scaling, softcap=layer.softcap, window=window,
+            )  # fmt: skip
+
         last = index == self.anatomy.num_layers - 1
         nodes = self._last_nodes(hidden.device) if last else None
+        self._fused_rows(index, hidden, attention, cos[0].contiguous(), sin[0].contiguous(), nodes, last)
+
+    def _fused_rows(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        attend: Callable,
+        cos,
+        sin,
+        nodes: torch.Tensor | None,
+        trim=False,
+    ) -> None:
+        """First the rows that fork here, from the base row, then the others in place.
+
+        hidden: the rows that come in; nodes: where masks are cut to; trim: the layer cuts its rows there.
+        """
+        layer, ends = self._fused[index], nodes if trim else None
         before = self._alive
         parent = {head for at, head in self._mask.groups[0] if at == index}
         heads = [
@@ -203,43 +319,34 @@ class GrowingBatch:
             len({len(added) for added in new}) == 1 and bool(new[0]) and all(parent <= set(c) for c in heads)
         )
         after = self._fork(index, hidden, copy=not simple)
-        tree = self._tree(hidden.device)
-
         unkept: list[slice] = []  # the rows at hand, until their keys and values are handed out
 
-        def attention(q, k, v, mask, trimmed):
-            if self.keep is not None and unkept:
-                self.keep(index, unkept.pop(), k.transpose(1, 2), v.transpose(1, 2))
-            plan = tree.plan(window, trimmed, q)
-            return tree_attention(
-                tree, *(x.transpose(1, 2) for x in (q, k, v)), mask, plan,
-                scaling=layer.scaling, softcap=layer.softcap, window=window,
-            )  # fmt: skip
+        def attention(*args):
+            return attend(*args, unkept.pop()) if self.keep is not None and unkept else attend(*args)
 
-        cos, sin = cos[0].contiguous(), sin[0].contiguous()
-        into = self._final if last else self._buffer
-        per_chunk = self.rows_per_chunk
+        into = self._final if trim else self._buffer
+        per_chunk, width = self.rows_per_chunk, hidden.shape[1]
         # With the forks, the base row has passed this layer too, and only the others are left.
         old = range(1, before) if simple else range(after)
         chunks = [slice(old.start + r.start, old.start + r.stop) for r in even_slices(len(old), per_chunk)]
         sizes = [rows.stop - rows.start for rows in chunks]
         common = max(sizes, key=sizes.count, default=0)
         worth = common if sizes.count(common) > 1 else 0
-        with layer.loaded(worth * hidden.shape[1], worth * len(self.last_nodes) if last else None):
+        with layer.loaded(worth * width, worth * len(ends) if trim else None):
             if simple:
                 unkept.append(slice(0, 1))
                 every = tuple((index, head) for head in range(self.anatomy.num_heads))
                 base_row = layer.forks(
                     self._buffer[:1], new, self._layer_mask(index, hidden, slice(0, 1), nodes),
                     self._layer_mask(index, hidden, slice(0, 1), nodes, groups=(every,)),
-                    cos, sin, attention, nodes, per_chunk, into[before:after],
+                    cos, sin, attention, ends, per_chunk, into[before:after],
                 )  # fmt: skip
                 self.tick(len(new))
             for rows in chunks:
                 x = self._buffer[rows]
                 unkept.append(rows)
-                out = layer.rows(x, cos, sin, attention, self._layer_mask(index, x, rows, nodes), nodes)
-                if last:
+                out = layer.rows(x, cos, sin, attention, self._layer_mask(index, x, rows, nodes), ends)
+                if trim:
                     into[rows] = out
                 self.tick(rows.stop - rows.start)
             if simple:
@@ -267,6 +374,9 @@ class GrowingBatch:
     def _layer_mask(self, index: int, like: torch.Tensor, rows: slice, nodes=None, groups=None) -> LayerMask:
         mask = self._mask if groups is None else replace(self._mask, groups=groups)
         dtype = self.model.dtype if self._residual_dtype else like.dtype
+        if rows.stop == 0:  # the unablated row alone
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            return LayerMask.untouched(1, self.anatomy.num_heads, wide, like.device)
         out = mask.layer(index, self.anatomy.num_heads, device=like.device, dtype=dtype, rows=rows)
         return out if nodes is None else out.at(nodes)
 
@@ -277,6 +387,8 @@ class GrowingBatch:
         mask = self._layer_mask(index, x, rows, nodes)
         if self.keep is not None and not how:  # the last layer's are captured
             how["keep"] = lambda k, v: self.keep(index, rows, k, v)
+        if self.at_end and not self._ends_alone:
+            how["only"] = self._last_nodes(x.device)
         setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, mask, **how))
         return call(x)
 

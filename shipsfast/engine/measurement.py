@@ -24,6 +24,7 @@ from annotated_doc import Doc
 
 from ..errors import InputError, whole_number
 from ..prompts.messages import Message, is_conversation
+from ..prompts.reads import Reads
 from ..prompts.tokens import as_prompts
 from ..prompts.wrapping import DATE, TemplateArgs, Wrapping
 from .ablation import DEFAULT_SCALE, Ablation, as_ablation
@@ -95,6 +96,10 @@ class Measurement:
     def wrapping(self) -> Wrapping:
         """What is put around each prompt."""
         return Wrapping(self.template, self.system, self.prefix, self.template_args, self.template_date)
+
+    def reads(self, ids: list[list[int]], tokenizer) -> Reads | None:
+        """Where the prompts of these token ids are read, None for behind the last token of each."""
+        return None
 
     def _check_wrapping(self) -> None:
         """Raises InputError for what would be put around prompts that it cannot be put around."""

@@ -10,6 +10,11 @@ together as one growing batch. A chunk is the rows that pass a layer at a time. 
       and
         head rows x (V x (logits and their copies) + hidden), and the base logits
     + rows x what is kept of a row + what is kept in all (resample: L rows' worth of outputs)
+
+With an ablation at the end only a row has no T tokens, but the U that are read, and the unablated row passes each layer alone:
+
+    rows x U x hidden
+    + the larger of  T x (hidden + keys and values) + the larger of chunk tokens and T x work width,  and the head's
 """
 
 from __future__ import annotations
@@ -156,21 +161,30 @@ def block_parts(
     head_rows: int,
     size: int,
     row_size: int,
+    ends_alone: bool = False,
 ) -> dict[str, int]:
     """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number, `row_size` in the
     residual stream.
 
-    ends: the trimmed last layer; rows: the residual streams; chunk: what a layer holds while it runs; head: logits, which
+    ends: the trimmed last layer, or rows that are nothing else (ends_alone); rows: the residual streams; chunk: what a layer holds while it runs; head: logits, which
     come after the layers, when the residual streams are gone.
     """
     pairs = min(max(head_rows, ends), rows * ends)
     head = pairs * (
         anatomy.vocab_size * anatomy.logit_copies * max(size, 4) + HEAD_WIDTH * anatomy.hidden_size * 4
     )
+    streams, at_once = (
+        rows * tokens * anatomy.hidden_size * row_size,
+        min(max(chunk_tokens, tokens), rows * tokens),
+    )
+    if ends_alone:
+        kept = 2 * anatomy.num_heads * max(anatomy.head_dim, anatomy.value_dim)
+        streams = tokens * (2 * anatomy.hidden_size * row_size + kept * size)
+        at_once = max(tokens, min(max(chunk_tokens, ends), rows * ends))
     return {
         "ends": rows * ends * anatomy.hidden_size * row_size,
-        "rows": rows * tokens * anatomy.hidden_size * row_size,
-        "chunk": min(max(chunk_tokens, tokens), rows * tokens) * anatomy.work_width * size,
+        "rows": streams,
+        "chunk": at_once * anatomy.work_width * size,
         "head": head + 2 * ends * anatomy.vocab_size * 8,
     }
 
@@ -186,7 +200,8 @@ class Held:
 
     dtype: of the model; extra_rows: streams beside those of the block; per_row_bytes, bytes: kept of every row, and in all;
     coming_bytes: weights of the model that are brought into memory while it runs; per_token_bytes: held of the base row's tokens
-    beside a chunk; row_size: bytes per number of the residual streams, by default those of the model's dtype.
+    beside a chunk; row_size: bytes per number of the residual streams, by default those of the model's dtype; reads: the
+    positions of each prompt that are read, None for its last; ends_alone: rows are as wide as there are reads.
     """
 
     device: torch.device
@@ -197,6 +212,12 @@ class Held:
     coming_bytes: int = 0
     per_token_bytes: int = 0
     row_size: int | None = None
+    reads: Sequence[Sequence[int]] | None = None
+    ends_alone: bool = False
+
+    def pack(self, prompts: Sequence[Sequence[int]], group: Sequence[int]) -> PackedPrompts:
+        """A group of the prompts, by their indices."""
+        return pack([prompts[i] for i in group], self.reads and [self.reads[i] for i in group])
 
 
 @dataclass(frozen=True)
@@ -213,7 +234,7 @@ class Needs:
 
     def of_groups(self, groups: Iterable[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Needs:
         """The same for prompts in these groups."""
-        packs = [pack([prompts[i] for i in group]) for group in groups]
+        packs = [self.held.pack(prompts, group) for group in groups]
         return replace(self, tokens=max(p.num_tokens for p in packs), ends=max(map(_ends, packs)))
 
     def __call__(self, ablations: int, chunk_tokens: int, head_rows: int) -> int:
@@ -228,6 +249,7 @@ class Needs:
             head_rows,
             size,
             held.row_size or size,
+            held.ends_alone,
         )
         more = held.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * size
         more += held.per_token_bytes * self.tokens
@@ -295,7 +317,7 @@ def make_plan(
 
 
 def _ends(packed: PackedPrompts) -> int:
-    return len(set(packed.last_index.tolist()))
+    return len(set(packed.read_index.tolist()))
 
 
 def _mib(count: int) -> str:

@@ -39,7 +39,8 @@ from .replacement_values import source_ids
 class Subject:
     """A model and a measurement that fit together, and how it will run.
 
-    token_ids: the prompts; other_ids: those of `mean` and `resample`; layers: how rows pass a decoder layer, of LAYER_PATHS
+    token_ids: the prompts, with their answers if there are any; other_ids: those of `mean` and `resample`; places: the positions
+    of each prompt that are read, None for its last; targets: the answers' tokens, one for each; layers: how rows pass a decoder layer, of LAYER_PATHS
     but for "auto"; record: what runs, for run.json.
     """
 
@@ -52,10 +53,22 @@ class Subject:
     backend: str
     layers: str
     record: dict
+    places: list[tuple[int, ...]] | None
+    targets: list[tuple[int, ...]] | None
 
     @property
     def how(self) -> Ablation:
         return self.measurement.ablation
+
+    @property
+    def at_end(self) -> bool:
+        """Whether heads are off at the positions that are read, and nowhere else."""
+        return self.how.at == "end"
+
+    @property
+    def ends_alone(self) -> bool:
+        """Whether rows are then as wide as there are reads: not where a layer looks beyond a token outside of attention."""
+        return self.at_end and self.anatomy.trims
 
     @property
     def unit(self) -> str:
@@ -95,6 +108,8 @@ class Subject:
             ablation["prompts"] = prompt_hashes(self.other_ids)
         if self.how.align != "exact":
             ablation["align"] = self.how.align
+        if self.how.at != "all":
+            ablation["at"] = self.how.at
         return {
             "kind": self.measurement.run_kind or self.measurement.kind,
             "fingerprint": once_more("looking at the weights", lambda: fingerprint(self.model)),
@@ -104,14 +119,29 @@ class Subject:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             # Another precision, not another way to the same numbers.
             **({"residual": "float32"} if self.fp32_residual else {}),
+            **self._read_identity(),
         }
 
+    def _read_identity(self) -> dict:
+        if self.targets is not None:
+            return {"answer_tokens": [len(each) for each in self.targets]}
+        return {} if self.places is None else {"read_at": [list(each) for each in self.places]}
 
-def tokens_of(
-    measurement: Measurement, model: PreTrainedModel, tokenizer, *, weights: bool = True
-) -> tuple[list[list[int]], list[list[int]] | None, dict]:
-    """Token ids of the prompts, and of those of `mean` and `resample`, checked against the model; and how the prompts
-    became tokens, for run.json. What a user would not expect of it is said on stderr.
+
+@dataclass(frozen=True)
+class Texts:
+    """A measurement's prompts as token ids, as `Subject` has them; record: how they became tokens, for run.json."""
+
+    token_ids: list[list[int]]
+    other_ids: list[list[int]] | None
+    places: list[tuple[int, ...]] | None
+    targets: list[tuple[int, ...]] | None
+    record: dict
+
+
+def tokens_of(measurement: Measurement, model: PreTrainedModel, tokenizer, *, weights: bool = True) -> Texts:
+    """Token ids of the prompts, and of those of `mean` and `resample`, checked against the model. What a user would not expect of
+    it is said on stderr. The prompts that `resample` takes outputs from are followed by the same answers.
 
     weights: as in `check_model`. Raises InputError or UnsupportedModelError.
     """
@@ -124,13 +154,24 @@ def tokens_of(
     token_ids, others = own.ids, None if more is None else more.ids
     if how.kind in SOURCED:
         others = source_ids(how, token_ids, others)
+    reads = measurement.reads(token_ids, tokenizer)
+    if reads is not None:
+        token_ids = reads.ids
+        if (
+            reads.targets is not None
+            and others is not None
+            and (how.kind == "resample" or how.prompts is None)
+        ):
+            prompts = others if how.kind == "resample" else own.ids
+            others = [[*ids, *answer] for ids, answer in zip(prompts, reads.targets, strict=True)]
     check_model(model, token_ids, measurement.new_tokens, weights=weights)
     if others is not None:
         try:
             check_model(model, others, weights=weights)
         except InputError as error:
             raise InputError(f"{about}{error}") from error
-    return token_ids, others, own.record
+    places, targets = (None, None) if reads is None else (reads.places, reads.targets)
+    return Texts(token_ids, others, places, targets, own.record)
 
 
 def held_beside(
@@ -172,7 +213,8 @@ def layer_path(
 def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, execution: Execution) -> Subject:
     """Raises InputError or UnsupportedModelError where they do not fit together."""
     model = base_model(model)
-    token_ids, others, prompting = tokens_of(measurement, model, tokenizer)
+    texts = tokens_of(measurement, model, tokenizer)
+    token_ids, others = texts.token_ids, texts.other_ids
     longest = max([max(map(len, token_ids)) + measurement.new_tokens, *map(len, others or [])])
     anatomy = once_more(
         "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
@@ -196,7 +238,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     record = describe_run(model, anatomy, device) | {
         "ablation": measurement.ablation.describe(),
         "template": measurement.template,
-        "prompting": prompting,
+        "prompting": texts.record,
         "attention_backend": backend,
         "layers": layers,
         "weights": where,
@@ -209,7 +251,11 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
-    return Subject(model, anatomy, measurement, token_ids, others, device, backend, layers, record)
+    if measurement.ablation.at == "end" and anatomy.trims:
+        record["end_attention"] = "torch"
+    return Subject(
+        model, anatomy, measurement, token_ids, others, device, backend, layers, record, texts.places, texts.targets,
+    )  # fmt: skip
 
 
 def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:

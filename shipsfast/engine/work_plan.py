@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ..models.anatomy import Anatomy
 from ..models.weights import absent_bytes
-from ..ops.prefix_tree import pack
+from ..ops.prefix_tree import PackedPrompts
 from .flops import ModelFlops, model_flops, scan_flops
 from .heads import Head, check_unit
 from .measurement import Measurement, ScanExecution
@@ -80,36 +81,46 @@ def cut_by_work(
 ) -> Plan:
     """`plan` of these prompts and units, cut further where a block would take longer than PART_SECONDS. What the caller
     has set (rows_per_block, prompts_per_group) stays as it is."""
-    layers, packs = (
-        len(work.costs.layers),
-        [pack([prompts[i] for i in group]) for group in plan.prompt_groups],
-    )
+    held, layers = plan.needs.held, len(work.costs.layers)
     forks = sum(layers - layer for layer, _ in units)  # (row, layer) steps, without the unablated row's
-    tokens = sum(p.num_tokens for p in packs)
-    per_step = scan_flops(work.costs, packs, units) / (tokens * (forks + layers))  # and token
-    most_cost = (1 + MOST_MORE) * tokens * (forks + layers)
-    steps_now = max(layers + sum(layers - layer for layer, _ in block) for block in plan.blocks(units))
+    forks_now = max(sum(layers - layer for layer, _ in block) for block in plan.blocks(units))
 
-    def cut(groups: list[tuple[int, ...]], sizes: list[int]) -> tuple[float, int, list]:
+    def packed(groups: Sequence[Sequence[int]]) -> list[PackedPrompts]:
+        return [held.pack(prompts, group) for group in groups]
+
+    def tokens(packs: Sequence[PackedPrompts]) -> np.ndarray:
+        """[packs, 2]: of a row that forks, and of what every block repeats."""
+        if held.ends_alone:
+            ends = [len(np.unique(p.read_index)) for p in packs]
+            return np.array([(end, p.num_tokens + end) for end, p in zip(ends, packs, strict=True)])
+        return np.array([(p.num_tokens, p.num_tokens) for p in packs])
+
+    packs = packed(plan.prompt_groups)
+    per_token = scan_flops(work.costs, packs, units, ends_alone=held.ends_alone)
+    per_token /= tokens(packs).sum(0) @ (forks, layers)  # and step
+    most_cost = (1 + MOST_MORE) * (tokens(packs).sum(0) @ (forks, layers))
+
+    def cut(groups: list[tuple[int, ...]], sizes: np.ndarray) -> tuple[float, int, list]:
         """FLOPs of the largest block, and the number of blocks, of prompts in these groups."""
-        largest = (sum if work.at_once else max)(sizes) * per_step
-        affordable = int((most_cost / sum(sizes) - forks) / layers)
-        most_steps = int(work.flops_per_part / largest)
-        if steps_now <= most_steps or execution.rows_per_block is not None:
-            return largest * steps_now, 1, groups
-        wanted = -(-forks // max(1, most_steps - layers))
+        own, repeated = sizes.sum(0) if work.at_once else sizes[(sizes @ (forks, layers)).argmax()]
+        affordable = int((most_cost - forks * sizes[:, 0].sum()) / (layers * sizes[:, 1].sum()))
+        most_forks = int((work.flops_per_part / per_token - layers * repeated) / own)
+        flops = lambda steps: per_token * (own * steps + repeated * layers)
+        if forks_now <= most_forks or execution.rows_per_block is not None:
+            return flops(forks_now), 1, groups
+        wanted = -(-forks // max(1, most_forks))
         blocks = max(1, min(wanted, affordable, len(units)))
-        return largest * min(steps_now, forks / blocks + layers), blocks, groups
+        return flops(min(forks_now, forks / blocks)), blocks, groups
 
-    found = cut(list(plan.prompt_groups), [p.num_tokens for p in packs])
+    found = cut(list(plan.prompt_groups), tokens(packs))
     per_group, order = max(map(len, plan.prompt_groups)), in_order(prompts)
     fixed = work.at_once or execution.prompts_per_group is not None
     while found[0] > work.flops_per_part and per_group > 1 and not fixed:
         per_group = (per_group + 1) // 2
         groups = [tuple(order[part]) for part in even_slices(len(order), per_group)]
-        sizes = [pack([prompts[i] for i in group]).num_tokens for group in groups]
+        sizes = tokens(packed(groups))
         # Products as large as before: a row fills a chunk on its own.
-        if sum(sizes) * (forks + layers) > most_cost or min(sizes) < plan.chunk_tokens:
+        if sizes.sum(0) @ (forks, layers) > most_cost or sizes[:, 0].min() < plan.chunk_tokens:
             break
         found = min(found, cut(groups, sizes), key=lambda each: each[0])
     _, blocks, groups = found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils.output_capturing import _active_collector
 
 from ..errors import InputError, UnsupportedModelError
+from ..ops.end_attention import end_attention
 from ..ops.masks import LayerMask, scaled
 from ..ops.tree_attention import TreeContext, tree_attention
 from ..ops.tree_attention_torch import visible_attention, visible_weights
@@ -51,6 +52,20 @@ class TreeCall:
     tap: Callable[[torch.Tensor], None] | None = None  # is shown the heads' outputs [B, TQ, H, D]
     # Is shown keys and values [B, HKV, T, D].
     keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    only: torch.Tensor | None = (
+        None  # the mask is for these queries, int64 [U], those that the tree trims to; others are untouched
+    )
+
+
+@dataclass
+class EndCall:
+    """One call of a layer at the tree's ends: each token of a row stands at one of its nodes in the place of the base row's token,
+    and sees the base row's keys and values above it."""
+
+    tree: TreeContext
+    window: int | None
+    mask: LayerMask
+    base: tuple[torch.Tensor, torch.Tensor]  # keys and values [1, HKV, T, D]
 
 
 class Captured(Exception):
@@ -72,9 +87,13 @@ class DecodeCall:
 
 @dataclass
 class DenseCall:
-    """`ablate`: masks as the model makes them. One set of heads for all rows of the batch, or one per row."""
+    """`ablate`: masks as the model makes them. One set of heads for all rows of the batch, or one per row.
+
+    end: the mask is for the last query of the call, and the others are untouched.
+    """
 
     mask: LayerMask  # of 1 or B rows
+    end: bool = False
 
 
 def ablated_attention(
@@ -121,6 +140,9 @@ def ablated_attention(
     call = getattr(module, ATTRIBUTE, None)
     if isinstance(call, TreeCall):
         return _tree(call, query, key, value, how), None
+    if isinstance(call, EndCall):
+        ends = end_attention(call.tree, call.base, query, key, value, call.mask, window=call.window, **how)
+        return ends, None
     if isinstance(call, DecodeCall):
         out = call.attend(*(x[:, :, 0] for x in (query, key, value)), **how)
         return out[:, None], None
@@ -138,7 +160,16 @@ def _tree(call: TreeCall, query, key, value, how: dict) -> torch.Tensor:
     if call.kv is not None:
         key, value = call.kv
     plan = call.tree.plan(call.window, trimmed, query)
-    out = tree_attention(call.tree, query, key, value, call.mask, plan, window=call.window, **how)
+    mask, how = call.mask, {"window": call.window} | how
+    if call.only is None:
+        out = tree_attention(call.tree, query, key, value, mask, plan, **how)
+    else:
+        rows, heads = mask.logit_scale.shape
+        untouched = LayerMask.untouched(rows, heads, mask.logit_scale.dtype, mask.logit_scale.device)
+        out = tree_attention(call.tree, query, key, value, untouched, plan, **how)
+        query, mask = query.index_select(2, call.only), mask.at(call.only)
+        plan = call.tree.plan(call.window, True, query)
+        out[:, call.only] = tree_attention(call.tree, query, key, value, mask, plan, **how)
     if call.tap is not None:
         call.tap(out)
     return out
@@ -160,14 +191,22 @@ def _weights_asked(module: torch.nn.Module, kwargs: dict) -> bool:
 def _dense(
     call: DenseCall, module, query, key, value, visible, weights_asked: bool, **how
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if call.end:
+        out = visible_attention(*_repeated(query, key, value), visible, **how).transpose(1, 2).contiguous()
+        mask = call.mask
+        if mask.value is not None:
+            mask = replace(mask, value=mask.value[:, -1:], per_token=False)
+        seen = (
+            key.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool) if visible is None else visible[..., -1:, :]
+        )
+        out[:, -1:] = _dense(DenseCall(mask), module, query[:, :, -1:], key, value, seen, False, **how)[0]
+        return out, None
     mask, alt = call.mask, call.mask.replacements(query, key)
     other_q, other_k, fixed = map(mask.flagged, (REPLACE_Q, REPLACE_K, REPLACE_OUT))
     if other_q is not None:
         query = torch.where(other_q[:, :, None, None], alt["q_alt"][:, None], query)
     query = query * mask.logit_scale.to(query.dtype)[:, :, None, None]
-    repeat = query.shape[1] // key.shape[1]
-    if repeat > 1:
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    query, key, value = _repeated(query, key, value)
     if other_k is not None:
         key = torch.where(other_k[:, :, None, None], alt["k_alt"][:, None], key)
     out = visible_attention(query, key, value, visible, **how)
@@ -183,6 +222,12 @@ def _dense(
         out = torch.where(fixed[:, :, None, None], mask.value[None], out)
     out = scaled(out, mask.output_scale[:, :, None, None]).transpose(1, 2)
     return mask.finish(out, before).contiguous(), weights
+
+
+def _repeated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same with keys and values of their own for each query head."""
+    repeat = query.shape[1] // key.shape[1]
+    return (query, *(x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (key, value)))
 
 
 def _tree_mask(mask_function, **kwargs):

@@ -14,7 +14,7 @@ Nothing is padded, and no T x T mask exists anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class PackedPrompts:
     position     int32 [T]   its depth = its position id in every prompt that passes through it
     subtree_end  int32 [T]   one past the last descendant, in packed order
     last_index   int64 [P]   the node of each prompt's last token, in the caller's order of prompts
+    read_index   int64 [M]   the nodes whose next-token distributions are read, prompt by prompt; last_index if nothing was said
     segments                 the trie with unbranched runs merged, parents before children
     """
 
@@ -44,6 +45,7 @@ class PackedPrompts:
     subtree_end: np.ndarray
     last_index: np.ndarray
     segments: tuple[Segment, ...]
+    read_index: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -64,11 +66,12 @@ class PackedPrompts:
         return before[self.subtree_end[: end + 1] > end]
 
 
-def pack(prompts: Sequence[Sequence[int]]) -> PackedPrompts:
+def pack(prompts: Sequence[Sequence[int]], reads: Sequence[Sequence[int]] | None = None) -> PackedPrompts:
     """Pack token-id lists into a prefix tree.
 
     Args:
         prompts: P lists of token ids, each with at least one token. Duplicates share their nodes.
+        reads: for each prompt, the positions that are read; None for the last of each.
     Raises:
         ValueError: no prompts, or an empty one (named by its index).
     """
@@ -108,13 +111,18 @@ def pack(prompts: Sequence[Sequence[int]]) -> PackedPrompts:
         subtree_end[node] = len(token_ids)
 
     position_arr = np.asarray(position, dtype=np.int32)
-    return PackedPrompts(
+    packed = PackedPrompts(
         token_ids=np.asarray(token_ids, dtype=np.int64),
         position=position_arr,
         subtree_end=np.asarray(subtree_end, dtype=np.int32),
         last_index=last_index,
         segments=_segments(position_arr, branches),
+        read_index=last_index,
     )
+    if reads is None:
+        return packed
+    nodes = [packed.path_nodes(i)[list(places)] for i, places in enumerate(reads)]
+    return replace(packed, read_index=np.concatenate(nodes))
 
 
 def _segments(position: np.ndarray, branches: set[int]) -> tuple[Segment, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import InputError
 from . import reference
+from .end_attention import Path, plan_ends
 from .extension import extension_status
 from .masks import LayerMask
 from .prefix_tree import PackedPrompts
@@ -99,6 +100,12 @@ class TreeContext:
                 plan |= self._triton_plan(window, query_index, query)
             self._plans[key] = plan
         return self._plans[key]
+
+    def end_paths(self, window: int | None) -> list[Path]:
+        """The nodes of `trimmed` by the paths they are on, for end_attention.py."""
+        if ("ends", window) not in self._plans:
+            self._plans["ends", window] = plan_ends(self.packed, self.trimmed, window, self.device)
+        return self._plans["ends", window]
 
     def kind(self, window: int | None) -> str:
         """The kind of tree that chooses the Triton kernel's launch parameters (kernels/tree_kind.py)."""

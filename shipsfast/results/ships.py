@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..errors import InputError
+from ..runs.kinds import HEAD, read_counts
 from ..runs.manifest import FURTHER, MANIFEST, read_manifest
 from ..runs.part_file import inside
 from ..runs.tables import read_scores, score_frame
@@ -34,6 +36,9 @@ class ShipsResult(Ranked):
     also: the results of further metrics of the same scan, by their names.
     marked: bool [P, L, H], scores that are NaN because they were not finite (`scan(nonfinite="mark")`), or None where
         there are none. A head with one of them has no mean, and is in no ranking.
+    tokens: float64 [P, most of any prompt, L, H], NaN behind a prompt's last: scores of every token of an answer, or of every
+        position that was read, of which `scores` are the means; None where each prompt is read behind its last token.
+        `by_token` has them without the padding.
     """
 
     scores: np.ndarray
@@ -42,6 +47,38 @@ class ShipsResult(Ranked):
     identity: dict = field(default_factory=dict)
     also: dict[str, ShipsResult] = field(default_factory=dict)
     marked: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+
+    @classmethod
+    def of_reads(
+        cls,
+        scores: np.ndarray,
+        floor: float,
+        record: dict,
+        identity: dict,
+        also: dict,
+        marked: np.ndarray | None,
+    ) -> ShipsResult:
+        """Of scores, and marks or None, [M, L, H] by reads."""
+        at = cells_of(identity)
+        if not at.counts:
+            return cls(scores, floor, record, identity, also, marked)
+        starts = np.cumsum([0, *at.counts])[:-1]
+        mean = np.add.reduceat(scores, starts) / np.reshape(at.counts, (-1, 1, 1))
+        if marked is not None:
+            marked = np.logical_or.reduceat(marked, starts)
+        return cls(mean, floor, record, identity, also, marked, at.padded(scores, np.nan))
+
+    @property
+    def by_token(self) -> np.ndarray | list[np.ndarray]:
+        """Scores of every token that was read, float64 [P, A, L, H]; where prompts have different numbers of them, a list with
+        [A, L, H] for each prompt."""
+        if self.tokens is None:
+            return self.scores[:, None]
+        counts = cells_of(self.identity).counts
+        if len(set(counts)) == 1:
+            return self.tokens
+        return [each[:count] for each, count in zip(self.tokens, counts, strict=True)]
 
     @property
     def marked_heads(self) -> list[tuple[int, int]]:
@@ -121,8 +158,20 @@ class ShipsResult(Ranked):
         return super().quick_stability(k)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per prompt and head: prompt, layer, head, and kl_nats or the metric's name."""
+        """One row per prompt and head: prompt, layer, head, and kl_nats or the metric's name; with answers or several positions
+        one per token too."""
+        if self.tokens is not None:
+            return score_frame(
+                self.tokens, cells_of(self.identity).names, column(self.metric), self._marked_tokens()
+            )
         return score_frame(self.scores, ("prompt", "layer", "head"), column(self.metric), self.marked)
+
+    def _marked_tokens(self) -> np.ndarray | None:
+        """Of `tokens`: those without a number, of a prompt and head with a mark."""
+        if self.marked is None:
+            return None
+        at = cells_of(self.identity)
+        return at.padded(at.flat(np.isnan(self.tokens)) & np.repeat(self.marked, at.counts, axis=0), False)
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
         """Heatmap of the mean scores, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
@@ -168,21 +217,16 @@ class ShipsResult(Ranked):
     def save(self, folder: str | Path) -> Path:
         """Write a run folder. Raises InputError if the folder holds anything else."""
         record = self.record | {"noise_floor": self.noise_floor}
-        names = ("prompt", "layer", "head")
-        args = (self.scores, names, column(self.metric))
+        at = cells_of(self.identity)
+        scores, marked = self.scores, self.marked
+        if self.tokens is not None:
+            scores, marked = self.tokens, self._marked_tokens()
+        args = (scores, at.names, column(self.metric))
         if self.also:  # complete when all are
-            path = save_scores(
-                folder, self.identity, record | {"status": "running"}, *args, marked=self.marked
-            )
+            path = save_scores(folder, self.identity, record | {"status": "running"}, *args, marked=marked)
             for number, other in enumerate(self.also.values(), 1):
                 other.save(path / also_place(number))
-        return save_scores(folder, self.identity, record, *args, marked=self.marked)
-
-    @staticmethod
-    def read(
-        folder: Path, shape: tuple[int, ...], metric: dict, done: np.ndarray | None = None
-    ) -> np.ndarray:
-        return read_scores(folder, shape, ("prompt", "layer", "head"), column(metric), done)
+        return save_scores(folder, self.identity, record, *args, marked=marked)
 
     @classmethod
     def load(cls, folder: str | Path) -> ShipsResult:
@@ -207,12 +251,46 @@ class ShipsResult(Ranked):
         """The same without further metrics."""
         manifest = read_manifest(folder, "ships")
         identity, _ = manifest.pop("identity"), manifest.pop("parts")
-        done = np.zeros(tuple(identity["shape"]), dtype=bool)
-        scores = cls.read(folder, done.shape, manifest.get("metric", KL), done)
-        marked = done & ~np.isfinite(scores)  # infinite ones are of earlier versions
+        at = cells_of(identity)
+        done = np.zeros(at.shape, dtype=bool)
+        scores = at.flat(read_scores(folder, at.shape, at.names, column(manifest.get("metric", KL)), done))
+        marked = at.flat(done) & ~np.isfinite(scores)  # infinite ones are of earlier versions
         scores[marked] = np.nan
         floor = manifest.get("noise_floor") or 0.0
-        return cls(scores, floor, manifest, identity, marked=marked if marked.any() else None)
+        return cls.of_reads(scores, floor, manifest, identity, {}, marked if marked.any() else None)
+
+
+class Cells(NamedTuple):
+    """Where scores stand in tables, and in an array of that form. counts: reads of each prompt; empty where each has one, its
+    last, and there is no column of tokens."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    counts: list[int]
+
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.nonzero(np.arange(self.shape[1]) < np.reshape(self.counts, (-1, 1)))
+
+    def flat(self, padded: np.ndarray) -> np.ndarray:
+        """[M, L, H], by reads."""
+        return padded[self._places()] if self.counts else padded
+
+    def padded(self, flat: np.ndarray, fill) -> np.ndarray:
+        """The other way."""
+        if not self.counts:
+            return flat
+        out = np.full(self.shape, fill)
+        out[self._places()] = flat
+        return out
+
+
+def cells_of(identity: dict) -> Cells:
+    """Of a run of this identity."""
+    prompts, *grid = identity["shape"]
+    counts = read_counts(identity)
+    if not counts:
+        return Cells(("prompt", *HEAD), (prompts, *grid), [])
+    return Cells(("prompt", "token", *HEAD), (prompts, max(counts), *grid), counts)
 
 
 def also_place(number: int) -> str:

@@ -22,6 +22,7 @@ SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS = "scores", "grams", "completions", "
 COUNTED = (SCORES, COMPLETIONS)  # the rooms whose rows a person counts
 RANGE_DEG = 1e-6  # by how much rounding may carry an angle out of its range
 BYTES_OF_A_COMPLETION = 128
+HEAD = ("layer", "head")
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,24 @@ def completion_rows(identity: dict) -> int:
     return max(len(identity["groups"]), 0 if at is None else at + 1)
 
 
+def read_counts(identity: dict) -> list[int]:
+    """How many tokens each prompt is read at; empty where each is read behind its last token."""
+    if "answer_tokens" in identity:
+        return list(map(int, identity["answer_tokens"]))
+    return list(map(len, identity.get("read_at", [])))
+
+
 def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
     prompts, layers, heads = _check_shape(file, manifest, identity)
     _check_rule(file, identity)
+    counts = read_counts(identity)
+    if counts or "answer_tokens" in identity or "read_at" in identity:
+        need(
+            file,
+            "identity",
+            len(counts) == prompts and min(counts) > 0,
+            "tokens that are read of each prompt",
+        )
     for name in ("degenerate", "incoherent", "cut", "perplexity"):
         if "unablated_scores" in manifest:
             found = manifest.get(name)
@@ -133,7 +149,8 @@ def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
             need(file, name, fits, "a number or null by layer and head")
     if "unablated_scores" in manifest:
         need(file, "unablated_scores", len(manifest["unablated_scores"]) == prompts, "one for each prompt")
-    return 8 * prompts * layers * heads * (1 + len(identity.get("further_metrics", [])))
+    tokens = prompts * (1 + max(counts, default=0))
+    return 8 * tokens * layers * heads * (1 + len(identity.get("further_metrics", [])))
 
 
 def _ships_tables(identity: dict, manifest: dict) -> dict[str, Table]:
@@ -141,7 +158,10 @@ def _ships_tables(identity: dict, manifest: dict) -> dict[str, Table]:
     name, answers = identity["metric"]["name"], _of_answers(identity)
     low, high = {"kl": -1e-3, "asr": 0.0}.get(name, -np.inf), 1.0 if answers else np.inf
     value = "kl_nats" if name == "kl" else "score"
-    tables = {SCORES: Table({"prompt": prompts} | grid, value, low, high, prompts * units, marks=not answers)}
+    counts = read_counts(identity)
+    index = {"prompt": prompts} | ({"token": max(counts)} if counts else {}) | grid
+    expected = (sum(counts) or prompts) * units
+    tables = {SCORES: Table(index, value, low, high, expected, marks=not answers)}
     if answers:
         # A result that was saved has no answers.
         expected = None if manifest.get("saved") is True else (1 + units) * prompts
@@ -269,7 +289,6 @@ GENERATION = {
     "temperature": (number, "a number"),
     "seed": (number, "a number"),
 }
-HEAD = ("layer", "head")
 KINDS = {
     "ships": Kind("ships.ShipsResult", ("prompt", *HEAD), (SCORES,), _check_ships, _ships_tables),
     "subspace": Kind("subspace.SubspaceResult", HEAD, (SCORES, GRAMS), _check_subspace, _subspace_tables),

@@ -17,7 +17,9 @@ from ..errors import InputError
 
 INDEX, NUMBER, TEXT, FLAG, VECTOR = "whole numbers", "numbers", "texts", "true or false", "lists of numbers"
 COLUMNS = {
-    **dict.fromkeys(("prompt", "layer", "head", "step", "beam", "vector", "group", "num_tokens"), INDEX),
+    **dict.fromkeys(
+        ("prompt", "token", "layer", "head", "step", "beam", "vector", "group", "num_tokens"), INDEX
+    ),
     **dict.fromkeys(("kl_nats", "nll_nats", "score", "angle_deg", "value"), NUMBER),
     **dict.fromkeys(("label", "text_sha256", "text"), TEXT),
     "finished": FLAG,

@@ -62,6 +62,8 @@ def check_manifest(file: Path, manifest: dict) -> None:
 
 
 IDENTITY: Fields = {
+    "answer_tokens": (list_of(count(1, 1 << 31)), "a list of numbers of tokens"),
+    "read_at": (list_of(list_of(count(0, 1 << 31))), "a list of lists of positions"),
     "unit": (lambda x: x in ("head", "kv_group"), "head or kv_group"),
     "dtype": (text, "a text"),
     "prompts": (list_of(text), "a list of hashes"),

@@ -106,7 +106,7 @@ class AngleScan:
                 if all(len(g) == 1 for g in groups):
                     raise
                 halves = [h for g in groups for h in (g[: len(g) // 2], g[len(g) // 2 :]) if h]
-                self.prepared.plan = self.prepared.plan.regrouped(halves, self.prepared.tree_ids)
+                self.prepared.plan = self.prepared.plan.regrouped(halves, self.prepared.sequences.ids)
                 self._packs = {}
 
     def record(self) -> dict:

@@ -22,6 +22,7 @@ from ..engine.alignment import pair_ids
 from ..engine.flops import scan_flops
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, block_parts, free_bytes, make_plan, peak_bytes
+from ..engine.sequences import Sequences
 from ..engine.subject import held_beside, layer_path, tokens_of
 from ..engine.work_plan import PART_SECONDS, Work, cut_by_work
 from ..errors import InputError
@@ -148,7 +149,8 @@ def forecast(
 
     Raises InputError or UnsupportedModelError as the scan would, and where the model does not fit.
     """
-    token_ids, others, _ = tokens_of(measurement, model, tokenizer, weights=False)
+    texts = tokens_of(measurement, model, tokenizer, weights=False)
+    token_ids, others = texts.token_ids, texts.other_ids
     longest = max(map(len, [*token_ids, *(others or [])]))
     anatomy = inspect_model(model, max(token_ids, key=len), longest)
     stream, device = where.stream, as_device(where.device)
@@ -168,15 +170,20 @@ def forecast(
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(execution.max_memory, where.device_memory, held, device, here)
     layers, _ = layer_path(execution.layers, model, anatomy, device, attention)
+    at_end = how.at == "end"
+    ends_alone = at_end and anatomy.trims
+    sequences = Sequences.of(tree_ids, texts.places, each_alone=at_end and not ends_alone)
+    tree_ids = sequences.ids
     beside = held_beside(model, anatomy, measurement, device, layers)
+    beside = replace(beside, reads=sequences.places, ends_alone=ends_alone)
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
     plan = make_plan(anatomy, tree_ids, len(units), limited, beside)
     work = Work.of(model, anatomy, measurement, device, fused=layers != "model", stream=stream)
     fit = plan
     plan = cut_by_work(plan, tree_ids, units, execution, work)
-    packs = [pack([tree_ids[i] for i in group]) for group in plan.prompt_groups]
-    tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.last_index.tolist())) for p in packs)
+    packs = [beside.pack(tree_ids, group) for group in plan.prompt_groups]
+    tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.read_index.tolist())) for p in packs)
     rows = plan.rows_per_block + 1
     # The plan's room for the head is a bound; no more pairs than there are go through.
     pairs = min(plan.head_rows, rows * ends)
@@ -189,6 +196,7 @@ def forecast(
         pairs,
         model.dtype.itemsize,
         beside.row_size,
+        ends_alone,
     )
     memory = {
         "model": held,
@@ -197,7 +205,7 @@ def forecast(
     }
     rounds = 1 + (steps - 1) * beam
     costs, cut = work.costs, plan.blocks(units)
-    flops = rounds * scan_flops(costs, packs, units, blocks=cut)
+    flops = rounds * scan_flops(costs, packs, units, blocks=cut, ends_alone=ends_alone)
     flops += CHECK_ROWS * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
     blocks = len(packs) * len(cut)
     checks = _check_passes(longest)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_doc import Doc
 
+from ..engine.ablation import AT
 from ..engine.heads import Head, check_heads, check_unit
 from ..engine.measurement import Heads, Measurement, as_heads, as_tuple
 from ..errors import InputError, whole_number
+from ..prompts.reads import Reads, as_answers, as_places, at_places, with_answers
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -27,9 +30,29 @@ class ScanMeasurement(Measurement):
         Doc("(Layer, head) pairs, from 0; (layer, None) for a whole layer; None for all."),
     ] = None
 
+    at: Annotated[
+        object,
+        Doc('where a head is off: at "all" positions, or only at the "end", the position that is read.'),
+        Doc("None for what the ablation says."),
+    ] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(heads=as_heads(self.heads))
+        if isinstance(self.at, str) and self.at in AT:
+            if self.ablation.at not in (self.at, "all"):
+                raise InputError(
+                    f"the ablation is at {self.ablation.at!r}, and at={self.at!r} is given as well: give one"
+                )
+            self._set(ablation=replace(self.ablation, at=self.at), at=None)
+        elif self.at is not None:
+            self._set_places()
+
+    def _set_places(self) -> None:
+        """Take `at` for what is read."""
+        raise InputError(
+            f"at={self.at!r} (--at): expected one of {', '.join(AT)}; only scans of the next token read other positions"
+        )
 
     def units(self, anatomy: Anatomy) -> list[Head]:
         """What is scanned, in ascending order. Raises InputError for heads that the model does not have."""
@@ -54,6 +77,23 @@ class ShipsMeasurement(ScanMeasurement):
             "the first one's, and has the others in .also."
         ),
     ] = "kl"
+    at: Annotated[
+        object,
+        Doc(
+            'where a head is off: at "all" positions, or only at the "end", the position that is read. Or the position of the '
+            "prompt that is read in place of the last: a number, from the end where negative, or a text that stands in the prompt "
+            "once, of which it is the last token."
+        ),
+        Doc(
+            "None for what the ablation says; for both, give the ablation its own. Positions may also be a list, one for each "
+            "prompt, or several of them in a tuple: scores of single positions are in .by_token."
+        ),
+    ] = None
+    answers: Annotated[
+        Sequence | None,
+        Doc("what follows each prompt: a text or token ids for each. Every token of it is read."),
+        Doc("Scores are means over the answer's tokens, those of single tokens are in .by_token."),
+    ] = None
     nonfinite: Annotated[
         str,
         Doc(
@@ -71,6 +111,20 @@ class ShipsMeasurement(ScanMeasurement):
         if self.nonfinite not in POLICIES:
             raise InputError(f"unknown nonfinite {self.nonfinite!r}: expected one of {', '.join(POLICIES)}")
         self._set(metric=as_tuple(self.metric))
+        if self.answers is not None:
+            self._set(answers=as_answers(self.answers, len(self.prompts)))
+            if self.at is not None:
+                raise InputError(
+                    f"answers are read at every token, and at={self.at!r} names other positions: give one of them"
+                )
+
+    def _set_places(self) -> None:
+        self._set(at=as_places(self.at, len(self.prompts)))
+
+    def reads(self, ids: list[list[int]], tokenizer) -> Reads | None:
+        if self.answers is not None:
+            return with_answers(ids, self.answers, tokenizer)
+        return None if self.at is None else at_places(ids, self.at, tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

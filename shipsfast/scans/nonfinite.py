@@ -15,9 +15,9 @@ from ..errors import UnsupportedModelError
 
 
 def explain(prepared, prompt: int, unit=None, parent: Sequence = ()) -> tuple[Place | None, bool]:
-    """Why a score of `unit`, on top of the units `parent`, is not finite on one prompt: the place, and whether the model
+    """Why a score of `unit`, on top of the units `parent`, is not finite on one read: the place, and whether the model
     has it without any head off too. Arguments as in Prepared."""
-    ids = prepared.token_ids[prompt]
+    ids = prepared.read_ids[prompt]
     base = first_bad(prepared.model, prepared.anatomy, ids, HeadMask(((),), prepared.how, None))
     if base is not None or unit is None:
         return base, base is not None
@@ -31,13 +31,13 @@ def refuse_base(prepared, prompt: int, what: str) -> NoReturn:
     place, _ = explain(prepared, prompt)
     why = place or "a plain forward pass does not have it, so that packing the prompts does it"
     raise UnsupportedModelError(
-        f"{type(prepared.model).__name__} is not finite without any head off: {what} of prompt {prompt}: {why}; "
+        f"{type(prepared.model).__name__} is not finite without any head off: {what} of {prepared.read_name(prompt)}: {why}; "
         "repair the weights, or load the model in a wider dtype"
     )
 
 
 def check_base_logits(prepared, together: Sequence[int], place: np.ndarray, base: torch.Tensor) -> None:
-    """base [U, V], place [len(together)]: where each prompt's row is. Raises UnsupportedModelError."""
+    """base [U, V], place [len(together)]: where each read's row is. Raises UnsupportedModelError."""
     bad = bad_logits(base)
     if bool(bad.any()):
         rows = bad.cpu().numpy()[place]

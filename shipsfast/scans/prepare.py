@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from ..engine.heads import Head, unit_heads
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Plan, make_plan
 from ..engine.replacement_values import mean_outputs, resample_outputs
+from ..engine.sequences import Sequences
 from ..engine.subject import Subject, look_at
 from ..engine.work_plan import Work, cut_by_work
 from ..errors import note
@@ -31,30 +33,54 @@ class Prepared(Subject):
     """A scan that is ready to run.
 
     units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
-    plan: may become smaller, or another run's: see `continue_plan`; execution: what the caller asked for; tree_ids: the
-    prompts as they are packed.
+    plan: may become smaller, or another run's: see `continue_plan`; its groups are of sequences, as they are packed;
+    execution: what the caller asked for.
     """
 
     units: list[Head]
     plan: Plan
     execution: ScanExecution
-    tree_ids: list[list[int]] = field(default_factory=list)
+    sequences: Sequences
     _tokens: object = None  # of the numbers in tree_ids, for resample
     _mean: list[torch.Tensor] | None = None
 
     def pack(self, group: Sequence[int]) -> tuple[PackedPrompts, list[torch.Tensor] | None]:
-        """A group of prompts as one pack, with the vectors that replace heads' outputs, if any do."""
-        tree = pack([self.tree_ids[i] for i in group])
+        """A group of sequences as one pack, with the vectors that replace heads' outputs, if any do."""
+        tree = self.plan.needs.held.pack(self.sequences.ids, group)
         if self.how.kind == "resample":
             own = unpair(tree, self._tokens)
-            return own, self._resampled(own, group)
+            return own, self._resampled(own, [self.sequences.prompt[i] for i in group])
         return tree, self._mean_values()
 
-    def dense_values(self, prompt: int) -> list[torch.Tensor] | None:
-        """The same vectors for one prompt on its own."""
+    def dense_values(self, read: int) -> list[torch.Tensor] | None:
+        """The same vectors for one read on its own."""
         if self.how.kind == "resample":
-            return self._resampled(pack([self.token_ids[prompt]]), [prompt])
+            return self._resampled(pack([self.read_ids[read]]), [self.read_places[read][0]])
         return self._mean_values()
+
+    @functools.cached_property
+    def read_places(self) -> list[tuple[int, int]]:
+        """Prompt and position of each of the M reads, prompt by prompt."""
+        if self.places is None:
+            return [(i, len(ids) - 1) for i, ids in enumerate(self.token_ids)]
+        return [(i, place) for i, own in enumerate(self.places) for place in own]
+
+    @functools.cached_property
+    def read_ids(self) -> list[list[int]]:
+        """The tokens up to each read, which is their last."""
+        return [self.token_ids[prompt][: place + 1] for prompt, place in self.read_places]
+
+    @functools.cached_property
+    def read_targets(self) -> list[int] | None:
+        """The answer's token that follows each read."""
+        return None if self.targets is None else [token for own in self.targets for token in own]
+
+    def read_name(self, read: int) -> str:
+        """For messages."""
+        prompt, place = self.read_places[read]
+        if self.targets is not None:
+            return f"prompt {prompt}, token {place - self.places[prompt][0]} of its answer"
+        return f"prompt {prompt}" + ("" if self.places is None else f" at position {place}")
 
     def _resampled(self, tree: PackedPrompts, group: Sequence[int]) -> list[torch.Tensor]:
         own, others = ([ids[i] for i in group] for ids in (self.token_ids, self.other_ids))
@@ -96,7 +122,7 @@ class Prepared(Subject):
         before = folder.previous.get("plan")
         if not before or folder.previous.get("plan_asked") != self.execution.asked():
             return
-        plan = Plan.from_json(before, self.tree_ids, self.plan.needs)
+        plan = Plan.from_json(before, self.sequences.ids, self.plan.needs)
         if plan.predicted_bytes <= self.plan.memory_limit_bytes:
             self.plan = plan
         elif replace(plan, memory_limit_bytes=0, predicted_bytes=0) != replace(
@@ -130,16 +156,18 @@ def prepare(
     subject = look_at(model, tokenizer, measurement, execution)
     model, anatomy, token_ids = subject.model, subject.anatomy, subject.token_ids
     units = measurement.units(anatomy)
-    resample = subject.how.kind == "resample"
     tree_ids, tokens = token_ids, None
-    if resample:
+    if subject.how.kind == "resample":
         tree_ids, tokens = pair_ids(token_ids, subject.other_ids, subject.how.align)
-    plan = make_plan(anatomy, tree_ids, len(units), execution, subject.held())
+    sequences = Sequences.of(tree_ids, subject.places, each_alone=subject.at_end and not subject.ends_alone)
+    tree_ids = sequences.ids
+    held = replace(subject.held(), reads=sequences.places, ends_alone=subject.ends_alone)
+    plan = make_plan(anatomy, tree_ids, len(units), execution, held)
     work = Work.of(model, anatomy, measurement, subject.device, fused=subject.fused)
     plan = cut_by_work(plan, tree_ids, units, execution, work)
     subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(model)}
     return Prepared(
-        **vars(subject), units=units, plan=plan, execution=execution, tree_ids=tree_ids, _tokens=tokens
+        **vars(subject), units=units, plan=plan, execution=execution, sequences=sequences, _tokens=tokens
     )
 
 

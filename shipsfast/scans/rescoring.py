@@ -112,16 +112,17 @@ def rescore(work) -> None:
         return
     main = measures[0]
     usable = np.all([np.isfinite(measure.scores) for measure in measures], axis=0)
-    cells: dict[tuple[int, ...], bool] = {}  # (prompt, layer, head), and whether it was drawn
+    cells: dict[tuple[int, ...], bool] = {}  # (read, layer, head), and whether it was drawn
+    prompts = [prompt for prompt, _ in prepared.read_places]
     count = how_many(asked, int(usable.sum()))
     if count:
         top = ranked(main.scores.mean(0), _named_first(count), main.metric.signed)
         generator = np.random.default_rng(SEED)
         for layer, head, _ in top:
             # What one metric ranks first may be no number in another.
-            prompts = np.flatnonzero(usable[:, layer, head])
-            if prompts.size:
-                cell = int(generator.choice(prompts)), layer, head
+            reads = np.flatnonzero(usable[:, layer, head])
+            if reads.size:
+                cell = int(generator.choice(reads)), layer, head
                 cells[cell] = usable[cell] = False
         cells |= dict.fromkeys(drawn(usable, count - len(cells)), True)
     found, against, why = {}, "", NOT_ASKED if not asked else "there is no score"
@@ -129,8 +130,8 @@ def rescore(work) -> None:
         found, against, why = again(prepared, lambda one: _scores(work, one, cells))
     for number, measure in enumerate(measures):
         sample = [
-            Rescored(layer, head, float(measure.scores[prompt, layer, head]), scores[number], cells[prompt, layer, head], prompt)
-            for (prompt, layer, head), scores in (found or {}).items()
+            Rescored(layer, head, float(measure.scores[read, layer, head]), scores[number], cells[read, layer, head], prompts[read])
+            for (read, layer, head), scores in (found or {}).items()
         ]  # fmt: skip
         measure.keep_error(_error(prepared, sample, against, why, measure.noise_floor, measure.plain))
 
@@ -200,13 +201,13 @@ def _angles(prepared: Prepared, groups: Sequence[Sequence[Head]], rank: int) -> 
 
 
 def _scores(work, prepared: Prepared, cells: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[float]]:
-    """By (prompt, layer, head): of every metric, by plain passes of the model of `prepared`."""
-    by_prompt: dict[int, list[Head]] = {}
-    for prompt, layer, head in cells:
-        by_prompt.setdefault(prompt, []).append((layer, head))
+    """By (read, layer, head): of every metric, by plain passes of the model of `prepared`."""
+    by_read: dict[int, list[Head]] = {}
+    for read, layer, head in cells:
+        by_read.setdefault(read, []).append((layer, head))
     found = {}
-    for prompt, units in by_prompt.items():
-        *ablated, base = ablated_logits(prepared, prompt, units)
+    for read, units in by_read.items():
+        *ablated, base = ablated_logits(prepared, read, units)
         for unit, logits in zip(units, ablated, strict=True):
-            found[prompt, *unit] = [work.one(m.metric, prompt, base, logits) for m in work.measures]
+            found[read, *unit] = [work.one(m.metric, read, base, logits) for m in work.measures]
     return found

@@ -11,9 +11,9 @@ import numpy as np
 from ..engine.heads import Head
 from ..errors import InputError
 from ..results.score_error import Rescored, ScoreError
-from ..results.ships import MARKED, ShipsResult, also_place, column
+from ..results.ships import MARKED, ShipsResult, also_place, cells_of, column
 from ..runs.folder import RunFolder
-from ..runs.tables import score_frame
+from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .metrics import Metric, as_metrics
 from .prepare import Prepared
@@ -23,6 +23,9 @@ def measures_of(prepared: Prepared, tokenizer) -> list[Measure]:
     """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first."""
     measurement, out = prepared.measurement, prepared.execution.out
     metrics = as_metrics(measurement.metric, tokenizer, prepared.anatomy.vocab_size)
+    own = next((each.name for each in metrics if each.of_answers), None)
+    if own is not None and prepared.targets is None:
+        raise InputError(f"metric {own} is of an answer's own tokens: give answers (--answer-column)")
     if out is not None and not all(each.is_named for each in metrics):
         name = next(each.name for each in metrics if not each.is_named)
         raise InputError(
@@ -46,7 +49,7 @@ def finished(measures: Sequence[Measure]) -> ShipsResult | None:
 
 
 class Measure:
-    """One metric of a scan: its scores so far, float64 [P, L, H], its noise floor and its run folder."""
+    """One metric of a scan: its scores so far, float64 [M, L, H] by reads, its noise floor and its run folder."""
 
     def __init__(self, prepared: Prepared, metric: Metric, path: Path | None, others: dict) -> None:
         """others: what the identity says of further metrics of the same scan."""
@@ -54,7 +57,8 @@ class Measure:
         about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
         self.identity = prepared.identity | {"metric": metric.describe()} | others
         self.record = prepared.record | {"metric": about}
-        self.scores = np.full(self.identity["shape"], np.nan)
+        _, *grid = self.identity["shape"]
+        self.scores = np.full((len(prepared.read_ids), *grid), np.nan)
         self.mark = prepared.measurement.nonfinite == "mark"  # scores that are not finite
         self.marked = np.zeros(self.scores.shape, dtype=bool)
         self.noise_floor, self.compared, self.folder = 0.0, False, None  # what packing does
@@ -64,9 +68,12 @@ class Measure:
 
     def take(self) -> None:
         """Read what the folder holds. Raises InputError for marked scores where none are wanted."""
-        done = np.zeros(self.scores.shape, dtype=bool)
-        self.scores = ShipsResult.read(self.folder.path, done.shape, self.record["metric"], done)
-        self.marked = done & ~np.isfinite(self.scores)
+        at = cells_of(self.identity)
+        done = np.zeros(at.shape, dtype=bool)
+        self.scores = at.flat(
+            read_scores(self.folder.path, at.shape, at.names, column(self.record["metric"]), done)
+        )
+        self.marked = at.flat(done) & ~np.isfinite(self.scores)
         self.scores[self.marked] = np.nan
         self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
         self._refuse(self.marked)
@@ -80,10 +87,11 @@ class Measure:
 
     def _refuse(self, marked: np.ndarray) -> None:
         if marked.any() and not self.mark:
-            prompt, layer, index = map(int, np.argwhere(marked)[0])
+            read, layer, index = map(int, np.argwhere(marked)[0])
+            where = self.prepared.read_name(read) if len(marked) == len(self.scores) else f"prompt {read}"
             raise InputError(
                 f"{self.folder.path} holds {counted(int(marked.sum()), 'marked score')}: the score of {self.prepared.unit} "
-                f"{layer}-{index} on prompt {prompt} is not a number; go on with nonfinite='mark' (--nonfinite mark), or "
+                f"{layer}-{index} on {where} is not a number; go on with nonfinite='mark' (--nonfinite mark), or "
                 "choose another output folder"
             )
 
@@ -97,26 +105,26 @@ class Measure:
         self.record["plan"] = self.prepared.plan.to_json()
         self.folder.write_manifest(before | self.record | {"status": "running"})
 
-    def keep(self, scores: np.ndarray, together: Sequence[int], block: Sequence[Head]) -> None:
-        """Take what is missing of scores [units, prompts] of a block of units on the prompts packed together; what is not finite
-        is marked."""
+    def keep(self, scores: np.ndarray, reads: Sequence[int], block: Sequence[Head]) -> None:
+        """Take what is missing of scores [units, reads] of a block of units at the reads packed together; what is not finite is
+        marked."""
         part, marked = np.full_like(self.scores, np.nan), np.zeros_like(self.marked)
         for (layer, index), row in zip(block, scores, strict=True):
             bad = ~np.isfinite(row)
-            part[list(together), layer, index] = np.where(bad, np.nan, row)
-            marked[list(together), layer, index] = bad
+            part[list(reads), layer, index] = np.where(bad, np.nan, row)
+            marked[list(reads), layer, index] = bad
         known = ~self.missing()
         part[known], marked[known] = np.nan, False
         if self.folder is not None:  # first: what runs out of memory or disk here is still missing
-            value = column({"name": self.metric.name})
-            frame = score_frame(part, ("prompt", "layer", "head"), value, marked)
+            value, at = column({"name": self.metric.name}), cells_of(self.identity)
+            frame = score_frame(at.padded(part, np.nan), at.names, value, at.padded(marked, False))
             self.folder.write_part(frame, plan=self.prepared.plan.to_json())
         new = ~np.isnan(part)
         self.scores[new] = part[new]
         self.marked |= marked
 
     def missing(self) -> np.ndarray:
-        """bool [P, L, H]: neither a number nor marked."""
+        """bool [M, L, H]: neither a number nor marked."""
         return np.isnan(self.scores) & ~self.marked
 
     def keep_noise(self, noise: float) -> None:
@@ -144,7 +152,7 @@ class Measure:
         self.record["packing_noise"], floor = self.noise_floor, self.noise_floor
         if "error" in self.record:
             floor = max(floor, ScoreError.from_json(self.record["error"]).floor)
-        result = ShipsResult(self.scores, floor, self.record, self.identity, also or {}, marked=marked)
+        result = ShipsResult.of_reads(self.scores, floor, self.record, self.identity, also or {}, marked)
         self.record["concentration"] = result.concentration().to_json()
         if not np.isnan(result.mean()).all():
             self.record["rank_stability"] = result.stability().to_json()

@@ -1,4 +1,7 @@
-"""Every scan held against the model's own forward pass, one prompt at a time and unpacked."""
+"""Every scan held against the model's own forward pass, one prompt at a time and unpacked.
+
+A prompt is a read here: the tokens up to a position that is read (`Prepared.read_ids`), in most scans those of a whole prompt.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def own_layers_hint(prepared: Prepared) -> str:
 
 def longest_prompt(prepared: Prepared, together: Sequence[int]) -> int:
     """The longest of the prompts packed together; of several, the one packed last, which packing moves most."""
-    at = max(range(len(together)), key=lambda i: (len(prepared.token_ids[together[i]]), i))
+    at = max(range(len(together)), key=lambda i: (len(prepared.read_ids[together[i]]), i))
     return together[at]
 
 
@@ -42,10 +45,10 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
     if not noise <= alarm(prepared.model)[0]:
         capped = softcap_left_out(prepared.model)
         if capped is not None:
-            raise UnsupportedModelError(f"{capped} (KL {noise:.3g} nats on prompt {prompt})")
+            raise UnsupportedModelError(f"{capped} (KL {noise:.3g} nats on {prepared.read_name(prompt)})")
         raise UnsupportedModelError(
             f"{type(prepared.model).__name__} gives other answers when its prompts are packed (KL {noise:.3g} nats "
-            f"on prompt {prompt}): its attention does something shipsfast does not know, or its logits are "
+            f"on {prepared.read_name(prompt)}): its attention does something shipsfast does not know, or its logits are "
             f"not finite{own_layers_hint(prepared)}"
         )
     return noise
@@ -70,7 +73,7 @@ def _plain_masks(prepared: Prepared, prompt: int, groups: Sequence[Sequence[Head
     """
     mask = prepared.mask([], prepared.dense_values(prompt))
     rows = (*map(prepared.heads, groups), ())
-    together = [rows] if len(prepared.token_ids[prompt]) < LONG else [(row,) for row in rows]
+    together = [rows] if len(prepared.read_ids[prompt]) < LONG else [(row,) for row in rows]
     return [replace(mask, groups=groups) for groups in together]
 
 
@@ -82,7 +85,7 @@ def ablated_hidden(prepared: Prepared, prompt: int, groups: Sequence[Sequence[He
     with head_input(prepared.model) as seen:
         for mask in masks:
             with dense_rows(prepared.model, prepared.anatomy, mask):
-                _forward(prepared, [prepared.token_ids[prompt]] * len(mask))
+                _forward(prepared, [prepared.read_ids[prompt]] * len(mask))
     return torch.cat([hidden[:, -1] for hidden in seen])
 
 
@@ -124,14 +127,14 @@ def plain_hidden(prepared: Prepared, prompts: Sequence[int]) -> torch.Tensor:
     """
     by_length: dict[int, list[int]] = {}
     for at, prompt in enumerate(prompts):
-        by_length.setdefault(len(prepared.token_ids[prompt]), []).append(at)
+        by_length.setdefault(len(prepared.read_ids[prompt]), []).append(at)
     out = None
     for length, places in by_length.items():
         step = max(1, prepared.plan.chunk_tokens // length)
         for start in range(0, len(places), step):
             part = places[start : start + step]
             with head_input(prepared.model) as seen:
-                _forward(prepared, [prepared.token_ids[prompts[at]] for at in part])
+                _forward(prepared, [prepared.read_ids[prompts[at]] for at in part])
             if out is None:
                 out = seen[0].new_empty(len(prompts), seen[0].shape[-1])
             out[part] = seen[0][:, -1]
@@ -142,7 +145,7 @@ def plain_hidden(prepared: Prepared, prompts: Sequence[int]) -> torch.Tensor:
 def plain_logits(prepared: Prepared, prompt: int, rows: int) -> torch.Tensor:
     """Next-token logits [rows, V] by the model's own forward, every row the same prompt."""
     with float32_head(prepared.model):
-        return _forward(prepared, [prepared.token_ids[prompt]] * rows)[:, -1]
+        return _forward(prepared, [prepared.read_ids[prompt]] * rows)[:, -1]
 
 
 def _forward(prepared: Prepared, ids: list[list[int]]) -> torch.Tensor:

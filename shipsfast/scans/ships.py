@@ -37,11 +37,12 @@ def scan(
     """Switch off every head, one at a time, and measure how far the next-token distribution moves.
 
     Ships of arXiv 2410.13708, eq. 9: for each prompt and head KL(p(base) || p(ablated)) in nats, over the
-    full vocabulary, of the token that follows the prompt. All heads are measured in one growing batch
+    full vocabulary, of the token that follows the prompt, or of every token of an answer that is given. All heads are measured in one growing batch
     (engine/growing_batch.py); the scores are those of one forward pass per head and prompt, up to rounding.
 
     Returns:
-        ShipsResult with .scores (.kl) float64 [P, L, H], NaN for heads not in `heads` and for marked scores.
+        ShipsResult with .scores (.kl) float64 [P, L, H], NaN for heads not in `heads` and for marked scores; with answers, or
+        several positions of a prompt, means of .by_token.
     Raises:
         InputError: bad prompts, heads, ablation, metric, backend or folder.
         UnsupportedModelError: the model cannot be scanned exactly.
@@ -61,7 +62,7 @@ def scan(
             measure.begin()
         known = int((~main.missing()).sum())
         if known and execution.progress:
-            of = len(prepared.token_ids) * len(prepared.units)
+            of = len(prepared.read_ids) * len(prepared.units)
             note(f"{main.folder.path} has {known:,} of {of:,} scores, and goes on")
     work = _Work(prepared, measures)
     scan_started = time.perf_counter()
@@ -81,7 +82,10 @@ def scan(
 
 
 class _Work:
-    """Fills in the scores that are missing, for some prompts at a time: those that are packed together."""
+    """Fills in the scores that are missing, for some sequences at a time: those that are packed together.
+
+    Scores are counted by reads: as a rule a prompt is one sequence and has one read.
+    """
 
     def __init__(self, prepared: Prepared, measures: list[Measure]) -> None:
         self.prepared, self.measures = prepared, measures
@@ -89,9 +93,9 @@ class _Work:
         for together in prepared.plan.prompt_groups:
             missing = self.missing(together)
             steps += prepared.layer_passes(prepared.units, missing)
-            scores += len(missing) * len(together)
+            scores += len(missing) * len(prepared.sequences.reads(together))
         self.bar = ScanBar("scan", steps, scores, prepared, prepared.execution)
-        self._packed: tuple | None = None  # the prompts at hand, their pack, and values
+        self._packed: tuple | None = None  # the sequences at hand, their pack, and values
 
     @property
     def sees_all_prompts(self) -> bool:
@@ -99,7 +103,7 @@ class _Work:
 
     def missing(self, together: Sequence[int]) -> list[Head]:
         """The units that some metric still wants."""
-        rows = list(together)
+        rows = self.prepared.sequences.reads(together)
         return [
             u for u in self.prepared.units if any(m.missing()[rows, u[0], u[1]].any() for m in self.measures)
         ]
@@ -130,6 +134,7 @@ class _Work:
         if self._packed is None or self._packed[0] != together:
             self._packed = (together, *prepared.pack(together))
         _, packed, values = self._packed
+        reads = prepared.sequences.reads(together)
         with prepared.growing_batch(packed, self.bar.update) as batch:
             found: list[list[torch.Tensor]] = []  # of every chunk, of every metric
             kept: list[torch.Tensor] = []
@@ -138,38 +143,44 @@ class _Work:
             def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
                 if not kept:
                     kept.append(base)
-                found.append(self._score(logits, base, together, place))
+                found.append(self._score(logits, base, reads, place))
 
             batch.run(prepared.mask(block, values), consume)
-        check_base_logits(prepared, together, batch.prompt_place, kept[0])
-        self._compare(together, kept[0], batch.prompt_place)
-        # [units, prompts] of every metric.
+        check_base_logits(prepared, reads, batch.prompt_place, kept[0])
+        self._compare(reads, kept[0], batch.prompt_place)
+        # [units, reads] of every metric.
         scores = [torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)]
         for measure, each in zip(self.measures, scores, strict=True):
-            self._check_numbers(measure, each, together, block)
+            self._check_numbers(measure, each, reads, block)
         for measure, each in zip(self.measures, scores, strict=True):
-            measure.keep(each, together, block)
+            measure.keep(each, reads, block)
 
     def _score(
-        self, logits: torch.Tensor, base: torch.Tensor, together: Sequence[int], place: torch.Tensor
+        self, logits: torch.Tensor, base: torch.Tensor, reads: Sequence[int], place: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Scores float64 [rows, prompts packed together] of logits [rows, U, V], for every metric."""
+        """Scores float64 [rows, reads] of logits [rows, U, V], for every metric. place: where in U each read is."""
         rows, metrics = logits.shape[0], [measure.metric for measure in self.measures]
         index = torch.arange(base.shape[0], device=logits.device).repeat(rows)
-        own = [metric for metric in metrics if not metric.sees_all_prompts]
+        own = [metric for metric in metrics if not metric.sees_all_prompts and not metric.of_answers]
         read = iter(measure_rows(own, base, logits.flatten(0, 1), index))
         out = []
         for metric in metrics:
             if metric.sees_all_prompts:
-                prompts = torch.as_tensor(together, device=logits.device).repeat(rows)
+                prompts = torch.as_tensor(reads, device=logits.device).repeat(rows)
                 out.append(metric.rows(self.all_base, logits[:, place].flatten(0, 1), prompts).view(rows, -1))
+            elif metric.of_answers:
+                out.append(metric.tokens(base, logits, place, self._targets(reads, logits.device)))
             else:
                 out.append(next(read).view(rows, -1)[:, place])
         return out
 
+    def _targets(self, reads: Sequence[int], device: torch.device) -> torch.Tensor:
+        """The answers' tokens at these reads."""
+        return torch.tensor([self.prepared.read_targets[read] for read in reads], device=device)
+
     @functools.cached_property
     def all_base(self) -> torch.Tensor:
-        """Next-token logits of the unablated model on every prompt, [P, V]: for metrics that see all of them."""
+        """Next-token logits of the unablated model at every read, [M, V]: for metrics that see all of them."""
         out = None
         for together in self.prepared.plan.prompt_groups:
             packed, values = self.prepared.pack(together)
@@ -179,16 +190,18 @@ class _Work:
                     self.prepared.mask([], values), lambda _rows, _logits, base, kept=kept: kept.append(base)
                 )
             if out is None:
-                out = kept[0].new_empty(len(self.prepared.token_ids), kept[0].shape[-1])
-            out[list(together)] = kept[0][torch.as_tensor(batch.prompt_place, device=out.device)]
+                out = kept[0].new_empty(len(self.prepared.read_ids), kept[0].shape[-1])
+            out[self.prepared.sequences.reads(together)] = kept[0][
+                torch.as_tensor(batch.prompt_place, device=out.device)
+            ]
         return out
 
-    def _compare(self, together: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
-        """Noise floors, once a scan: the packed against the plain unablated model on the longest prompt."""
+    def _compare(self, reads: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
+        """Noise floors, once a scan: the packed against the plain unablated model on the longest of the reads."""
         if all(measure.compared for measure in self.measures):
             return
-        prompt = longest_prompt(self.prepared, together)
-        packed = base[place[list(together).index(prompt)]]
+        prompt = longest_prompt(self.prepared, reads)
+        packed = base[place[list(reads).index(prompt)]]
         plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
         nats = packing_noise_nats(self.prepared, prompt, plain, packed)
         for measure in self.measures:
@@ -203,8 +216,12 @@ class _Work:
             measure.keep_noise(noise)
 
     def one(self, metric: Metric, prompt: int, base: torch.Tensor, other: torch.Tensor) -> float:
-        """The metric of one pair of logits [V]."""
+        """The metric of one pair of logits [V], at one read."""
         bases, at = base[None], 0
+        if metric.of_answers:
+            place = torch.zeros(1, dtype=torch.long, device=base.device)
+            other = other.to(base.dtype)[None, None]
+            return float(metric.tokens(bases, other, place, self._targets([prompt], base.device))[0, 0])
         if metric.sees_all_prompts:
             bases, at = self.all_base.to(base.device, base.dtype, copy=True), prompt
             bases[prompt] = base
@@ -212,7 +229,7 @@ class _Work:
         return float(metric.rows(bases, other[None].to(base.dtype), index)[0])
 
     def _check_numbers(
-        self, measure: Measure, scores: np.ndarray, together: Sequence[int], block: list[Head]
+        self, measure: Measure, scores: np.ndarray, reads: Sequence[int], block: list[Head]
     ) -> None:
         """Looks where a score that is not finite begins: the first of the scan where they are marked; else raises
         InputError, naming prompt, head and layer."""
@@ -220,17 +237,22 @@ class _Work:
         if not len(bad) or (measure.mark and MARKED in measure.record):
             return
         prepared, name = self.prepared, measure.metric.name
-        prompt, (layer, index) = together[bad[0][1]], block[bad[0][0]]
+        prompt, (layer, index) = reads[bad[0][1]], block[bad[0][0]]
         place, _ = explain(prepared, prompt, (layer, index))
         why = reason(place, name)
         if not measure.mark:
             value = "not a number" if np.isnan(scores[tuple(bad[0])]) else "infinite"
             raise InputError(
-                f"the score of {prepared.unit} {layer}-{index} on prompt {prompt} is {value} with "
+                f"the score of {prepared.unit} {layer}-{index} on {prepared.read_name(prompt)} is {value} with "
                 f"{prepared.how.describe()}, metric {name}: {why}; use a smaller scale, a wider dtype or another metric, "
                 "or leave such scores out with nonfinite='mark' (--nonfinite mark)"
             )
-        first = {"prompt": int(prompt), "layer": int(layer), "head": int(index), "why": why}
+        first = {
+            "prompt": prepared.read_places[prompt][0],
+            "layer": int(layer),
+            "head": int(index),
+            "why": why,
+        }
         measure.record[MARKED] = {"first": first | ({} if place is None else {"place": place.to_json()})}
         measure.keep_noise(measure.noise_floor)  # writes the record, before the first mark is
 
@@ -241,7 +263,7 @@ def _spot_check(work: _Work) -> None:
     Raises UnsupportedModelError if one is off by more than rounding can explain.
     """
     prepared, main = work.prepared, work.measures[0]
-    prompt = longest_prompt(prepared, range(len(prepared.token_ids)))
+    prompt = longest_prompt(prepared, range(len(prepared.read_ids)))
     units = [u for u in prepared.units if not any(m.marked[prompt, *u] for m in work.measures)]
     if not units:
         return
@@ -264,12 +286,14 @@ def _spot_check(work: _Work) -> None:
             error = 0.0 if got == expected else abs(expected - got)
             if not error <= absolute + relative * abs(expected):
                 raise UnsupportedModelError(
-                    f"the score of {prepared.unit} {layer}-{index} on prompt {prompt} is {got:.6g}, a plain forward "
+                    f"the score of {prepared.unit} {layer}-{index} on {prepared.read_name(prompt)} is {got:.6g}, a plain forward "
                     f"pass gives {expected:.6g}: {type(prepared.model).__name__} cannot be scanned exactly"
                     f"{own_layers_hint(prepared)}"
                 )
             drawn = (layer, index) != strongest or len(chosen) == 1
-            measure.plain.append(Rescored(layer, index, float(got), expected, drawn, prompt))
+            measure.plain.append(
+                Rescored(layer, index, float(got), expected, drawn, prepared.read_places[prompt][0])
+            )
         measure.record["spot_check_max_abs"] = max(each.error for each in measure.plain)
 
 
