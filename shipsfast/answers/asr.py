@@ -20,7 +20,7 @@ from ..results.incoherence import limit_nats, mark, rule
 from ..results.ships import ShipsResult, column
 from ..runs.folder import RunFolder
 from ..runs.kinds import LABELS
-from ..runs.tables import score_frame
+from ..runs.tables import read_scores, score_frame
 from .evaluate import judge_of
 from .generation import prepare_generation
 from .label import Kept, answer
@@ -105,7 +105,7 @@ def scan_asr(
     record["concentration"] = result.concentration().to_json()
     record["seconds"] = seconds_since(started)
     if folder is not None:
-        kept = ShipsResult.read(folder.path, tuple(shape), METRIC)
+        kept = read_scores(folder.path, tuple(shape), NAMES, column(METRIC))
         new = np.where(np.isnan(kept), result.scores, np.nan)  # none twice
         folder.write_part(score_frame(new, NAMES, column(METRIC)))
         folder.write_manifest(record | {"status": "complete", "noise_floor": result.noise_floor})

@@ -85,7 +85,8 @@ class Asked:
         if given["ablation"] == "resample" and others is None:
             raise InputError("--ablation resample needs --source, a file of prompts to take outputs from")
         scale, others = _number(given["scale"], "--scale"), None if others is None else tuple(others)
-        how = Ablation(given["ablation"], scale, others, given["align"])
+        off, self.values["at"] = _places(given.get("at") or [])
+        how = Ablation(given["ablation"], scale, others, given["align"], off)
         Execution(layers=given["layers"])  # raises for a name that is none
         as_date(given["template_date"])  # the same
         self.values["template_args"] = TemplateArgs.parse(given["template_args"])
@@ -188,6 +189,22 @@ def template_for(name: str, tokenizer) -> str:
     if name != "auto":
         return name
     return "chat" if getattr(tokenizer, "chat_template", None) else "none"
+
+
+def _places(given: list[str]) -> tuple[str, int | str | None]:
+    """What --at says: where the ablation is, and the position that is read, None for the last."""
+    from ..engine.ablation import AT
+
+    off = [each for each in given if each in AT]
+    read = [each for each in given if each not in AT]
+    if len(off) > 1 or len(read) > 1:
+        raise InputError(
+            f"--at {', '.join(given)}: expected at most one of {' and '.join(AT)}, and one position or text of the prompts"
+        )
+    place = read[0] if read else None
+    if place is not None and place.removeprefix("-").isdecimal():
+        place = int(place)
+    return off[0] if off else "all", place
 
 
 def _number(text: str, option: str) -> float:

@@ -13,7 +13,7 @@ from ..answers.measurements import AnswerMeasurement, EvaluationMeasurement
 from ..engine.measurement import Execution, Measurement, ScanExecution, described
 from ..errors import InputError
 from ..prompts.wrapping import DATE
-from ..scans.measurements import SaharaMeasurement, ShipsMeasurement
+from ..scans.measurements import SaharaMeasurement, ScanMeasurement, ShipsMeasurement
 from .asked import Asked
 from .inherited import inherit
 
@@ -79,6 +79,11 @@ Align = Annotated[
         "both begin and end with)."
     ),
 ]
+At = _option(
+    ShipsMeasurement, "at", list[str] | None, "--at",
+    more="May be given twice, one of each.",
+)  # fmt: skip
+AtAblation = _option(ScanMeasurement, "at", list[str] | None, "--at")
 HeadNames = _option(
     ShipsMeasurement, "heads", str | None, text="Only these: LAYER-HEAD or LAYER, comma-separated."
 )
@@ -193,7 +198,12 @@ ANSWER_OPTIONS = {
     "temperature": (Temperature, 1.0),
     "eos_token_id": (EndTokens, None),
 }
-SCAN_OPTIONS = {"heads": (HeadNames, None), "plot": (Plot, None), "stream": (Stream, False)}
+SCAN_OPTIONS = {
+    "heads": (HeadNames, None),
+    "at": (AtAblation, None),
+    "plot": (Plot, None),
+    "stream": (Stream, False),
+}
 PLAN_OPTIONS = {"plan": (PlanOnly, False), "device_memory": (DeviceMemory, None)}
 # Without --rank-by asr or --judge nobody answers, and nobody judges.
 OF_ANSWERS = (

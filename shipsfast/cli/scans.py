@@ -12,6 +12,7 @@ from .options import (
     ANSWER_OPTIONS,
     PLAN_OPTIONS,
     SCAN_OPTIONS,
+    At,
     Backend,
     Beam,
     Column,
@@ -39,7 +40,7 @@ from .refusals import record_refusals, refusals
 from .shown import show_report, show_result
 
 
-@command(ANSWER_OPTIONS, SCAN_OPTIONS, PLAN_OPTIONS)
+@command(ANSWER_OPTIONS, SCAN_OPTIONS | {"at": (At, None)}, PLAN_OPTIONS)
 def scan(
     asked: Asked,
     metric: MetricNames = ("kl",),
@@ -76,6 +77,10 @@ def scan(
         return _scanned(asked, run, top, before, metric=chosen, nonfinite=nonfinite)
     if asked.given["plan"]:
         raise InputError("--plan is for scans of the next token: leave --rank-by asr away")
+    if asked.values["at"] is not None:
+        raise InputError(
+            "--at names a position that is read, and --rank-by asr reads whole answers: give one of them"
+        )
     if tuple(metric) != ("kl",):
         raise InputError(
             "--metric measures the next token, and --rank-by asr whole answers: give one of them"

@@ -41,7 +41,7 @@ class Prepared(Subject):
     plan: Plan
     execution: ScanExecution
     sequences: Sequences
-    _tokens: object = None  # of the numbers in tree_ids, for resample
+    _tokens: object = None  # of the numbers in the sequences, for resample
     _mean: list[torch.Tensor] | None = None
 
     def pack(self, group: Sequence[int]) -> tuple[PackedPrompts, list[torch.Tensor] | None]:
