@@ -142,10 +142,10 @@ def _of_text(ids: Sequence[int], text: str, tokenizer, prompt: int) -> int:
     whole = written(len(ids))
     times = sum(whole.startswith(text, start) for start in range(len(whole)))
     if times != 1:
-        found = f"{times:,} times" if times else "not"
+        found = f"is {times:,} times in" if times else "is not in"
         raise InputError(
-            f"at={text!r} (--at): it stands {found} in prompt {prompt}, {one_line(whole)!r:.120}: give a text that stands in "
-            "it once, or the position"
+            f"at={text!r} (--at): it {found} prompt {prompt}, {one_line(whole)!r:.120}: give a text that is in it "
+            "once, or the position"
         )
     low, high = 1, len(ids)  # the fewest tokens that write it
     while low < high:

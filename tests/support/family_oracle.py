@@ -29,6 +29,7 @@ SILENT = {
 @dataclass
 class _State:
     targets: Sequence[tuple[int, int]] = ()  # (call, head) pairs whose logits are scaled
+    end: bool = False  # those of the last token alone
     calls: int = 0
     heads: list[int] = field(default_factory=list)  # of each call
 
@@ -45,7 +46,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
     logits = scaling * torch.einsum("bhqd,bhkd->bhqk", query, key)
     for call, head in _state.targets:
         if call == _state.calls:
-            logits[:, head] *= EPS
+            logits[:, head, -1 if _state.end else 0 :] *= EPS
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     tokens = logits.shape[-2]
@@ -84,7 +85,7 @@ def oracle_attention(model) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
-        _state.targets = ()
+        _state.targets, _state.end = (), False
 
 
 @torch.no_grad()
@@ -94,9 +95,10 @@ def _next_log_probs(model, ids: Sequence[int], targets: Sequence[tuple[int, int]
     return torch.log_softmax(logits[0, -1].double(), -1)
 
 
-def ships(model, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """KL(base || head's logits x 1e-5) of the next token in nats, float64 [P, attention calls, H]."""
+def ships(model, prompts: Sequence[Sequence[int]], *, end: bool = False) -> torch.Tensor:
+    """KL(base || head's logits x 1e-5) of the next token in nats, float64 [P, attention calls, H]. end: at the last token only."""
     with oracle_attention(model):
+        _state.end = end
         base = [_next_log_probs(model, ids) for ids in prompts]
         heads = list(_state.heads)
         out = torch.full((len(prompts), len(heads), max(heads, default=0)), float("nan"), dtype=torch.float64)

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
@@ -29,6 +30,7 @@ DOCUMENT = ROOT / "docs" / "models.md"
 SHARED = [5, 9, 17, 23]
 # Three lengths, a shared prefix, and two longer than the windows of the tiny models.
 PROMPTS = [SHARED + [33, 8, 40, 41, 7, 12], SHARED + [7], SHARED + [33, 8, 11, 50, 51, 52, 9, 4]]
+ANSWERS = [[3, 14], [33, 8, 12]]  # the second goes on like the first prompt
 TOLERANCE_NATS = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDED_NATS = 1e-6  # more than that is no rounding to float32 within a family
 SHOWS_NATS = 1e-4  # the largest score of a model must be above this
@@ -71,6 +73,11 @@ def check(family: str) -> Row:
             expected, error = _compare(family, model, shipsfast.scan(model, PROMPTS, progress=False))
         notes.append("its own casts to float32 lifted")
     assert error <= TOLERANCE_NATS[model.dtype], f"{family}: off by {error:.3g} nats"
+    at_end = _at_end(family, model)
+    if TOLERANCE_NATS[model.dtype] < at_end < ROUNDED_NATS:
+        with WideCasts():
+            at_end = _at_end(family, model)
+    assert at_end <= TOLERANCE_NATS[model.dtype], f"{family}: at the end only, off by {at_end:.3g} nats"
     largest = float(expected.max())
     assert largest > SHOWS_NATS, f"{family}: no ablation shows, the largest score is {largest:.3g} nats"
     return Row(family, name, "exact", "; ".join(notes), error)
@@ -83,6 +90,15 @@ def _compare(family: str, model, result) -> tuple[torch.Tensor, float]:
     assert got.shape == expected.shape, f"{family}: scores {list(got.shape)}, oracle {list(expected.shape)}"
     assert torch.isfinite(got).all() and torch.isfinite(expected).all(), f"{family}: not finite"
     return expected, float((got - expected).abs().max())
+
+
+def _at_end(family: str, model) -> float:
+    """The largest difference of a scan along answers, with heads off at the end only, which must show, from the oracle's."""
+    result = shipsfast.scan(model, PROMPTS[:2], answers=ANSWERS, at="end", progress=False)
+    reads = [p + a[:n] for p, a in zip(PROMPTS, ANSWERS, strict=False) for n in range(len(a))]
+    expected = family_oracle.ships(model, reads, end=True)
+    assert float(expected.max()) > SHOWS_NATS, f"{family}: no ablation at the end only shows"
+    return float((torch.as_tensor(np.concatenate(result.by_token)) - expected).abs().max())
 
 
 class WideCasts(TorchFunctionMode):
@@ -106,7 +122,7 @@ HEADER = """# Which models can be scanned
 Every causal language model of transformers {version}, and every chat model that also takes images (scanned on text
 alone), built tiny with random weights and scanned in {dtype}. `exact`: every score of every head and prompt agrees with
 one plain forward pass per head and prompt, attention written out by the tests (`tests/support/family_oracle.py`), to
-{tolerance:g} nats. `refused`: shipsfast says why and gives no number. `unbuilt`: transformers could not build a tiny
+{tolerance:g} nats; so does every score along answers, with heads off at the end only. `refused`: shipsfast says why and gives no number. `unbuilt`: transformers could not build a tiny
 model of it here, so nothing is known.
 
 **{exact} exact, {refused} refused, {unbuilt} unbuilt.** `python -m tests.support.model_matrix` writes this page, and
