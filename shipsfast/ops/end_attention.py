@@ -27,10 +27,11 @@ LOGIT_BYTES = 64 << 20  # of the logits that are made at a time
 
 @dataclass(frozen=True)
 class Path:
-    """Ends on one path from the root. places int64 [E], among all ends; keys int64 [K], nodes of the path above the deepest of
+    """`count` ends on one path from the root. places: which of all ends, a slice or int64 [E]; keys int64 [K], nodes of the path above the deepest of
     them; hidden bool [E, K], None where each end sees every key."""
 
-    places: torch.Tensor
+    count: int
+    places: slice | torch.Tensor
     keys: torch.Tensor
     hidden: torch.Tensor | None
 
@@ -54,7 +55,9 @@ def plan_ends(
         if window is not None:
             hidden |= distance >= window
         put = lambda x: torch.as_tensor(x, device=device)
-        paths.append(Path(put(places), put(above), put(hidden) if hidden.any() else None))
+        in_a_row = places[-1] - places[0] == len(places) - 1
+        chosen = slice(int(places[0]), int(places[-1]) + 1) if in_a_row else put(places)
+        paths.append(Path(len(places), chosen, put(above), put(hidden) if hidden.any() else None))
     return paths
 
 
@@ -84,14 +87,12 @@ def end_attention(
     out = q.new_empty(rows, ends, heads, v.shape[3])
     for path in tree.end_paths(window):
         base_k, base_v = (x[0].index_select(1, path.keys) for x in base)  # [HKV, K, D]
-        per_row = heads * len(path.places) * (len(path.keys) + 1) * wide.itemsize
+        per_row = heads * path.count * (len(path.keys) + 1) * wide.itemsize
         for some in range(0, rows, step := max(1, LOGIT_BYTES // per_row)):
             chosen = slice(some, some + step)
-            own = [x[chosen].index_select(2, path.places) for x in (q, k, v)]
+            own = [x[chosen, :, path.places] for x in (q, k, v)]
             flagged = None if other_k is None else other_k[chosen].nonzero(as_tuple=True)
-            keys = (
-                None if flagged is None else (*flagged, base_k.mean(0), alt["k_alt"][chosen][:, path.places])
-            )
+            keys = None if flagged is None else (*flagged, base_k.mean(0), alt["k_alt"][chosen, path.places])
             out[chosen, path.places] = _attend(
                 *own, base_k, base_v, path, keys, mask.logit_scale[chosen], wide, scaling, softcap, sink
             ).transpose(1, 2)

@@ -80,6 +80,13 @@ class ShipsResult(Ranked):
             return self.tokens
         return [each[:count] for each, count in zip(self.tokens, counts, strict=True)]
 
+    def reads_in_words(self) -> str:
+        """How many prompts, and what of them was read."""
+        prompts, counts = counted(self.scores.shape[0], "prompt"), cells_of(self.identity).counts
+        if "answer_tokens" in self.identity:
+            return f"{prompts} with answers of {counted(sum(counts), 'token')}"
+        return prompts + (f" read at {counted(sum(counts), 'position')}" if counts else "")
+
     @property
     def marked_heads(self) -> list[tuple[int, int]]:
         """Heads with a marked score, which are in no ranking."""

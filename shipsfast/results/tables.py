@@ -155,7 +155,7 @@ def show_ships(result, top: int, console: Console) -> None:
     scanned = int((~np.isnan(result.mean())).sum())
     _say(
         console,
-        f"{counted(scanned, result.unit)} x {counted(result.scores.shape[0], 'prompt')} in {result.record.get('scan_seconds', 0):.2f} s; "
+        f"{counted(scanned, result.unit)} x {result.reads_in_words()} in {result.record.get('scan_seconds', 0):.2f} s; "
         f"{_noise(result, metric['unit'])}",
     )
     _error(result, metric["unit"], console)

@@ -32,6 +32,8 @@ def _one(name: str, before, now, manifest: dict, record: dict) -> str:
         return "there no answer can be incoherent: it was made before likelihoods of answers were kept, or with judge paper"
     if name == "heads" and isinstance(before, list) and isinstance(now, list):
         return f"{len(before):,} heads there, {len(now):,} here{_first_apart(before, now)}"
+    if name in ("answer_tokens", "read_at"):
+        return "the answers, or the positions of prompts that are read, are others"
     if name == "control":
         return "the control prompts, or the tokens their KL is taken along, are others"
     return f"{name} there is {_short(before)}, here {_short(now)}"
@@ -78,7 +80,9 @@ def _ablation(value) -> str:
         for name, key in (("logits x", "logit_scale"), ("output x", "output_scale"))
         if isinstance(value.get(key), (int, float)) and value[key] != 1
     ]
-    own = ["prompts of its own"] if "prompts" in value else []
+    own = ["prompts of its own"] * ("prompts" in value) + ["heads off at the end only"] * (
+        value.get("at") == "end"
+    )
     return " with ".join([str(value.get("kind")), *([", ".join(scales + own)] if scales + own else [])])
 
 
