@@ -34,6 +34,7 @@ COMMANDS = {
     "generate": answers.generate,
     "evaluate": answers.evaluate,
     "demo": runs.demo,
+    "show": runs.show,
     "verify": runs.verify,
     "info": runs.info,
     "bench": scans.bench,

@@ -10,6 +10,7 @@ from ..errors import InputError
 from .asked import Asked, quiet_transformers, taken, template_for
 from .options import (
     ANSWER_OPTIONS,
+    GROUP_OPTIONS,
     PLAN_OPTIONS,
     SCAN_OPTIONS,
     At,
@@ -40,7 +41,7 @@ from .refusals import record_refusals, refusals
 from .shown import show_report, show_result
 
 
-@command(ANSWER_OPTIONS, SCAN_OPTIONS | {"at": (At, None)}, PLAN_OPTIONS)
+@command(ANSWER_OPTIONS, SCAN_OPTIONS | {"at": (At, None)}, PLAN_OPTIONS, GROUP_OPTIONS)
 def scan(
     asked: Asked,
     metric: MetricNames = ("kl",),
