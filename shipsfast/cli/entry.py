@@ -31,6 +31,7 @@ COMMANDS = {
     "scan": scans.scan,
     "scan-dataset": scans.scan_dataset,
     "sahara": scans.sahara,
+    "top-tokens": scans.top_tokens,
     "generate": answers.generate,
     "evaluate": answers.evaluate,
     "demo": runs.demo,

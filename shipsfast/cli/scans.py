@@ -1,4 +1,4 @@
-"""Commands about what the next token says: scan, scan-dataset, sahara, bench."""
+"""Commands about what the next token says: scan, scan-dataset, sahara, top-tokens, bench."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .options import (
     command,
 )
 from .refusals import record_refusals, refusals
-from .shown import show_report, show_result
+from .shown import show_json, show_report, show_result
 
 
 @command(ANSWER_OPTIONS, SCAN_OPTIONS | {"at": (At, None)}, PLAN_OPTIONS, GROUP_OPTIONS)
@@ -110,6 +110,20 @@ def sahara(asked: Asked, group_size: GroupSize = 3, rank: Rank = 1, beam: Beam =
     from ..scans.sahara import sahara as run
 
     _scanned(asked, run, group_size, group_size=group_size, rank=rank, beam=beam)
+
+
+@command({name: SCAN_OPTIONS[name] for name in ("heads", "stream")}, without=("out", "resume"))
+def top_tokens(
+    asked: Asked,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many tokens to list each way.")] = 10,
+):
+    """Say which next tokens become likelier and less likely as heads of MODEL (--heads) are switched off, one at a time."""
+    if asked.given["heads"] is None:
+        raise InputError("top-tokens needs --heads, such as 2-26 or 2-26,3-1: a scan says which")
+    from ..scans.top_tokens import top_tokens as run
+
+    result = asked.run(run, head=asked.values["heads"], k=top)
+    show_json(result.to_json()) if asked.given["json"] else result.show()
 
 
 def _scanned(asked: Asked, function, top: int, judged: dict | None = None, **own) -> None:

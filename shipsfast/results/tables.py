@@ -306,3 +306,31 @@ def show_sahara(result, console: Console) -> None:
     _error(result, "degrees", console, "a gain")
     for step in range(len(result.heads)):
         _concentration(result.concentration(step), result.unit, f" of step {step + 1}", console)
+
+
+def show_tokens(result, console: Console | None = None) -> None:
+    """The tokens that each head raises and lowers."""
+    console = console or Console(highlight=False)
+    _say(
+        console,
+        f"mean probability of the next token over {counted(result.prompts, 'prompt')}, {result.record.get('ablation', '')}",
+    )
+    for (layer, head), moved in result.moved.items():
+        table = _grid(
+            f"{result.unit} {layer}-{head} off", "token", "id", "before", "after", "difference", wide=2
+        )
+        for name in ("raised", "lowered"):
+            for at, each in enumerate(getattr(result, name)[layer, head]):
+                weak = "" if abs(each.difference) > result.noise_floor else " *"
+                row = (
+                    name * (not at),
+                    visible(repr(each.text)),
+                    str(each.token),
+                    f"{each.before:.4g}",
+                    f"{each.after:.4g}",
+                )
+                table.add_row(*map(Text, (*row, f"{each.difference:+.4g}{weak}")))
+            table.add_section()
+        console.print(table)
+        _say(console, f"{moved:.4g} of the probability goes elsewhere with {result.unit} {layer}-{head} off")
+    _say(console, f"noise floor {result.noise_floor:.2g}; * not above it")

@@ -17,6 +17,7 @@ COMMANDS = {
     "scan as JSON": ("scan", *ASKED, "--heads", "0-0", "--json"),
     "scan-dataset": ("scan-dataset", *ASKED, "--heads", "0-0"),
     "sahara": ("sahara", *ASKED, "--group-size", 1, "--heads", "0"),
+    "top-tokens": ("top-tokens", *ASKED, "--heads", "0-0"),
     "generate": ("generate", *ASKED, "--max-new-tokens", 4),
     "evaluate": ("evaluate", *ASKED, "--max-new-tokens", 4, "--groups", "0-0"),
     "plan": ("scan", *ASKED, "--plan"),
