@@ -100,8 +100,10 @@ def small_multiples(panels: Sequence[Panel], title: str, path: str | Path | None
     across = min(ACROSS, len(panels))
     down = -(-len(panels) // across)
     width, height = _size(*panels[0].values.shape)
-    size = (min(18, (width - 1.2) * across + 1.2), (height - 0.4) * down + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
+    width, height = width - 1.2, height - 0.4
+    smaller = min(1, 16.8 / (width * across))
+    high = min(7, max(2.4, smaller * height))
+    figure = Figure(figsize=(smaller * width * across + 1.2, high * down + 0.8), layout="constrained")
     places = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     norm = _norm(np.stack([panel.values for panel in panels]), panels[0].signed)
     for number, (axes, panel) in enumerate(zip(places.flat, panels, strict=False)):
@@ -113,7 +115,7 @@ def small_multiples(panels: Sequence[Panel], title: str, path: str | Path | None
             axes.set_xlabel(_heads(panel))
     for axes in places.flat[len(panels) :]:
         axes.set_axis_off()
-    bar = figure.colorbar(image, ax=places)
+    bar = figure.colorbar(image, ax=places, aspect=25 * down)
     bar.set_label(_plain(panels[0].label + _said(norm)), fontsize=8)
     if any(panel.weak.any() for panel in panels):
         _note(places[-1, (len(panels) - 1) % across], panels[0].weak_note)
