@@ -112,7 +112,9 @@ def sahara(asked: Asked, group_size: GroupSize = 3, rank: Rank = 1, beam: Beam =
     _scanned(asked, run, group_size, group_size=group_size, rank=rank, beam=beam)
 
 
-@command({name: SCAN_OPTIONS[name] for name in ("heads", "stream")}, without=("out", "resume"))
+@command(
+    {name: SCAN_OPTIONS[name] for name in ("heads", "stream")} | {"at": (At, None)}, without=("out", "resume")
+)
 def top_tokens(
     asked: Asked,
     top: Annotated[int, typer.Option("--top", min=1, help="How many tokens to list each way.")] = 10,

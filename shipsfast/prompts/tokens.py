@@ -245,7 +245,10 @@ def token_text(tokenizer, token: int) -> str:
     than the tokenizer's. A piece of a letter is what the tokenizer calls it."""
     if tokenizer is None or token >= len(tokenizer):
         return ""
-    text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    text, piece = (
+        tokenizer.decode([token], clean_up_tokenization_spaces=False),
+        tokenizer.convert_ids_to_tokens(token),
+    )
     if "\ufffd" in text:
         return str(piece)
     # SentencePiece leaves away the space before the first word.

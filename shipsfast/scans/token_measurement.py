@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_doc import Doc
 
 from ..engine.heads import Head, check_heads, check_unit
-from ..engine.measurement import Heads, Measurement, as_heads
+from ..engine.measurement import Heads, as_heads
 from ..errors import whole_number
+from ..prompts.reads import Reads, as_places, at_places
+from .measurements import ScanMeasurement
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokensMeasurement(Measurement):
+class TokensMeasurement(ScanMeasurement):
     """Heads that are switched off, one at a time, and the tokens that this moves most."""
 
     kind = "top_tokens"
@@ -29,18 +31,32 @@ class TokensMeasurement(Measurement):
         ),
     ]
     k: Annotated[int, Doc("how many tokens each way.")] = 10
+    at: Annotated[
+        object,
+        Doc(
+            'where a head is off: at "all" positions, or only at the "end", the position that is read. Or the position of the '
+            "prompt behind which the next token is looked at: a number, from the end where negative, or a text that stands in the "
+            "prompt once, of which it is the last token."
+        ),
+        Doc(
+            "None for what the ablation says, and behind the last token. Positions may also be a list, one for each prompt."
+        ),
+    ] = None
+    heads: None = None  # it is `head` here
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(head=as_heads(_as_list(self.head)), k=whole_number("k", self.k))
 
+    def _set_places(self) -> None:
+        self._set(at=as_places(self.at, len(self.prompts)))
+
+    def reads(self, ids: list[list[int]], tokenizer) -> Reads | None:
+        return None if self.at is None else at_places(ids, self.at, tokenizer)
+
     def units(self, anatomy: Anatomy) -> list[Head]:
         """What is switched off, in ascending order. Raises InputError for heads that the model does not have."""
         return check_heads(self.head, anatomy.num_layers, check_unit(self.unit, anatomy), self.unit)
-
-    def identity(self) -> dict:
-        """What the identity of a run says of it beside prompts, ablation and heads."""
-        return {"k": self.k}
 
 
 def _as_list(head) -> object:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -55,7 +56,7 @@ def top_tokens(
     prepared = prepare(model, tokenizer, measurement, execution)
     groups = len(prepared.plan.prompt_groups)
     steps = prepared.layer_passes(prepared.units, prepared.units, groups)
-    scores = len(prepared.units) * len(prepared.token_ids)
+    scores = len(prepared.units) * len(prepared.read_ids)
     with ScanBar("top-tokens", steps, scores, prepared, execution) as bar:
         work = _Work(prepared, tokenizer, bar)
         run_blocks(prepared, prepared.units, work.missing, work.block, bar, passes=groups)
@@ -77,8 +78,13 @@ class _Work:
         self.raised: dict[Head, list[TokenChange]] = {}
         self.lowered: dict[Head, list[TokenChange]] = {}
         self.moved: dict[Head, float] = {}
-        # What is held against plain passes: the longest prompt's logits [V], with no head off and with one.
-        self.prompt = longest_prompt(prepared, range(len(prepared.token_ids)))
+        # Of each read, so that prompts count alike: as a rule a prompt has one.
+        count = Counter(prompt for prompt, _ in prepared.read_places)
+        self.weights = torch.tensor(
+            [1 / (len(count) * count[prompt]) for prompt, _ in prepared.read_places], dtype=torch.float64
+        )
+        # What is held against plain passes: the logits [V] of the longest read, with no head off and with one.
+        self.read = longest_prompt(prepared, range(len(prepared.read_ids)))
         self.unit = prepared.units[len(prepared.units) // 2]
         self.seen: dict[Head | None, torch.Tensor] = {}
         self.packing_noise = 0.0
@@ -87,8 +93,7 @@ class _Work:
         return [unit for unit in self.prepared.units if unit not in self.moved]
 
     def block(self, units: Sequence[Head]) -> None:
-        total = sum(self._sums(units, together) for together in self.prepared.plan.prompt_groups)
-        before, *after = (total / len(self.prepared.token_ids)).numpy()
+        before, *after = sum(self._sums(units, some) for some in self.prepared.plan.prompt_groups).numpy()
         for unit, own in zip(units, after, strict=True):
             change = own - before
             self.raised[unit] = self._first(-change, before, own)
@@ -105,54 +110,56 @@ class _Work:
         return TokenChange(token, self.text(token), old, new, new - old)
 
     def _sums(self, units: Sequence[Head], together: tuple[int, ...]) -> torch.Tensor:
-        """Probabilities summed over the prompts packed together, float64 [1 + units, V]: with no head off, and with each."""
-        prepared, prompts = self.prepared, list(together)
+        """Weighted sums of probabilities over the reads of what is packed together, float64 [1 + units, V]: with no head off, and
+        with each."""
+        prepared, reads = self.prepared, self.prepared.sequences.reads(together)
         found: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
         bad: list[tuple[Head, int]] = []
         packed, values = prepared.pack(together)
         with prepared.growing_batch(packed, self.bar.update) as batch:
             place = batch.prompt_place
-            ends = torch.bincount(torch.as_tensor(place))  # how many prompts are at each
+            ends = torch.bincount(torch.as_tensor(place), self.weights[reads])  # of the nodes that are read
 
             def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
                 kept[:] = [base]
                 found.append(_weighted(logits, ends.to(logits.device)).cpu())
                 for row, end in np.argwhere(bad_logits(logits).cpu().numpy()):
                     if rows.start + row:  # the unablated model's are looked at below
-                        bad.append((units[rows.start + row - 1], prompts[int((place == end).argmax())]))
-                if self.prompt in prompts:
-                    at = place[prompts.index(self.prompt)]
+                        bad.append((units[rows.start + row - 1], reads[int((place == end).argmax())]))
+                if self.read in reads:
+                    at = place[reads.index(self.read)]
                     for row, unit in enumerate((None, *units)[rows]):
                         if unit in (None, self.unit):
                             self.seen[unit] = logits[row, at].clone()
 
             batch.run(prepared.mask(units, values), consume)
-        check_base_logits(prepared, together, place, kept[0])
+        check_base_logits(prepared, reads, place, kept[0])
         if bad:
             self._refuse(*bad[0])
         return torch.cat(found)
 
-    def _refuse(self, unit: Head, prompt: int) -> NoReturn:
-        place, _ = explain(self.prepared, prompt, unit)
+    def _refuse(self, unit: Head, read: int) -> NoReturn:
+        place, _ = explain(self.prepared, read, unit)
         raise InputError(
-            f"the next token of prompt {prompt} with {self.prepared.unit} {unit[0]}-{unit[1]} off has no probabilities, with "
-            f"{self.prepared.how.describe()}: {place or 'packing the prompts does it'}; use a smaller scale or a wider dtype"
+            f"the next token of {self.prepared.read_name(read)} with {self.prepared.unit} {unit[0]}-{unit[1]} off has no "
+            f"probabilities, with {self.prepared.how.describe()}: {place or 'packing the prompts does it'}; use a smaller scale or "
+            "a wider dtype"
         )
 
     def check(self) -> float:
-        """The unablated model and one head on the longest prompt by plain forward passes: the largest difference of a
+        """The unablated model and one head at the longest read by plain forward passes: the largest difference of a
         probability. Raises UnsupportedModelError where they are not the same model."""
-        prepared, prompt, (layer, index) = self.prepared, self.prompt, self.unit
+        prepared, read, (layer, index) = self.prepared, self.read, self.unit
         base = self.seen[None]
-        plain = plain_logits(prepared, prompt, 1)[0].to(base.device)
-        self.packing_noise = packing_noise_nats(prepared, prompt, plain, base)
+        plain = plain_logits(prepared, read, 1)[0].to(base.device)
+        self.packing_noise = packing_noise_nats(prepared, read, plain, base)
         own = self.seen[self.unit]
-        expected = ablated_logits(prepared, prompt, [self.unit])[0].to(own.device)
+        expected = ablated_logits(prepared, read, [self.unit])[0].to(own.device)
         nats = float(kl_rows(expected[None], own[None].to(expected.dtype), torch.zeros(1, dtype=torch.long)))
         if not nats <= alarm(prepared.model)[0]:
             raise UnsupportedModelError(
-                f"the next token of prompt {prompt} with {prepared.unit} {layer}-{index} off differs by {nats:.3g} nats from "
+                f"the next token of {prepared.read_name(read)} with {prepared.unit} {layer}-{index} off differs by {nats:.3g} nats from "
                 f"that of a plain forward pass: {type(prepared.model).__name__} cannot be scanned exactly"
                 f"{own_layers_hint(prepared)}"
             )
@@ -165,10 +172,10 @@ def _probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted(logits: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Float64 [n, V] of logits [n, U, V]: the sum of their probabilities over U, each as often as `ends` [U] says."""
+    """Float64 [n, V] of logits [n, U, V]: the sum of their probabilities over U, each weighted by `ends` [U]."""
     out = torch.zeros(logits.shape[0], logits.shape[2], dtype=torch.float64, device=logits.device)
     step = max(1, SCRATCH_BYTES // (2 * 8 * logits.shape[2]))
     for row, each in zip(out, logits, strict=True):
-        for some, weights in zip(each.split(step), ends.double().split(step), strict=True):
+        for some, weights in zip(each.split(step), ends.split(step), strict=True):
             row += weights @ _probabilities(some)
     return out

@@ -65,6 +65,10 @@ def test_the_tokens_that_a_head_moves(capsys):
     assert (head["raised"][0]["text"], head["lowered"][0]["text"]) == ("To", "I") and len(head["raised"]) == 2
     assert found["record"]["prompts_from"]["limit"] == 6
     assert "top-tokens needs --heads" in refused(capsys, *args[:3])
+    at_end = json.loads(run(capsys, *args, "--heads", "0-2", "--json", "--at", "end", "--at", "-2")[1])
+    assert "at the end only" in at_end["record"]["ablation"]
+    assert at_end["heads"][0]["raised"][0]["before"] != head["raised"][0]["before"]
+    assert "positions from" in refused(capsys, *args[:-3], "--heads", "0-2", "--at", "999")
 
 
 def test_concentration_says_of_which_heads_it_is(capsys):

@@ -21,44 +21,52 @@ OTHERS = [[30, 31, 32, 4], [4, 4, 4], [44, 45], [50, 51, 52, 53]]
 TOLERANCE = 1e-13  # of a probability
 
 
-def plain(model, head, kind="undifferentiated", unit="head") -> np.ndarray:
-    """Mean probabilities float64 [V] over PROMPTS, one at a time; head: None for the model as it is."""
+def how(kind, number=None) -> Ablation:
+    """number: of the prompt that it is for, where it is for one."""
+    sources = {"mean": OTHERS, "resample": OTHERS if number is None else [OTHERS[number]]}.get(kind)
+    return Ablation(kind, 0.3 if kind == "scale" else 1e-5, sources)
+
+
+def plain(model, head, kind="undifferentiated", unit="head", prompts=PROMPTS) -> np.ndarray:
+    """Mean probabilities float64 [V] over prompts, one at a time; head: None for the model as it is."""
     out = []
-    for number, ids in enumerate(PROMPTS):
-        how = (
-            Ablation(kind, 0.3 if kind == "scale" else 1e-5, OTHERS if kind == "mean" else None)
-            if kind != "resample"
-            else (Ablation(kind, prompts=[OTHERS[number]]))
-        )
+    for number, ids in enumerate(prompts):
         heads = [] if head is None else [head]
-        with shipsfast.ablate(model, heads, ablation=how, unit=unit), torch.no_grad():
+        with shipsfast.ablate(model, heads, ablation=how(kind, number), unit=unit), torch.no_grad():
             logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
         out.append(torch.softmax(logits.double(), -1).numpy())
     return np.mean(out, 0)
 
 
-def found(model, head=ASKED, kind="undifferentiated", **how):
-    sources = OTHERS if kind in ("mean", "resample") else None
-    ablation = Ablation(kind, 0.3 if kind == "scale" else 1e-5, sources)
-    return shipsfast.top_tokens(model, PROMPTS, None, head, ablation=ablation, progress=False, **how)
+def decoded(model, head, kind="undifferentiated") -> np.ndarray:
+    """The same with the head off in the newest step of a loop with a cache only."""
+    out = []
+    for ids in PROMPTS:
+        with shipsfast.ablate(model, []), torch.no_grad():
+            cache = model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+        with shipsfast.ablate(model, [] if head is None else [head], ablation=how(kind)), torch.no_grad():
+            logits = model(torch.tensor([ids[-1:]]), past_key_values=cache).logits[0, -1]
+        out.append(torch.softmax(logits.double(), -1).numpy())
+    return np.mean(out, 0)
 
 
-def check(result, model, kind="undifferentiated", unit="head", k=10):
-    before = plain(model, None)
+def found(model, head=ASKED, kind="undifferentiated", **more):
+    return shipsfast.top_tokens(model, PROMPTS, None, head, ablation=how(kind), progress=False, **more)
+
+
+def check(result, before, after, k=10):
+    """before: probabilities [V]; after: of a head."""
     for head in result.heads:
-        after = plain(model, head, kind, unit)
-        change = after - before
+        off = after(head)
+        change = off - before
         assert result.moved[head] == pytest.approx(np.abs(change).sum() / 2, abs=VOCAB * TOLERANCE)
-        for way, order in ((result.raised, np.argsort(-change)), (result.lowered, np.argsort(change))):
-            kept = [t for t in order[:k] if (change[t] > 0) == (way is result.raised)]
-            assert [each.token for each in way[head]] == kept
+        for way, sign in ((result.raised, 1), (result.lowered, -1)):
+            expected = [t for t in np.argsort(-sign * change)[:k] if sign * change[t] > 0]
+            assert [each.token for each in way[head]] == expected
             for each in way[head]:
-                got = [each.before, each.after, each.difference]
-                assert_close_abs(
-                    np.array(got),
-                    np.array([before[each.token], after[each.token], change[each.token]]),
-                    TOLERANCE,
-                )
+                got = np.array([each.before, each.after, each.difference])
+                wanted = np.array([before[each.token], off[each.token], change[each.token]])
+                assert_close_abs(got, wanted, TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["undifferentiated", "scale", "zero", "head_mean_v", "mean", "resample"])
@@ -67,7 +75,7 @@ def test_every_ablation_equals_plain_passes(family, kind):
     model = build(family)
     result = found(model, kind=kind)
     assert result.heads == ASKED and result.prompts == len(PROMPTS)
-    check(result, model, kind)
+    check(result, plain(model, None), lambda head: plain(model, head, kind))
 
 
 CUTS = [
@@ -80,14 +88,40 @@ CUTS = [
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_however_it_is_cut(cut):
     model = build()
-    check(found(model, [(layer, None) for layer in range(LAYERS)], k=3, **cut), model, k=3)
+    result = found(model, [(layer, None) for layer in range(LAYERS)], k=3, **cut)
+    check(result, plain(model, None), lambda head: plain(model, head), k=3)
 
 
 def test_groups_of_key_value_heads():
     model = build()
     result = found(model, [(0, 1), (2, 0)], unit="kv_group")
     assert result.unit == "kv_group"
-    check(result, model, unit="kv_group")
+    check(result, plain(model, None), lambda head: plain(model, head, unit="kv_group"))
+
+
+@pytest.mark.parametrize("kind", ["undifferentiated", "zero", "mean"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_off_at_the_end_only(family, kind):
+    model = build(family)
+    result = found(model, kind=kind, at="end")
+    assert "at the end only" in result.record["ablation"]
+    check(result, decoded(model, None), lambda head: decoded(model, head, kind))
+
+
+def test_behind_other_positions_of_the_prompts():
+    model = build()
+    result, first = found(model, at=1), [ids[:2] for ids in PROMPTS]
+    check(result, plain(model, None, prompts=first), lambda head: plain(model, head, prompts=first))
+    # Each prompt counts once, however many of its positions are looked at.
+    result = found(model, at=[(0, 1, 2), 1, (0, 1), 3])
+    parts = [
+        [ids[: n + 1] for n in own] for ids, own in zip(PROMPTS, [(0, 1, 2), (1,), (0, 1), (3,)], strict=True)
+    ]
+
+    def mean(head):
+        return np.mean([plain(model, head, prompts=own) for own in parts], 0)
+
+    check(result, mean(None), mean)
 
 
 def test_logits_are_float32_and_probabilities_float64():
