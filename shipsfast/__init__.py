@@ -28,6 +28,8 @@ _PUBLIC = {
     "scan": "scans.ships",
     "scan_asr": "answers.asr",
     "scan_dataset": "scans.dataset",
+    "top_tokens": "scans.top_tokens",
+    "TopTokens": "results.top_tokens",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 (the keys are strings)

@@ -10,7 +10,17 @@ import typer
 from ..errors import InputError
 from .asked import Asked, check_place
 from .inherited import check_same_weights, check_source
-from .options import ANSWER_OPTIONS, Control, Groups, JudgeName, JudgeTemplate, JudgeTokens, KeepText, command
+from .options import (
+    ANSWER_OPTIONS,
+    GROUP_OPTIONS,
+    Control,
+    Groups,
+    JudgeName,
+    JudgeTemplate,
+    JudgeTokens,
+    KeepText,
+    command,
+)
 from .shown import show_json, show_result
 
 
@@ -36,7 +46,7 @@ def generate(asked: Asked, groups: Groups = "none"):
     )
 
 
-@command(ANSWER_OPTIONS)
+@command(ANSWER_OPTIONS, GROUP_OPTIONS)
 def evaluate(
     asked: Asked,
     groups: Groups = None,

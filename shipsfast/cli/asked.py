@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import InputError, note
+from ..text import counted
 
 PICTURES = (".png", ".svg", ".pdf")
 running: dict[str, Path | None] = {"out": None}  # where the command at work writes, for its last words
@@ -28,12 +29,8 @@ class Asked:
         self.before = as_it_lies(out)
         self.values = given | {"progress": not given["quiet"]}
         self._check_prompts()
-        if plot is not None and plot.suffix.lower() not in PICTURES:
-            raise InputError(
-                f"--plot {plot}: expected a name ending in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
-            )
-        for path in (plot, out):
-            check_place(path)
+        check_picture(plot)
+        check_place(out)
         if given.get("resume"):
             check_resume(out)
         self._check_model()
@@ -45,7 +42,9 @@ class Asked:
         given = self.given
         which = {name: given[name] for name in ("limit", "sample", "seed")}
         some = functools.partial(sample_prompts, **which)
-        prompts, self.prompts_from = taken(given["prompts"], given["column"], given["quiet"], choose=some)
+        prompts, self.prompts_from = taken(
+            given["prompts"], given["column"], given["quiet"], choose=some, group_by=given.get("group_by")
+        )
         self.values |= {"prompts": prompts, "prompts_from": self.prompts_from}
         if given["sample"] is not None:
             self.prompts_from["sample"] = {"prompts": given["sample"], "seed": given["seed"]}
@@ -171,17 +170,26 @@ def taken(
     column: str | None,
     quiet: bool,
     what: str = "prompts",
-    choose: Callable[[list], list] = list,
+    choose: Callable[[Sequence], list] = list,
+    group_by: str | None = None,
 ) -> tuple[list, dict]:
-    """The prompts of a file, and where they came from, which is said. what: begins the line; choose: takes some of them."""
+    """The prompts of a file, and where they came from, which is said. what: begins the line; choose: takes some of them;
+    group_by: a column with the group of each, which is recorded."""
     from ..prompts.datasets import read_prompts
 
-    found = read_prompts(path, column)
-    chosen = choose(found.prompts)
+    found = read_prompts(path, column, () if group_by is None else (group_by,))
+    rows = choose(range(len(found.prompts)))  # what stands beside a prompt goes with it
+    origin = dict(found.origin)
+    if group_by is not None:
+        from ..results.groups import as_labels
+
+        labels = as_labels([found.beside[group_by][row] for row in rows], len(rows), f"column {group_by!r}")
+        origin["group_by"] = {"column": group_by, "labels": labels}
     if not quiet:
-        few = f"; {len(chosen):,} of them taken" if len(chosen) < len(found.prompts) else ""
-        note(f"{what}: {found}{few}")
-    return chosen, found.origin
+        few = f"; {len(rows):,} of them taken" if len(rows) < len(found.prompts) else ""
+        groups = "" if group_by is None else f"; {counted(len(set(labels)), 'group')} by {group_by}"
+        note(f"{what}: {found}{few}{groups}")
+    return [found.prompts[row] for row in rows], origin
 
 
 def template_for(name: str, tokenizer) -> str:
@@ -246,6 +254,15 @@ def check_resume(out: Path | None) -> None:
         raise InputError(
             f"--resume {out}: there is no run to go on with, {without_run(out)}; leave --resume away to begin one"
         )
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises InputError for a plot that cannot be drawn or written there."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise InputError(
+            f"--plot {path}: expected a name ending in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+        )
+    check_place(path)
 
 
 def check_place(path: Path | None) -> None:

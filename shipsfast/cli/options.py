@@ -60,6 +60,14 @@ Column = Annotated[
         "what the layout of a published set says."
     ),
 ]
+GroupBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Column of PROMPTS with the group of each, such as category: results by group, and how far the groups agree. The "
+        "run folder keeps these names.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
 Sample = Annotated[int | None, typer.Option(min=1, help="N prompts drawn at random.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of --sample, and of --do-sample.")]
@@ -198,6 +206,7 @@ ANSWER_OPTIONS = {
     "temperature": (Temperature, 1.0),
     "eos_token_id": (EndTokens, None),
 }
+GROUP_OPTIONS = {"group_by": (GroupBy, None)}
 SCAN_OPTIONS = {
     "heads": (HeadNames, None),
     "at": (AtAblation, None),
@@ -210,7 +219,7 @@ OF_ANSWERS = (
     "judge", "judge_template", "judge_tokens", "max_new_tokens", "do_sample", "top_k", "temperature", "eos_token_id", "keep_text",
 )  # fmt: skip
 # --plan computes no scores and writes nothing.
-OF_RESULTS = ("out", "resume", "plot", "nonfinite", "top", *OF_ANSWERS)
+OF_RESULTS = ("out", "resume", "plot", "nonfinite", "top", "group_by", *OF_ANSWERS)
 
 
 def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:

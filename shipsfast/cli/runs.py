@@ -1,4 +1,4 @@
-"""Commands about finished work and this machine: demo, verify, info."""
+"""Commands about finished work and this machine: demo, show, verify, info."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .asked import check_place, quiet_transformers
-from .options import Json, Quiet
-from .shown import show_json
+from ..errors import InputError, note
+from .asked import check_picture, check_place, quiet_transformers
+from .options import Json, Plot, Quiet, Top
+from .shown import draw, show_json
 
 
 def demo(
@@ -24,6 +25,27 @@ def demo(
     from ..demo.run import run
 
     run(out, progress=not quiet)
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    top: Top = 10,
+    plot: Plot = None,
+    json: Json = False,
+) -> None:
+    """Show what a run folder holds, as the command that wrote it did; groups of prompts (--group-by) too."""
+    check_picture(plot)
+    from ..results.load import load
+    from ..results.tables import as_json
+    from ..results.tables import show as print_it
+
+    result = load(run)
+    if plot is not None and not hasattr(result, "plot"):
+        raise InputError(f"{run} holds whole answers, which have no map of heads: leave --plot away")
+    if result.record.get("status") not in (None, "complete"):
+        note(f"{run} is not finished: heads without a score on every prompt are left out")
+    draw(result, plot)
+    show_json(as_json(result, top, run)) if json else print_it(result, top, run)
 
 
 def verify(

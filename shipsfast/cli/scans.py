@@ -1,4 +1,4 @@
-"""Commands about what the next token says: scan, scan-dataset, sahara, bench."""
+"""Commands about what the next token says: scan, scan-dataset, sahara, top-tokens, bench."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..errors import InputError
 from .asked import Asked, quiet_transformers, taken, template_for
 from .options import (
     ANSWER_OPTIONS,
+    GROUP_OPTIONS,
     PLAN_OPTIONS,
     SCAN_OPTIONS,
     At,
@@ -37,10 +38,10 @@ from .options import (
     command,
 )
 from .refusals import record_refusals, refusals
-from .shown import show_report, show_result
+from .shown import show_json, show_report, show_result
 
 
-@command(ANSWER_OPTIONS, SCAN_OPTIONS | {"at": (At, None)}, PLAN_OPTIONS)
+@command(ANSWER_OPTIONS, SCAN_OPTIONS | {"at": (At, None)}, PLAN_OPTIONS, GROUP_OPTIONS)
 def scan(
     asked: Asked,
     metric: MetricNames = ("kl",),
@@ -109,6 +110,22 @@ def sahara(asked: Asked, group_size: GroupSize = 3, rank: Rank = 1, beam: Beam =
     from ..scans.sahara import sahara as run
 
     _scanned(asked, run, group_size, group_size=group_size, rank=rank, beam=beam)
+
+
+@command(
+    {name: SCAN_OPTIONS[name] for name in ("heads", "stream")} | {"at": (At, None)}, without=("out", "resume")
+)
+def top_tokens(
+    asked: Asked,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many tokens to list each way.")] = 10,
+):
+    """Say which next tokens become likelier and less likely as heads of MODEL (--heads) are switched off, one at a time."""
+    if asked.given["heads"] is None:
+        raise InputError("top-tokens needs --heads, such as 2-26 or 2-26,3-1: a scan says which")
+    from ..scans.top_tokens import top_tokens as run
+
+    result = asked.run(run, head=asked.values["heads"], k=top)
+    show_json(result.to_json()) if asked.given["json"] else result.show()
 
 
 def _scanned(asked: Asked, function, top: int, judged: dict | None = None, **own) -> None:

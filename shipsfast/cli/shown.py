@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from .asked import Asked, as_it_lies
 
@@ -12,16 +13,45 @@ def show_result(result, top: int, asked: Asked) -> None:
     from ..results.tables import as_json, show
 
     plot, out = asked.given.get("plot"), asked.given["out"]
-    if plot is not None:
-        result.plot(plot)
-        for number, other in enumerate(getattr(result, "also", {}).values(), 2):
-            other.plot(plot.with_stem(f"{plot.stem}-{number}"))
+    record_groups(result, asked)
+    draw(result, plot)
     if asked.given["json"]:
         show_json(as_json(result, top, out))
         return
     show(result, top, out)
     if asked.before is not None and asked.before == as_it_lies(out):
         print("(it was complete: loaded, nothing was run)")
+
+
+def record_groups(result, asked: Asked) -> None:
+    """The groups that --group-by names, of a run that was finished without them or with others: into its record."""
+    groups, out = asked.prompts_from.get("group_by"), asked.given["out"]
+    before = result.record.get("prompts_from") or {}
+    if groups is None or before.get("group_by") == groups:
+        return
+    from ..results.ships import also_place
+    from ..runs.folder import RunFolder
+
+    for number, each in enumerate([result, *getattr(result, "also", {}).values()]):
+        each.record["prompts_from"] = (each.record.get("prompts_from") or {}) | {"group_by": groups}
+        folder = RunFolder(out / also_place(number) if number else out, each.identity, each.record)
+        try:
+            folder.update(prompts_from=each.record["prompts_from"])
+        finally:
+            folder.close()
+
+
+def draw(result, path: Path | None) -> None:
+    """Its map; beside it, with numbers, those of further metrics, and, where prompts have groups, the maps of these."""
+    if path is None:
+        return
+    from ..results.groups import recorded
+
+    for number, each in enumerate([result, *getattr(result, "also", {}).values()], 1):
+        place = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        each.plot(place)
+        if hasattr(each, "by_group") and recorded(each.record) is not None:
+            each.by_group().plot(place.with_stem(f"{place.stem}-groups"))
 
 
 def show_report(report, asked_json: bool) -> None:

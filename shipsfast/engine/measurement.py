@@ -16,7 +16,7 @@ import numbers
 import operator
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple, Self, get_args, get_type_hints
 
@@ -180,18 +180,34 @@ class Execution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanExecution(Execution):
+class PlannedExecution(Execution):
+    """How heads that are off one at a time pass the model together."""
+
+    out: ClassVar[str | Path | None] = None  # such a run is kept nowhere
+
+    chunk_tokens: Annotated[
+        int | None, Doc("tokens that pass a layer together; overrides the memory plan.")
+    ] = None
+    rows_per_block: Annotated[int | None, Doc("ablations that pass the model together; the same.")] = None
+    prompts_per_group: Annotated[int | None, Doc("prompts of a packed sequence; the same.")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._whole(*self.asked())
+
+    def asked(self) -> dict:
+        """The parts of the plan that the caller has set."""
+        return {name: getattr(self, name) for name in ("chunk_tokens", "rows_per_block", "prompts_per_group")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanExecution(PlannedExecution):
     """How a scan of heads runs, and where it is kept."""
 
     out: Annotated[
         str | Path | None,
         Doc("run folder. What is finished is kept there, and the same measurement continues from it."),
     ] = None
-    chunk_tokens: Annotated[
-        int | None, Doc("tokens that pass a layer together; overrides the memory plan.")
-    ] = None
-    rows_per_block: Annotated[int | None, Doc("ablations that pass the model together; the same.")] = None
-    prompts_per_group: Annotated[int | None, Doc("prompts of a packed sequence; the same.")] = None
     rescored: Annotated[
         int,
         Doc(
@@ -202,12 +218,7 @@ class ScanExecution(Execution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole(*self.asked())
         object.__setattr__(self, "rescored", whole_number("rescored", self.rescored, 0))
-
-    def asked(self) -> dict:
-        """The parts of the plan that the caller has set."""
-        return {name: getattr(self, name) for name in ("chunk_tokens", "rows_per_block", "prompts_per_group")}
 
 
 PROMPTS = (", P lists of token ids, which need no `tokenizer`,", "")  # with and without token ids
@@ -250,8 +261,9 @@ def made(cls: type, given: Mapping):
 
 def called_with(what: type[Measurement], how: type[Execution], **about: str) -> Callable:
     """Makes a public function of `run(model, tokenizer, measurement, execution)`: (model, prompts, tokenizer=None, *, the
-    keywords of both), with a docstring that describes them. The function has .measurement, .execution and .run, for
-    callers that have the two already. about: what it says of a keyword in the field's place."""
+    keywords of both), with a docstring that describes them; a field without a default is an argument after the tokenizer,
+    which then has none either. The function has .measurement, .execution and .run, for callers that have the two already.
+    about: what it says of a keyword in the field's place."""
     keywords = described(what) | described(how)
     about = {
         "model": MODEL,
@@ -264,7 +276,8 @@ def called_with(what: type[Measurement], how: type[Execution], **about: str) -> 
     plain = parameter.POSITIONAL_OR_KEYWORD
     prompts, tokenizer = Sequence[str] | Sequence[Sequence[Mapping]], parameter.empty
     if not what.reads_texts:
-        prompts, tokenizer = prompts | Sequence[Sequence[int]], None
+        prompts = prompts | Sequence[Sequence[int]]
+        tokenizer = parameter.empty if any(f.default is MISSING for f in keywords.values()) else None
 
     def decorate(run: Callable) -> Callable:
         hints = get_type_hints(run)
@@ -273,8 +286,14 @@ def called_with(what: type[Measurement], how: type[Execution], **about: str) -> 
             parameter("prompts", plain, annotation=prompts),
             parameter("tokenizer", plain, default=tokenizer),
             *(
+                parameter(name, plain, annotation=field.type)
+                for name, field in keywords.items()
+                if field.default is MISSING
+            ),
+            *(
                 parameter(name, parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
                 for name, field in keywords.items()
+                if field.default is not MISSING
             ),
         ]
         signature = inspect.Signature(parameters, return_annotation=hints["return"])

@@ -21,7 +21,7 @@ from ..text import counted
 from . import arrow_files, files
 from .chats import CUT, NoPrompt, Prompt, as_prompt, joined
 from .files import SUFFIXES
-from .layouts import CHATS, Layout, choose
+from .layouts import CHATS, Layout, check_beside, choose
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([^:]*)(?::([^:]+))?)?")  # owner/name[:config[:split]]
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")  # how the hub names the parts of a split
@@ -30,10 +30,12 @@ _MOST_KINDS, _MOST_CHARS = 20, 80  # of what a set mixes, as it is said and reco
 
 class PromptSet(NamedTuple):
     """Prompts, and where they came from, as run.json has it: the file's name without its folder or the data set's, its
-    split, rows, layout and columns, the kinds of prompt that a published set mixes, and answers that were cut off."""
+    split, rows, layout and columns, the kinds of prompt that a published set mixes, and answers that were cut off.
+    beside: further columns by name, a text for each prompt."""
 
     prompts: list[Prompt]
     origin: dict
+    beside: dict[str, list[str]]
 
     def __str__(self) -> str:
         """In words, for a line to the user."""
@@ -69,38 +71,48 @@ def load_prompts(path: str | Path, column: str | None = None) -> list[Prompt]:
     return read_prompts(path, column).prompts
 
 
-def read_prompts(path: str | Path, column: str | None = None) -> PromptSet:
-    """As `load_prompts`, with where the prompts came from."""
+def read_prompts(path: str | Path, column: str | None = None, beside: Sequence[str] = ()) -> PromptSet:
+    """As `load_prompts`, with where the prompts came from, and with the columns named in `beside`.
+
+    Raises InputError also for one of these that is missing, holds a prompt, or has neither text nor a whole number in a row.
+    """
     try:
-        return _read(str(path), Path(path), column)
+        return _read(str(path), Path(path), _Columns(column, tuple(dict.fromkeys(beside))))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read(name: str, path: Path, column: str | None) -> PromptSet:
+class _Columns(NamedTuple):
+    """What the caller asks for: the column of the prompts, None for the one that is found, and columns beside it."""
+
+    of_prompts: str | None
+    beside: tuple[str, ...]
+
+
+def _read(name: str, path: Path, asked: _Columns) -> PromptSet:
     suffix = path.suffix.lower()
     folder, _, split = name.rpartition(":")
     if not path.exists() and folder and Path(folder).is_dir():
-        return _of_saved(Path(folder), split, column)
+        return _of_saved(Path(folder), split, asked)
     if path.is_dir():
         if arrow_files.is_saved(path) or arrow_files.splits(path):
-            return _of_saved(path, None, column)
+            return _of_saved(path, None, asked)
         return _prompts(
-            [(part, files.rows(part)) for part in _data_files(path)], column, {"file": _own_name(path)}
+            [(part, files.rows(part)) for part in _data_files(path)], asked, {"file": _own_name(path)}
         )
     hub = None if path.exists() or suffix in SUFFIXES else HUB_NAME.fullmatch(name)
     if hub and path.parent.is_dir():
         hub = None  # a file of an existing folder was meant, and a slip of the pen goes to no server
     if hub:
         rows, where = _from_hub(name, *hub.groups())
-        return _prompts([(name, rows)], column, where)
+        return _prompts([(name, rows)], asked, where)
     if not path.is_file():
         if path.exists():
             raise InputError(f"{path} is a device or a pipe: expected a {_some(SUFFIXES)} file")
         raise InputError(f"no prompt file at {path}")
     if suffix not in SUFFIXES:
         raise InputError(f"{path} is not a prompt file: expected one of {', '.join(SUFFIXES)}")
-    return _prompts([(path, files.rows(path))], column, {"file": _own_name(path)})
+    return _prompts([(path, files.rows(path))], asked, {"file": _own_name(path)})
 
 
 def _some(suffixes: Sequence[str]) -> str:
@@ -112,7 +124,7 @@ def _own_name(path: Path) -> str:
     return path.name or path.resolve().name
 
 
-def _of_saved(folder: Path, split: str | None, column: str | None) -> PromptSet:
+def _of_saved(folder: Path, split: str | None, asked: _Columns) -> PromptSet:
     """Of a folder that `save_to_disk` wrote."""
     where, splits = {"file": _own_name(folder)}, arrow_files.splits(folder)
     if splits is None and split is not None:
@@ -122,18 +134,21 @@ def _of_saved(folder: Path, split: str | None, column: str | None) -> PromptSet:
         folder, where = folder / split, where | {"split": split}
         if not arrow_files.is_saved(folder):
             raise InputError(f"{folder} is no data set of save_to_disk: it has no {arrow_files.STATE}")
-    return _prompts([(folder, files.saved_rows(folder))], column, where)
+    return _prompts([(folder, files.saved_rows(folder))], asked, where)
 
 
-def _prompts(parts: list[tuple[str | Path, files.Rows]], column: str | None, where: dict) -> PromptSet:
+def _prompts(parts: list[tuple[str | Path, files.Rows]], asked: _Columns, where: dict) -> PromptSet:
     """The prompts of the parts of a data set, which have one layout."""
+    column = asked.of_prompts
     layout = choose(parts[0][1].names, parts[0][0], column)
     prompts, cut, kinds = [], 0, Counter()
+    beside: dict[str, list[str]] = {name: [] for name in asked.beside}
     for path, rows in parts:
         if choose(rows.names, path, column) != layout:
             raise InputError(f"{path} has other columns than the parts before it: name one file")
-        wanted = (*layout.takes, *layout.kinds)
-        found = rows.of(wanted or None)
+        check_beside(rows.names, path, layout, asked.beside)
+        more = tuple(dict.fromkeys((*layout.kinds, *asked.beside)))
+        found = rows.of((*layout.takes, *more) or None)
         for number, row in enumerate(found, 1):
             try:
                 prompt, shorter = _prompt(row, layout, chosen=column is not None)
@@ -141,8 +156,10 @@ def _prompts(parts: list[tuple[str | Path, files.Rows]], column: str | None, whe
                 raise InputError(f"{path}: the prompt in {rows.unit} {number} {problem}") from None
             prompts.append(prompt)
             cut += shorter
-        if layout.kinds:
-            kinds.update(str(row[-1])[:_MOST_CHARS] for row in found)
+            values = dict(zip(more, row[len(row) - len(more) :], strict=True))
+            for name, texts in beside.items():
+                texts.append(_beside(values[name], f"{path}: column {name!r} in {rows.unit} {number}"))
+            kinds.update(str(values[name])[:_MOST_CHARS] for name in layout.kinds)
     if not prompts:
         raise InputError(f"{path} holds no prompts")
     where = where | {"rows": len(prompts)}
@@ -151,7 +168,16 @@ def _prompts(parts: list[tuple[str | Path, files.Rows]], column: str | None, whe
     where |= (
         {"kinds": {layout.kinds[0]: dict(sorted(kinds.items()))}} if 0 < len(kinds) <= _MOST_KINDS else {}
     )
-    return PromptSet(prompts, where | ({CUT: cut} if cut else {}))
+    return PromptSet(prompts, where | ({CUT: cut} if cut else {}), beside)
+
+
+def _beside(value, what: str) -> str:
+    """The text of a column beside a row's prompt. what: it, and where it stands."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise InputError(f"{what} is empty: fill it in, or remove the row")
+    if not isinstance(value, (str, int)):
+        raise InputError(f"{what} is a value of type {type(value).__name__}: expected text or a whole number")
+    return str(value)
 
 
 def _prompt(row: tuple, layout: Layout | None, chosen: bool) -> tuple[Prompt, bool]:

@@ -113,13 +113,34 @@ def choose(columns: Sequence[str] | None, path: str | Path, column: str | None) 
     return Layout(None, (prompts[0],))
 
 
+def check_beside(
+    columns: Sequence[str] | None, path: str | Path, layout: Layout, beside: Sequence[str]
+) -> None:
+    """Raises InputError for columns `beside` the prompts' that the file does not have, or that hold its prompts."""
+    for name in beside:
+        if columns is None:
+            raise InputError(
+                f"{path} has prompts and no columns, so none is named {name!r}: take a csv or jsonl file"
+            )
+        if name not in columns:
+            raise _no_column(columns, path, name)
+        if name in layout.takes:
+            raise InputError(
+                f"{path}: column {name!r} holds the prompts: name another one for what stands beside them"
+            )
+
+
+def _no_column(columns: Sequence[str], path: str | Path, name: str) -> InputError:
+    return InputError(f"{path} has no column {name!r}: it has {', '.join(columns)}")
+
+
 def _named(columns: list[str], path: str | Path, column: str) -> tuple[str, ...]:
     if column in columns:
         return (column,)
     several = tuple(column.split(","))
     for name in several:
         if name not in columns:
-            raise InputError(f"{path} has no column {name!r}: it has {', '.join(columns)}")
+            raise _no_column(columns, path, name)
     return several
 
 

@@ -238,3 +238,18 @@ def all_tokens(
         return own, to_tokens(others, tokenizer, template)
     except InputError as error:
         raise InputError(f"{about_others}{error}") from error
+
+
+def token_text(tokenizer, token: int) -> str:
+    """What one token is as text, with its leading space; "" where nobody knows: no tokenizer, or a vocabulary that is larger
+    than the tokenizer's. A piece of a letter is what the tokenizer calls it."""
+    if tokenizer is None or token >= len(tokenizer):
+        return ""
+    text, piece = (
+        tokenizer.decode([token], clean_up_tokenization_spaces=False),
+        tokenizer.convert_ids_to_tokens(token),
+    )
+    if "\ufffd" in text:
+        return str(piece)
+    # SentencePiece leaves away the space before the first word.
+    return " " + text if str(piece).startswith("\u2581") and not text.startswith(" ") else text

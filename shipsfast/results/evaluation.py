@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .answer_sheet import Sheet, sheet_of
 from .completions import MISSING, Completions
 from .equality import Compared
 from .evaluation_warnings import of_evaluation
+from .groups import labels_of, rates_json, recorded
 from .incoherence import limit_nats, mark
 from .statistics import or_none, paired_difference, wilson_interval
 
@@ -160,6 +162,20 @@ class EvalResult(Compared):
             out.append(row)
         return out
 
+    def by_group(self, labels: Sequence | None = None) -> pd.DataFrame:
+        """The attack success rates by group of prompts: one row per group of heads and group of prompts: heads, group,
+        prompts, asr, and its Wilson interval of 95 %, asr_low and asr_high. labels: as in `ShipsResult.by_group`."""
+        names = np.array(labels_of(self.record, self.completions.label.shape[1], labels)[1])
+        rows = []
+        for heads, labelled in zip(self.groups, self.completions.label, strict=True):
+            for name in sorted(set(names)):
+                own = labelled[names == name]
+                trials, complied = int((own != MISSING).sum()), int((own == 0).sum())
+                low, high = wilson_interval(complied, trials)
+                rate = complied / trials if trials else np.nan
+                rows.append((group_name(heads), str(name), trials, rate, low, high))
+        return pd.DataFrame(rows, columns=["heads", "group", "prompts", "asr", "asr_low", "asr_high"])
+
     def view(self, path: str | Path) -> None:
         """Write the answers of all groups side by side: Markdown or a page of HTML, by the path's suffix."""
         from .pages import write
@@ -173,8 +189,12 @@ class EvalResult(Compared):
     def show(self, top: int, console) -> None:
         """Print what each group of heads did, and what must be known before it is believed."""
         from .pages import show
+        from .tables import show_rates
 
         show(self.sheet(), console)
+        found = recorded(self.record)
+        if found is not None:
+            show_rates(self.by_group(), found[0], console)
 
     def show_answers(self, console=None) -> None:
         """Print all answers, whole."""
@@ -191,6 +211,9 @@ class EvalResult(Compared):
                 "cut": or_none(own.cut()[0]), "perplexity": or_none(own.perplexity()[0]),
                 "limit_nats": self.limit_nats,
             }  # fmt: skip
+        found = recorded(self.record)
+        if found is not None:
+            body["by_group"] = {"column": found[0], "rates": rates_json(self.by_group())}
         return body
 
     @classmethod

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from ..text import visible
 
 BARS_INCHES = 3.2
+ACROSS = 4  # small maps side by side
 CELL_INCHES = 0.32
 STANDS_OUT = 4  # times as much as nearly all heads
 
@@ -83,7 +84,7 @@ def steps(panels: Sequence[Panel], title: str, path: str | Path | None = None) -
     places = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     top = max(float(np.nanmax(panel.values)) for panel in panels)
     for number, (axes, panel) in enumerate(zip(places, panels, strict=True)):
-        image = _map(axes, panel, top)
+        image = _map(axes, panel, Normalize(0, top or 1.0))
         axes.set_title(panel.title, fontsize=9)
         if number:
             axes.set_ylabel("")
@@ -94,10 +95,37 @@ def steps(panels: Sequence[Panel], title: str, path: str | Path | None = None) -
     return _saved(figure, path)
 
 
+def small_multiples(panels: Sequence[Panel], title: str, path: str | Path | None = None) -> Figure:
+    """Maps of the same heads and the same thing, in rows, on one scale."""
+    across = min(ACROSS, len(panels))
+    down = -(-len(panels) // across)
+    width, height = _size(*panels[0].values.shape)
+    width, height = width - 1.2, height - 0.4
+    smaller = min(1, 16.8 / (width * across))
+    high = min(7, max(2.4, smaller * height))
+    figure = Figure(figsize=(smaller * width * across + 1.2, high * down + 0.8), layout="constrained")
+    places = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    norm = _norm(np.stack([panel.values for panel in panels]), panels[0].signed)
+    for number, (axes, panel) in enumerate(zip(places.flat, panels, strict=False)):
+        image = _map(axes, panel, norm)
+        axes.set_title(_plain(panel.title), fontsize=9)
+        axes.label_outer()
+        if number + across >= len(panels):  # nothing is below it
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel(_heads(panel))
+    for axes in places.flat[len(panels) :]:
+        axes.set_axis_off()
+    bar = figure.colorbar(image, ax=places, aspect=25 * down)
+    bar.set_label(_plain(panels[0].label + _said(norm)), fontsize=8)
+    if any(panel.weak.any() for panel in panels):
+        _note(places[-1, (len(panels) - 1) % across], panels[0].weak_note)
+    figure.suptitle(_plain(title), fontsize=10)
+    return _saved(figure, path)
+
+
 def _map_with_bar(figure: Figure, axes, panel: Panel) -> None:
     image = _map(axes, panel)
-    scale = ", square-root scale" if isinstance(image.norm, PowerNorm) else ""
-    figure.colorbar(image, ax=axes).set_label(_plain(panel.label + scale), fontsize=8)
+    figure.colorbar(image, ax=axes).set_label(_plain(panel.label + _said(image.norm)), fontsize=8)
     if panel.weak.any():
         _note(axes, panel.weak_note)
 
@@ -119,13 +147,27 @@ def _size(layers: int, heads: int) -> tuple[float, float]:
     return min(14, max(4.8, CELL_INCHES * heads + 2.2)), min(14, max(3.4, CELL_INCHES * layers + 1.4))
 
 
-def _map(axes, panel: Panel, top: float | None = None):
-    """One map, with its dots, crosses and names. top: the end of the colours, default the largest value."""
+def _norm(scores: np.ndarray, signed: bool) -> Normalize:
+    """The scale of the colours of scores, NaN left out."""
+    limit = (float(np.nanmax(np.abs(scores))) if not np.isnan(scores).all() else 0.0) or 1.0
+    if not signed and limit > STANDS_OUT * np.nanquantile(scores, 0.98):
+        return PowerNorm(0.5, 0, limit)  # or one head would leave all others one colour
+    return Normalize(-limit if signed else 0, limit)
+
+
+def _said(norm: Normalize) -> str:
+    """What the label of a colour bar says of its scale."""
+    return ", square-root scale" if isinstance(norm, PowerNorm) else ""
+
+
+def _heads(panel: Panel) -> str:
+    return "head" if panel.unit == "head" else "key/value group"
+
+
+def _map(axes, panel: Panel, norm: Normalize | None = None):
+    """One map, with its dots, crosses and names. norm: the scale of its colours, default that of its own values."""
     scores, signed = panel.values, panel.signed
-    limit = top or (float(np.nanmax(np.abs(scores))) if not np.isnan(scores).all() else 0.0) or 1.0
-    norm = Normalize(-limit if signed else 0, limit)
-    if top is None and not signed and limit > STANDS_OUT * np.nanquantile(scores, 0.98):
-        norm = PowerNorm(0.5, 0, limit)  # or one head would leave all others one colour
+    norm = norm or _norm(scores, signed)
     image = axes.imshow(
         np.ma.masked_invalid(scores),
         aspect="auto",
@@ -133,7 +175,7 @@ def _map(axes, panel: Panel, top: float | None = None):
         norm=norm,
         cmap="PuOr" if signed else "cividis",
     )
-    axes.set_xlabel("head" if panel.unit == "head" else "key/value group")
+    axes.set_xlabel(_heads(panel))
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from ..runs.part_file import inside
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .bootstrap import RankStability, rank_stability
+from .groups import GroupedScores, labels_of, recorded
 from .head_map import Ranked, save_scores
 from .statistics import paired_difference, wilson_interval
 
@@ -180,10 +182,23 @@ class ShipsResult(Ranked):
         at = cells_of(self.identity)
         return at.padded(at.flat(np.isnan(self.tokens)) & np.repeat(self.marked, at.counts, axis=0), False)
 
+    def by_group(self, labels: Sequence | None = None) -> GroupedScores:
+        """The same scores by group of prompts: a map for each, and how far the groups name the same heads.
+
+        labels: the group of each prompt, P texts or whole numbers; default what the run has recorded (`--group-by`).
+        Raises InputError where there are none.
+        """
+        column, labels = labels_of(self.record, len(self.scores), labels)
+        return GroupedScores(self, labels, column)
+
+    @property
+    def title(self) -> str:
+        """What was measured, in a word or two."""
+        return "Ships" if self.metric["name"] == "kl" else self.metric.get("title", self.metric["name"])
+
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
         """Heatmap of the mean scores, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
-        name = "Ships" if self.metric["name"] == "kl" else self.metric.get("title", self.metric["name"])
-        title = title or f"{name}, mean of {counted(self.scores.shape[0], 'prompt')}"
+        title = title or f"{self.title}, mean of {counted(self.scores.shape[0], 'prompt')}"
         return self.heatmap(self.label, title, path)
 
     def panel(self, label: str = "", title: str = ""):
@@ -215,6 +230,8 @@ class ShipsResult(Ranked):
         body = super().as_json(top) | {"metric": self.metric, "prompts": int(self.scores.shape[0])}
         if self.marked is not None:
             body["nonfinite"] = self.marks()
+        if recorded(self.record) is not None:
+            body["by_group"] = self.by_group().as_json(top)
         if self.also:
             body["also"] = {
                 name: other.as_json(top) | {"run_folder": None} for name, other in self.also.items()

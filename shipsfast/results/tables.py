@@ -12,10 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..text import counted, visible
+from .agreement import RankAgreement
+from .groups import recorded
 from .statistics import Concentration
 
 SAID = ("degenerate", "incoherent", "cut", "perplexity")  # of answers with a head off
 NAMED = 10  # heads that a line lists
+FIRST = 4  # heads of a group
+PAIRS = 10  # of groups
 
 
 def _say(console: Console, text: str) -> None:
@@ -48,10 +52,11 @@ def as_json(result, top: int, out: Path | None = None) -> dict:
     return result.as_json(top) | {"run_folder": None if out is None else str(out)}
 
 
-def _grid(*names: str) -> Table:
+def _grid(*names: str, wide: int = 0) -> Table:
+    """wide: how many columns, the first ones, have names of somebody else's, which may take lines."""
     table = Table()
-    for name in names:
-        table.add_column(Text(name), justify="right", no_wrap=name != "rank interval")
+    for at, name in enumerate(names):
+        table.add_column(Text(name), justify="right", no_wrap=name != "rank interval" and at >= wide)
     return table
 
 
@@ -164,9 +169,67 @@ def show_ships(result, top: int, console: Console) -> None:
         _say(console, line)
     for line in marks(result):
         _say(console, line)
+    if recorded(result.record) is not None:
+        show_groups(result.by_group(), top, console)
     for other in result.also.values():
         console.print()
         show_ships(other, top, console)
+
+
+def show_groups(groups, top: int, console: Console | None = None) -> None:
+    """Each group's first heads, and how far the groups agree."""
+    console = console or Console(highlight=False)
+    unit, few = groups.result.metric["unit"], min(top, FIRST)
+    best = groups.top(few)
+    places = [f"rank {rank}" for rank in range(1, 1 + max(map(len, best.values())))]
+    table = _grid(visible(groups.column), "prompts", *places, wide=1)
+    for (name, heads), number in zip(best.items(), groups.prompts, strict=True):
+        table.add_row(
+            *map(Text, (visible(name), f"{number:,}", *(f"{s.layer}-{s.head} {s.score:.3g}" for s in heads)))
+        )
+    console.print(table)
+    _say(console, f"by {groups.column}: layer-{groups.result.unit} and its mean{f', {unit}' if unit else ''}")
+    if len(groups.names) < 2:
+        return _say(console, "one group: nothing to compare")
+    _agreement(groups.agreement(top), groups.names, groups.result.unit, console)
+
+
+def show_rates(rates, column: str, console: Console) -> None:
+    """Attack success rates by group of prompts, of EvalResult.by_group."""
+    table = _grid("heads off", visible(column), "prompts", "ASR", "95% interval", wide=2)
+    for row in rates.itertuples():
+        texts = (
+            row.heads,
+            row.group,
+            f"{row.prompts:,}",
+            f"{row.asr:.0%}",
+            f"{row.asr_low:.0%} to {row.asr_high:.0%}",
+        )
+        table.add_row(*(Text(visible(each)) for each in texts))
+    console.print(table)
+
+
+def _agreement(found: RankAgreement, names: list[str], unit: str, console: Console) -> None:
+    """The least alike first."""
+    tops = found.k < found.heads  # else all heads are in them
+    table = _grid("between", "Spearman", "shuffled", *[f"tops of {found.k} share", "shuffled"] * tops, wide=1)
+    pairs = found.pairs()
+    for at in pairs[:PAIRS]:
+        row = [f"{names[at[0]]}, {names[at[1]]}", f"{found.spearman[at]:.2f}"]
+        row += [" to ".join(f"{x:.2f}" for x in found.spearman_shuffled[at])]
+        if tops:
+            low, high = 100 * found.overlap_shuffled[at]
+            row += [f"{found.overlap[at]:.0%}", f"{low:.0f} to {high:.0f}%"]
+        table.add_row(*(Text(visible(each)) for each in row))
+    console.print(table)
+    if len(pairs) > PAIRS:
+        _say(console, f"the {PAIRS} pairs that are least alike, of {len(pairs):,}")
+    chance = f"; tops of {found.k} that have nothing to do with each other share {found.chance:.0%}" * tops
+    _say(
+        console,
+        f"over {counted(found.heads, unit)}{chance}; shuffled: the middle 90 % with prompts dealt out to the groups at random, "
+        "below which groups differ",
+    )
 
 
 def _of_answers(record: dict) -> Iterator[str]:
@@ -243,3 +306,31 @@ def show_sahara(result, console: Console) -> None:
     _error(result, "degrees", console, "a gain")
     for step in range(len(result.heads)):
         _concentration(result.concentration(step), result.unit, f" of step {step + 1}", console)
+
+
+def show_tokens(result, console: Console | None = None) -> None:
+    """The tokens that each head raises and lowers."""
+    console = console or Console(highlight=False)
+    _say(
+        console,
+        f"mean probability of the next token over {counted(result.prompts, 'prompt')}, {result.record.get('ablation', '')}",
+    )
+    for (layer, head), moved in result.moved.items():
+        table = _grid(
+            f"{result.unit} {layer}-{head} off", "token", "id", "before", "after", "difference", wide=2
+        )
+        for name in ("raised", "lowered"):
+            for at, each in enumerate(getattr(result, name)[layer, head]):
+                weak = "" if abs(each.difference) > result.noise_floor else " *"
+                row = (
+                    name * (not at),
+                    visible(repr(each.text)),
+                    str(each.token),
+                    f"{each.before:.4g}",
+                    f"{each.after:.4g}",
+                )
+                table.add_row(*map(Text, (*row, f"{each.difference:+.4g}{weak}")))
+            table.add_section()
+        console.print(table)
+        _say(console, f"{moved:.4g} of the probability goes elsewhere with {result.unit} {layer}-{head} off")
+    _say(console, f"noise floor {result.noise_floor:.2g}; * not above it")

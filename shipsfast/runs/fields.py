@@ -121,5 +121,13 @@ def refusals(x) -> bool:
     )
 
 
+def origin(x) -> bool:
+    """Where prompts came from: of what is read, the column of their groups and the group of each."""
+    groups = x.get("group_by", {}) if isinstance(x, dict) else None
+    return groups == {} or (
+        isinstance(groups, dict) and text(groups.get("column")) and list_of(text)(groups.get("labels"))
+    )
+
+
 def noise(x) -> bool:
     return x is None or (number(x) and 0 <= x < float("inf"))

@@ -67,6 +67,12 @@ class Kind:
     tables: Callable[[dict, dict], dict[str, Table]]
 
 
+def _check_groups(file: Path, manifest: dict, prompts: int) -> None:
+    groups = (manifest.get("prompts_from") or {}).get("group_by")
+    if groups:
+        need(file, "prompts_from.group_by.labels", len(groups["labels"]) == prompts, "one for each prompt")
+
+
 def _check_rule(file: Path, identity: dict) -> None:
     rule = identity.get("incoherent")
     if rule is not None:
@@ -133,6 +139,7 @@ def read_counts(identity: dict) -> list[int]:
 
 def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
     prompts, layers, heads = _check_shape(file, manifest, identity)
+    _check_groups(file, manifest, prompts)
     _check_rule(file, identity)
     counts = read_counts(identity)
     if counts or "answer_tokens" in identity or "read_at" in identity:
@@ -240,6 +247,7 @@ def _check_evaluation(file: Path, manifest: dict, identity: dict) -> int:
         need(file, f"identity.{name}", name in identity, "what was evaluated")
     _check_rule(file, identity)
     prompts, control = len(identity["prompts"]), identity["control"]
+    _check_groups(file, manifest, prompts)
     if manifest.get("prompt_texts") is not None:
         need(file, "prompt_texts", len(manifest["prompt_texts"]) == prompts, "one for each prompt")
     if control is not None:

@@ -17,10 +17,12 @@ COMMANDS = {
     "scan as JSON": ("scan", *ASKED, "--heads", "0-0", "--json"),
     "scan-dataset": ("scan-dataset", *ASKED, "--heads", "0-0"),
     "sahara": ("sahara", *ASKED, "--group-size", 1, "--heads", "0"),
+    "top-tokens": ("top-tokens", *ASKED, "--heads", "0-0"),
     "generate": ("generate", *ASKED, "--max-new-tokens", 4),
     "evaluate": ("evaluate", *ASKED, "--max-new-tokens", 4, "--groups", "0-0"),
     "plan": ("scan", *ASKED, "--plan"),
     "demo": ("demo", "--quiet"),
+    "show": ("show", "run"),
     "verify": ("verify", "run"),
     "info": ("info",),
     "info as JSON": ("info", "--json"),
@@ -37,6 +39,8 @@ def test_nobody_reads(tmp_path, monkeypatch, capfd, command):
     monkeypatch.setattr("shipsfast.demo.run.run", lambda *_, **__: print(report.render()))
     monkeypatch.setattr("shipsfast.scans.bench.bench", lambda *_, **__: report)
     monkeypatch.setattr("shipsfast.runs.verify.verify", lambda _: {"verdict": "damaged"})
+    monkeypatch.setattr("shipsfast.results.load.load", lambda _: SimpleNamespace(record={}))
+    monkeypatch.setattr("shipsfast.results.tables.show", lambda *_: print(report.render()))
     monkeypatch.setattr("shipsfast.runs.verify.render", lambda _: report.render())
     monkeypatch.setattr(sys, "argv", ["shipsfast", *map(str, COMMANDS[command])])
     read, write = os.pipe()

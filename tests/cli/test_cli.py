@@ -56,6 +56,21 @@ def test_json_is_all_that_stdout_holds(capsys):
     assert found["top"][0]["mean_kl_nats"] > found["top"][1]["mean_kl_nats"]
 
 
+def test_the_tokens_that_a_head_moves(capsys):
+    args = ("top-tokens", MODEL, PROMPTS / "taboo.csv", "--limit", 6, "-q", "--top", 2)
+    status, text, err = run(capsys, *args, "--heads", "0-2,0-1")
+    assert status == 0 and "head 0-2 off" in text and "'To'" in text and "'I'" in text, err
+    found = json.loads(run(capsys, *args, "--heads", "0-2", "--json")[1])
+    (head,) = found["heads"]
+    assert (head["raised"][0]["text"], head["lowered"][0]["text"]) == ("To", "I") and len(head["raised"]) == 2
+    assert found["record"]["prompts_from"]["limit"] == 6
+    assert "top-tokens needs --heads" in refused(capsys, *args[:3])
+    at_end = json.loads(run(capsys, *args, "--heads", "0-2", "--json", "--at", "end", "--at", "-2")[1])
+    assert "at the end only" in at_end["record"]["ablation"]
+    assert at_end["heads"][0]["raised"][0]["before"] != head["raised"][0]["before"]
+    assert "positions from" in refused(capsys, *args[:-3], "--heads", "0-2", "--at", "999")
+
+
 def test_concentration_says_of_which_heads_it_is(capsys):
     args = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 2, "-q", "--heads", "0-2,3")
     assert "concentration among 5 of 16 heads: top 1 " in run(capsys, *args)[1]

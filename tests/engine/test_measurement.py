@@ -23,12 +23,13 @@ from shipsfast.results.head_map import HeadScore
 from shipsfast.runs.kinds import Table
 from shipsfast.scans import dataset, sahara, ships
 from shipsfast.scans.measurements import SaharaMeasurement, ShipsMeasurement, SubspaceMeasurement
+from shipsfast.scans.token_measurement import TokensMeasurement
 from tests.support.models import build
 
 PROMPTS = ["Mend a kettle.", "Tell a story."]
 MESSAGES = [{"role": "user", "content": "Mend a kettle."}]
-FUNCTIONS = ("scan", "scan_dataset", "sahara", "generate", "evaluate", "scan_asr")
-TEXTS_ONLY = ("evaluate", "scan_asr")
+FUNCTIONS = ("scan", "scan_dataset", "sahara", "top_tokens", "generate", "evaluate", "scan_asr")
+WITH_A_TOKENIZER = ("top_tokens", "evaluate", "scan_asr")
 DESCRIPTIONS = [
     ShipsMeasurement(prompts=PROMPTS, metric=["kl", shipsfast.logit_diff(3, 5)], nonfinite="mark"),
     ShipsMeasurement(
@@ -37,6 +38,7 @@ DESCRIPTIONS = [
     ShipsMeasurement(prompts=[MESSAGES], template="chat", system="", prefix="So", template_args={"a": [1]}),
     SubspaceMeasurement(prompts=PROMPTS, rank=2, unit="kv_group"),
     SaharaMeasurement(prompts=PROMPTS, group_size=2, beam=3, heads=[(0, None), (1, 2)]),
+    TokensMeasurement(prompts=PROMPTS, head=(0, 1), k=3),
     GenerationMeasurement(prompts=PROMPTS, groups=[[], [(0, 1)]], eos_token_id=[1, 2], seed=7),
     EvaluationMeasurement(prompts=PROMPTS, control=["What is a mill?"], judge="paper", keep_text=True),
     AsrMeasurement(prompts=PROMPTS, heads=[(0, 1)], ablation=Ablation("scale", 0.5)),
@@ -53,7 +55,7 @@ def test_a_public_function_is_made_of_its_descriptions(name):
     hints = typing.get_type_hints(function)
     assert set(hints) == {*parameters, "return"} - {"tokenizer"}
     needed = parameters["tokenizer"].default is inspect.Parameter.empty
-    assert needed == (name in TEXTS_ONLY)
+    assert needed == (name in WITH_A_TOKENIZER)
     for each in parameters:
         assert f"\n    {each}: " in function.__doc__
     with pytest.raises(TypeError, match=rf"^{name}\(\) "):
