@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import InputError, note
 from ..text import counted
@@ -42,10 +43,11 @@ class Asked:
         given = self.given
         which = {name: given[name] for name in ("limit", "sample", "seed")}
         some = functools.partial(sample_prompts, **which)
-        prompts, self.prompts_from = taken(
-            given["prompts"], given["column"], given["quiet"], choose=some, group_by=given.get("group_by")
+        columns = {"group_by": given.get("group_by"), "answers": given.get("answer_column")}
+        prompts, self.prompts_from, answers = taken(
+            given["prompts"], given["column"], given["quiet"], choose=some, **columns
         )
-        self.values |= {"prompts": prompts, "prompts_from": self.prompts_from}
+        self.values |= {"prompts": prompts, "prompts_from": self.prompts_from, "answers": answers}
         if given["sample"] is not None:
             self.prompts_from["sample"] = {"prompts": given["sample"], "seed": given["seed"]}
         elif given["limit"] is not None:
@@ -59,10 +61,9 @@ class Asked:
     def more_prompts(self, option: str, path: str | Path, choose: Callable[[list], list] = list) -> list:
         """The prompts of the file that an option names, recorded beside those of the argument."""
         given = self.given
-        prompts, self.prompts_from[option] = taken(
-            path, given["column"], given["quiet"], f"--{option}", choose
-        )
-        return prompts
+        found = taken(path, given["column"], given["quiet"], f"--{option}", choose)
+        self.prompts_from[option] = found.origin
+        return found.prompts
 
     def _check_model(self) -> None:
         """Before transformers is imported, which takes long."""
@@ -165,6 +166,14 @@ class Asked:
             yield made(cls, self.values | own)
 
 
+class Taken(NamedTuple):
+    """What is taken of a prompt file. answers: None where there are none."""
+
+    prompts: list
+    origin: dict
+    answers: list[str] | None
+
+
 def taken(
     path: str | Path,
     column: str | None,
@@ -172,12 +181,13 @@ def taken(
     what: str = "prompts",
     choose: Callable[[Sequence], list] = list,
     group_by: str | None = None,
-) -> tuple[list, dict]:
+    answers: str | None = None,
+) -> Taken:
     """The prompts of a file, and where they came from, which is said. what: begins the line; choose: takes some of them;
-    group_by: a column with the group of each, which is recorded."""
+    group_by: a column with the group of each, which is recorded; answers: a column with an answer to each."""
     from ..prompts.datasets import read_prompts
 
-    found = read_prompts(path, column, () if group_by is None else (group_by,))
+    found = read_prompts(path, column, [name for name in (group_by, answers) if name is not None])
     rows = choose(range(len(found.prompts)))  # what stands beside a prompt goes with it
     origin = dict(found.origin)
     if group_by is not None:
@@ -189,7 +199,10 @@ def taken(
         few = f"; {len(rows):,} of them taken" if len(rows) < len(found.prompts) else ""
         groups = "" if group_by is None else f"; {counted(len(set(labels)), 'group')} by {group_by}"
         note(f"{what}: {found}{few}{groups}")
-    return [found.prompts[row] for row in rows], origin
+    texts = None
+    if answers is not None:
+        texts, origin["answers"] = [found.beside[answers][row] for row in rows], answers
+    return Taken([found.prompts[row] for row in rows], origin, texts)
 
 
 def template_for(name: str, tokenizer) -> str:

@@ -68,6 +68,14 @@ GroupBy = Annotated[
         "run folder keeps these names.",
     ),
 ]
+AnswerColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Column of PROMPTS with an answer to each: what is measured is then every token of it, read behind the prompt and the "
+        "answer up to there.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
 Sample = Annotated[int | None, typer.Option(min=1, help="N prompts drawn at random.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of --sample, and of --do-sample.")]
@@ -207,6 +215,7 @@ ANSWER_OPTIONS = {
     "eos_token_id": (EndTokens, None),
 }
 GROUP_OPTIONS = {"group_by": (GroupBy, None)}
+READ_OPTIONS = {"at": (At, None), "answer_column": (AnswerColumn, None)}
 SCAN_OPTIONS = {
     "heads": (HeadNames, None),
     "at": (AtAblation, None),

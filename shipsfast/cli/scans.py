@@ -12,6 +12,7 @@ from .options import (
     ANSWER_OPTIONS,
     GROUP_OPTIONS,
     PLAN_OPTIONS,
+    READ_OPTIONS,
     SCAN_OPTIONS,
     At,
     Backend,
@@ -41,7 +42,7 @@ from .refusals import record_refusals, refusals
 from .shown import show_json, show_report, show_result
 
 
-@command(ANSWER_OPTIONS, SCAN_OPTIONS | {"at": (At, None)}, PLAN_OPTIONS, GROUP_OPTIONS)
+@command(ANSWER_OPTIONS, SCAN_OPTIONS, READ_OPTIONS, PLAN_OPTIONS, GROUP_OPTIONS)
 def scan(
     asked: Asked,
     metric: MetricNames = ("kl",),
@@ -78,9 +79,11 @@ def scan(
         return _scanned(asked, run, top, before, metric=chosen, nonfinite=nonfinite)
     if asked.given["plan"]:
         raise InputError("--plan is for scans of the next token: leave --rank-by asr away")
-    if asked.values["at"] is not None:
+    fields = {"at": "at", "answer-column": "answers"}
+    idle = [option for option, field in fields.items() if asked.values[field] is not None]
+    if idle:
         raise InputError(
-            "--at names a position that is read, and --rank-by asr reads whole answers: give one of them"
+            f"--{idle[0]} says which tokens of a text are read, and --rank-by asr has the model answer: give one of them"
         )
     if tuple(metric) != ("kl",):
         raise InputError(
