@@ -5,7 +5,7 @@ from __future__ import annotations
 from shipsfast.engine import flops
 from shipsfast.ops.prefix_tree import pack
 
-from .cases import Case
+from .cases import AnswerCase, Case
 
 
 def costs(case: Case) -> flops.ModelFlops:
@@ -17,6 +17,11 @@ def costs(case: Case) -> flops.ModelFlops:
 
 def floor_flops(case: Case) -> float:
     return float(flops.scan_flops(costs(case), [pack(case.token_ids())], case.units))
+
+
+def answer_floor_flops(case: AnswerCase) -> float:
+    """Of heads that are off at each answer token's own end only."""
+    raise NotImplementedError
 
 
 def brute_force_flops(case: Case) -> float:
