@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from shipsfast.engine import flops
+from shipsfast.engine.sequences import Sequences
 from shipsfast.ops.prefix_tree import pack
+from shipsfast.prompts.reads import with_answers
 
 from .cases import AnswerCase, Case
 
@@ -20,8 +22,12 @@ def floor_flops(case: Case) -> float:
 
 
 def answer_floor_flops(case: AnswerCase) -> float:
-    """Of heads that are off at each answer token's own end only."""
-    raise NotImplementedError
+    """Of heads that are off at the newest token only, at every token of the answers."""
+    shape = case.shape
+    reads = with_answers(shape.token_ids(), case.answers(), None)
+    sequences = Sequences.of(reads.ids, reads.places, each_alone=False)
+    packed = pack(sequences.ids, sequences.places)
+    return float(flops.scan_flops(costs(shape), [packed], shape.units, ends_alone=True))
 
 
 def brute_force_flops(case: Case) -> float:

@@ -166,6 +166,21 @@ def test_floor_counts_what_a_scan_does():
     assert floor.floor_flops(CASE) == first + last + 5 * 3 * 2 * 32 * 50
 
 
+def test_floor_of_answers_counts_what_a_scan_does():
+    """By hand for 2 layers x 2 heads, d 32, m 64, V 50; 3 prompts of 2 shared + 3 own tokens, each with 4 answer tokens, of
+    which the last is only read."""
+    tokens, reads, linear = 2 + 3 * (3 + 3), 3 * 4, 2 * (4 * 32**2 + 3 * 32 * 64)
+    seen = 1 + 2 + 3 * (3 + 4 + 5 + 6 + 7 + 8)
+    at_reads = 3 * (5 + 6 + 7 + 8)
+    fork = 2 * (16 * 32 + 32 * 128 + 64 * 32)
+    base = (
+        tokens * linear + 4 * 32 * seen + tokens * 2 * 2 * 32**2
+    )  # all of the first layer; keys and values of the last
+    first = reads * linear + 2 * 4 * 32 * at_reads + 2 * reads * fork
+    last = 3 * (reads * linear + 4 * 32 * at_reads) + 4 * 32 * at_reads + 2 * reads * fork
+    assert floor.answer_floor_flops(ANSWER_SMOKE) == base + first + last + 5 * reads * 2 * 32 * 50
+
+
 def test_floors_of_the_published_cases():
     """2.7x and 6.1x less work than full forwards where rows that fork pass their layer in full, and less in fused layers."""
     ratios = [floor.brute_force_flops(c) / floor.floor_flops(c) for c in CPU_CASES]
