@@ -69,7 +69,7 @@ def test_cut_into_chunks_blocks_and_groups(name, backend):
 @pytest.mark.parametrize("name", FUSED)
 def test_layers_named(name, kind, eps):
     """Each way through a layer that a caller can ask for."""
-    for options in (dict(layers="model"), dict(layers="fused"), dict(layers="fused") | CUT):
+    for options in (dict(layers="model"), dict(layers="fused") | CUT):
         got = scan(name, how(kind, eps), **options)
         assert_close_abs(got.kl, expected(name, kind, eps).means(), TOLERANCE, str(options))
 
