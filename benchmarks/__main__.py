@@ -4,6 +4,7 @@ cpu         the exhaustive scan against the best other ways, appended to benchma
 sahara      a Sahara search beside a KL scan, appended to benchmarks/results/sahara.jsonl
 generation  answers with groups of heads off against the best other ways, appended to .../generation.jsonl
 judges      the judges of phrases beside people, appended to benchmarks/results/judges.jsonl
+beyond      heads off at the newest token only, at each token of given answers, appended to .../beyond.jsonl
 stream      a model streamed from its checkpoint beside the same one in memory, appended to .../stream.jsonl
 gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
 gpu-table   what a folder of its rows says
@@ -77,6 +78,21 @@ def stream(
 
     chosen = [c for c in CPU_CASES if case in c.name] or [c for c in SMOKE_CASES if case in c.name]
     for each in chosen:
+        run_case(each, repeats, Console(width=160))
+
+
+@app.command()
+def beyond(
+    smoke: bool = typer.Option(False, help="A shape small enough for a test of the benchmark itself."),
+    repeats: int = typer.Option(3, min=1, help="Interleaved runs per path."),
+) -> None:
+    """Heads off at the newest token only, at each token of given answers, against one forward per head and token."""
+    from rich.console import Console
+
+    from .beyond import run_case
+    from .cases import ANSWER_CASES, ANSWER_SMOKE
+
+    for each in [ANSWER_SMOKE] if smoke else ANSWER_CASES:
         run_case(each, repeats, Console(width=160))
 
 

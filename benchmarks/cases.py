@@ -119,6 +119,33 @@ class GenerationCase:
         return [[], *([head] for head in sorted(random.Random(0).sample(every, self.groups - 1)))]
 
 
+@dataclass(frozen=True)
+class AnswerCase:
+    """Answers of `answer_tokens` given tokens, each its own, behind the prompts of a shape."""
+
+    name: str
+    shape: Case
+    answer_tokens: int
+
+    @property
+    def num_scores(self) -> int:
+        return self.shape.num_scores * self.answer_tokens
+
+    @property
+    def title(self) -> str:
+        return f"{self.shape.title}, each with an answer of {self.answer_tokens} tokens"
+
+    def model(self) -> LlamaForCausalLM:
+        return self.shape.model()
+
+    def answers(self) -> list[list[int]]:
+        draw = random.Random(1)
+        return [
+            [draw.randrange(self.shape.vocabulary) for _ in range(self.answer_tokens)]
+            for _ in range(self.shape.prompts)
+        ]
+
+
 _CPU = dict(layers=10, heads=10, hidden=640, intermediate=1728, vocabulary=8000, prompts=8)
 
 CPU_CASES = (
@@ -163,3 +190,12 @@ GENERATION_CASES = {
 GENERATION_SMOKE = GenerationCase(
     "gen-smoke-2x2-d32", replace(SMOKE_CASES[0], std=0.3), groups=3, new_tokens=6
 )
+
+ANSWER_CASES = (
+    AnswerCase(
+        "beyond-10x10-d640",
+        Case("beyond-10x10-d640", **_CPU | dict(prompts=2), shared=6, own=58),
+        answer_tokens=32,
+    ),
+)
+ANSWER_SMOKE = AnswerCase("beyond-smoke-2x2-d32", replace(SMOKE_CASES[0], std=0.3), answer_tokens=4)

@@ -97,7 +97,7 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
         if "failed" not in row:
             row |= {
                 "scores_per_s": round(case.num_scores / statistics.median(taken), 1),
-                "share_of_floor": round(_share(flops, taken, rates if name == OURS else [rate]), 4),
+                "share_of_floor": round(share(flops, taken, rates if name == OURS else [rate]), 4),
                 "extrapolated_from": f"{case.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
                 "resolved_backend": backend if name == OURS else None,
             }  # fmt: skip
@@ -109,7 +109,7 @@ def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[di
     return rows
 
 
-def _share(flops: float, times: list[float], rates: list[float]) -> float:
+def share(flops: float, times: list[float], rates: list[float]) -> float:
     """Median over runs of floor / time, the floor at the rate measured around that run."""
     if len(rates) == 1:
         return flops / rates[0] / statistics.median(times)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from shipsfast.engine import flops
+from shipsfast.engine.sequences import Sequences
 from shipsfast.ops.prefix_tree import pack
+from shipsfast.prompts.reads import with_answers
 
-from .cases import Case
+from .cases import AnswerCase, Case
 
 
 def costs(case: Case) -> flops.ModelFlops:
@@ -17,6 +19,15 @@ def costs(case: Case) -> flops.ModelFlops:
 
 def floor_flops(case: Case) -> float:
     return float(flops.scan_flops(costs(case), [pack(case.token_ids())], case.units))
+
+
+def answer_floor_flops(case: AnswerCase) -> float:
+    """Of heads that are off at the newest token only, at every token of the answers."""
+    shape = case.shape
+    reads = with_answers(shape.token_ids(), case.answers(), None)
+    sequences = Sequences.of(reads.ids, reads.places, each_alone=False)
+    packed = pack(sequences.ids, sequences.places)
+    return float(flops.scan_flops(costs(shape), [packed], shape.units, ends_alone=True))
 
 
 def brute_force_flops(case: Case) -> float:

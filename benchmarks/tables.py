@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .cases import CPU_CASES, GENERATION_CASES
+from .cases import ANSWER_CASES, CPU_CASES, GENERATION_CASES
 from .gpu import tables as gpu
 from .judges import table as judges
 from .provenance import ROOT, latest, newest
@@ -42,7 +42,7 @@ def render() -> str:
             f"{first['gemm_gflops_per_s']:.0f} GFLOP/s measured in the same run."
         )
         lines += ["", origin]
-    return "\n".join([*lines, *_sahara(), *_stream(), *_generation(), *gpu.readme()]) + "\n"
+    return "\n".join([*lines, *_sahara(), *_beyond(), *_stream(), *_generation(), *gpu.readme()]) + "\n"
 
 
 def _sahara() -> list[str]:
@@ -73,6 +73,33 @@ def _sahara() -> list[str]:
             ]
         ),
     ]
+
+
+def _beyond() -> list[str]:
+    """Heads off at the newest token only, at each token of answers; a case that was never run has no table."""
+    lines = []
+    for case in ANSWER_CASES:
+        rows = latest("beyond", case.name)
+        if not rows:
+            continue
+        lines += ["", f"**Off at the newest token only, at every token of an answer: {case.title}**", ""]
+        lines += ["| path | seconds | scores/s | x shipsfast | share of floor |", "|---|---:|---:|---:|---:|"]
+        for row in rows:
+            if "failed" in row:
+                lines.append(f"| {row['path']} | failed: {row['failed']} | | | |")
+            else:
+                lines.append(
+                    f"| {row['path']}{_mark(row)} | {row['median_s']:.2f} | {row['scores_per_s']:.0f} | "
+                    f"{row['times_slower_than_shipsfast']:.2f} | {row['share_of_floor']:.0%} |"
+                )
+        first = rows[0]
+        origin = (
+            f"{_origin(first)}; medians of interleaved runs ({first.get('runs', 0)} of shipsfast), each of whose scores are held "
+            f"against float64 first; floor {first['floor_s']:.2f} s at {first['gemm_gflops_per_s']:.0f} GFLOP/s measured in the "
+            "same run."
+        )
+        lines += ["", origin]
+    return lines
 
 
 def _stream() -> list[str]:

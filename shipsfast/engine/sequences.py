@@ -35,7 +35,7 @@ class Sequences:
             for part in ([(place,) for place in own] if each_alone else [own])
         ]
         first = np.cumsum([0, *(len(part) for _, part in parts)])[:-1].tolist()
-        whole = [list(ids[i][: part[-1] + 1]) for i, part in parts]
+        whole = [list(ids[i][: max(part) + 1]) for i, part in parts]
         return cls(whole, [part for _, part in parts], [i for i, _ in parts], first)
 
     def reads(self, group: Sequence[int]) -> list[int]:

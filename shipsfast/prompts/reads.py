@@ -19,7 +19,7 @@ Place = int | str
 
 @dataclass(frozen=True)
 class Reads:
-    """ids: the sequences, of prompts with their answers; places: the positions of each that are read, ascending; targets: the
+    """ids: the sequences, of prompts with their answers; places: the positions of each that are read, as they were asked for; targets: the
     answers' tokens, one for each read, None without answers."""
 
     ids: list[list[int]]
@@ -115,8 +115,15 @@ def at_places(ids: Sequence[Sequence[int]], places: Sequence[Sequence[Place]], t
     prompt once, its last token, or the one that its last character is part of."""
     found = []
     for i, (own, wanted) in enumerate(zip(ids, places, strict=True)):
-        positions = {_position(own, place, tokenizer, i) for place in wanted}
-        found.append(tuple(sorted(positions)))
+        positions: dict[int, Place] = {}
+        for place in wanted:
+            at = _position(own, place, tokenizer, i)
+            if at in positions:
+                raise InputError(
+                    f"at, prompt {i}: {positions[at]!r} and {place!r} are one position, {at}: name each once"
+                )
+            positions[at] = place
+        found.append(tuple(positions))
     return Reads([list(own) for own in ids], found)
 
 

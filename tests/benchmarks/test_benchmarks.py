@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 
 import shipsfast
-from benchmarks import cpu, floor, generation, peers, provenance, sahara, stream, tables
-from benchmarks.cases import CPU_CASES, GENERATION_CASES, GENERATION_SMOKE, SMOKE_CASES
+from benchmarks import beyond, cpu, floor, generation, peers, provenance, sahara, stream, tables
+from benchmarks.cases import ANSWER_SMOKE, CPU_CASES, GENERATION_CASES, GENERATION_SMOKE, SMOKE_CASES
 from shipsfast.engine.flops import scan_flops
 from shipsfast.ops.prefix_tree import pack
+from tests.support.reads_oracle import Reads, with_answers
 
 CASE = SMOKE_CASES[0]
 
@@ -60,6 +61,41 @@ def test_stream_row_and_its_table(tmp_path, monkeypatch):
     assert row["equal_bits"] and row["stream_to_memory"] > 0 and row["one_reading_s"] > 0 and row["commit"]
     monkeypatch.setattr(tables, "CPU_CASES", (CASE,))
     assert "Streamed from the checkpoint" in tables.render()
+
+
+@pytest.mark.parametrize("way", [beyond.rows_of_a_layer, beyond.rows_of_all_heads, beyond.published_loop])
+def test_ways_with_a_cache_equal_plain_passes(way):
+    """The published way measures what `at="end"` means: the head is off at the newest token, the cache is not."""
+    model, shape = ANSWER_SMOKE.model().double(), ANSWER_SMOKE.shape
+    sequences = with_answers(shape.token_ids(), ANSWER_SMOKE.answers())
+    expected = np.stack(Reads(model, *sequences, "zero", at="end").scores("log_prob_diff"))
+    got = way(model, ANSWER_SMOKE)
+    known = np.isfinite(got)
+    assert known.mean() == (0.5 if way is beyond.published_loop else 1) and abs(expected).max() > 0.1
+    np.testing.assert_allclose(got[known], expected[known], rtol=0, atol=1e-12)
+
+
+def test_answer_rows_and_their_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    assert "newest token" not in tables.render()
+    rows = beyond.run_case(ANSWER_SMOKE, repeats=1, console=Console(quiet=True))
+    assert [r["path"] for r in rows] == [beyond.OURS, *beyond.PEERS, beyond.LOOP]
+    assert provenance.latest("beyond", ANSWER_SMOKE.name) == rows
+    for row in rows:
+        assert "failed" not in row and row["scores_per_s"] > 0 and row["share_of_floor"] > 0 and row["commit"]
+        assert row["max_abs_error_nats"] < beyond.TOLERANCE_NATS
+    assert rows[-1]["extrapolated_from"] == "2 heads" and rows[0]["resolved_backend"]
+    monkeypatch.setattr(tables, "ANSWER_CASES", (ANSWER_SMOKE,))
+    text = tables.render()
+    assert text.count("**Off at the newest token only") == 1 and f"{beyond.LOOP} (extrapolated) | " in text
+
+
+def test_wrong_answer_scores_keep_their_row_as_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    name = next(iter(beyond.PEERS))
+    monkeypatch.setitem(beyond.PEERS, name, lambda model, case: np.full((3, 4, 2, 2), 5.0))
+    rows = beyond.run_case(ANSWER_SMOKE, repeats=1, console=Console(quiet=True))
+    assert "differ from the float64 oracle" in rows[1]["failed"] and "failed" not in rows[2]
 
 
 def test_generation_rows_and_their_table(tmp_path, monkeypatch):
@@ -128,6 +164,21 @@ def test_floor_counts_what_a_scan_does():
         3 * (tokens * 4 * 32**2 + 3 * (linear - 4 * 32**2) + 4 * 32 * 3 * 5) + 4 * 32 * 3 * 5 + 2 * 3 * fork
     )
     assert floor.floor_flops(CASE) == first + last + 5 * 3 * 2 * 32 * 50
+
+
+def test_floor_of_answers_counts_what_a_scan_does():
+    """By hand for 2 layers x 2 heads, d 32, m 64, V 50; 3 prompts of 2 shared + 3 own tokens, each with 4 answer tokens, of
+    which the last is only read."""
+    tokens, reads, linear = 2 + 3 * (3 + 3), 3 * 4, 2 * (4 * 32**2 + 3 * 32 * 64)
+    seen = 1 + 2 + 3 * (3 + 4 + 5 + 6 + 7 + 8)
+    at_reads = 3 * (5 + 6 + 7 + 8)
+    fork = 2 * (16 * 32 + 32 * 128 + 64 * 32)
+    base = (
+        tokens * linear + 4 * 32 * seen + tokens * 2 * 2 * 32**2
+    )  # all of the first layer; keys and values of the last
+    first = reads * linear + 2 * 4 * 32 * at_reads + 2 * reads * fork
+    last = 3 * (reads * linear + 4 * 32 * at_reads) + 4 * 32 * at_reads + 2 * reads * fork
+    assert floor.answer_floor_flops(ANSWER_SMOKE) == base + first + last + 5 * reads * 2 * 32 * 50
 
 
 def test_floors_of_the_published_cases():

@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import shipsfast
 from shipsfast.engine.ablation import Ablation
 from shipsfast.engine.alignment import counterparts
 from shipsfast.models.loading import load_model, load_tokenizer
 from tests.support import hooks
+from tests.support.alignments import aligned, by_definition
 from tests.support.command_line import run
 from tests.support.models import build
 
@@ -22,22 +22,6 @@ PROMPTS = [[*HEAD, 7, 8, 11, *TAIL], [*HEAD, 7, *TAIL], [*HEAD, 30, 31, 32, 33, 
 OTHERS = [[*HEAD, 50, *TAIL], [*HEAD, 51, 52, 53, 54, *TAIL], [*HEAD, 51, 52, *TAIL], [44, *TAIL]]
 TOLERANCE_NATS = 1e-10
 CUT = dict(chunk_tokens=20, rows_per_block=5, prompts_per_group=2)
-
-
-def by_definition(own, other, align):
-    """The other prompt's position of each own one, None where it keeps its own."""
-    shift = len(other) - len(own)
-    if align == "end":
-        return [t + shift if t + shift >= 0 else None for t in range(len(own))]
-    first = 0
-    while first < min(len(own), len(other)) and own[first] == other[first]:
-        first += 1
-    last = 0
-    while last < min(len(own), len(other)) - first and own[-1 - last] == other[-1 - last]:
-        last += 1
-    m, n = len(own) - first - last, len(other) - first - last
-    middle = [first + int((i + 0.5) * n / m) if n else None for i in range(m)]
-    return [*range(first), *middle, *(t + shift for t in range(len(own) - last, len(own)))]
 
 
 @pytest.mark.parametrize("align", ["end", "template"])
@@ -61,11 +45,7 @@ def expected(model, prompts, others, align):
     scores = []
     for own, other in zip(prompts, others, strict=True):
         mine, theirs = hooks.resample_values(model, own), hooks.resample_values(model, other)
-        at = by_definition(own, other, align)
-        values = [
-            torch.stack([a[t] if s is None else b[s] for t, s in enumerate(at)])
-            for a, b in zip(mine, theirs, strict=True)
-        ]
+        values = aligned(mine, theirs, by_definition(own, other, align))
         base = hooks.forward(model, own).logits[-1]
         layers, heads = len(values), values[0].shape[1]
         scores.append(
@@ -113,13 +93,7 @@ def test_dataset_level_scan():
     values = []
     for own, other in zip(PROMPTS, OTHERS, strict=True):
         mine, theirs = hooks.resample_values(model, own), hooks.resample_values(model, other)
-        at = by_definition(own, other, "end")
-        values.append(
-            [
-                torch.stack([a[t] if s is None else b[s] for t, s in enumerate(at)])
-                for a, b in zip(mine, theirs, strict=True)
-            ]
-        )
+        values.append(aligned(mine, theirs, by_definition(own, other, "end")))
     oracle = hooks.Oracle(model, PROMPTS, "zero")
     oracle.kind, oracle.values = "resample", values
     np.testing.assert_allclose(got, oracle.angles_deg(1), rtol=0, atol=1e-7)

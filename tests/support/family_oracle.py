@@ -1,9 +1,9 @@
 """The definition of a Ships scan for any family: one forward pass per head and prompt, nothing packed.
 
 The model runs as transformers has it, but for one thing: attention is `_attention` below, written from its
-definition, which scales the logits of one head in one of the calls that a forward pass makes. Calls are counted, not
-looked up, so the oracle does not rely on what shipsfast thinks a layer is. What a model hands to attention and
-`_attention` does not know makes it raise.
+definition, in which some heads are off in some of the calls that a forward pass makes: each in every way that there
+is, at every token or at some. Calls are counted, not looked up, so the oracle does not rely on what shipsfast thinks a
+layer is. What a model hands to attention and `_attention` does not know makes it raise.
 """
 
 from __future__ import annotations
@@ -26,12 +26,26 @@ SILENT = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Off:
+    """Heads, (call, head) pairs, that are off in one way (shipsfast.engine.ablation has what each means).
+
+    where: bool [rows, queries], at which tokens their outputs are the ablated ones; None for all.
+    values: of each call [T or 1, H, D], for `mean` and `resample`.
+    """
+
+    heads: Sequence[tuple[int, int]] = ()
+    kind: str = "undifferentiated"
+    eps: float = EPS
+    where: torch.Tensor | None = None
+    values: Sequence[torch.Tensor] | None = None
+
+
 @dataclass
 class _State:
-    targets: Sequence[tuple[int, int]] = ()  # (call, head) pairs whose logits are scaled
-    end: bool = False  # those of the last token alone
-    calls: int = 0
-    heads: list[int] = field(default_factory=list)  # of each call
+    off: Off = field(default_factory=Off)
+    heads: list[tuple[int, int]] = field(default_factory=list)  # query and key/value heads of each call
+    outs: list[torch.Tensor] = field(default_factory=list)  # of each call, before any head is off
 
 
 _state = _State()
@@ -40,27 +54,50 @@ _state = _State()
 def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
     unknown = {name for name, x in kwargs.items() if x is not None and name not in SILENT}
     assert not unknown, f"the oracle does not know {unknown}"
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    call, (heads, kv_heads) = len(_state.outs), (query.shape[1], key.shape[1])
+    key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = scaling * torch.einsum("bhqd,bhkd->bhqk", query, key)
-    for call, head in _state.targets:
-        if call == _state.calls:
-            logits[:, head, -1 if _state.end else 0 :] *= EPS
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    tokens = logits.shape[-2]
+    tokens = query.shape[2]
     if attention_mask is None:
         assert getattr(module, "is_causal", True), "no mask, and not causal"
-        attention_mask = logits.new_full((tokens, tokens), float("-inf")).triu(1)
-    logits = logits + attention_mask
-    if s_aux is not None:  # one more logit per head, whose weight goes nowhere
-        sink = s_aux.reshape(1, -1, 1, 1).to(logits.dtype).expand(len(logits), -1, tokens, 1)
-        logits = torch.cat([logits, sink], -1)
-    weights = torch.softmax(logits, -1)[..., : key.shape[2]]
-    _state.heads.append(query.shape[1])
-    _state.calls += 1
-    return torch.einsum("bhqk,bhkd->bqhd", weights, value).contiguous(), None
+        attention_mask = query.new_full((tokens, key.shape[2]), float("-inf")).triu(1 + key.shape[2] - tokens)
+
+    def attend(query, key, factor=1.0) -> torch.Tensor:
+        logits = factor * scaling * torch.einsum("bhqd,bhkd->bhqk", query, key)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits + attention_mask
+        if s_aux is not None:  # one more logit per head, whose weight goes nowhere
+            sink = s_aux.reshape(1, -1, 1, 1).to(logits.dtype).expand(len(logits), -1, tokens, 1)
+            logits = torch.cat([logits, sink], -1)
+        weights = torch.softmax(logits, -1)[..., : key.shape[2]]
+        return torch.einsum("bhqk,bhkd->bqhd", weights, value)
+
+    out = attend(query, key)
+    _state.heads.append((heads, kv_heads))
+    _state.outs.append(out)
+    off = _state.off
+    these = [head for at, head in off.heads if at == call]
+    if these:
+        chosen = torch.zeros(heads, dtype=torch.bool)
+        chosen[these] = True
+        if off.where is not None:
+            chosen = (off.where[..., None] & chosen)[..., None]  # [rows, queries, H, 1]
+        else:
+            chosen = chosen[:, None]
+        other = {
+            "undifferentiated": lambda: attend(query, key, off.eps),
+            "uniform": lambda: attend(query, key, 0.0),
+            "scale": lambda: out * off.eps,
+            "zero": lambda: torch.zeros_like(out),
+            "head_mean_q": lambda: attend(query.mean(1, keepdim=True).expand_as(query), key),
+            "head_mean_k": lambda: attend(query, key.mean(1, keepdim=True).expand_as(key)),
+            "head_mean_v": lambda: out.mean(2, keepdim=True),
+            "mean": lambda: off.values[call],
+            "resample": lambda: off.values[call],
+        }[off.kind]()
+        out = torch.where(chosen, other, out)
+    return out.contiguous(), None
 
 
 def _configs(model) -> list[PreTrainedConfig]:
@@ -85,27 +122,44 @@ def oracle_attention(model) -> Iterator[None]:
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
-        _state.targets, _state.end = (), False
+        _state.off, _state.heads, _state.outs = Off(), [], []
 
 
 @torch.no_grad()
-def _next_log_probs(model, ids: Sequence[int], targets: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
-    _state.targets, _state.calls, _state.heads = targets, 0, []
-    logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits
-    return torch.log_softmax(logits[0, -1].double(), -1)
+def forward(model, ids: Sequence[int], off: Off | None = None, **kwargs):
+    """A pass inside `oracle_attention`, with as many rows of these tokens as `off.where` has, else one. What the model
+    returns."""
+    _state.off, _state.heads, _state.outs = off or Off(), [], []
+    rows = 1 if off is None or off.where is None else len(off.where)
+    return model(input_ids=torch.tensor([list(ids)] * rows), **kwargs)
+
+
+def head_counts() -> list[tuple[int, int]]:
+    """Query and key/value heads of each call of the last pass."""
+    return list(_state.heads)
+
+
+def head_outputs() -> list[torch.Tensor]:
+    """What the heads gave in each call of the last pass, [T, H, D] of its first row, before any was off."""
+    return [out[0] for out in _state.outs]
+
+
+def _next_log_probs(model, ids: Sequence[int], off: Off | None = None) -> torch.Tensor:
+    return torch.log_softmax(forward(model, ids, off, use_cache=False).logits[0, -1].double(), -1)
 
 
 def ships(model, prompts: Sequence[Sequence[int]], *, end: bool = False) -> torch.Tensor:
     """KL(base || head's logits x 1e-5) of the next token in nats, float64 [P, attention calls, H]. end: at the last token only."""
     with oracle_attention(model):
-        _state.end = end
         base = [_next_log_probs(model, ids) for ids in prompts]
-        heads = list(_state.heads)
+        heads = [count for count, _ in head_counts()]
         out = torch.full((len(prompts), len(heads), max(heads, default=0)), float("nan"), dtype=torch.float64)
         for p, ids in enumerate(prompts):
+            last = torch.zeros(1, len(ids), dtype=torch.bool)
+            last[0, -1] = True
             for call, count in enumerate(heads):
                 for head in range(count):
-                    other = _next_log_probs(model, ids, [(call, head)])
+                    other = _next_log_probs(model, ids, Off([(call, head)], where=last if end else None))
                     out[p, call, head] = (base[p].exp() * (base[p] - other)).sum()
     return out
 
@@ -113,7 +167,7 @@ def ships(model, prompts: Sequence[Sequence[int]], *, end: bool = False) -> torc
 def next_log_probs(model, ids: Sequence[int], heads: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
     """Log probabilities [V] of the token after `ids` with these heads off."""
     with oracle_attention(model):
-        return _next_log_probs(model, ids, heads)
+        return _next_log_probs(model, ids, Off(heads))
 
 
 def greedy(model, ids: Sequence[int], heads: Sequence[tuple[int, int]], new_tokens: int) -> list[int]:
@@ -121,5 +175,5 @@ def greedy(model, ids: Sequence[int], heads: Sequence[tuple[int, int]], new_toke
     text: list[int] = []
     with oracle_attention(model):
         for _ in range(new_tokens):
-            text.append(int(_next_log_probs(model, [*ids, *text], heads).argmax()))
+            text.append(int(_next_log_probs(model, [*ids, *text], Off(heads)).argmax()))
     return text

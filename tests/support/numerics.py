@@ -5,8 +5,8 @@ import torch
 
 def assert_close_abs(actual, expected, atol, what="result"):
     """Asserts |actual - expected| <= atol everywhere, both finite, in float64. atol may be a tensor."""
-    actual = torch.as_tensor(actual).detach().cpu().double()
-    expected = torch.as_tensor(expected).detach().cpu().double()
+    # A plain number would be rounded to float32 on its way to float64.
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (actual, expected))
     assert actual.shape == expected.shape, (
         f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
     )
