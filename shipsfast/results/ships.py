@@ -39,6 +39,7 @@ class ShipsResult(Ranked):
     tokens: float64 [P, most of any prompt, L, H], NaN behind a prompt's last: scores of every token of an answer, or of every
         position that was read, of which `scores` are the means; None where each prompt is read behind its last token.
         `by_token` has them without the padding.
+    control: the same scan of the control prompts (`scan(control=...)`), or None.
     """
 
     scores: np.ndarray
@@ -48,6 +49,7 @@ class ShipsResult(Ranked):
     also: dict[str, ShipsResult] = field(default_factory=dict)
     marked: np.ndarray | None = None
     tokens: np.ndarray | None = None
+    control: ShipsResult | None = None
 
     @classmethod
     def of_reads(
@@ -156,6 +158,12 @@ class ShipsResult(Ranked):
         if self.scores.shape[0] == 1:
             return None, "one prompt: no intervals"
         return super().quick_stability(k)
+
+    def contrast(self, **options):
+        """`shipsfast.contrast` of this scan with its control: which heads matter more here than there."""
+        from .contrast import contrast
+
+        return contrast(self, **options)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per prompt and head: prompt, layer, head, and kl_nats or the metric's name; with answers or several positions

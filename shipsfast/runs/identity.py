@@ -60,14 +60,17 @@ def _first_apart(before: list, now: list) -> str:
 
 
 def _wrapping(manifest: dict, record: dict) -> str:
-    """What is put around the prompts, where it differs."""
+    return "".join(f", and {words}" for words in wrapping_apart(manifest, record))
+
+
+def wrapping_apart(manifest: dict, record: dict) -> list[str]:
+    """What is put around the prompts, where it differs; none where one of them does not say."""
     there, here = ({"template": x.get("template")} | (x.get("prompting") or {}) for x in (manifest, record))
-    differ = [
-        f", and the {name.replace('_', ' ')} there is {_short(repr(there.get(name)))}, here {_short(repr(here.get(name)))}"
+    return [
+        f"the {name.replace('_', ' ')} there is {_short(repr(there.get(name)))}, here {_short(repr(here.get(name)))}"
         for name in ("template", "system", "prefix", "template_args", "template_date")
         if here["template"] is not None and (there.get(name) or None) != (here.get(name) or None)
     ]
-    return "".join(differ)
 
 
 def _ablation(value) -> str:
