@@ -28,12 +28,8 @@ class Asked:
         self.before = as_it_lies(out)
         self.values = given | {"progress": not given["quiet"]}
         self._check_prompts()
-        if plot is not None and plot.suffix.lower() not in PICTURES:
-            raise InputError(
-                f"--plot {plot}: expected a name ending in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
-            )
-        for path in (plot, out):
-            check_place(path)
+        check_picture(plot)
+        check_place(out)
         if given.get("resume"):
             check_resume(out)
         self._check_model()
@@ -246,6 +242,15 @@ def check_resume(out: Path | None) -> None:
         raise InputError(
             f"--resume {out}: there is no run to go on with, {without_run(out)}; leave --resume away to begin one"
         )
+
+
+def check_picture(plot: Path | None) -> None:
+    """The same of --plot."""
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise InputError(
+            f"--plot {plot}: expected a name ending in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+        )
+    check_place(plot)
 
 
 def check_place(path: Path | None) -> None:

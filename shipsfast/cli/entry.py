@@ -33,6 +33,7 @@ COMMANDS = {
     "sahara": scans.sahara,
     "generate": answers.generate,
     "evaluate": answers.evaluate,
+    "contrast": runs.contrast,
     "demo": runs.demo,
     "verify": runs.verify,
     "info": runs.info,

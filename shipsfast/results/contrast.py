@@ -6,7 +6,6 @@ much further it moves them than it moves those to ordinary prompts.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +26,19 @@ from .statistics import above_noise, or_none
 from .two_samples import PERMUTATIONS, PermutationTest, auroc, hedges_g, permutation_test
 
 Q = 0.05  # of heads called significant, the share that may be so by chance
-OF_THE_PROMPTS = ("prompts", "shape", "further_metrics", "control")  # of an identity: what two scans may differ in
+OF_THE_PROMPTS = (
+    "prompts",
+    "shape",
+    "further_metrics",
+    "control",
+)  # of an identity: what two scans may differ in
 ORDERS = ("difference", "auroc", "hedges_g")
 
 
 @dataclass(repr=False, eq=False)
 class ContrastResult(Compared):
-    """Two scans of one model, over prompts a and prompts b, head by head. All maps are float64 [L, H], NaN for heads not scanned,
-    and for heads with a marked score in one of the two.
+    """Two scans of one model, over prompts a and prompts b, head by head. All maps are float64 [L, H], NaN for heads not
+    scanned, and for heads with a marked score in one of the two.
 
     a, b: the two `ShipsResult`s.
     auroc: P(x > y) + P(x = y) / 2 of the head's score x on a prompt of a and y on one of b: 0.5 tells nothing apart.
@@ -121,7 +125,9 @@ class ContrastResult(Compared):
         if by not in ORDERS:
             raise InputError(f"by must be one of {', '.join(ORDERS)}, got {by!r}")
         values = getattr(self, by)
-        return [s._replace(score=float(values[s[:2]])) for s in self._ranked(values - 0.5 * (by == "auroc"))[:k]]
+        return [
+            s._replace(score=float(values[s[:2]])) for s in self._ranked(values - 0.5 * (by == "auroc"))[:k]
+        ]
 
     def _ranked(self, values: np.ndarray) -> list[HeadScore]:
         """values: 0 where there is no difference."""
@@ -251,20 +257,25 @@ def contrast(
     """
     first, where_a = _scan(a, "a")
     if b is None and first.control is None:
-        raise InputError(f"{where_a} has no control: give a second scan, over other prompts, to hold it against")
+        raise InputError(
+            f"{where_a} has no control: give a second scan, over other prompts, to hold it against"
+        )
     second, where_b = (first.control, f"the control of {where_a}") if b is None else _scan(b, "b")
     _check_alike(first, second, where_a, where_b)
     left_out = [each.marked.any(axis=0) for each in (first, second) if each.marked is not None]
-    samples = [
-        _sample(each, where, left_out) for each, where in ((first, where_a), (second, where_b))
-    ]
+    samples = [_sample(each, where, left_out) for each, where in ((first, where_a), (second, where_b))]
     known, other = (~np.isnan(each[0]) for each in samples)
     if (known != other).any():
         layer, head = np.argwhere(known != other)[0]
-        raise InputError(f"head {layer}-{head} has scores in one of {where_a} and {where_b} only: scan both alike")
+        raise InputError(
+            f"head {layer}-{head} has scores in one of {where_a} and {where_b} only: scan both alike"
+        )
     x, y = (each[:, known] for each in samples)  # [P, N], [Q, N]
     test = permutation_test(x, y, statistic, alternative, permutations, seed)
-    maps = [_grid(values, known) for values in (auroc(x, y), hedges_g(x, y), test.p, false_discovery_control(test.p))]
+    maps = [
+        _grid(values, known)
+        for values in (auroc(x, y), hedges_g(x, y), test.p, false_discovery_control(test.p))
+    ]
     settings = {"alternative": alternative, "statistic": statistic, "seed": seed}
     result = ContrastResult(
         first, second, *maps, **settings, exact=test.exact, relabellings=test.relabellings, least_p=test.least,
@@ -289,7 +300,9 @@ def _scan(given: ShipsResult | str | Path, name: str) -> tuple[ShipsResult, str]
     if result.record.get("status") not in (None, "complete"):
         raise InputError(f"{where} is a scan that is not finished: run it again to continue")
     if len(result.scores) < 2:
-        raise InputError(f"{where} has one prompt: contrast tells sets of prompts apart, give at least two of each")
+        raise InputError(
+            f"{where} has one prompt: contrast tells sets of prompts apart, give at least two of each"
+        )
     return result, where
 
 
@@ -308,7 +321,9 @@ def _check_alike(a: ShipsResult, b: ShipsResult, where_a: str, where_b: str) -> 
         raise InputError(f"{where_a} and {where_b} have maps of different shapes: {shapes}")
     prompts = [sorted(each.identity.get("prompts", [])) for each in (a, b)]
     if prompts[0] and prompts[0] == prompts[1]:
-        raise InputError(f"{where_a} and {where_b} are scans of the same prompts: there is nothing to hold apart")
+        raise InputError(
+            f"{where_a} and {where_b} are scans of the same prompts: there is nothing to hold apart"
+        )
 
 
 def _sample(result: ShipsResult, where: str, left_out: list[np.ndarray]) -> np.ndarray:
@@ -340,6 +355,6 @@ def _warnings(a: ShipsResult, b: ShipsResult, test: PermutationTest):
     if needed > 1:
         remedy = "take more prompts" if test.exact else "take more permutations"
         yield (
-            f"no p-value of {counted(test.relabellings, 'relabelling')} is below {test.least:.2g}, so that fewer than {needed} of "
-            f"{test.p.size} heads cannot reach q {Q}: {remedy}"
+            f"no p-value of {counted(test.relabellings, 'relabelling')} is below {test.least:.2g}, so that fewer than "
+            f"{needed} of {test.p.size} heads cannot reach q {Q}: {remedy}"
         )

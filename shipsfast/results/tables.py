@@ -203,7 +203,10 @@ def show_contrast(result, top: int, console: Console) -> None:
         )
     if result.marked_heads:
         names = ", ".join(f"{i}-{j}" for i, j in result.marked_heads[:NAMED])
-        _say(console, f"left out, with scores that are not finite: {counted(len(result.marked_heads), result.unit)}: {names}")
+        _say(
+            console,
+            f"left out, with scores that are not finite: {counted(len(result.marked_heads), result.unit)}: {names}",
+        )
     for line in result.warnings:
         _say(console, f"Warning: {line}")
     for other in result.also.values():

@@ -24,8 +24,8 @@ PERMUTATIONS = 99_999
 
 
 class PermutationTest(NamedTuple):
-    """p: float64 [N]; exact: were all relabellings looked at, or some drawn; relabellings: how many; least: the smallest p-value
-    that so many can give."""
+    """p: float64 [N]; exact: were all relabellings looked at, or some drawn; relabellings: how many; least: the smallest
+    p-value that so many can give."""
 
     p: np.ndarray
     exact: bool
@@ -85,7 +85,10 @@ def permutation_test(
     Equal statistics count as at least as large, with sums of rounded numbers taken as equal where rounding may tell them
     apart. Raises InputError for settings out of range.
     """
-    for name, value, known in (("alternative", alternative, ALTERNATIVES), ("statistic", statistic, STATISTICS)):
+    for name, value, known in (
+        ("alternative", alternative, ALTERNATIVES),
+        ("statistic", statistic, STATISTICS),
+    ):
         if value not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     permutations, seed = whole_number("permutations", permutations), whole_number("seed", seed, 0)

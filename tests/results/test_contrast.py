@@ -26,7 +26,12 @@ def made(prompts, name, *, raised=1.0, loud=5.0, seed=0, scores=None, marked=Non
         scores[:, *RAISED] *= raised
         scores[:, *LOUD] *= loud
         scores[:, *EMPTY] = np.nan
-    about = {"metric": KL, "ablation": "undifferentiated (eps 1e-05)", "template": "chat", "prompting": {"system": None}}
+    about = {
+        "metric": KL,
+        "ablation": "undifferentiated (eps 1e-05)",
+        "template": "chat",
+        "prompting": {"system": None},
+    }
     identity = {
         "kind": "ships", "fingerprint": "f", "prompts": [f"{name}{i}" for i in range(prompts)], "metric": {"name": "kl"},
         "ablation": {"kind": "undifferentiated"}, "unit": "head", "dtype": "float32", "heads": "all",
@@ -155,7 +160,9 @@ def test_json_table_text_and_plot(pair, tmp_path):
     first, second, difference = (axes.images[0] for axes in figure.axes if axes.images and axes.get_title())
     assert first.norm is second.norm and first.norm.vmax == np.nanmax([found.mean_a, found.mean_b])
     assert difference.norm.vmin == -difference.norm.vmax == -np.nanmax(np.abs(found.difference))
-    assert repr(found).startswith("ContrastResult(20 prompts and 16 prompts, 1 heads with q <= 0.05, top: 2-1 ")
+    assert repr(found).startswith(
+        "ContrastResult(20 prompts and 16 prompts, 1 heads with q <= 0.05, top: 2-1 "
+    )
 
 
 def test_equality(pair):
@@ -167,7 +174,10 @@ def test_equality(pair):
     ("change", "words"),
     [
         ({"fingerprint": "g"}, "differ in fingerprint: the weights"),
-        ({"ablation": {"kind": "mean"}}, "differ in ablation: the ablation there is undifferentiated, here mean"),
+        (
+            {"ablation": {"kind": "mean"}},
+            "differ in ablation: the ablation there is undifferentiated, here mean",
+        ),
         ({"metric": {"name": "js"}}, "differ in metric"),
         ({"unit": "kv_group"}, "differ in unit: unit there is head, here kv_group"),
         ({"dtype": "bfloat16"}, "differ in dtype"),
@@ -219,10 +229,14 @@ def test_warnings(pair):
     (found,) = contrast(a, replace(b, record=b.record | {"template": "none"})).warnings
     assert "wrapped differently: the template there is 'chat', here 'none'" in found
     (found,) = contrast(a, b, permutations=99).warnings
-    assert found.startswith("no p-value of 99 relabellings is below 0.01, so that fewer than 4 of 19 heads cannot")
+    assert found.startswith(
+        "no p-value of 99 relabellings is below 0.01, so that fewer than 4 of 19 heads cannot"
+    )
     assert found.endswith("take more permutations")
     (found,) = contrast(made(3, "a"), made(3, "b")).warnings
-    assert found.startswith("no p-value of 20 relabellings is below 0.05") and found.endswith("take more prompts")
+    assert found.startswith("no p-value of 20 relabellings is below 0.05") and found.endswith(
+        "take more prompts"
+    )
     assert "Warning: no p-value" in shown(contrast(a, b, permutations=99))
 
 

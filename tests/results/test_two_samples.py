@@ -101,7 +101,9 @@ def test_drawn_relabellings_come_near_the_exact_p(alternative):
     other = permutation_test(a, b, "auroc", alternative, 40_000, seed=2).p
     assert np.array_equal(found.p, again) and not np.array_equal(found.p, other)
     # A column is compared by itself, whatever stands beside it.
-    assert np.array_equal(permutation_test(a[:, 3:5], b[:, 3:5], "auroc", alternative, 40_000, seed=1).p, found.p[3:5])
+    assert np.array_equal(
+        permutation_test(a[:, 3:5], b[:, 3:5], "auroc", alternative, 40_000, seed=1).p, found.p[3:5]
+    )
 
 
 def test_what_rounding_tells_apart_is_equal():
