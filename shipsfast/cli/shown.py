@@ -40,6 +40,8 @@ def _plot(result, plot: Path | None) -> None:
     result.plot(plot)
     for number, other in enumerate(getattr(result, "also", {}).values(), 2):
         other.plot(plot.with_stem(f"{plot.stem}-{number}"))
+    if getattr(result, "control", None) is not None:
+        _plot(result.contrast(), plot.with_stem(f"{plot.stem}-contrast"))
 
 
 def show_report(report, asked_json: bool) -> None:

@@ -167,6 +167,10 @@ def show_ships(result, top: int, console: Console) -> None:
     for other in result.also.values():
         console.print()
         show_ships(other, top, console)
+    if result.control is not None:
+        found, problem = result.quick_contrast()
+        console.print()
+        _say(console, problem) if found is None else found.show(top, console)
 
 
 def show_contrast(result, top: int, console: Console) -> None:

@@ -32,9 +32,17 @@ def _one(name: str, before, now, manifest: dict, record: dict) -> str:
         return "there no answer can be incoherent: it was made before likelihoods of answers were kept, or with judge paper"
     if name == "heads" and isinstance(before, list) and isinstance(now, list):
         return f"{len(before):,} heads there, {len(now):,} here{_first_apart(before, now)}"
-    if name == "control":
+    if name == "control" and "tokens" in (before or now or {}):
         return "the control prompts, or the tokens their KL is taken along, are others"
+    if name == "control":
+        return _control(before, now)
     return f"{name} there is {_short(before)}, here {_short(now)}"
+
+
+def _control(before: dict | None, now: dict | None) -> str:
+    if before is None or now is None:
+        return f"there is a control {'here' if before is None else 'there'} only"
+    return "the control prompts are others"
 
 
 def _prompts(before: list, now: list, manifest: dict, record: dict) -> str:

@@ -134,6 +134,9 @@ def read_counts(identity: dict) -> list[int]:
 def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
     prompts, layers, heads = _check_shape(file, manifest, identity)
     _check_rule(file, identity)
+    if identity.get("control") is not None:
+        hashes = {"prompts": CONTROLLED["prompts"]}
+        check_fields(file, "identity.control.", identity["control"], hashes, all_of=hashes)
     counts = read_counts(identity)
     if counts or "answer_tokens" in identity or "read_at" in identity:
         need(

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..errors import InputError
 from ..text import counted, one_line
-from .kinds import COUNTED, KINDS, LABELS, ROOMS, Table
+from .kinds import CONTROL, COUNTED, KINDS, LABELS, ROOMS, Table
 from .lock import NAME as LOCK
 from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
 from .part_file import COLUMNS, NLL, TEXT, read_table
@@ -93,16 +93,22 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
     if manifest.get("status") != "complete":
         _tell(report, "unfinished", folder, "the run is not finished", CONTINUE)
     _leftovers(folder, parts, manifest, problem, report)
-    for number in range(1, 1 + len(identity.get("further_metrics", []))):
-        place = folder / FURTHER / str(number)
-        if place.parent.is_symlink():  # which was told already
-            break
+    inner = [
+        (folder / FURTHER / str(number), "the scores of a further metric")
+        for number in range(1, 1 + len(identity.get("further_metrics", [])))
+    ]
+    if identity["kind"] == "ships" and identity.get("control") is not None:
+        inner.append((folder / CONTROL, "the scan of the control prompts"))
+    for place, what in inner:
+        room = place if place.parent == folder else place.parent
+        if room.is_symlink():  # which was told already
+            continue
         if place.is_symlink():
             problem(place, *LINK)
         elif (place / MANIFEST).is_file() or (place / BACKUP).is_file():
             _folder(place, report, nested=True)
         elif manifest.get("status") == "complete":
-            problem(place, "is missing: the scores of a further metric")
+            problem(place, f"is missing: {what}")
         else:
             _tell(report, "unfinished", place, "was not begun", CONTINUE)
 
@@ -197,7 +203,7 @@ def _leftovers(folder: Path, parts: list[Part], manifest: dict, problem, report:
         if room.is_symlink():
             problem(room, *LINK)
             continue
-        if not room.is_dir():
+        if not room.is_dir() or (room != folder and (room / MANIFEST).is_file()):  # a run of its own
             continue
         for file in sorted(room.iterdir()):
             what = None

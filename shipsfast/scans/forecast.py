@@ -75,6 +75,7 @@ class Forecast:
     rates: Rates | None
     best_seconds: float | None
     copy_bytes: int
+    control: Forecast | None = None  # of the control prompts, which are scanned as well
 
     @property
     def total_bytes(self) -> int:
@@ -82,7 +83,9 @@ class Forecast:
 
     def to_json(self) -> dict:
         rates = self.rates and vars(self.rates)
-        return vars(self) | {"plan": self.plan.to_json(), "total_bytes": self.total_bytes, "rates": rates}
+        control = self.control and self.control.to_json()
+        more = {"total_bytes": self.total_bytes, "rates": rates, "control": control}
+        return vars(self) | {"plan": self.plan.to_json()} | more
 
     def render(self) -> str:
         plan, parts, of = self.plan, self.memory, self.model
@@ -124,6 +127,7 @@ class Forecast:
             f"time    {seconds}{rate}",
             *(f"busy    {warning}" for warning in [self.rates and self.rates.warning] if warning),
             *(f"limit   {limit}" for limit in self.limits),
+            *([] if self.control is None else ["", "and then the control prompts:", self.control.render()]),
         ]
         return "\n".join(lines)
 
@@ -149,6 +153,23 @@ def forecast(
 
     Raises InputError or UnsupportedModelError as the scan would, and where the model does not fit.
     """
+    found = _forecast(model, tokenizer, measurement, execution, where)
+    if getattr(measurement, "control", None) is None:
+        return found
+    try:
+        control = _forecast(model, tokenizer, measurement.of_control(), execution, where)
+    except InputError as error:
+        raise type(error)(f"in the control prompts: {error}") from error
+    return replace(found, control=control)
+
+
+def _forecast(
+    model: PreTrainedModel,
+    tokenizer,
+    measurement: ScanMeasurement,
+    execution: ScanExecution,
+    where: Elsewhere,
+) -> Forecast:
     texts = tokens_of(measurement, model, tokenizer, weights=False)
     token_ids, others = texts.token_ids, texts.other_ids
     longest = max(map(len, [*token_ids, *(others or [])]))
