@@ -261,7 +261,9 @@ class ShipsResult(Ranked):
         place = folder / CONTROL
         result.control = cls.load_metrics(inside(folder, place) if place.exists() else place)
         if result.control.identity.get("prompts") != asked["prompts"] or "control" in result.control.identity:
-            raise InputError(f"{place} is damaged: it is not the scan of the control prompts; delete the folder")
+            raise InputError(
+                f"{place} is damaged: it is not the scan of the control prompts; delete the folder"
+            )
         return result
 
     @classmethod

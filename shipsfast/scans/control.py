@@ -5,36 +5,32 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..engine.measurement import ScanExecution
-from ..errors import InputError
-from ..models.anatomy import check_model
-from ..prompts.tokens import to_token_ids
-from ..runs.identity import prompt_hashes
+from ..errors import InputError, UnsupportedModelError
 from ..runs.kinds import CONTROL
-from .measurements import ShipsMeasurement
-from .prepare import Prepared
+from .prepare import Prepared, prepare
 
 
-def control_identity(prepared: Prepared, tokenizer) -> dict:
-    """What the identity of a scan says of its control, if it has one.
+def prepare_control(prepared: Prepared, tokenizer) -> Prepared | None:
+    """The scan of the control prompts of a scan, if it has any: as that is, into a folder inside of its own.
 
     Raises InputError, before anything is scanned, for control prompts that cannot be, or are those of the scan.
     """
-    measurement = prepared.measurement
-    if measurement.control is None:
-        return {}
-    try:
-        ids = to_token_ids(measurement.control, tokenizer, measurement.wrapping)
-        check_model(prepared.model, ids)
-    except InputError as error:
-        raise InputError(f"in the control prompts: {error}") from error
-    hashes = prompt_hashes(ids)
-    if sorted(hashes) == sorted(prepared.identity["prompts"]):
-        raise InputError("the control prompts are the prompts themselves: give others, to hold these against")
-    return {"control": {"prompts": hashes}}
-
-
-def control_execution(execution: ScanExecution) -> ScanExecution:
-    """How the control is scanned: as the prompts are, into a folder inside of theirs."""
+    if prepared.measurement.control is None:
+        return None
+    execution = prepared.execution
     out = None if execution.out is None else Path(execution.out) / CONTROL
-    return replace(execution, out=out, prompts_from=(execution.prompts_from or {}).get("control"))
+    own = replace(execution, out=out, prompts_from=(execution.prompts_from or {}).get("control"))
+    try:
+        control = prepare(prepared.model, tokenizer, prepared.measurement.of_control(), own)
+    except InputError as error:
+        raise of_the_control(error) from error
+    control.fingerprint = prepared.fingerprint
+    if sorted(control.token_ids) == sorted(prepared.token_ids):
+        raise InputError("the control prompts are the prompts themselves: give others, to hold these against")
+    return control
+
+
+def of_the_control(error: InputError) -> InputError:
+    """The same error, which says of which prompts it is."""
+    kind = UnsupportedModelError if isinstance(error, UnsupportedModelError) else InputError
+    return kind(f"in the control prompts: {error}")

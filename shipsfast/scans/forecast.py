@@ -33,6 +33,7 @@ from ..models.wider import WIDER, copy_bytes
 from ..ops.prefix_tree import pack
 from ..ops.tree_attention import BACKENDS, resolve_backend
 from ..text import counted
+from .control import of_the_control
 from .measurements import ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
 from .rates import Rates, measure_rates
@@ -159,7 +160,7 @@ def forecast(
     try:
         control = _forecast(model, tokenizer, measurement.of_control(), execution, where)
     except InputError as error:
-        raise type(error)(f"in the control prompts: {error}") from error
+        raise of_the_control(error) from error
     return replace(found, control=control)
 
 

@@ -87,3 +87,63 @@ def test_defaults_are_those_of_the_library():
     of_command, of_library = (inspect.signature(each).parameters for each in (runs.contrast, contrast))
     for name in ("alternative", "statistic", "permutations", "seed"):
         assert of_command[name].default == of_library[name].default
+
+
+def test_scan_with_a_control(capsys, tmp_path):
+    """One command scans both, and says what tells them apart."""
+    out, plot = tmp_path / "run", tmp_path / "heads.png"
+    asked = (
+        "scan",
+        MODEL,
+        PROMPTS / "taboo.csv",
+        "--limit",
+        5,
+        "--heads",
+        "0,1",
+        "--control",
+        PROMPTS / "ordinary.csv",
+    )
+    status, text, err = run(capsys, *asked, "--out", out, "--plot", plot)
+    assert status == 0, err
+    assert "control: 48 prompts" in err and "control: 100%" in err  # where they are from; the progress bar
+    assert "8 heads x 5 prompts" in text and "Contrast of 5 prompts (a) with 48 prompts (b)" in text
+    assert plot.exists() and (tmp_path / "heads-contrast.png").exists()
+    manifests = [json.loads((out / place / "run.json").read_text()) for place in ("", "control")]
+    files = [manifest["prompts_from"]["file"] for manifest in manifests]
+    assert [file.rsplit("/")[-1] for file in files] == ["taboo.csv", "ordinary.csv"]
+    assert manifests[0]["prompts_from"]["control"] == manifests[1]["prompts_from"]
+
+    status, text, _ = run(capsys, *asked, "--out", out, "--json", "--quiet", "--top", 2)
+    found = json.loads(text)
+    assert status == 0 and len(found["contrast"]["top"]) == 2 and found["control"]["prompts"] == 48
+    status, text, _ = run(capsys, "contrast", out, "--json", "--top", 2)
+    assert status == 0 and json.loads(text) == found["contrast"]
+    assert run(capsys, "contrast", out, out / "control", "--json", "--top", 2)[1] == text
+
+
+def test_plan_of_a_scan_with_a_control(capsys):
+    asked = ("scan", MODEL, PROMPTS / "taboo.csv", "--limit", 5, "--plan", "--quiet")
+    status, text, err = run(capsys, *asked, "--control", PROMPTS / "ordinary.csv", "--json")
+    found = json.loads(text)
+    assert status == 0 and (found["prompts"], found["control"]["prompts"]) == (5, 48), err
+    status, text, _ = run(capsys, *asked, "--control", PROMPTS / "ordinary.csv")
+    assert status == 0 and "and then the control prompts:\nscan of" in text
+    assert json.loads(run(capsys, *asked, "--json")[1])["control"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--control", "taboo.csv"), "the control prompts are the prompts themselves"),
+        (("--control", "ordinary.csv", "--limit", "1"), "at least two prompts of each"),
+        (
+            ("--control", "ordinary.csv", "--rank-by", "asr"),
+            "--control of a scan is about scores of the next token",
+        ),
+        (("--control", "none.csv"), "none.csv"),
+    ],
+)
+def test_control_is_refused(capsys, tmp_path, more, words):
+    more = [PROMPTS / x if x.endswith(".csv") else x for x in more]
+    assert words in refused(capsys, "scan", MODEL, PROMPTS / "taboo.csv", *more, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
