@@ -26,6 +26,10 @@ from .statistics import above_noise, or_none
 from .two_samples import PERMUTATIONS, PermutationTest, auroc, hedges_g, permutation_test
 
 Q = 0.05  # of heads called significant, the share that may be so by chance
+OF_EACH_PROMPT = {
+    "answer_tokens": "answers",
+    "read_at": "positions",
+}  # only whether they are given must agree
 OF_THE_PROMPTS = (
     "prompts",
     "shape",
@@ -308,7 +312,7 @@ def _scan(given: ShipsResult | str | Path, name: str) -> tuple[ShipsResult, str]
 
 def _check_alike(a: ShipsResult, b: ShipsResult, where_a: str, where_b: str) -> None:
     """Raises InputError unless the two are one measurement over two sets of prompts."""
-    there, here = ({k: x for k, x in each.identity.items() if k not in OF_THE_PROMPTS} for each in (a, b))
+    there, here = map(_measured, (a, b))
     differs = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if differs:
         words = in_words(differs, there, here, a.record, b.record)
@@ -324,6 +328,13 @@ def _check_alike(a: ShipsResult, b: ShipsResult, where_a: str, where_b: str) -> 
         raise InputError(
             f"{where_a} and {where_b} are scans of the same prompts: there is nothing to hold apart"
         )
+
+
+def _measured(result: ShipsResult) -> dict:
+    """Of its identity what does not belong to the prompts."""
+    given = {said: "given" for name, said in OF_EACH_PROMPT.items() if name in result.identity}
+    left_out = (*OF_THE_PROMPTS, *OF_EACH_PROMPT)
+    return {k: x for k, x in result.identity.items() if k not in left_out} | given
 
 
 def _sample(result: ShipsResult, where: str, left_out: list[np.ndarray]) -> np.ndarray:

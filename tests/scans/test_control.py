@@ -184,3 +184,27 @@ def test_the_description_travels():
     assert ShipsMeasurement.from_json(json.loads(json.dumps(whole.to_json()))) == whole
     own = whole.of_control()
     assert own.prompts == whole.control and own.control is None and own.ablation.prompts == whole.prompts
+
+
+@pytest.mark.parametrize("at", ["end", -2, ("end", 0)])
+def test_where_heads_are_off_and_prompts_are_read_is_the_same_for_both(at):
+    how = {"at": at} if not isinstance(at, tuple) else {"ablation": shipsfast.Ablation(at=at[0]), "at": at[1]}
+    both = scan(**how)
+    for got, want in ((both, scan(control=None, **how)), (both.control, scan(ORDINARY, control=None, **how))):
+        np.testing.assert_array_equal(got.scores, want.scores)
+    both.contrast()
+    with pytest.raises(InputError, match="differ in (ablation|positions)"):
+        shipsfast.contrast(both, scan(ORDINARY, control=None))
+
+
+def test_what_is_said_of_each_prompt_says_nothing_of_the_control():
+    with pytest.raises(InputError, match="answers says something of each prompt"):
+        scan(answers=[[1], [2, 3], [4]])
+    with pytest.raises(InputError, match="at says something of each prompt"):
+        scan(at=[0, 1, 0])
+    answered = scan(control=None, answers=[[1], [2, 3], [4]])
+    other = scan(ORDINARY, control=None, answers=[[5], [6], [7, 8, 9], [2]])
+    found = shipsfast.contrast(answered, other)
+    np.testing.assert_array_equal(found.mean_a, answered.mean())
+    with pytest.raises(InputError, match="differ in answers: answers there is given, here none"):
+        shipsfast.contrast(answered, scan(ORDINARY, control=None))
