@@ -1,7 +1,6 @@
 """Two samples held against each other, column by column: scores of P prompts of one set, and of Q prompts of another.
 
-All take plain arrays, float64 [P, N] and [Q, N], and know nothing of models or heads. Every column is compared by itself; the
-same relabellings of the prompts serve all columns, so that heads which rise and fall together keep doing so.
+All take plain arrays, float64 [P, N] and [Q, N], and know nothing of models or heads. Every column is compared by itself.
 """
 
 from __future__ import annotations
@@ -94,22 +93,28 @@ def permutation_test(
     permutations, seed = whole_number("permutations", permutations), whole_number("seed", seed, 0)
     values, first = np.concatenate([a, b]), len(a)
     number = len(values)
-    slack = 0.0
+    slack, place = 0.0, slice(None)
     if statistic == "auroc":
         values = rankdata(values, axis=0)  # halves of whole numbers: their sums are exact
     else:
         values = values - values.mean(axis=0)  # the same statistic, with less to round
         slack = 4 * number * np.finfo(np.float64).eps * np.abs(values).sum(axis=0)
     observed = values[:first].sum(axis=0)
-    above, below = np.zeros(values.shape[1]), np.zeros(values.shape[1])
+    if statistic == "auroc":
+        # What relabelling makes of a column depends on which ranks it has, not on where: without ties all have the same.
+        values, place = np.unique(np.sort(values, axis=0), axis=1, return_inverse=True)
+        place = place.ravel()
+    above, below = np.zeros(observed.size), np.zeros(observed.size)
     in_all = math.comb(number, first)
     exact = in_all <= permutations
     labels = _all_labels(number, first) if exact else _drawn_labels(number, first, permutations, seed)
     for chosen in labels:  # both samples have a fixed total, so the sum of one says all
-        for part in blocks(len(chosen), values.shape[1]):
-            sums = chosen[part] @ values
-            above += (sums >= observed - slack).sum(axis=0)
-            below += (sums <= observed + slack).sum(axis=0)
+        for part in blocks(len(chosen), observed.size):
+            sums = (chosen[part] @ values)[:, place]
+            if alternative != "less":
+                above += (sums >= observed - slack).sum(axis=0)
+            if alternative != "greater":
+                below += (sums <= observed + slack).sum(axis=0)
     drawn = in_all if exact else permutations
     greater, less = ((count + (not exact)) / (drawn + (not exact)) for count in (above, below))
     p = {"greater": greater, "less": less, "two-sided": np.minimum(1, 2 * np.minimum(greater, less))}

@@ -68,7 +68,7 @@ A head is *significant* if its q is at most 0.05 **and** its difference is above
 can be systematic, too. Heads with a marked score (`--nonfinite mark`) are left out and named. Where prompts are too few for any
 p-value to reach q 0.05, where prompts are in both sets, and where the two were wrapped in different templates, a warning says so.
 
-A contrast has no run folder: it is made of two in a second, and is the same each time. `--json` keeps it.
+A contrast has no run folder: it is made of two in seconds, and is the same each time. `--json` keeps it.
 """
 
 
