@@ -10,6 +10,8 @@ from ._version import __version__
 _PUBLIC = {
     "Ablation": "engine.ablation",
     "ablate": "engine.ablate",
+    "contrast": "results.contrast",
+    "ContrastResult": "results.contrast",
     "EvalResult": "results.evaluation",
     "evaluate": "answers.evaluate",
     "generate": "answers.generate",

@@ -34,6 +34,7 @@ COMMANDS = {
     "top-tokens": scans.top_tokens,
     "generate": answers.generate,
     "evaluate": answers.evaluate,
+    "contrast": runs.contrast,
     "demo": runs.demo,
     "show": runs.show,
     "verify": runs.verify,

@@ -1,4 +1,4 @@
-"""Commands about finished work and this machine: demo, show, verify, info."""
+"""Commands about finished work and this machine: contrast, demo, show, verify, info."""
 
 from __future__ import annotations
 
@@ -10,7 +10,47 @@ import typer
 from ..errors import InputError, note
 from .asked import check_picture, check_place, quiet_transformers
 from .options import Json, Plot, Quiet, Top
-from .shown import draw, show_json
+from .shown import draw, show_contrast, show_json
+
+
+def contrast(
+    run_a: Annotated[Path, typer.Argument(help="Run folder of a scan, such as one of harmful prompts.")],
+    run_b: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Run folder of the same scan of other prompts, such as ordinary ones; default the control of RUN_A."
+        ),
+    ] = None,
+    alternative: Annotated[
+        str,
+        typer.Option(help="Where heads are sought: greater (scores larger on RUN_A), less, or two-sided."),
+    ] = "greater",
+    statistic: Annotated[
+        str,
+        typer.Option(
+            help="What the permutation test goes by: auroc (of ranks: Mann and Whitney's) or difference (of means)."
+        ),
+    ] = "auroc",
+    permutations: Annotated[
+        int,
+        typer.Option(min=1, help="Relabellings of the prompts that are drawn; all, where there are no more."),
+    ] = 99_999,
+    seed: Annotated[int, typer.Option(min=0, help="Of --permutations.")] = 0,
+    top: Top = 10,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Write the two maps and their difference here (png, svg or pdf)."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say which heads matter more on the prompts of RUN_A than on those of RUN_B, and which of them by chance."""
+    check_picture(plot)
+    from ..results.contrast import contrast as run
+
+    result = run(
+        run_a, run_b, alternative=alternative, statistic=statistic, permutations=permutations, seed=seed
+    )
+    show_contrast(result, top, plot, json)
 
 
 def demo(

@@ -32,6 +32,7 @@ from .options import (
     MetricNames,
     ModelName,
     NonFinite,
+    OrdinaryPrompts,
     Quiet,
     Rank,
     Template,
@@ -47,6 +48,7 @@ def scan(
     asked: Asked,
     metric: MetricNames = ("kl",),
     nonfinite: NonFinite = "raise",
+    control: OrdinaryPrompts = None,
     top: Top = 10,
     rank_by: Annotated[
         str,
@@ -61,6 +63,7 @@ def scan(
 ):
     """Score every attention head of MODEL on PROMPTS (Ships: KL of the next token, in nats).
 
+    With --control: also on ordinary prompts, and say which heads matter more on PROMPTS than on those.
     With --judge: also let the unablated model answer, and say how often it refuses these prompts.
     With --rank-by asr: let the model answer with every head off, and judge the answers (--judge, by default keywords).
     The options from --judge to --eos-token-id are for these two.
@@ -75,8 +78,9 @@ def scan(
     if rank_by == "score":
         from ..scans.ships import scan as run
 
+        ordinary = None if control is None else asked.more_prompts("control", control)
         before = None if judge is None else refusals(asked, asked.judge(judge, judge_template, judge_tokens))
-        return _scanned(asked, run, top, before, metric=chosen, nonfinite=nonfinite)
+        return _scanned(asked, run, top, before, metric=chosen, nonfinite=nonfinite, control=ordinary)
     if asked.given["plan"]:
         raise InputError("--plan is for scans of the next token: leave --rank-by asr away")
     fields = {"at": "at", "answer-column": "answers"}
@@ -88,6 +92,11 @@ def scan(
     if tuple(metric) != ("kl",):
         raise InputError(
             "--metric measures the next token, and --rank-by asr whole answers: give one of them"
+        )
+    if control is not None:
+        raise InputError(
+            "--control of a scan is about scores of the next token: scan both sets with --rank-by asr, and give their runs to "
+            "shipsfast contrast"
         )
     if nonfinite == "mark":
         raise InputError(

@@ -52,6 +52,19 @@ def draw(result, path: Path | None) -> None:
         each.plot(place)
         if hasattr(each, "by_group") and recorded(each.record) is not None:
             each.by_group().plot(place.with_stem(f"{place.stem}-groups"))
+    if getattr(result, "control", None) is not None:
+        draw(result.contrast(), path.with_stem(f"{path.stem}-contrast"))
+
+
+def show_contrast(result, top: int, plot: Path | None, asked_json: bool) -> None:
+    """The same of a contrast, which has no run folder of its own."""
+    from rich.console import Console
+
+    draw(result, plot)
+    if asked_json:
+        show_json(result.as_json(top))
+    else:
+        result.show(top, Console(highlight=False))
 
 
 def show_report(report, asked_json: bool) -> None:

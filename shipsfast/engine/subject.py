@@ -94,6 +94,11 @@ class Subject:
         return replace(held, coming_bytes=coming)
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the weights, which are read for it."""
+        return once_more("looking at the weights", lambda: fingerprint(self.model))
+
+    @functools.cached_property
     def identity(self) -> dict:
         """What makes two runs the same, for run folders."""
         return self._identity()
@@ -112,7 +117,7 @@ class Subject:
             ablation["at"] = self.how.at
         return {
             "kind": self.measurement.run_kind or self.measurement.kind,
-            "fingerprint": once_more("looking at the weights", lambda: fingerprint(self.model)),
+            "fingerprint": self.fingerprint,
             "prompts": prompt_hashes(self.token_ids),
             "ablation": ablation,
             "unit": self.unit,

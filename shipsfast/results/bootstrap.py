@@ -128,7 +128,7 @@ def rank_stability(
     Raises InputError for a wrong shape, a head scanned for some prompts only, scores that are not finite, no
     head scanned, and settings out of range.
     """
-    scores = _scores(scores)
+    scores = checked_scores(scores)
     check_settings(k, resamples, confidence, seed)
     mean = scores.mean(axis=0)
     scanned = ~np.isnan(mean)
@@ -184,7 +184,7 @@ def stability_of(
         frequency = low = high = rank_low = rank_high = np.nan
     else:
         ranks = np.empty(resampled.shape, np.int32)
-        for part in _blocks(*resampled.shape):
+        for part in blocks(*resampled.shape):
             ranks[part] = _ranks(resampled[part], signed)
         frequency = (ranks <= k).mean(axis=0)
         low, high = _bca_interval(resampled, values, influence, confidence)
@@ -241,7 +241,7 @@ def _resampled_means(scores: np.ndarray, resamples: int, rng: np.random.Generato
     columns, place = np.unique(scores, axis=1, return_inverse=True)
     constant = (columns == columns[0]).all(axis=0)
     means = np.empty((resamples, scores.shape[1]))
-    for part in _blocks(resamples, max(scores.shape)):
+    for part in blocks(resamples, max(scores.shape)):
         rows = part.stop - part.start
         drawn = rng.integers(0, prompts, (rows, prompts)) + prompts * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
@@ -270,7 +270,7 @@ def _bca_interval(means, observed, influence, confidence) -> np.ndarray:
     # Beyond its pole the formula would fold back; the limit there is the end of the distribution.
     level = ndtr(z0 + z / np.maximum(1 - acceleration * z, np.finfo(np.float64).eps))
     out = np.empty_like(level)
-    for part in _blocks(len(observed), resamples):
+    for part in blocks(len(observed), resamples):
         out[:, part] = quantile(means[:, part], level[:, part])
     # Between two equal values quantile interpolates, and may round to a third.
     return np.where(means.min(axis=0) == means.max(axis=0), means[0], out)
@@ -280,18 +280,18 @@ def _rank_interval(ranks: np.ndarray, confidence: float) -> np.ndarray:
     """Percentile intervals of the ranks, [2, N], from resampled ranks [R, N]; ends that occurred, so whole."""
     tail = round((1 - confidence) / 2, 12)  # the 50th of 2,000 for 0.95, which rounding would make the 51st
     out = np.empty((2, ranks.shape[1]))
-    for part in _blocks(*ranks.T.shape):
+    for part in blocks(*ranks.T.shape):
         out[:, part] = quantile(ranks[:, part], np.array([[tail], [1 - tail]]), method="inverted_cdf")
     return out
 
 
-def _blocks(length: int, width: int) -> Iterator[slice]:
+def blocks(length: int, width: int) -> Iterator[slice]:
     """Slices of a length in which each item brings `width` elements: temporaries stay small."""
     step = max(1, BLOCK_ELEMENTS // width)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def _scores(scores: np.ndarray) -> np.ndarray:
+def checked_scores(scores: np.ndarray) -> np.ndarray:
     """Checked scores, float64 [P, L, H]."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 3 or 0 in scores.shape:

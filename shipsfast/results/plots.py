@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.colors import FuncNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -82,9 +82,9 @@ def steps(panels: Sequence[Panel], title: str, path: str | Path | None = None) -
     width, height = _size(*panels[0].values.shape)
     figure = Figure(figsize=(min(18, (width - 1.2) * len(panels) + 1.2), height), layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    top = max(float(np.nanmax(panel.values)) for panel in panels)
+    scale = Normalize(0, max(float(np.nanmax(panel.values)) for panel in panels) or 1.0)
     for number, (axes, panel) in enumerate(zip(places, panels, strict=True)):
-        image = _map(axes, panel, Normalize(0, top or 1.0))
+        image = _map(axes, panel, scale)
         axes.set_title(panel.title, fontsize=9)
         if number:
             axes.set_ylabel("")
@@ -123,11 +123,38 @@ def small_multiples(panels: Sequence[Panel], title: str, path: str | Path | None
     return _saved(figure, path)
 
 
+def contrast_maps(
+    first: Panel, second: Panel, difference: Panel, title: str, path: str | Path | None = None
+) -> Figure:
+    """Two maps on one scale, and their difference on its own, beside each other."""
+    width, height = _size(*first.values.shape)
+    figure = Figure(figsize=(min(21, 3 * width), height + 0.3), layout="constrained")
+    places = figure.subplots(1, 3, sharey=True)
+    norm = _norm(np.stack([first.values, second.values]), first.signed)
+    for axes, panel in zip(places, (first, second), strict=False):
+        image = _map(axes, panel, norm)
+        if panel.weak.any():
+            _note(axes, panel.weak_note)
+    _bar(figure, image, places[:2], first.label)
+    _bar(figure, _map(places[2], difference, _around_zero(difference.values)), places[2], difference.label)
+    if difference.weak.any():
+        _note(places[2], difference.weak_note)
+    for axes, panel in zip(places, (first, second, difference), strict=True):
+        axes.set_title(_plain(panel.title), fontsize=9)
+        if axes is not places[0]:
+            axes.set_ylabel("")
+    figure.suptitle(_plain(title), fontsize=10)
+    return _saved(figure, path)
+
+
 def _map_with_bar(figure: Figure, axes, panel: Panel) -> None:
-    image = _map(axes, panel)
-    figure.colorbar(image, ax=axes).set_label(_plain(panel.label + _said(image.norm)), fontsize=8)
+    _bar(figure, _map(axes, panel), axes, panel.label)
     if panel.weak.any():
         _note(axes, panel.weak_note)
+
+
+def _bar(figure: Figure, image, places, label: str) -> None:
+    figure.colorbar(image, ax=places).set_label(_plain(label + _said(image.norm)), fontsize=8)
 
 
 def _bars(axes, bars: Bars) -> None:
@@ -148,8 +175,8 @@ def _size(layers: int, heads: int) -> tuple[float, float]:
 
 
 def _norm(scores: np.ndarray, signed: bool) -> Normalize:
-    """The scale of the colours of scores, NaN left out."""
-    limit = (float(np.nanmax(np.abs(scores))) if not np.isnan(scores).all() else 0.0) or 1.0
+    """The scale of the colours of all these scores, up to the largest."""
+    limit = _largest(scores)
     if not signed and limit > STANDS_OUT * np.nanquantile(scores, 0.98):
         return PowerNorm(0.5, 0, limit)  # or one head would leave all others one colour
     return Normalize(-limit if signed else 0, limit)
@@ -157,22 +184,34 @@ def _norm(scores: np.ndarray, signed: bool) -> Normalize:
 
 def _said(norm: Normalize) -> str:
     """What the label of a colour bar says of its scale."""
-    return ", square-root scale" if isinstance(norm, PowerNorm) else ""
+    return ", square-root scale" if isinstance(norm, (PowerNorm, FuncNorm)) else ""
 
 
 def _heads(panel: Panel) -> str:
     return "head" if panel.unit == "head" else "key/value group"
 
 
+def _around_zero(differences: np.ndarray) -> Normalize:
+    """The same of differences, where small ones count beside large ones on either side of zero."""
+    limit = _largest(differences)
+    if limit <= STANDS_OUT * np.nanquantile(np.abs(differences), 0.98):
+        return Normalize(-limit, limit)
+    roots = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2)
+    return FuncNorm(roots, -limit, limit)
+
+
+def _largest(scores: np.ndarray) -> float:
+    return (float(np.nanmax(np.abs(scores))) if not np.isnan(scores).all() else 0.0) or 1.0
+
+
 def _map(axes, panel: Panel, norm: Normalize | None = None):
-    """One map, with its dots, crosses and names. norm: the scale of its colours, default that of its own values."""
+    """One map, with its dots, crosses and names. norm: the scale of the colours, default its own."""
     scores, signed = panel.values, panel.signed
-    norm = norm or _norm(scores, signed)
     image = axes.imshow(
         np.ma.masked_invalid(scores),
         aspect="auto",
         origin="lower",
-        norm=norm,
+        norm=norm or _norm(scores, signed),
         cmap="PuOr" if signed else "cividis",
     )
     axes.set_xlabel(_heads(panel))

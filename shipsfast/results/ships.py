@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError
-from ..runs.kinds import HEAD, read_counts
+from ..runs.kinds import CONTROL, HEAD, read_counts
 from ..runs.manifest import FURTHER, MANIFEST, read_manifest
 from ..runs.part_file import inside
 from ..runs.tables import read_scores, score_frame
@@ -41,6 +41,7 @@ class ShipsResult(Ranked):
     tokens: float64 [P, most of any prompt, L, H], NaN behind a prompt's last: scores of every token of an answer, or of every
         position that was read, of which `scores` are the means; None where each prompt is read behind its last token.
         `by_token` has them without the padding.
+    control: the same scan of the control prompts (`scan(control=...)`), or None.
     """
 
     scores: np.ndarray
@@ -50,6 +51,7 @@ class ShipsResult(Ranked):
     also: dict[str, ShipsResult] = field(default_factory=dict)
     marked: np.ndarray | None = None
     tokens: np.ndarray | None = None
+    control: ShipsResult | None = None
 
     @classmethod
     def of_reads(
@@ -166,6 +168,19 @@ class ShipsResult(Ranked):
             return None, "one prompt: no intervals"
         return super().quick_stability(k)
 
+    def contrast(self, **options):
+        """`shipsfast.contrast` of this scan with its control: which heads matter more here than there."""
+        from .contrast import contrast
+
+        return contrast(self, **options)
+
+    def quick_contrast(self):
+        """`contrast` for tables and JSON; None and the reason where it cannot be."""
+        try:
+            return self.contrast(), ""
+        except InputError as problem:
+            return None, f"no contrast: {problem}"
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per prompt and head: prompt, layer, head, and kl_nats or the metric's name; with answers or several positions
         one per token too."""
@@ -236,6 +251,10 @@ class ShipsResult(Ranked):
             body["also"] = {
                 name: other.as_json(top) | {"run_folder": None} for name, other in self.also.items()
             }
+        if self.control is not None:
+            found, problem = self.quick_contrast()
+            body["control"] = self.control.as_json(top) | {"run_folder": None}
+            body["contrast"] = {"not_known": problem} if found is None else found.as_json(top)
         return body
 
     def save(self, folder: str | Path) -> Path:
@@ -246,16 +265,34 @@ class ShipsResult(Ranked):
         if self.tokens is not None:
             scores, marked = self.tokens, self._marked_tokens()
         args = (scores, at.names, column(self.metric))
-        if self.also:  # complete when all are
+        inner = {also_place(number): other for number, other in enumerate(self.also.values(), 1)}
+        inner |= {} if self.control is None else {CONTROL: self.control}
+        if inner:  # complete when all are
             path = save_scores(folder, self.identity, record | {"status": "running"}, *args, marked=marked)
-            for number, other in enumerate(self.also.values(), 1):
-                other.save(path / also_place(number))
+            for place, other in inner.items():
+                other.save(path / place)
         return save_scores(folder, self.identity, record, *args, marked=marked)
 
     @classmethod
     def load(cls, folder: str | Path) -> ShipsResult:
         """Read a run folder; scores that a killed scan never reached are NaN."""
         folder = Path(folder)
+        result = cls.load_metrics(folder)
+        asked = result.identity.get("control")
+        complete = result.record.get("status") == "complete"
+        if asked is None or not (complete or (folder / CONTROL / MANIFEST).exists()):
+            return result
+        place = folder / CONTROL
+        result.control = cls.load_metrics(inside(folder, place) if place.exists() else place)
+        if result.control.identity.get("prompts") != asked["prompts"] or "control" in result.control.identity:
+            raise InputError(
+                f"{place} is damaged: it is not the scan of the control prompts; delete the folder"
+            )
+        return result
+
+    @classmethod
+    def load_metrics(cls, folder: Path) -> ShipsResult:
+        """The same without its control."""
         result = cls.load_one(folder)
         complete = result.record.get("status") == "complete"  # else some may not have been begun
         for number in range(1, 1 + len(result.identity.get("further_metrics", []))):

@@ -174,6 +174,55 @@ def show_ships(result, top: int, console: Console) -> None:
     for other in result.also.values():
         console.print()
         show_ships(other, top, console)
+    if result.control is not None:
+        found, problem = result.quick_contrast()
+        console.print()
+        _say(console, problem) if found is None else found.show(top, console)
+
+
+def show_contrast(result, top: int, console: Console) -> None:
+    metric, sizes = result.metric, [counted(len(each.scores), "prompt") for each in (result.a, result.b)]
+    unit, ablation = (f", {x}" if x else "" for x in (metric["unit"], result.a.record.get("ablation", "")))
+    _say(console, f"Contrast of {sizes[0]} (a) with {sizes[1]} (b): {metric['label']}{unit}{ablation}")
+    # "layer-head" and "rank in a" would be wider than a terminal
+    table = _grid("rank", result.unit, "mean a", "mean b", "a less b", "AUROC", "q", "in a")
+    columns, above, best = result.columns, result.above_noise(), result.top(top)
+    for layer, head, difference in best:
+        of = {name: values[layer, head] for name, values in columns.items()}
+        mark = "" if above[layer, head] else " *"
+        table.add_row(
+            f"{of['rank']:.0f}", f"{layer}-{head}", f"{of['mean_a']:.3g}", f"{of['mean_b']:.3g}", f"{difference:.3g}{mark}",
+            f"{of['auroc']:.3f}", f"{of['q']:.2g}", f"{of['rank_a']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    if not all(above[s.layer, s.head] for s in best):
+        _say(console, f"* not above the noise floor, {result.noise_floor:.2g}")
+    how = "all there are" if result.exact else f"drawn, seed {result.seed}"
+    _say(
+        console,
+        f"{result.found()}: Benjamini-Hochberg over permutation tests of the {result.statistic_name}, {result.alternative}, "
+        f"{counted(result.relabellings, 'relabelling')} ({how})",
+    )
+    leader = result.a.top(1)[0]
+    layer, head = leader[:2]
+    place = result.rank[layer, head]
+    if not np.isnan(place):
+        _say(
+            console,
+            f"head {layer}-{head}, the first of a alone, is number {place:.0f} of {int((~np.isnan(result.p)).sum())} here: AUROC "
+            f"{result.auroc[layer, head]:.3f}, q {result.q[layer, head]:.2g}",
+        )
+    if result.marked_heads:
+        names = ", ".join(f"{i}-{j}" for i, j in result.marked_heads[:NAMED])
+        _say(
+            console,
+            f"left out, with scores that are not finite: {counted(len(result.marked_heads), result.unit)}: {names}",
+        )
+    for line in result.warnings:
+        _say(console, f"Warning: {line}")
+    for other in result.also.values():
+        console.print()
+        show_contrast(other, top, console)
 
 
 def show_groups(groups, top: int, console: Console | None = None) -> None:

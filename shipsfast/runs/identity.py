@@ -34,9 +34,17 @@ def _one(name: str, before, now, manifest: dict, record: dict) -> str:
         return f"{len(before):,} heads there, {len(now):,} here{_first_apart(before, now)}"
     if name in ("answer_tokens", "read_at"):
         return "the answers, or the positions of prompts that are read, are others"
-    if name == "control":
+    if name == "control" and "tokens" in (before or now or {}):
         return "the control prompts, or the tokens their KL is taken along, are others"
+    if name == "control":
+        return _control(before, now)
     return f"{name} there is {_short(before)}, here {_short(now)}"
+
+
+def _control(before: dict | None, now: dict | None) -> str:
+    if before is None or now is None:
+        return f"there is a control {'here' if before is None else 'there'} only"
+    return "the control prompts are others"
 
 
 def _prompts(before: list, now: list, manifest: dict, record: dict) -> str:
@@ -62,14 +70,17 @@ def _first_apart(before: list, now: list) -> str:
 
 
 def _wrapping(manifest: dict, record: dict) -> str:
-    """What is put around the prompts, where it differs."""
+    return "".join(f", and {words}" for words in wrapping_apart(manifest, record))
+
+
+def wrapping_apart(manifest: dict, record: dict) -> list[str]:
+    """What is put around the prompts, where it differs; none where one of them does not say."""
     there, here = ({"template": x.get("template")} | (x.get("prompting") or {}) for x in (manifest, record))
-    differ = [
-        f", and the {name.replace('_', ' ')} there is {_short(repr(there.get(name)))}, here {_short(repr(here.get(name)))}"
+    return [
+        f"the {name.replace('_', ' ')} there is {_short(repr(there.get(name)))}, here {_short(repr(here.get(name)))}"
         for name in ("template", "system", "prefix", "template_args", "template_date")
         if here["template"] is not None and (there.get(name) or None) != (here.get(name) or None)
     ]
-    return "".join(differ)
 
 
 def _ablation(value) -> str:

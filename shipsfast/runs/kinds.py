@@ -141,6 +141,9 @@ def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
     prompts, layers, heads = _check_shape(file, manifest, identity)
     _check_groups(file, manifest, prompts)
     _check_rule(file, identity)
+    if identity.get("control") is not None:
+        hashes = {"prompts": CONTROLLED["prompts"]}
+        check_fields(file, "identity.control.", identity["control"], hashes, all_of=hashes)
     counts = read_counts(identity)
     if counts or "answer_tokens" in identity or "read_at" in identity:
         need(

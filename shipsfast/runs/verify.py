@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..errors import InputError
 from ..text import counted, one_line
-from .kinds import COUNTED, KINDS, LABELS, ROOMS, Table
+from .kinds import CONTROL, COUNTED, KINDS, LABELS, ROOMS, Table
 from .lock import NAME as LOCK
 from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
 from .part_file import COLUMNS, NLL, TEXT, read_table
@@ -41,7 +41,8 @@ def verify(folder: str | Path) -> dict:
     return report
 
 
-def _folder(folder: Path, report: dict, nested: bool = False) -> None:
+def _folder(folder: Path, report: dict, nested: bool = False) -> dict | None:
+    """The identity of the run, where it can be read."""
     again = "run the same command again: it computes what is damaged anew"
 
     def problem(path: Path, what: str, do: str = again) -> None:
@@ -58,7 +59,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
         try:
             manifest = read_manifest(folder, name=BACKUP)
         except InputError:
-            return
+            return None
     else:
         try:
             copy = read_manifest(folder, name=BACKUP)
@@ -72,7 +73,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
         report["kind"], report["status"] = identity.get("kind"), manifest.get("status")
     if identity.get("kind") not in KINDS:
         problem(folder / MANIFEST, f"holds a run of kind {identity.get('kind')!r}", "choose another folder")
-        return
+        return None
     try:
         tables = KINDS[identity["kind"]].tables(identity, manifest)
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -81,7 +82,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
             f"does not describe its run ({type(error).__name__}: {error})",
             "scan again into a new folder",
         )
-        return
+        return None
     parts = find_parts(manifest)
     report["parts"] += len(parts)
     report["rows"] += sum(part.rows for part in parts if part.room in COUNTED)
@@ -93,18 +94,27 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> None:
     if manifest.get("status") != "complete":
         _tell(report, "unfinished", folder, "the run is not finished", CONTINUE)
     _leftovers(folder, parts, manifest, problem, report)
-    for number in range(1, 1 + len(identity.get("further_metrics", []))):
-        place = folder / FURTHER / str(number)
-        if place.parent.is_symlink():  # which was told already
-            break
+    inner = [
+        (folder / FURTHER / str(number), "the scores of a further metric")
+        for number in range(1, 1 + len(identity.get("further_metrics", [])))
+    ]
+    if identity["kind"] == "ships" and identity.get("control") is not None:
+        inner.append((folder / CONTROL, "the scan of the control prompts"))
+    for place, what in inner:
+        room = place if place.parent == folder else place.parent
+        if room.is_symlink():  # which was told already
+            continue
         if place.is_symlink():
             problem(place, *LINK)
         elif (place / MANIFEST).is_file() or (place / BACKUP).is_file():
-            _folder(place, report, nested=True)
+            own = _folder(place, report, nested=True)
+            if room == place and own and own.get("prompts") != identity["control"]["prompts"]:
+                problem(place, f"is not {what}", "delete it, and run the same command again")
         elif manifest.get("status") == "complete":
-            problem(place, "is missing: the scores of a further metric")
+            problem(place, f"is missing: {what}")
         else:
             _tell(report, "unfinished", place, "was not begun", CONTINUE)
+    return identity
 
 
 def _tell(report: dict, where: str, path: Path, what: str, do: str) -> None:
@@ -197,7 +207,7 @@ def _leftovers(folder: Path, parts: list[Part], manifest: dict, problem, report:
         if room.is_symlink():
             problem(room, *LINK)
             continue
-        if not room.is_dir():
+        if not room.is_dir() or (room != folder and (room / MANIFEST).is_file()):  # a run of its own
             continue
         for file in sorted(room.iterdir()):
             what = None

@@ -33,6 +33,7 @@ from ..models.wider import WIDER, copy_bytes
 from ..ops.prefix_tree import pack
 from ..ops.tree_attention import BACKENDS, resolve_backend
 from ..text import counted
+from .control import of_the_control
 from .measurements import ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
 from .rates import Rates, measure_rates
@@ -75,6 +76,7 @@ class Forecast:
     rates: Rates | None
     best_seconds: float | None
     copy_bytes: int
+    control: Forecast | None = None  # of the control prompts, which are scanned as well
 
     @property
     def total_bytes(self) -> int:
@@ -82,7 +84,9 @@ class Forecast:
 
     def to_json(self) -> dict:
         rates = self.rates and vars(self.rates)
-        return vars(self) | {"plan": self.plan.to_json(), "total_bytes": self.total_bytes, "rates": rates}
+        control = self.control and self.control.to_json()
+        more = {"total_bytes": self.total_bytes, "rates": rates, "control": control}
+        return vars(self) | {"plan": self.plan.to_json()} | more
 
     def render(self) -> str:
         plan, parts, of = self.plan, self.memory, self.model
@@ -124,6 +128,7 @@ class Forecast:
             f"time    {seconds}{rate}",
             *(f"busy    {warning}" for warning in [self.rates and self.rates.warning] if warning),
             *(f"limit   {limit}" for limit in self.limits),
+            *([] if self.control is None else ["", "and then the control prompts:", self.control.render()]),
         ]
         return "\n".join(lines)
 
@@ -149,6 +154,23 @@ def forecast(
 
     Raises InputError or UnsupportedModelError as the scan would, and where the model does not fit.
     """
+    found = _forecast(model, tokenizer, measurement, execution, where)
+    if getattr(measurement, "control", None) is None:
+        return found
+    try:
+        control = _forecast(model, tokenizer, measurement.of_control(), execution, where)
+    except InputError as error:
+        raise of_the_control(error) from error
+    return replace(found, control=control)
+
+
+def _forecast(
+    model: PreTrainedModel,
+    tokenizer,
+    measurement: ScanMeasurement,
+    execution: ScanExecution,
+    where: Elsewhere,
+) -> Forecast:
     texts = tokens_of(measurement, model, tokenizer, weights=False)
     token_ids, others = texts.token_ids, texts.other_ids
     longest = max(map(len, [*token_ids, *(others or [])]))

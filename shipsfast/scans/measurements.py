@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 from annotated_doc import Doc
 
@@ -13,6 +13,7 @@ from ..engine.heads import Head, check_heads, check_unit
 from ..engine.measurement import Heads, Measurement, as_heads, as_tuple
 from ..errors import InputError, whole_number
 from ..prompts.reads import Reads, as_answers, as_places, at_places, with_answers
+from ..prompts.tokens import as_prompts
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -105,6 +106,13 @@ class ShipsMeasurement(ScanMeasurement):
             "is always refused."
         ),
     ] = "raise"
+    control: Annotated[
+        Sequence | None,
+        Doc(
+            "ordinary prompts, in the same template, that are scanned too, to tell what matters more on the prompts."
+        ),
+        Doc("The result's .control is their scan, and its .contrast() says it."),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +125,8 @@ class ShipsMeasurement(ScanMeasurement):
                 raise InputError(
                     f"answers are read at every token, and at={self.at!r} names other positions: give one of them"
                 )
+        if self.control is not None:
+            self._set_control()
 
     def _set_places(self) -> None:
         self._set(at=as_places(self.at, len(self.prompts)))
@@ -125,6 +135,29 @@ class ShipsMeasurement(ScanMeasurement):
         if self.answers is not None:
             return with_answers(ids, self.answers, tokenizer)
         return None if self.at is None else at_places(ids, self.at, tokenizer)
+
+    def _set_control(self) -> None:
+        try:
+            self._set(control=as_prompts(self.control))
+        except InputError as error:
+            raise InputError(f"in the control prompts: {error}") from error
+        if min(len(self.prompts), len(self.control)) < 2:
+            raise InputError("a control tells two sets of prompts apart: give at least two prompts of each")
+        own = "answers" if self.answers is not None else "at" if len(set(self.at or ())) > 1 else ""
+        if own:
+            raise InputError(
+                f"{own} says something of each prompt, and nothing of the control prompts: scan the two sets apart, and give "
+                "both to shipsfast.contrast"
+            )
+
+    def of_control(self) -> Self:
+        """The same measurement of the control prompts. Means are those of the prompts, for both."""
+        how, at = self.ablation, self.at
+        if how.kind == "mean" and how.prompts is None:
+            how = replace(how, prompts=self.prompts)
+        if at is not None:  # one position for all
+            at = [at[0]] * len(self.control)
+        return replace(self, prompts=self.control, control=None, ablation=how, at=at)
 
 
 @dataclass(frozen=True, kw_only=True)

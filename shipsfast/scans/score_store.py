@@ -19,8 +19,9 @@ from .metrics import Metric, as_metrics
 from .prepare import Prepared
 
 
-def measures_of(prepared: Prepared, tokenizer) -> list[Measure]:
-    """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first."""
+def measures_of(prepared: Prepared, tokenizer, control: Prepared | None) -> list[Measure]:
+    """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first. control: a scan that
+    is a part of this one."""
     measurement, out = prepared.measurement, prepared.execution.out
     metrics = as_metrics(measurement.metric, tokenizer, prepared.anatomy.vocab_size)
     own = next((each.name for each in metrics if each.of_answers), None)
@@ -34,6 +35,8 @@ def measures_of(prepared: Prepared, tokenizer) -> list[Measure]:
         )
     places = ["", *map(also_place, range(1, len(metrics)))]
     others = {"further_metrics": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
+    if control is not None:
+        others["control"] = {"prompts": control.identity["prompts"]}
     return [
         Measure(prepared, each, None if out is None else Path(out) / place, others if number == 0 else {})
         for number, (each, place) in enumerate(zip(metrics, places, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ..models.forward import alarm
 from ..models.restore import untouched
 from ..results.score_error import Rescored
 from ..results.ships import MARKED, ShipsResult
+from .control import of_the_control, prepare_control
 from .measurements import ShipsMeasurement
 from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, explain, reason
@@ -42,19 +44,25 @@ def scan(
 
     Returns:
         ShipsResult with .scores (.kl) float64 [P, L, H], NaN for heads not in `heads` and for marked scores; with answers, or
-        several positions of a prompt, means of .by_token.
+        several positions of a prompt, means of .by_token; with `control`, .control is that of the control prompts.
     Raises:
         InputError: bad prompts, heads, ablation, metric, backend or folder.
         UnsupportedModelError: the model cannot be scanned exactly.
     """
     started = time.perf_counter()
     prepared = prepare(model, tokenizer, measurement, execution)
-    measures = measures_of(prepared, tokenizer)
+    return _scan(prepared, tokenizer, prepare_control(prepared, tokenizer), "scan", started)
+
+
+def _scan(prepared: Prepared, tokenizer, control: Prepared | None, name: str, started: float) -> ShipsResult:
+    """control: the scan of the control prompts, which is a part of this one; name: of the progress bar."""
+    execution = prepared.execution
+    measures = measures_of(prepared, tokenizer, control)
     main = measures[0]
     if main.folder is not None:
         found = finished(measures)
         if found is not None:
-            return found
+            return replace(found, control=_scan_control(control, tokenizer))
         for measure in measures:  # before any says that it goes on
             measure.take()
         prepared.continue_plan(main.folder)
@@ -64,7 +72,7 @@ def scan(
         if known and execution.progress:
             of = len(prepared.read_ids) * len(prepared.units)
             note(f"{main.folder.path} has {known:,} of {of:,} scores, and goes on")
-    work = _Work(prepared, measures)
+    work = _Work(prepared, measures, name)
     scan_started = time.perf_counter()
     try:
         work.run()
@@ -73,12 +81,24 @@ def scan(
     scan_seconds = seconds_since(scan_started)
     _spot_check(work)
     rescore(work)
+    del work
+    of_control = _scan_control(control, tokenizer)
     for measure in measures:
         measure.record |= {"scan_seconds": scan_seconds, "plan": prepared.plan.to_json()}
         measure.record["seconds"] = seconds_since(started)
     # The first one's run folder is finished last: complete, it says that all are.
     also = {measure.metric.name: measure.result() for measure in measures[1:]}
-    return main.result(also)
+    return replace(main.result(also), control=of_control)
+
+
+def _scan_control(control: Prepared | None, tokenizer) -> ShipsResult | None:
+    """Of a finished run, what it left."""
+    if control is None:
+        return None
+    try:
+        return _scan(control, tokenizer, None, "control", time.perf_counter())
+    except InputError as error:
+        raise of_the_control(error) from error
 
 
 class _Work:
@@ -87,14 +107,14 @@ class _Work:
     Scores are counted by reads: as a rule a prompt is one sequence and has one read.
     """
 
-    def __init__(self, prepared: Prepared, measures: list[Measure]) -> None:
+    def __init__(self, prepared: Prepared, measures: list[Measure], name: str) -> None:
         self.prepared, self.measures = prepared, measures
         steps = scores = 0
         for together in prepared.plan.prompt_groups:
             missing = self.missing(together)
             steps += prepared.layer_passes(prepared.units, missing)
             scores += len(missing) * len(prepared.sequences.reads(together))
-        self.bar = ScanBar("scan", steps, scores, prepared, prepared.execution)
+        self.bar = ScanBar(name, steps, scores, prepared, prepared.execution)
         self._packed: tuple | None = None  # the sequences at hand, their pack, and values
 
     @property

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("generate", *ASKED, "--max-new-tokens", 4),
     "evaluate": ("evaluate", *ASKED, "--max-new-tokens", 4, "--groups", "0-0"),
     "plan": ("scan", *ASKED, "--plan"),
+    "contrast": ("contrast", "run", "run"),
     "demo": ("demo", "--quiet"),
     "show": ("show", "run"),
     "verify": ("verify", "run"),
@@ -38,6 +39,8 @@ def test_nobody_reads(tmp_path, monkeypatch, capfd, command):
     report = SimpleNamespace(render=lambda: "report\n" * 9)  # what these have to say takes long, or a run
     monkeypatch.setattr("shipsfast.demo.run.run", lambda *_, **__: print(report.render()))
     monkeypatch.setattr("shipsfast.scans.bench.bench", lambda *_, **__: report)
+    shown = SimpleNamespace(show=lambda _, console: console.print(report.render()))
+    monkeypatch.setattr("shipsfast.results.contrast.contrast", lambda *_, **__: shown)
     monkeypatch.setattr("shipsfast.runs.verify.verify", lambda _: {"verdict": "damaged"})
     monkeypatch.setattr("shipsfast.results.load.load", lambda _: SimpleNamespace(record={}))
     monkeypatch.setattr("shipsfast.results.tables.show", lambda *_: print(report.render()))

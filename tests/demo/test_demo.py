@@ -1,5 +1,7 @@
 """The embedded model: what it must know, how it loads, and that its top head matters."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import shipsfast
 from shipsfast.demo import run as demo
 from shipsfast.demo.world import is_correct, is_refusal, read_request
+from tests.support.places import ROOT
 from tools.village.sayings import heldout_requests
 
 TAKEN = 64
@@ -89,6 +92,21 @@ def test_the_comparison_of_groups_leaves_its_files(tmp_path, monkeypatch):
     text = (tmp_path / "sahara-village.md").read_text()
     assert text.count("; 2 groups)") == 6 and "of 6 |" in text
     assert (tmp_path / "sahara-village.png").stat().st_size > 5_000
+
+
+def test_the_contrast_leaves_its_files(tmp_path, monkeypatch):
+    from tools.village import contrast
+
+    monkeypatch.setattr(contrast, "load_prompts", lambda path: shipsfast.load_prompts(path)[:5])
+    contrast.run(tmp_path)
+    text = (tmp_path / "contrast.md").read_text()
+    assert (
+        len(re.findall(r"^\| \d+ \| \d-\d \|", text, re.MULTILINE)) == 16
+        and "252 relabellings (all there are)" in text
+    )
+    page = (ROOT / "docs" / "contrast.md").read_text()
+    assert page.startswith(contrast.INTRO) and "99,999 relabellings (drawn, seed 0)" in page
+    assert (tmp_path / "contrast-village.png").stat().st_size > 5_000
 
 
 def test_the_training_script_makes_this_tokenizer_and_shape():

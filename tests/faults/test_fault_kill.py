@@ -111,7 +111,13 @@ def _others():
 
     how = dict(progress=False, **SIZES)
     ordinary = dict(control=CONTROL[:2], control_tokens=3, batch_rows=4, model=talker)
+    others = [[prompt[-1], *prompt] for prompt in PROMPTS[:3]]
     return {
+        "scan with a control": (
+            lambda out: shipsfast.scan(model, PROMPTS, control=others, out=out, **how),
+            lambda result: [numbers(result), numbers(result.control)],
+            8,
+        ),
         "scan_dataset": (lambda out: shipsfast.scan_dataset(model, PROMPTS, out=out, **how), angles, 6),
         "sahara": (
             lambda out: shipsfast.sahara(model, PROMPTS, out=out, group_size=2, beam=2, **how), searched, 6,

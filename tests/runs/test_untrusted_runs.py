@@ -73,6 +73,28 @@ def test_names_in_run_json_are_no_paths(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        (5, "identity.control is not null or an object"),
+        ({}, "identity.control"),
+        ({"prompts": "../other"}, "identity.control.prompts is not a list of hashes"),
+        ({"prompts": []}, "control is damaged: it is not the scan of the control prompts"),
+        ({"prompts": "own"}, "control is damaged: it is not the scan of the control prompts"),
+    ],
+    ids=str,
+)
+def test_a_control_that_cannot_be(run, control, message):
+    """The last one is a control that has a control."""
+    own = json.loads((run / "run.json").read_text())["identity"]["prompts"]
+    shutil.copytree(run, run / "control")
+    if control == {"prompts": "own"}:
+        control = {"prompts": own}
+        edit(run / "control", lambda m: m["identity"].update(control=control))
+    edit(run, lambda m: m["identity"].update(control=control))
+    refused(run, message)
+
+
+@pytest.mark.parametrize(
     ("shape", "message"),
     [
         ([10**9, 10**4, 10**4], "prompts is not as many as the shape has prompts"),

@@ -20,9 +20,9 @@ def run(capsys, *args: str) -> tuple[int, str, str]:
     return status, out, err
 
 
-def refused(capsys, *args: str) -> str:
-    """The one line that a refusal prints; nothing else may be on either stream."""
-    status, out, err = run(capsys, *args, "--quiet")
+def refused(capsys, *args: str, quiet: bool = True) -> str:
+    """The one line that a refusal prints; nothing else may be on either stream. quiet: the command has such an option."""
+    status, out, err = run(capsys, *args, *["--quiet"] * quiet)
     assert status == 2, (out, err)
     assert out == ""
     assert err.startswith("shipsfast: ") and err.count("\n") == 1, err
