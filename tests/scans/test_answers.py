@@ -1,8 +1,6 @@
 """Scores at the tokens of a given answer: against plain passes over prompt and answer, one for each unit, and one for each token
 too where heads are off at the end only (tests/support/reads_oracle.py)."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,10 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
 from shipsfast import Ablation
-from shipsfast.engine.growing_batch import GrowingBatch
-from shipsfast.models.loading import load_model, load_tokenizer
 from shipsfast.ops.extension import extension_status
-from tests.support.command_line import refused, run
 from tests.support.models import HEADS, LAYERS, build
 from tests.support.numerics import assert_close_abs
 from tests.support.read_cases import (
@@ -192,7 +187,7 @@ def test_narrower_dtypes(dtype, at):
     assert abs(got - wanted).max() <= 2 * usual
 
 
-# --- text, folders, the command line ----------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------
 
 
 def of_text(tokenizer) -> LlamaForCausalLM:
@@ -220,87 +215,6 @@ def test_texts_are_put_behind_the_prompt_without_special_tokens(template):
     wanted = shipsfast.scan(model, ids, answers=answer_ids, at="end", progress=False)
     for mine, each in zip(got.by_token, wanted.by_token, strict=True):
         assert np.array_equal(mine, each)
-
-
-METRICS_KEPT = ["kl", "log_prob_diff"]
-
-
-@both_ends
-def test_a_killed_scan_goes_on_with_the_same_bits(tmp_path, monkeypatch, at):
-    options = dict(rows_per_block=2, prompts_per_group=2, metric=METRICS_KEPT)
-    whole = scan("llama-gqa", how("resample", at=at), out=tmp_path / "whole", **options)
-    real, calls = GrowingBatch.run, []
-
-    def run_some(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(GrowingBatch, "run", run_some)
-    with pytest.raises(KeyboardInterrupt):
-        scan("llama-gqa", how("resample", at=at), out=tmp_path / "run", **options)
-    partial = shipsfast.load(tmp_path / "run")
-    assert partial.record["status"] == "running" and 0 < np.isfinite(partial.kl).sum() < partial.kl.size
-    scan("llama-gqa", how("resample", at=at), out=tmp_path / "run", **options)
-    resumed = shipsfast.load(tmp_path / "run")
-    for mine, each in zip([resumed, *resumed.also.values()], [whole, *whole.also.values()], strict=True):
-        assert_same_results(mine, each)
-    assert resumed.record["status"] == "complete"
-
-
-def assert_same_results(mine, each) -> None:
-    assert np.array_equal(mine.scores, each.scores, equal_nan=True)
-    for a, b in zip(mine.by_token, each.by_token, strict=True):
-        assert np.array_equal(a, b, equal_nan=True)
-
-
-def test_a_folder_is_what_was_measured(tmp_path):
-    result = scan("llama-gqa", how("zero"), out=tmp_path / "run", metric=METRICS_KEPT, heads=[(0, 1), (2, 3)])
-    loaded = shipsfast.load(tmp_path / "run")
-    result.save(tmp_path / "saved")
-    for found in (loaded, shipsfast.load(tmp_path / "saved")):
-        assert_same_results(found, result)
-        assert_same_results(found.also["log_prob_diff"], result.also["log_prob_diff"])
-    frame = result.to_pandas()
-    assert "token" in frame and len(frame) == sum(LENGTHS) * 2
-
-
-@pytest.mark.parametrize("change", [dict(answers=[[11], *ANSWERS[1:]]), dict(answers=None), dict(at="all")])
-def test_a_folder_of_other_answers_is_refused(tmp_path, change):
-    options = dict(answers=ANSWERS, at="end", heads=[(0, 1)], out=tmp_path / "run")
-    scan("llama-gqa", "zero", **options)
-    with pytest.raises(shipsfast.InputError, match="another run"):
-        scan("llama-gqa", "zero", **options | change)
-
-
-def test_on_the_command_line(capsys, tmp_path, model_folder):
-    rows = [
-        ("How do I mend a kettle?", "With tin."),
-        ("Tell me a story about a kite.", "It flew, and came down."),
-    ]
-    lines = ["prompt,answer", *(f'"{prompt}","{answer}"' for prompt, answer in rows)]
-    (tmp_path / "p.csv").write_text("\n".join(lines) + "\n")
-    status, out, err = run(
-        capsys, "scan", model_folder, tmp_path / "p.csv", "--answer-column", "answer", "--at", "end", "--heads", "0",
-        "--metric", "kl", "--metric", "abs_prob_diff", "--out", tmp_path / "run", "--json", "-q",
-    )  # fmt: skip
-    assert status == 0, err
-    assert json.loads(out)["also"]["abs_prob_diff"]["metric"]["name"] == "abs_prob_diff"
-    model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
-    wanted = shipsfast.scan(
-        model, [prompt for prompt, _ in rows], tokenizer, answers=[answer for _, answer in rows], at="end",
-        metric=["kl", "abs_prob_diff"], heads=[(0, None)], progress=False,
-    )  # fmt: skip
-    found = shipsfast.load(tmp_path / "run")
-    assert_same_results(found, wanted)
-    assert_same_results(found.also["abs_prob_diff"], wanted.also["abs_prob_diff"])
-
-
-def test_the_command_line_refuses_a_column_that_is_not_there(capsys, tmp_path, model_folder):
-    (tmp_path / "p.csv").write_text("prompt,answer\nHow are you?,Well.\n")
-    said = refused(capsys, "scan", model_folder, tmp_path / "p.csv", "--answer-column", "reply")
-    assert "reply" in said and "answer" in said
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
