@@ -10,6 +10,7 @@ import torch
 import shipsfast
 from shipsfast.engine.growing_batch import GrowingBatch
 from shipsfast.models.loading import load_model, load_tokenizer
+from shipsfast.prompts.datasets import sample_prompts
 from shipsfast.runs.verify import render, verify
 from tests.support.command_line import refused, run
 from tests.support.models import build
@@ -128,30 +129,106 @@ def test_streamed_from_its_checkpoint(tmp_path, kind):
     assert_same_results(streamed, memory)
 
 
-def test_on_the_command_line(capsys, tmp_path, model_folder):
-    rows = [
-        ("How do I mend a kettle?", "With tin."),
-        ("Tell me a story about a kite.", "It flew, and came down."),
-    ]
-    lines = ["prompt,answer", *(f'"{prompt}","{answer}"' for prompt, answer in rows)]
+ROWS = [
+    ("How do I mend a kettle?", " With tin."),
+    ("Tell me a story about a kite.", "It flew, and came down.  "),
+    ("Say 4.", "4"),
+]
+
+
+@pytest.fixture
+def table(tmp_path):
+    lines = ["prompt,answer", *(f'"{prompt}","{answer}"' for prompt, answer in ROWS)]
     (tmp_path / "p.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "p.csv"
+
+
+def in_python(model_folder, rows=ROWS, **options):
+    """The same without the command line."""
+    model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
+    texts, answers = map(list, zip(*rows, strict=True))
+    options = dict(answers=answers, heads=[(0, None)], progress=False) | options
+    return shipsfast.scan(model, texts, tokenizer, **options)
+
+
+def test_on_the_command_line(capsys, tmp_path, table, model_folder):
     status, out, err = run(
-        capsys, "scan", model_folder, tmp_path / "p.csv", "--answer-column", "answer", "--at", "end", "--heads", "0",
+        capsys, "scan", model_folder, table, "--answer-column", "answer", "--at", "end", "--heads", "0",
         "--metric", "kl", "--metric", "abs_prob_diff", "--out", tmp_path / "run", "--json", "-q",
     )  # fmt: skip
     assert status == 0, err
     assert json.loads(out)["also"]["abs_prob_diff"]["metric"]["name"] == "abs_prob_diff"
-    model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
-    wanted = shipsfast.scan(
-        model, [prompt for prompt, _ in rows], tokenizer, answers=[answer for _, answer in rows], at="end",
-        metric=["kl", "abs_prob_diff"], heads=[(0, None)], progress=False,
-    )  # fmt: skip
+    wanted = in_python(model_folder, at="end", metric=["kl", "abs_prob_diff"])
     found = shipsfast.load(tmp_path / "run")
     assert_same_results(found, wanted)
     assert_same_results(found.also["abs_prob_diff"], wanted.also["abs_prob_diff"])
 
 
-def test_the_command_line_refuses_a_column_that_is_not_there(capsys, tmp_path, model_folder):
-    (tmp_path / "p.csv").write_text("prompt,answer\nHow are you?,Well.\n")
-    said = refused(capsys, "scan", model_folder, tmp_path / "p.csv", "--answer-column", "reply")
-    assert "reply" in said and "answer" in said
+def test_answers_of_some_prompts(capsys, tmp_path, table, model_folder):
+    """An answer goes with its prompt."""
+    args = (
+        "--answer-column",
+        "answer",
+        "--heads",
+        "0",
+        "--sample",
+        2,
+        "--seed",
+        1,
+        "--out",
+        tmp_path / "run",
+        "-q",
+    )
+    status, _, err = run(capsys, "scan", model_folder, table, *args)
+    assert status == 0, err
+    chosen = sample_prompts(range(3), sample=2, seed=1)
+    assert_same_results(
+        shipsfast.load(tmp_path / "run"), in_python(model_folder, [ROWS[row] for row in chosen])
+    )
+
+
+def test_a_place_in_the_prompt_and_the_end_of_it_alone(capsys, tmp_path, table, model_folder):
+    args = ("--at", "end", "--at", "1", "--heads", "0", "--ablation", "zero", "--out", tmp_path / "run", "-q")
+    status, _, err = run(capsys, "scan", model_folder, table, *args)
+    assert status == 0, err
+    how = dict(ablation=shipsfast.Ablation("zero", at="end"), at=1, answers=None)
+    assert np.array_equal(
+        shipsfast.load(tmp_path / "run").kl, in_python(model_folder, **how).kl, equal_nan=True
+    )
+
+
+def test_a_plan_of_answers(capsys, table, model_folder):
+    args = ("scan", model_folder, table, "--plan", "--json", "-q", "--answer-column", "answer")
+    flops = []
+    for at in ("end", "all"):
+        status, out, err = run(capsys, *args, "--at", at)
+        assert status == 0, err
+        flops.append(json.loads(out)["flops"])
+    assert 0 < flops[0] < flops[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--answer-column", "reply"), ("reply", "prompt, answer")),
+        (("--answer-column", "prompt"), ("prompt",)),
+        (("--answer-column", "answer", "--at", "2"), ("answer", "at=")),
+        (("--answer-column", "answer", "--rank-by", "asr"), ("--answer-column", "asr")),
+        (("--at", "end", "--rank-by", "asr"), ("at the end only", "at='end'")),
+        (("--at", "2", "--rank-by", "asr"), ("--at", "asr")),
+        (("--metric", "prob"), ("prob", "--answer-column")),
+        (("--at", "teapot"), ("teapot", "prompt 0")),
+        (("--at", "1", "--at", "2"), ("--at 1, 2",)),
+        (("--at", "end", "--at", "all"), ("--at end, all",)),
+        (("--at", ""), ("at",)),
+    ],
+)
+def test_the_command_line_refuses(capsys, table, model_folder, args, words):
+    said = refused(capsys, "scan", model_folder, table, *args)
+    assert all(word in said for word in words), said
+
+
+def test_an_empty_answer_of_a_file_is_named(capsys, tmp_path, model_folder):
+    (tmp_path / "p.csv").write_text("prompt,answer\nHow are you?,Well.\nAnd you?,\n")
+    said = refused(capsys, "scan", model_folder, tmp_path / "p.csv", "--answer-column", "answer")
+    assert "answer" in said and ("row 2" in said or "answer 1" in said)
