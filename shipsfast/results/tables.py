@@ -181,7 +181,7 @@ def show_ships(result, top: int, console: Console) -> None:
 
 
 def show_contrast(result, top: int, console: Console) -> None:
-    metric, sizes = result.metric, [counted(len(each.scores), "prompt") for each in (result.a, result.b)]
+    metric, sizes = result.metric, [each.reads_in_words() for each in (result.a, result.b)]
     unit, ablation = (f", {x}" if x else "" for x in (metric["unit"], result.a.record.get("ablation", "")))
     _say(console, f"Contrast of {sizes[0]} (a) with {sizes[1]} (b): {metric['label']}{unit}{ablation}")
     # "layer-head" and "rank in a" would be wider than a terminal

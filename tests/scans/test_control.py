@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import shipsfast
 from shipsfast import InputError
@@ -206,5 +207,11 @@ def test_what_is_said_of_each_prompt_says_nothing_of_the_control():
     other = scan(ORDINARY, control=None, answers=[[5], [6], [7, 8, 9], [2]])
     found = shipsfast.contrast(answered, other)
     np.testing.assert_array_equal(found.mean_a, answered.mean())
+    console = Console(width=200)
+    with console.capture() as capture:
+        found.show(3, console)
+    assert (
+        "3 prompts with answers of 4 tokens (a) with 4 prompts with answers of 6 tokens (b)" in capture.get()
+    )
     with pytest.raises(InputError, match="differ in answers: answers there is given, here none"):
         shipsfast.contrast(answered, scan(ORDINARY, control=None))
