@@ -10,7 +10,7 @@ import torch
 
 from ..errors import InputError
 from . import reference
-from .end_attention import Path, plan_ends
+from .end_attention import Paths, plan_ends
 from .extension import extension_status
 from .masks import LayerMask
 from .prefix_tree import PackedPrompts
@@ -101,7 +101,7 @@ class TreeContext:
             self._plans[key] = plan
         return self._plans[key]
 
-    def end_paths(self, window: int | None) -> list[Path]:
+    def end_paths(self, window: int | None) -> list[Paths]:
         """The nodes of `trimmed` by the paths they are on, for end_attention.py."""
         if ("ends", window) not in self._plans:
             self._plans["ends", window] = plan_ends(self.packed, self.trimmed, window, self.device)

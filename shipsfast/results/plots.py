@@ -123,6 +123,24 @@ def small_multiples(panels: Sequence[Panel], title: str, path: str | Path | None
     return _saved(figure, path)
 
 
+def by_token(
+    scores: np.ndarray, heads: Sequence[str], tokens: Sequence[str], label: str, title: str, signed: bool,
+    path: str | Path | None = None,
+) -> Figure:  # fmt: skip
+    """Scores [heads, tokens] of one prompt, in the order in which they are given."""
+    count, length = scores.shape
+    figure = Figure(figsize=(min(18, 0.42 * length + 2.4), 0.26 * count + 1.6), layout="constrained")
+    axes = figure.subplots()
+    norm = _norm(scores, signed)
+    image = axes.imshow(scores, aspect="auto", norm=norm, cmap="PuOr" if signed else "cividis")
+    axes.set_yticks(range(count), heads, fontsize=7)
+    axes.set_xticks(range(length), [_plain(token) for token in tokens], fontsize=7, rotation=60, ha="right")
+    axes.set_ylabel("layer-head")
+    _bar(figure, image, axes, label)
+    axes.set_title(_plain(title), fontsize=9)
+    return _saved(figure, path)
+
+
 def contrast_maps(
     first: Panel, second: Panel, difference: Panel, title: str, path: str | Path | None = None
 ) -> Figure:

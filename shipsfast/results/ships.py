@@ -84,6 +84,39 @@ class ShipsResult(Ranked):
             return self.tokens
         return [each[:count] for each, count in zip(self.tokens, counts, strict=True)]
 
+    def plot_tokens(
+        self,
+        prompt: int = 0,
+        k: int = 10,
+        *,
+        texts: Sequence[str] | None = None,
+        path: str | Path | None = None,
+    ):
+        """Scores of the k best heads of the ranking at every token that was read of one prompt, heads x tokens. texts: of these
+        tokens, as the axis shows them; default their numbers. Returns the matplotlib Figure; saved if a path is given."""
+        if self.tokens is None:
+            raise InputError(
+                "each prompt was read behind its last token only: plot_tokens is for answers, or several positions"
+            )
+        if not 0 <= prompt < len(self.scores):
+            raise InputError(
+                f"there is no prompt {prompt}: the run has {counted(len(self.scores), 'prompt')}, from 0"
+            )
+        from .plots import by_token
+
+        own, top = self.by_token[prompt], self.top(k)
+        texts = [str(number) for number in range(len(own))] if texts is None else list(texts)
+        if len(texts) != len(own):
+            raise InputError(
+                f"prompt {prompt} was read at {counted(len(own), 'token')}, and {len(texts)} texts are given"
+            )
+        scores = np.array([own[:, each.layer, each.head] for each in top])
+        names, title = (
+            [f"{each.layer}-{each.head}" for each in top],
+            f"prompt {prompt}, {self.record.get('ablation', '')}",
+        )
+        return by_token(scores, names, texts, self.label, title, self.signed, path)
+
     def reads_in_words(self) -> str:
         """How many prompts, and what of them was read."""
         prompts, counts = counted(self.scores.shape[0], "prompt"), cells_of(self.identity).counts
