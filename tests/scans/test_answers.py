@@ -1,6 +1,8 @@
 """Scores at the tokens of a given answer: against plain passes over prompt and answer, one for each unit, and one for each token
 too where heads are off at the end only (tests/support/reads_oracle.py)."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,20 @@ def test_layers_named(name, at):
         for options in (dict(layers="model"), dict(layers="fused") | CUT):
             got = scan(name, how(kind, at=at), **options)
             assert_equal_scores(got, expected(name, kind, 1e-5, at, answered=True), what=f"{kind} {options}")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_and_answers_of_few_tokens(seed):
+    """They begin and go on alike in every way: one ends where another's answer does, within it, or where it branches."""
+    draw = random.Random(seed)
+    some = lambda most: [draw.choice([3, 4]) for _ in range(draw.randint(1, most))]
+    prompts = [some(6) for _ in range(5)]
+    answers = [some(5) for _ in prompts]
+    name = FUSED[seed % len(FUSED)]
+    for at, options in (("all", CUT), ("end", {}), ("end", CUT)):
+        got = scan(name, how("head_mean_q", at=at), prompts, answers, **options)
+        reads = Reads(model_of(name), *with_answers(prompts, answers), "head_mean_q", at=at)
+        assert_equal_scores(got, reads, what=f"{name} {at} {options}")
 
 
 @both_ends
