@@ -74,8 +74,9 @@ class ShipsMeasurement(ScanMeasurement):
         Doc("one of kl, reverse_kl, js, total_variation,"),
         Doc(
             "`logit_diff(token_a, token_b)`, `refusal_logit(tokens)`, or a callable on (base_logits [P, V], "
-            "ablated_logits [N, V], prompt_index int64 [N]) -> [N]. Or a list of them, measured in one pass: the result is "
-            "the first one's, and has the others in .also."
+            "ablated_logits [N, V], prompt_index int64 [N]) -> [N]; with answers, or several positions, everything that is read counts "
+            "as a prompt there, in order. Or a list of them, measured in one pass: the result is the first one's, and has the "
+            "others in .also."
         ),
     ] = "kl"
     at: Annotated[

@@ -93,6 +93,22 @@ def test_each_metric_alone_is_what_it_is_among_others(metric):
     assert got.signed == (metric not in ("kl", "js", "prob", "abs_log_prob_diff", "abs_prob_diff"))
 
 
+def test_a_callable_sees_every_token_that_is_read():
+    """They count as prompts: base logits are those at all of them, in order."""
+
+    def own(base_logits, ablated_logits, index):
+        assert len(base_logits) == sum(LENGTHS)
+        return 100 * index + ablated_logits[:, 3] - base_logits[index, 3]
+
+    got = scan("llama-gqa", how("zero"), metric=own, **CUT).by_token
+    change = scan("llama-gqa", how("zero"), metric="logit_diff:3,7").by_token
+    other = scan("llama-gqa", how("zero"), metric=lambda b, a, i: a[:, 7] - b[i, 7]).by_token
+    starts = np.cumsum([0, *LENGTHS])
+    for mine, a, b, start in zip(got, change, other, starts, strict=False):
+        index = start + np.arange(len(mine))[:, None, None]
+        assert_close_abs(mine, 100.0 * index + a + b, 1e-10)
+
+
 @pytest.mark.parametrize("align", ["end", "template"])
 @both_ends
 def test_resample_has_the_same_answer_behind_the_other_prompt(align, at):
