@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -161,6 +162,7 @@ def tokens_of(measurement: Measurement, model: PreTrainedModel, tokenizer, *, we
         others = source_ids(how, token_ids, others)
     reads = measurement.reads(token_ids, tokenizer)
     if reads is not None:
+        _check_answers(reads.targets or (), model)
         token_ids = reads.ids
         if (
             reads.targets is not None
@@ -177,6 +179,14 @@ def tokens_of(measurement: Measurement, model: PreTrainedModel, tokenizer, *, we
             raise InputError(f"{about}{error}") from error
     places, targets = (None, None) if reads is None else (reads.places, reads.targets)
     return Texts(token_ids, others, places, targets, own.record)
+
+
+def _check_answers(answers: Sequence[Sequence[int]], model: PreTrainedModel) -> None:
+    """Raises InputError for tokens that the model does not know: what is said of sequences names their prompts."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for i, answer in enumerate(answers):
+        if not (0 <= min(answer) and max(answer) < vocabulary):
+            raise InputError(f"answer {i} has token ids outside the model's vocabulary of {vocabulary}")
 
 
 def held_beside(

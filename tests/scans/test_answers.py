@@ -258,6 +258,7 @@ def test_texts_are_put_behind_the_prompt_without_special_tokens(template):
         (dict(metric="log_prob", answers=None), "log_prob.*answers"),
         (dict(metric=["kl", "abs_prob_diff"], answers=None), "abs_prob_diff.*answers"),
         (dict(answers=[[11], [], [12], [13]]), "answer.*1.*(empty|no token)"),
+        (dict(answers=[[11], [1_000], [12], [13]]), "answer 1 .*vocabulary of"),
         (dict(answers=ANSWERS[:3]), "3 answers.*4 prompts|4 prompts.*3 answers"),
         (dict(answers=[]), "answers"),
         (dict(answers=[[11], [12], [13], [61]]), "vocabulary of 61"),
