@@ -12,6 +12,8 @@ _PUBLIC = {
     "ablate": "engine.ablate",
     "contrast": "results.contrast",
     "ContrastResult": "results.contrast",
+    "Direction": "results.direction",
+    "direction": "scans.direction",
     "EvalResult": "results.evaluation",
     "evaluate": "answers.evaluate",
     "generate": "answers.generate",

@@ -19,7 +19,7 @@ class Asked:
     """The arguments and options that commands share, as they were given.
 
     values: what describes the measurement and its execution, by the names of their fields. An option of such a name is
-    taken as it was given, where nothing below makes something else of it.
+    taken as it was given, where nothing below makes something else of it. choose: takes what --limit and --sample say of a list.
     Raises InputError for what can be seen to be wrong before a model is loaded.
     """
 
@@ -42,7 +42,7 @@ class Asked:
 
         given = self.given
         which = {name: given[name] for name in ("limit", "sample", "seed")}
-        some = functools.partial(sample_prompts, **which)
+        self.choose = some = functools.partial(sample_prompts, **which)
         columns = {"group_by": given.get("group_by"), "answers": given.get("answer_column")}
         prompts, self.prompts_from, answers = taken(
             given["prompts"], given["column"], given["quiet"], choose=some, **columns

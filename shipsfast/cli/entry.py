@@ -16,7 +16,7 @@ import typer
 
 from .._version import __version__
 from ..errors import InputError, Stopped, WriteError
-from . import answers, runs, scans
+from . import answers, direction, runs, scans
 from .asked import running
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ COMMANDS = {
     "scan-dataset": scans.scan_dataset,
     "sahara": scans.sahara,
     "top-tokens": scans.top_tokens,
+    "direction": direction.direction,
     "generate": answers.generate,
     "evaluate": answers.evaluate,
     "contrast": runs.contrast,

@@ -239,8 +239,9 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
     """
 
     def decorate(function: Callable) -> Callable:
-        options = {name: option for some in (*more, RUN_OPTIONS) for name, option in some.items()}
-        options = {name: option for name, option in options.items() if name not in without}
+        every = {name: option for some in (*more, RUN_OPTIONS) for name, option in some.items()}
+        options = {name: option for name, option in every.items() if name not in without}
+        left_out = {name: every[name][1] for name in without}
 
         def run(context: typer.Context, **given) -> None:
             explicit = given_options(context)
@@ -249,7 +250,7 @@ def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
                 check_together(explicit, plan=given["plan"], answers=by_answers)
             if given.get("run") is not None and given["groups"] is None:  # and the options that made it
                 given = inherit(given["run"], given, explicit)
-            asked = Asked({name: given.pop(name) for name in (*ARGUMENTS, *options)})
+            asked = Asked(left_out | {name: given.pop(name) for name in (*ARGUMENTS, *options)})
             function(asked, **given)
 
         def parameter(name: str, kind, default=inspect.Parameter.empty) -> inspect.Parameter:

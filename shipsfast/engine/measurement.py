@@ -39,7 +39,8 @@ class Measurement:
     """What is measured on which prompts. Raises InputError for what can be seen to be wrong without the model.
 
     kind: names this description; run_kind: of the runs that are made of it (runs/kinds.py), "" for the same name;
-    reads_texts: prompts must be strings, and there is a tokenizer.
+    reads_texts: prompts must be strings, and there is a tokenizer; prompt_sets: the fields that hold prompts, by the names
+    that they have as arguments.
     """
 
     kind: ClassVar[str]
@@ -47,6 +48,7 @@ class Measurement:
     reads_texts: ClassVar[bool] = False
     new_tokens: ClassVar[int] = 0  # how many may follow each prompt
     keeps_hidden: ClassVar[bool] = False  # the hidden states of every row at every prompt
+    prompt_sets: ClassVar[dict[str, str]] = {"prompts": "prompts"}
 
     prompts: tuple
     template: Annotated[
@@ -245,7 +247,7 @@ def described(cls: type) -> dict[str, Described]:
         docs = [x.documentation for x in getattr(hints[f.name], "__metadata__", ()) if isinstance(x, Doc)]
         if docs:
             found[f.name] = Described(get_args(hints[f.name])[0], *[*docs, ""][:2], f.default)
-        if f.name == "ablation":
+        if f.name == "ablation" and docs:
             found["scale"] = SCALE
     own = [name for name in cls.__annotations__ if name in found]
     return {name: found[name] for name in (*own, *found)}
@@ -261,14 +263,14 @@ def made(cls: type, given: Mapping):
 
 def called_with(what: type[Measurement], how: type[Execution], **about: str) -> Callable:
     """Makes a public function of `run(model, tokenizer, measurement, execution)`: (model, prompts, tokenizer=None, *, the
-    keywords of both), with a docstring that describes them; a field without a default is an argument after the tokenizer,
-    which then has none either. The function has .measurement, .execution and .run, for callers that have the two already.
-    about: what it says of a keyword in the field's place."""
+    keywords of both), with a docstring that describes them; `prompts` or the sets of prompts that the measurement has; a field
+    without a default is an argument after the tokenizer, which then has none either. The function has .measurement, .execution
+    and .run, for callers that have the two already. about: what it says of a keyword in the field's place."""
     keywords = described(what) | described(how)
+    form = f"P strings{PROMPTS[what.reads_texts]} or P conversations, lists of messages with `role` and `content`, "
     about = {
         "model": MODEL,
-        "prompts": f"P strings{PROMPTS[what.reads_texts]} or P conversations, lists of messages with `role` and `content`, "
-        "for template chat.",
+        **{name: f"{form}for template chat." for name in what.prompt_sets},
         "tokenizer": "the model's.",
         **{name: f"{field.text} {field.in_python}" for name, field in keywords.items()},
     } | about
@@ -283,7 +285,7 @@ def called_with(what: type[Measurement], how: type[Execution], **about: str) -> 
         hints = get_type_hints(run)
         parameters = [
             parameter("model", plain, annotation=hints["model"]),
-            parameter("prompts", plain, annotation=prompts),
+            *(parameter(name, plain, annotation=prompts) for name in what.prompt_sets),
             parameter("tokenizer", plain, default=tokenizer),
             *(
                 parameter(name, plain, annotation=field.type)
@@ -304,6 +306,7 @@ def called_with(what: type[Measurement], how: type[Execution], **about: str) -> 
                 given = signature.bind(*args, **named).arguments
             except TypeError as error:
                 raise TypeError(f"{run.__name__}() {error}") from None
+            given |= {field: given[name] for name, field in what.prompt_sets.items()}
             return run(given["model"], given.get("tokenizer"), *(made(cls, given) for cls in (what, how)))
 
         call.__doc__ = _with_arguments(inspect.getdoc(run), about)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from annotated_doc import Doc
 
-from ..engine.ablation import AT
+from ..engine.ablation import AT, Ablation
 from ..engine.heads import Head, check_heads, check_unit
-from ..engine.measurement import Heads, Measurement, as_heads, as_tuple
-from ..errors import InputError, whole_number
+from ..engine.measurement import Execution, Heads, Measurement, as_heads, as_tuple
+from ..errors import MOST, InputError, whole_number
 from ..prompts.reads import Reads, as_answers, as_places, at_places, with_answers
 from ..prompts.tokens import as_prompts
 
@@ -210,3 +210,48 @@ class SaharaMeasurement(SubspaceMeasurement):
             raise InputError(
                 f"group_size {self.group_size} is above the {num_units} {self.unit}s to choose from: lower it"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionMeasurement(Measurement):
+    """Two sets of prompts, and what of them is compared: `prompts` less `others`. No head is off."""
+
+    kind = "direction"
+    prompt_sets: ClassVar = {"prompts_a": "prompts", "prompts_b": "others"}
+
+    others: tuple
+    layer: Annotated[
+        int | None,
+        Doc(
+            "the decoder layer whose direction is used; default the one that separates held-out prompts best."
+        ),
+    ] = None
+    position: Annotated[
+        int,
+        Doc(
+            "the token of each prompt, template and prefix included, at which the stream is read: from the end if negative."
+        ),
+    ] = -1
+    seed: Annotated[int, Doc("of the halves into which prompts are drawn.")] = 0
+    # Without a description they are no keywords.
+    ablation: str | Ablation = "undifferentiated"
+    unit: str = "head"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self._set(others=as_prompts(self.others))
+        except InputError as error:
+            raise InputError(f"in prompts_b: {error}") from error
+        if self.layer is not None:
+            self._set(layer=whole_number("layer", self.layer, 0))
+        self._set(
+            position=whole_number("position", self.position, -MOST), seed=whole_number("seed", self.seed, 0)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionExecution(Execution):
+    """How the prompts of a direction run: through the model's own layers. Without a description `layers` is no keyword."""
+
+    layers: str = "model"

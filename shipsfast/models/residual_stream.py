@@ -1,0 +1,30 @@
+"""The residual stream between decoder layers, read by forward hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from .decoder_layers import Block
+
+Take = Callable[[int, torch.Tensor], None]
+
+
+@contextlib.contextmanager
+def leaving(blocks: Sequence[Block], take: Take) -> Iterator[None]:
+    """take(block, hidden [B, T, hidden]) sees what leaves each decoder layer, counted as the model counts them.
+
+    What other hooks on a layer add to its output is in it.
+    """
+    with contextlib.ExitStack() as undo:
+        for index, block in enumerate(blocks):
+            hook = functools.partial(_show, take, index)
+            undo.callback(block.module.register_forward_hook(hook).remove)
+        yield
+
+
+def _show(take: Take, index: int, _module, _args, out) -> None:
+    take(index, out[0] if isinstance(out, tuple) else out)
