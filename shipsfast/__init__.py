@@ -25,6 +25,8 @@ _PUBLIC = {
     "load": "results.load",
     "load_prompts": "prompts.datasets",
     "logit_diff": "scans.metrics",
+    "probe": "scans.hidden_metrics",
+    "projection": "scans.hidden_metrics",
     "refusal_logit": "scans.metrics",
     "SaharaResult": "results.sahara",
     "SubspaceResult": "results.subspace",

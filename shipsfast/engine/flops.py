@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,6 +68,10 @@ class ModelFlops:
     layers: tuple[LayerFlops, ...]
     head: int
     products: tuple[tuple[int, int], ...]
+
+    def up_to(self, layers: int) -> ModelFlops:
+        """Of a pass that ends behind so many layers, at the tokens that are read, and needs no logits."""
+        return replace(self, layers=self.layers[:layers], head=0)
 
 
 def model_flops(

@@ -11,12 +11,15 @@ With an ablation at the end only, a head changes nothing but the token that is r
 by itself, and the rows are as wide as there are reads: each token of a row stands at the node that it is read at, and sees the
 unablated row's keys and values above it (ops/end_attention.py). Models that look beyond a token outside of attention keep rows
 of the whole sequence, and the mask is for the one token that is read.
+
+What leaves a decoder layer can be handed out too, at the tokens that are read. If nothing else is wanted, the highest such layer
+is treated as the last one, and no later layer runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Self
 
@@ -29,6 +32,7 @@ from ..models.attention_hook import ATTRIBUTE, TREE, Captured, EndCall, TreeCall
 from ..models.forward import input_device, last_logits_only
 from ..models.layer_call import LayerCall, forward_replaced, no_queries
 from ..models.output_head import float32_head, head_input
+from ..models.residual_stream import Left, leaving
 from ..models.weights import on_demand
 from ..ops.end_attention import end_attention
 from ..ops.masks import LayerMask
@@ -41,6 +45,7 @@ from .subject import Subject
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
 Keep = Callable[[int, slice, torch.Tensor, torch.Tensor], None]
+See = Callable[[int, slice, torch.Tensor], None]
 
 
 class GrowingBatch:
@@ -55,6 +60,8 @@ class GrowingBatch:
         keep: called in every layer as keep(layer, rows, k, v) with keys and values [n, HKV, T, D] of consecutive
             slices of rows, row 0's first. Rows that fork in a layer or later may come with none: theirs are row 0's.
         own_head: leave the output head as the model has it, half-precision logits included.
+        after: decoder layers, counted as the model's, whose rows' hidden states are handed out.
+        logits: whether they are wanted as well; else the pass ends behind the highest of `after`.
     Use as a context manager: the model is changed inside it and put back by it.
     """
 
@@ -67,6 +74,8 @@ class GrowingBatch:
         tick: Callable[[int], None] | None = None,
         keep: Keep | None = None,
         own_head: bool = False,
+        after: Collection[int] = (),
+        logits: bool = True,
     ) -> None:
         self.model, self.anatomy, self.packed = subject.model, subject.anatomy, packed
         # Prompts that are read at the same node are the same up to there.
@@ -79,6 +88,10 @@ class GrowingBatch:
         self.tick = tick or (lambda steps: None)
         self.keep = keep
         self.own_head = own_head
+        self._after, self._logits = after, logits
+        self._top = len(self.anatomy.blocks) - 1 if logits else max(after)  # the last decoder layer that runs
+        self._see: See | None = None
+        self._head_rows = slice(0)  # those of _head_chunk
         self._residual_dtype = torch.float32 if subject.fp32_residual else None
         self._backend = subject.backend
         self._trees: dict[torch.device, TreeContext] = {}
@@ -109,14 +122,15 @@ class GrowingBatch:
             self._weights = undo.enter_context(on_demand(self.model, modules))
             for layer in self.anatomy.layers:
                 undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
-            for block in self.anatomy.blocks:
-                final = block is self.anatomy.blocks[-1]
+            for number, block in enumerate(self.anatomy.blocks[: self._top + 1]):
+                final = number == self._top
                 undo.enter_context(
                     forward_replaced(
                         block.module, lambda fwd, block=block, final=final: self._layer(block, fwd, final)
                     )
                 )
-            if not self.own_head:
+            undo.enter_context(leaving(self.anatomy.blocks, self._leaves, self._after))
+            if self._logits and not self.own_head:
                 undo.enter_context(float32_head(self.model))
             self._undo = undo.pop_all()
         return self
@@ -125,7 +139,14 @@ class GrowingBatch:
         self._buffer = self._base = self._final = self._head_chunk = None
         self._undo.close()
 
-    def run(self, mask: HeadMask, consume: Consume, *, hidden_states: bool = False) -> None:
+    def run(
+        self,
+        mask: HeadMask,
+        consume: Consume | None = None,
+        *,
+        hidden_states: bool = False,
+        see: See | None = None,
+    ) -> None:
         """Run the rows of `mask` and hand out their next-token logits.
 
         mask: row 0 may have any heads ablated; the others follow in ascending order of the first layer in
@@ -135,13 +156,15 @@ class GrowingBatch:
             their ends) to them.
         hidden_states: hand out what enters the output head instead, [n, U, hidden]: the hidden states after
             the final norm.
+        see(layer, rows, states): called for each decoder layer in `after`, from the first, for consecutive slices of rows with
+            what leaves it, [n, U, hidden]. Rows that fork later do not come: theirs are row 0's.
         """
         forks = [mask.fork_layer(r) for r in range(len(mask))]
         if forks != sorted(forks):
             raise ValueError("rows must be sorted by the first layer in which they differ from row 0")
         self._mask = mask
         self._forks = np.bincount(forks[1:], minlength=self.anatomy.num_layers).tolist()
-        self._alive = 1
+        self._alive, self._see = 1, see
         device = input_device(self.model)
         token_ids = torch.as_tensor(self.packed.token_ids, device=device)[None]
         position_ids = torch.as_tensor(self.packed.position, device=device).long()[None]
@@ -151,26 +174,45 @@ class GrowingBatch:
         base = None
         seen_by = head_input(self.model) if hidden_states else contextlib.nullcontext([])
         with self._weights.idle(), seen_by as seen:
-            for rows in even_slices(len(mask), self.rows_per_head_chunk):
-                self._head_chunk = self._final[rows]
+            for rows in even_slices(self._alive, self.rows_per_head_chunk):
+                self._head_chunk, self._head_rows = self._final[rows], rows
                 # As many rows as come out of the layers: some models shape their states by their input.
                 start = token_ids.new_zeros(rows.stop - rows.start, len(self.last_nodes))
                 logits = self._forward(start, start)
+                if not self._logits:
+                    continue
                 out = seen.pop() if hidden_states else logits
                 base = out[0].clone() if base is None else base
                 consume(rows, out, base)
                 del out, logits  # before the next ones are made
-        self._head_chunk = self._final = None
+        self._head_chunk = self._final = self._see = None
 
-    def _forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
-        out = self.model(
-            input_ids=token_ids, position_ids=position_ids, use_cache=False, return_dict=True, **kwargs
-        )
-        return out.logits
+    def _forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor | None:
+        with contextlib.suppress(Left):
+            out = self.model(
+                input_ids=token_ids, position_ids=position_ids, use_cache=False, return_dict=True, **kwargs
+            )
+            return out.logits
+        return None
+
+    def _leaves(self, number: int, hidden: torch.Tensor) -> None:
+        """Hand out what leaves a decoder layer. The last one's rows come in the head's chunks."""
+        last = number == self._top
+        if self._head_chunk is not None:
+            if last:
+                self._see(number, self._head_rows, hidden)
+        elif not last:
+            for rows in even_slices(self._alive, self.rows_per_head_chunk):
+                here = self._buffer[rows] if self._ends_alone else hidden[rows]
+                nodes = None if self._ends_alone else self._last_nodes(here.device)
+                self._see(number, rows, here if nodes is None else here.index_select(1, nodes))
+        if last and not self._logits:
+            raise Left
 
     def _layer(self, block: Block, forward: Callable, last: bool) -> Callable:
-        """last: the model's last decoder layer."""
-        index, trimmed = block.layer, last and self.anatomy.trims
+        """last: the last decoder layer that runs, as a rule the model's."""
+        index = block.layer
+        trimmed = last and index is not None and not self.anatomy.plain_sequences
 
         def step(*args, **kwargs):
             call = LayerCall.of(forward, args, kwargs)
@@ -184,7 +226,7 @@ class GrowingBatch:
             if self._ends_alone:
                 return call.result(self._ends_layer(index, call, last))
             if self._fused:
-                self._fused_layer(index, hidden, *call.kwargs["position_embeddings"])
+                self._fused_layer(index, hidden, last, *call.kwargs["position_embeddings"])
                 return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
             n = self._fork(index, hidden)
             for rows in even_slices(n, self.rows_per_chunk):
@@ -275,7 +317,9 @@ class GrowingBatch:
         self._fused_rows(index, self._buffer[:1], of_ends, *(x.index_select(0, nodes) for x in flat), nodes)
         return base
 
-    def _fused_layer(self, index: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def _fused_layer(
+        self, index: int, hidden: torch.Tensor, last: bool, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
         """One layer by fused_layer.py, of rows over the whole tree."""
         layer, window, tree = self._fused[index], self.anatomy.layers[index].window, self._tree(hidden.device)
 
@@ -288,7 +332,6 @@ class GrowingBatch:
                 scaling=layer.scaling, softcap=layer.softcap, window=window,
             )  # fmt: skip
 
-        last = index == self.anatomy.num_layers - 1
         nodes = self._last_nodes(hidden.device) if last else None
         self._fused_rows(index, hidden, attention, cos[0].contiguous(), sin[0].contiguous(), nodes, last)
 

@@ -69,7 +69,7 @@ class Plan:
     def blocks(self, units: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
         """(layer, index) pairs in ascending order, cut into the fewest blocks that keep to the plan, as equal in work as
         can be."""
-        layers = self.needs.anatomy.num_layers
+        layers = self.needs.held.depth or self.needs.anatomy.num_layers
         parts = [slice(0, len(units))]
         if self.steps_per_block is not None:
             done = [0, *accumulate(layers - layer for layer, _ in units)]
@@ -201,7 +201,8 @@ class Held:
     dtype: of the model; extra_rows: streams beside those of the block; per_row_bytes, bytes: kept of every row, and in all;
     coming_bytes: weights of the model that are brought into memory while it runs; per_token_bytes: held of the base row's tokens
     beside a chunk; row_size: bytes per number of the residual streams, by default those of the model's dtype; reads: the
-    positions of each prompt that are read, None for its last; ends_alone: rows are as wide as there are reads.
+    positions of each prompt that are read, None for its last; ends_alone: rows are as wide as there are reads; depth: layers
+    with heads that a pass goes through, None for all.
     """
 
     device: torch.device
@@ -214,6 +215,7 @@ class Held:
     row_size: int | None = None
     reads: Sequence[Sequence[int]] | None = None
     ends_alone: bool = False
+    depth: int | None = None
 
     def pack(self, prompts: Sequence[Sequence[int]], group: Sequence[int]) -> PackedPrompts:
         """A group of the prompts, by their indices."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -13,14 +13,20 @@ from .decoder_layers import Block
 Take = Callable[[int, torch.Tensor], None]
 
 
+class Left(Exception):
+    """Ends a forward pass whose remaining layers nobody needs."""
+
+
 @contextlib.contextmanager
-def leaving(blocks: Sequence[Block], take: Take) -> Iterator[None]:
-    """take(block, hidden [B, T, hidden]) sees what leaves each decoder layer, counted as the model counts them.
+def leaving(blocks: Sequence[Block], take: Take, after: Collection[int] | None = None) -> Iterator[None]:
+    """take(layer, hidden [B, T, hidden]) sees what leaves each decoder layer, or those in `after`, counted as the model counts
+    them. It may raise Left.
 
     What other hooks on a layer add to its output is in it.
     """
     with contextlib.ExitStack() as undo:
-        for index, block in enumerate(blocks):
+        for index in range(len(blocks)) if after is None else sorted(after):
+            block = blocks[index]
             hook = functools.partial(_show, take, index)
             undo.callback(block.module.register_forward_hook(hook).remove)
         yield

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu
 from transformers import PreTrainedModel
 
 from ..clock import seconds_since
@@ -33,6 +32,7 @@ from ..ops.prefix_tree import pack
 from ..progress import Bar
 from ..prompts.tokens import all_tokens
 from ..results.direction import Direction, check_layer
+from ..results.two_samples import auroc
 from ..runs.identity import prompt_hashes
 from .measurements import DirectionExecution, DirectionMeasurement
 from .self_check import check_own_hidden
@@ -197,8 +197,3 @@ def _held_out(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float]:
         )
     (one, far), (other, further) = found
     return (one + other) / 2, float(np.nan_to_num(far + further))
-
-
-def auroc(a: np.ndarray, b: np.ndarray) -> float:
-    """The chance that one of `a` is above one of `b`; ties count half."""
-    return float(mannwhitneyu(a, b).statistic) / (len(a) * len(b))

@@ -21,10 +21,10 @@ from ..clock import in_words
 from ..engine.alignment import pair_ids
 from ..engine.flops import scan_flops
 from ..engine.measurement import ScanExecution
-from ..engine.memory_plan import Plan, block_parts, free_bytes, make_plan, peak_bytes
+from ..engine.memory_plan import Plan, block_parts, free_bytes, peak_bytes
 from ..engine.sequences import Sequences
 from ..engine.subject import held_beside, layer_path, tokens_of
-from ..engine.work_plan import PART_SECONDS, Work, cut_by_work
+from ..engine.work_plan import PART_SECONDS
 from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
 from ..models.attention_hook import LONG
@@ -32,10 +32,12 @@ from ..models.loading import as_device, first_line
 from ..models.wider import WIDER, copy_bytes
 from ..ops.prefix_tree import pack
 from ..ops.tree_attention import BACKENDS, resolve_backend
+from ..results.direction import check_layer
 from ..text import counted
 from .control import of_the_control
 from .measurements import ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
+from .prepare import planned, work_of
 from .rates import Rates, measure_rates
 
 COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
@@ -186,7 +188,10 @@ def _forecast(
     if isinstance(measurement, SubspaceMeasurement):
         measurement.check(len(token_ids), len(units), anatomy.hidden_size)
     else:
-        as_metrics(measurement.metric, tokenizer, anatomy.vocab_size)
+        metrics = as_metrics(measurement.metric, tokenizer, anatomy.vocab_size)
+        for each in metrics:
+            if each.layer is not None:
+                check_layer(each.layer, len(anatomy.blocks))
     how = measurement.ablation
     tree_ids = token_ids if how.kind != "resample" else pair_ids(token_ids, others, how.align)[0]
     held = _model_bytes(model, anatomy, stream)
@@ -200,10 +205,10 @@ def _forecast(
     beside = replace(beside, reads=sequences.places, ends_alone=ends_alone)
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
-    plan = make_plan(anatomy, tree_ids, len(units), limited, beside)
-    work = Work.of(model, anatomy, measurement, device, fused=layers != "model", stream=stream)
-    fit = plan
-    plan = cut_by_work(plan, tree_ids, units, execution, work)
+    read_out = measurement.read_out()
+    work = work_of(model, anatomy, measurement, device, fused=layers != "model", stream=stream)
+    fit, plan = planned(anatomy, tree_ids, units, limited, beside, work, read_out)
+    some = [unit for unit in units if unit[0] < read_out.depth(anatomy)]
     packs = [beside.pack(tree_ids, group) for group in plan.prompt_groups]
     tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.read_index.tolist())) for p in packs)
     rows = plan.rows_per_block + 1
@@ -226,8 +231,8 @@ def _forecast(
         "kept": rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes,
     }
     rounds = 1 + (steps - 1) * beam
-    costs, cut = work.costs, plan.blocks(units)
-    flops = rounds * scan_flops(costs, packs, units, blocks=cut, ends_alone=ends_alone)
+    costs, cut = work.costs, plan.blocks(some)
+    flops = rounds * scan_flops(costs, packs, some, blocks=cut, ends_alone=ends_alone) if some else 0
     flops += CHECK_ROWS * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
     blocks = len(packs) * len(cut)
     checks = _check_passes(longest)
@@ -251,7 +256,7 @@ def _forecast(
         best_seconds=took(rates and rates.best, reading=reading, stream=stream),
         blocks=len(cut), rates=rates,
         copy_bytes=0 if stream or not execution.rescored or model.dtype not in WIDER else copy_bytes(model),
-        limits=_limits(plan, fit, len(units), len(token_ids), blocks, device),
+        limits=_limits(plan, fit, len(some), len(token_ids), blocks, device),
     )  # fmt: skip
 
 

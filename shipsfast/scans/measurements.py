@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
 
 from annotated_doc import Doc
 
@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
 POLICIES = ("raise", "mark")
+
+
+class ReadOut(NamedTuple):
+    """What is read of a pass. after: decoder layers, counted as the model's, whose hidden states are; logits: whether they are."""
+
+    after: tuple[int, ...] = ()
+    logits: bool = True
+
+    def depth(self, anatomy: Anatomy) -> int:
+        """How many layers with heads have a part in it."""
+        blocks = anatomy.blocks if self.logits else anatomy.blocks[: max(self.after) + 1]
+        return sum(block.layer is not None for block in blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +76,10 @@ class ScanMeasurement(Measurement):
         """What the identity of a run says of it beside prompts, ablation and heads."""
         return {}
 
+    def read_out(self) -> ReadOut:
+        """What scores are made of."""
+        return ReadOut()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShipsMeasurement(ScanMeasurement):
@@ -75,8 +91,8 @@ class ShipsMeasurement(ScanMeasurement):
         Doc(
             "`logit_diff(token_a, token_b)`, `refusal_logit(tokens)`, or a callable on (base_logits [P, V], "
             "ablated_logits [N, V], prompt_index int64 [N]) -> [N]; with answers, or several positions, everything that is read counts "
-            "as a prompt there, in order. Or a list of them, measured in one pass: the result is the first one's, and has the "
-            "others in .also."
+            "as a prompt there, in order. `projection(direction)` and `probe(weights, layer)` are of hidden states behind a decoder "
+            "layer. Or a list of them, measured in one pass: the result is the first one's, and has the others in .also."
         ),
     ] = "kl"
     at: Annotated[
@@ -128,6 +144,14 @@ class ShipsMeasurement(ScanMeasurement):
                 )
         if self.control is not None:
             self._set_control()
+
+    def read_out(self) -> ReadOut:
+        from .metrics import Metric, parse_metric  # torch comes with it
+
+        given = self.metric if isinstance(self.metric, tuple) else (self.metric,)
+        metrics = [parse_metric(each) if isinstance(each, str) else each for each in given]
+        layers = [each.layer if isinstance(each, Metric) else None for each in metrics]
+        return ReadOut(tuple(sorted({x for x in layers if x is not None})), not layers or None in layers)
 
     def _set_places(self) -> None:
         self._set(at=as_places(self.at, len(self.prompts)))

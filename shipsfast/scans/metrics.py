@@ -6,6 +6,7 @@
     log_prob, prob                        of the answer's own token, with the head off
     log_prob_diff, prob_diff              their change by switching it off; abs_log_prob_diff, abs_prob_diff: its size
     a callable                            (base_logits [P, V], ablated_logits [N, V], prompt_index [N]) -> [N]
+    projection, probe                     of hidden states, behind a decoder layer (hidden_metrics.py)
 
 `as_metric` makes a Metric of any of these, `parse_metric` of the command line's text.
 """
@@ -13,7 +14,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +25,7 @@ import torch
 from ..errors import InputError, from_digits
 from ..ops import divergences
 from ..ops.divergences import DIVERGENCES, check_rows, divergence_rows
+from .functions import function_name, has_name, real_numbers
 
 Token = int | str
 _DIVERGENCE_LABELS = {
@@ -41,7 +42,7 @@ _OWN_TOKEN_LABELS = {
     "abs_log_prob_diff": "size of the change of log p(answer's token)",
     "abs_prob_diff": "size of the change of p(answer's token)",
 }
-_TEXT_FORMS = f"{', '.join((*DIVERGENCES, *_OWN_TOKEN_LABELS))}, logit_diff:TOKEN_A,TOKEN_B or refusal_logit:TOKEN,TOKEN,..."
+_TEXT_FORMS = f"{', '.join((*DIVERGENCES, *_OWN_TOKEN_LABELS))}, logit_diff:TOKEN_A,TOKEN_B, refusal_logit:TOKEN,TOKEN,... or projection:FILE[,LAYER]"
 _LIVE_LOG_ODDS_ARRAYS = 4  # float64 arrays of a chunk's size that _log_odds holds at once
 
 
@@ -54,6 +55,7 @@ class Metric(ABC):
     sees_all_prompts  whether `rows` wants the base rows of every prompt, in order
     is_named          whether describe() tells it from any other metric
     of_answers        whether it is of the answers' own tokens: `tokens` is called, and not `rows`
+    layer             None, or the decoder layer behind which `rows` wants hidden states [., hidden] in the place of logits
     """
 
     name: str
@@ -63,6 +65,7 @@ class Metric(ABC):
     sees_all_prompts: bool = False
     is_named: bool = True
     of_answers: bool = False
+    layer: int | None = None
 
     @abstractmethod
     def describe(self) -> dict:
@@ -307,16 +310,11 @@ class _Custom(Metric):
 
     @property
     def is_named(self) -> bool:
-        return isinstance(self.function, FunctionType) and "<" not in self.function.__qualname__
+        return has_name(self.function)
 
     @property
     def name(self) -> str:
-        function = self.function
-        while isinstance(function, functools.partial):
-            function = function.func
-        if not hasattr(function, "__qualname__"):  # an object with __call__
-            function = type(function)
-        return f"{function.__module__}.{function.__qualname__}"
+        return function_name(self.function)
 
     @property
     def label(self) -> str:
@@ -330,17 +328,7 @@ class _Custom(Metric):
     ) -> torch.Tensor:
         check_rows(base_logits, ablated_logits, row_map)
         returned = self.function(base_logits, ablated_logits, row_map)
-        wanted = f"metric {self.name}: expected {len(row_map)} real numbers, shape [{len(row_map)}]"
-        try:
-            scores = torch.as_tensor(returned).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{wanted}, got {type(returned).__name__}: return a tensor or an array"
-            ) from error
-        if scores.shape != row_map.shape:
-            raise InputError(f"{wanted}, got shape {list(scores.shape)}: return one score per ablated row")
-        if scores.dtype.is_complex or scores.dtype == torch.bool:
-            raise InputError(f"{wanted}, got {scores.dtype}: return floating-point numbers")
+        scores = real_numbers(returned, len(row_map), f"metric {self.name}")
         return scores.to(device=ablated_logits.device, dtype=torch.float64)
 
 
@@ -387,18 +375,25 @@ def as_metric(metric: str | Metric | Callable, tokenizer=None, vocab_size: int |
     """
     if isinstance(metric, str):
         metric = parse_metric(metric)
-    elif any(metric is each for each in (logit_diff, refusal_logit)):
+    elif isinstance(metric, FunctionType) and metric in _makers():
         raise InputError(
-            f"metric {metric.__name__} is not called yet: give it tokens, {metric.__name__}(...)"
+            f"metric {metric.__name__} is not called yet: give it {_makers()[metric]}, {metric.__name__}(...)"
         )
     elif not isinstance(metric, Metric) and callable(metric):
         metric = _Custom(metric)
     if not isinstance(metric, Metric):
         raise InputError(
             f"metric {metric!r}: expected one of {', '.join((*DIVERGENCES, *_OWN_TOKEN_LABELS))}, logit_diff(token_a, token_b), "
-            "refusal_logit(tokens) or a callable"
+            "refusal_logit(tokens), projection(direction), probe(weights, layer) or a callable"
         )
     return metric.resolve(tokenizer, vocab_size)
+
+
+def _makers() -> dict[Callable, str]:
+    """Functions that make a metric, and of what."""
+    from .hidden_metrics import probe, projection  # it imports this file
+
+    return {logit_diff: "tokens", refusal_logit: "tokens", projection: "a direction", probe: "weights"}
 
 
 def as_metrics(given, tokenizer=None, vocab_size: int | None = None) -> list[Metric]:
@@ -415,9 +410,10 @@ def as_metrics(given, tokenizer=None, vocab_size: int | None = None) -> list[Met
 
 
 def parse_metric(text: str) -> Metric:
-    """A Metric from text: "kl", "logit_diff:12,7", "refusal_logit:Sorry,I".
+    """A Metric from text: "kl", "logit_diff:12,7", "refusal_logit:Sorry,I", "projection:refusal.safetensors,12".
 
-    After the colon come the tokens, with commas between. Digits only are an id; anything else is text, taken as it
+    After the colon come the tokens, with commas between, or the file of a direction and, if it is to be another than the
+    direction's own, the layer. Digits only are an id; anything else is text, taken as it
     is, spaces included, and resolved by as_metric. Text of digits or with a comma needs the Python functions.
     Raises InputError for anything else.
     """
@@ -427,6 +423,10 @@ def parse_metric(text: str) -> Metric:
         return _Divergence(kind)
     if kind in _OWN_TOKEN_LABELS and not colon:
         return _OwnToken(kind)
+    if kind == "projection":
+        from .hidden_metrics import parse_projection  # it imports this file
+
+        return parse_projection(text, rest)
     if kind not in ("logit_diff", "refusal_logit"):
         raise InputError(f"unknown metric {text!r}: expected {_TEXT_FORMS}")
     tokens = [from_digits(part) if part.isascii() and part.isdigit() else part for part in rest.split(",")]

@@ -44,8 +44,19 @@ def check_base_logits(prepared, together: Sequence[int], place: np.ndarray, base
         refuse_base(prepared, together[int(rows.argmax())], "the logits")
 
 
-def reason(place: Place | None, metric: str) -> str:
-    """For the end of a message."""
+def check_base_states(
+    prepared, reads: Sequence[int], place: np.ndarray, base: torch.Tensor, layer: int
+) -> None:
+    """The same of hidden states base [U, hidden] behind a decoder layer."""
+    bad = ~torch.isfinite(base).all(1)
+    if bool(bad.any()):
+        rows = bad.cpu().numpy()[place]
+        refuse_base(prepared, reads[int(rows.argmax())], f"the hidden state after decoder layer {layer}")
+
+
+def reason(place: Place | None, metric: str, layer: int | None = None) -> str:
+    """For the end of a message. layer: of a metric of hidden states."""
     if place is not None:
         return str(place)
-    return f"the model's numbers are finite, and the metric {metric} is undefined for its logits"
+    what = "its logits" if layer is None else f"its hidden states after decoder layer {layer}"
+    return f"the model's numbers are finite, and the metric {metric} is undefined for {what}"

@@ -14,17 +14,18 @@ from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Head, unit_heads
 from ..engine.measurement import ScanExecution
-from ..engine.memory_plan import Plan, make_plan
+from ..engine.memory_plan import Held, Plan, make_plan
 from ..engine.replacement_values import mean_outputs, resample_outputs
 from ..engine.sequences import Sequences
 from ..engine.subject import Subject, look_at
 from ..engine.work_plan import Work, cut_by_work
 from ..errors import note
 from ..memory import OutOfMemory, out_of_memory
+from ..models.anatomy import Anatomy
 from ..models.output_head import head_precision
 from ..ops.prefix_tree import PackedPrompts, pack
 from ..runs.folder import RunFolder
-from .measurements import ScanMeasurement
+from .measurements import ReadOut, ScanMeasurement
 from .scan_bar import ScanBar
 
 
@@ -34,13 +35,14 @@ class Prepared(Subject):
 
     units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
     plan: may become smaller, or another run's: see `continue_plan`; its groups are of sequences, as they are packed;
-    execution: what the caller asked for.
+    execution: what the caller asked for; read_out: what scores are made of.
     """
 
     units: list[Head]
     plan: Plan
     execution: ScanExecution
     sequences: Sequences
+    read_out: ReadOut
     _tokens: object = None  # of the numbers in the sequences, for resample
     _mean: list[torch.Tensor] | None = None
 
@@ -112,7 +114,17 @@ class Prepared(Subject):
         return self.anatomy.num_layers, self.num_units
 
     def growing_batch(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> GrowingBatch:
-        return GrowingBatch(self, packed, self.plan, tick=tick)
+        after, logits = self.read_out
+        return GrowingBatch(self, packed, self.plan, tick=tick, after=after, logits=logits)
+
+    @functools.cached_property
+    def depth(self) -> int:
+        """Layers with heads that rows pass: all, or those that what is read depends on."""
+        return self.read_out.depth(self.anatomy)
+
+    def counting(self, units: Iterable[Head]) -> list[Head]:
+        """Those of `units` that can matter to what is read: others stand in later layers."""
+        return [unit for unit in units if unit[0] < self.depth]
 
     def continue_plan(self, folder: RunFolder) -> None:
         """Cut what is left of an unfinished run as the run was cut: its scores then end bit for bit as they would have.
@@ -137,7 +149,9 @@ class Prepared(Subject):
         """`units` cut into blocks as planned, without those that have nothing missing. A block is always the same
         rows, however much of it is known: matrix products of other sizes would round otherwise."""
         missing = set(missing)
-        return [block for block in self.plan.blocks(units) if not missing.isdisjoint(block)]
+        some = self.counting(units)
+        blocks = self.plan.blocks(some) if some else []
+        return [block for block in (*blocks, units[len(some) :]) if not missing.isdisjoint(block)]
 
     def layer_passes(self, units: Sequence[Head], missing: Iterable[Head], groups: int = 1) -> int:
         """How many (row, layer) steps it takes to scan what is missing of `units`: the unit of progress."""
@@ -145,8 +159,8 @@ class Prepared(Subject):
 
     def steps_of(self, block: Sequence[Head]) -> int:
         """(row, layer) steps of a block."""
-        layers = self.anatomy.num_layers
-        return layers + sum(layers - layer for layer, _ in block)
+        some = self.counting(block)
+        return bool(some) * self.depth + sum(self.depth - layer for layer, _ in some)
 
 
 def prepare(
@@ -162,13 +176,39 @@ def prepare(
     sequences = Sequences.of(tree_ids, subject.places, each_alone=subject.at_end and not subject.ends_alone)
     tree_ids = sequences.ids
     held = replace(subject.held(), reads=sequences.places, ends_alone=subject.ends_alone)
-    plan = make_plan(anatomy, tree_ids, len(units), execution, held)
-    work = Work.of(model, anatomy, measurement, subject.device, fused=subject.fused)
-    plan = cut_by_work(plan, tree_ids, units, execution, work)
+    read_out = measurement.read_out()
+    work = work_of(model, anatomy, measurement, subject.device, fused=subject.fused)
+    _, plan = planned(anatomy, tree_ids, units, execution, held, work, read_out)
     subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(model)}
+    if not read_out.logits:
+        subject.record["passes_end"] = (
+            f"behind decoder layer {max(read_out.after)} of {len(anatomy.blocks)}, counted from 0: no metric is of anything later"
+        )
     return Prepared(
-        **vars(subject), units=units, plan=plan, execution=execution, sequences=sequences, _tokens=tokens
-    )
+        **vars(subject), units=units, plan=plan, execution=execution, sequences=sequences, read_out=read_out, _tokens=tokens,
+    )  # fmt: skip
+
+
+def work_of(model, anatomy: Anatomy, measurement: ScanMeasurement, device: torch.device, **how) -> Work:
+    """What a scan's arithmetic costs. how: as in `Work.of`."""
+    work, read_out = Work.of(model, anatomy, measurement, device, **how), measurement.read_out()
+    return work if read_out.logits else replace(work, costs=work.costs.up_to(max(1, read_out.depth(anatomy))))
+
+
+def planned(
+    anatomy: Anatomy,
+    tree_ids: Sequence[Sequence[int]],
+    units: Sequence[Head],
+    execution: ScanExecution,
+    held: Held,
+    work: Work,
+    read_out: ReadOut,
+) -> tuple[Plan, Plan]:
+    """How a scan is cut: by memory, and then by work too. Units in layers behind what is read take neither."""
+    depth = read_out.depth(anatomy)
+    some = [unit for unit in units if unit[0] < depth]
+    fit = make_plan(anatomy, tree_ids, max(1, len(some)), execution, replace(held, depth=depth))
+    return fit, cut_by_work(fit, tree_ids, some, execution, work) if some else fit
 
 
 def run_blocks(

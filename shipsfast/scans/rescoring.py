@@ -22,7 +22,7 @@ from ..ops.tree_attention import resolve_backend
 from ..results.head_map import ranked
 from ..results.score_error import Rescored, ScoreError
 from .prepare import Prepared
-from .self_check import ablated_hidden, ablated_logits
+from .self_check import ablated_hidden, ablated_outputs
 
 T = TypeVar("T")
 SEED = 0
@@ -207,7 +207,8 @@ def _scores(work, prepared: Prepared, cells: Iterable[tuple[int, ...]]) -> dict[
         by_read.setdefault(read, []).append((layer, head))
     found = {}
     for read, units in by_read.items():
-        *ablated, base = ablated_logits(prepared, read, units)
-        for unit, logits in zip(units, ablated, strict=True):
-            found[read, *unit] = [work.one(m.metric, read, base, logits) for m in work.measures]
+        outputs = ablated_outputs(prepared, read, units)
+        for number, unit in enumerate(units):
+            pairs = [(m.metric, outputs[m.metric.layer]) for m in work.measures]
+            found[read, *unit] = [work.one(metric, read, out[-1], out[number]) for metric, out in pairs]
     return found

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.heads import Head
-from ..errors import InputError
+from ..errors import InputError, note
 from ..results.score_error import Rescored, ScoreError
 from ..results.ships import MARKED, ShipsResult, also_place, cells_of, column
 from ..runs.folder import RunFolder
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
+from .hidden_metrics import HiddenMetric
 from .metrics import Metric, as_metrics
 from .prepare import Prepared
 
@@ -24,6 +25,7 @@ def measures_of(prepared: Prepared, tokenizer, control: Prepared | None) -> list
     is a part of this one."""
     measurement, out = prepared.measurement, prepared.execution.out
     metrics = as_metrics(measurement.metric, tokenizer, prepared.anatomy.vocab_size)
+    metrics = [_fitted(each, prepared) for each in metrics]
     own = next((each.name for each in metrics if each.of_answers), None)
     if own is not None and prepared.targets is None:
         raise InputError(f"metric {own} is of an answer's own tokens: give answers (--answer-column)")
@@ -41,6 +43,17 @@ def measures_of(prepared: Prepared, tokenizer, control: Prepared | None) -> list
         Measure(prepared, each, None if out is None else Path(out) / place, others if number == 0 else {})
         for number, (each, place) in enumerate(zip(metrics, places, strict=True))
     ]
+
+
+def _fitted(metric: Metric, prepared: Prepared) -> Metric:
+    """A metric of hidden states, for the model at hand; any other as it is."""
+    if not isinstance(metric, HiddenMetric):
+        return metric
+    hidden = getattr(prepared.model.config.get_text_config(), "hidden_size", None)
+    made_of = getattr(metric, "made_of", "")
+    if made_of and made_of != prepared.identity["fingerprint"]:
+        note(f"metric {metric.name}: its direction is of other weights, or of these in another dtype")
+    return metric.fitted(len(prepared.anatomy.blocks), hidden, prepared.model.dtype)
 
 
 def finished(measures: Sequence[Measure]) -> ShipsResult | None:

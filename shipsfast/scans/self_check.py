@@ -5,6 +5,7 @@ A prompt is a read here: the tokens up to a position that is read (`Prepared.rea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,8 +18,12 @@ from ..errors import UnsupportedModelError
 from ..models.attention_hook import LONG
 from ..models.forward import alarm, last_logits_only, plain_pass, rounded_to, softcap_left_out
 from ..models.output_head import float32_head, head_input
+from ..models.residual_stream import Left, leaving
 from ..ops.divergences import kl_rows
 from .prepare import Prepared
+
+# Logits under None, and hidden states by the decoder layer that they leave.
+Outputs = dict[int | None, torch.Tensor]
 
 # The same as ALARM_NATS for hidden states: the largest difference relative to their norm.
 ALARM_HIDDEN = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -54,13 +59,13 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
     return noise
 
 
-def ablated_logits(prepared: Prepared, prompt: int, units: Sequence[Head]) -> torch.Tensor:
-    """Next-token logits [len(units) + 1, V] by a plain forward pass with each unit off; the last with none."""
-    out = []
+def ablated_outputs(prepared: Prepared, prompt: int, units: Sequence[Head]) -> Outputs:
+    """What is read, [len(units) + 1, .], by a plain forward pass with each unit off; the last with none."""
+    parts = []
     for mask in _plain_masks(prepared, prompt, [(unit,) for unit in units]):
         with dense_rows(prepared.model, prepared.anatomy, mask):
-            out.append(plain_logits(prepared, prompt, len(mask)))
-    return torch.cat(out)
+            parts.append(plain_outputs(prepared, prompt, len(mask)))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _plain_masks(prepared: Prepared, prompt: int, groups: Sequence[Sequence[Head]]) -> list[HeadMask]:
@@ -142,10 +147,21 @@ def plain_hidden(prepared: Prepared, prompts: Sequence[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def plain_logits(prepared: Prepared, prompt: int, rows: int) -> torch.Tensor:
-    """Next-token logits [rows, V] by the model's own forward, every row the same prompt."""
-    with float32_head(prepared.model):
-        return _forward(prepared, [prepared.read_ids[prompt]] * rows)[:, -1]
+def plain_outputs(prepared: Prepared, prompt: int, rows: int) -> Outputs:
+    """What is read, [rows, .], by the model's own forward, every row the same prompt."""
+    after, wants_logits = prepared.read_out
+    out: Outputs = {}
+
+    def take(layer: int, hidden: torch.Tensor) -> None:
+        out[layer] = hidden[:, -1].clone()
+        if not wants_logits and layer == after[-1]:
+            raise Left
+
+    blocks, ids = prepared.anatomy.blocks, [prepared.read_ids[prompt]] * rows
+    with float32_head(prepared.model), leaving(blocks, take, after), contextlib.suppress(Left):
+        logits = _forward(prepared, ids)[:, -1]
+        out |= {None: logits} if wants_logits else {}
+    return out
 
 
 def _forward(prepared: Prepared, ids: list[list[int]]) -> torch.Tensor:

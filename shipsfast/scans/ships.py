@@ -18,17 +18,26 @@ from ..errors import InputError, UnsupportedModelError, note
 from ..memory import OutOfMemory, once_more
 from ..models.forward import alarm
 from ..models.restore import untouched
+from ..ops.prefix_tree import PackedPrompts
 from ..results.score_error import Rescored
 from ..results.ships import MARKED, ShipsResult
 from .control import of_the_control, prepare_control
 from .measurements import ShipsMeasurement
 from .metrics import Metric, measure_rows
-from .nonfinite import check_base_logits, explain, reason
+from .nonfinite import check_base_logits, check_base_states, explain, reason
 from .prepare import Prepared, prepare, run_blocks
 from .rescoring import rescore
 from .scan_bar import ScanBar
 from .score_store import Measure, finished, measures_of
-from .self_check import ablated_logits, longest_prompt, own_layers_hint, packing_noise_nats, plain_logits
+from .self_check import (
+    Outputs,
+    ablated_outputs,
+    check_own_hidden,
+    longest_prompt,
+    own_layers_hint,
+    packing_noise_nats,
+    plain_outputs,
+)
 
 
 @called_with(ShipsMeasurement, ScanExecution)
@@ -155,44 +164,82 @@ class _Work:
             self._packed = (together, *prepared.pack(together))
         _, packed, values = self._packed
         reads = prepared.sequences.reads(together)
-        with prepared.growing_batch(packed, self.bar.update) as batch:
-            found: list[list[torch.Tensor]] = []  # of every chunk, of every metric
-            kept: list[torch.Tensor] = []
-            place = torch.as_tensor(batch.prompt_place, device=prepared.device)
-
-            def consume(rows: slice, logits: torch.Tensor, base: torch.Tensor) -> None:
-                if not kept:
-                    kept.append(base)
-                found.append(self._score(logits, base, reads, place))
-
-            batch.run(prepared.mask(block, values), consume)
-        check_base_logits(prepared, reads, batch.prompt_place, kept[0])
-        self._compare(reads, kept[0], batch.prompt_place)
-        # [units, reads] of every metric.
-        scores = [torch.cat(chunks)[1:].cpu().numpy() for chunks in zip(*found, strict=True)]
+        some = prepared.counting(block)
+        # [units, reads] of every metric: 0 where a head is behind what the metric is of.
+        scores = [np.zeros((len(some) + 1, len(reads))) for _ in self.measures]
+        if some:
+            kept = self._run(some, packed, values, reads, scores)
+            self._check_base(reads, *kept)
+            self._compare(reads, *kept)
+        scores = [np.pad(each[1:], ((0, len(block) - len(some)), (0, 0))) for each in scores]
         for measure, each in zip(self.measures, scores, strict=True):
             self._check_numbers(measure, each, reads, block)
         for measure, each in zip(self.measures, scores, strict=True):
             measure.keep(each, reads, block)
 
+    def _run(
+        self, units: Sequence[Head], packed: PackedPrompts, values, reads: Sequence[int], scores: list
+    ) -> tuple[Outputs, np.ndarray]:
+        """Fill in the scores of a block of units, and of row 0. Returns what is read of the unablated model, [U, .] each, and
+        where in U each read is."""
+        found: list[list[tuple[slice, torch.Tensor]]] = [[] for _ in self.measures]
+        kept: Outputs = {}
+        with self.prepared.growing_batch(packed, self.bar.update) as batch:
+
+            def take(layer: int | None, rows: slice, out: torch.Tensor) -> None:
+                """Of consecutive slices of rows, from the first. Those that never come are row 0's."""
+                if rows.start == 0:
+                    kept[layer] = out[0].clone()
+                base = kept[layer]
+                place = torch.as_tensor(batch.prompt_place, device=out.device)
+                for number, each in self._score(layer, out, base, reads, place):
+                    found[number].append((rows, each))
+
+            mask = self.prepared.mask(units, values)
+            batch.run(mask, lambda rows, logits, _base: take(None, rows, logits), see=take)
+        for every, parts in zip(scores, found, strict=True):
+            for rows, each in parts:
+                every[rows] = each.cpu().numpy()
+        return kept, batch.prompt_place
+
     def _score(
-        self, logits: torch.Tensor, base: torch.Tensor, reads: Sequence[int], place: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Scores float64 [rows, reads] of logits [rows, U, V], for every metric. place: where in U each read is."""
-        rows, metrics = logits.shape[0], [measure.metric for measure in self.measures]
-        index = torch.arange(base.shape[0], device=logits.device).repeat(rows)
-        own = [metric for metric in metrics if not metric.sees_all_prompts and not metric.of_answers]
-        read = iter(measure_rows(own, base, logits.flatten(0, 1), index))
-        out = []
-        for metric in metrics:
+        self,
+        layer: int | None,
+        out: torch.Tensor,
+        base: torch.Tensor,
+        reads: Sequence[int],
+        place: torch.Tensor,
+    ) -> list[tuple[int, torch.Tensor]]:
+        """Scores float64 [rows, reads] of every metric of logits, or of hidden states behind that layer, with its number.
+
+        out: [rows, U, .]; place: where in U each read is.
+        """
+        rows = out.shape[0]
+        chosen = [
+            (number, measure.metric)
+            for number, measure in enumerate(self.measures)
+            if measure.metric.layer == layer
+        ]
+        index = torch.arange(base.shape[0], device=out.device).repeat(rows)
+        own = [each for _, each in chosen if not each.sees_all_prompts and not each.of_answers]
+        read, found = iter(measure_rows(own, base, out.flatten(0, 1), index)), []
+        for number, metric in chosen:
             if metric.sees_all_prompts:
-                prompts = torch.as_tensor(reads, device=logits.device).repeat(rows)
-                out.append(metric.rows(self.all_base, logits[:, place].flatten(0, 1), prompts).view(rows, -1))
+                prompts = torch.as_tensor(reads, device=out.device).repeat(rows)
+                scores = metric.rows(self.all_base, out[:, place].flatten(0, 1), prompts).view(rows, -1)
             elif metric.of_answers:
-                out.append(metric.tokens(base, logits, place, self._targets(reads, logits.device)))
+                scores = metric.tokens(base, out, place, self._targets(reads, out.device))
             else:
-                out.append(next(read).view(rows, -1)[:, place])
-        return out
+                scores = next(read).view(rows, -1)[:, place]
+            found.append((number, scores))
+        return found
+
+    def _check_base(self, reads: Sequence[int], base: Outputs, place: np.ndarray) -> None:
+        for layer, each in base.items():
+            if layer is None:
+                check_base_logits(self.prepared, reads, place, each)
+            else:
+                check_base_states(self.prepared, reads, place, each, layer)
 
     def _targets(self, reads: Sequence[int], device: torch.device) -> torch.Tensor:
         """The answers' tokens at these reads."""
@@ -216,28 +263,40 @@ class _Work:
             ]
         return out
 
-    def _compare(self, reads: Sequence[int], base: torch.Tensor, place: np.ndarray) -> None:
+    def _compare(self, reads: Sequence[int], base: Outputs, place: np.ndarray) -> None:
         """Noise floors, once a scan: the packed against the plain unablated model on the longest of the reads."""
         if all(measure.compared for measure in self.measures):
             return
-        prompt = longest_prompt(self.prepared, reads)
-        packed = base[place[list(reads).index(prompt)]]
-        plain = plain_logits(self.prepared, prompt, 1)[0].to(packed.device)
-        nats = packing_noise_nats(self.prepared, prompt, plain, packed)
+        prompt, nats = longest_prompt(self.prepared, reads), 0.0
+        at = place[list(reads).index(prompt)]
+        plain = {
+            key: out[0].to(base[key].device) for key, out in plain_outputs(self.prepared, prompt, 1).items()
+        }
+        for layer, each in base.items():
+            if layer is None:
+                nats = packing_noise_nats(self.prepared, prompt, plain[None], each[at])
+            else:
+                check_own_hidden(self.prepared, prompt, each[at], plain[layer])
         for measure in self.measures:
             noise, metric = nats, measure.metric
             if metric.name != "kl":
+                packed, alone = base[metric.layer][at], plain[metric.layer]
                 # A metric of the caller's own need not be 0 for equal logits.
-                noise = abs(self.one(metric, prompt, plain, packed) - self.one(metric, prompt, plain, plain))
+                noise = abs(self.one(metric, prompt, alone, packed) - self.one(metric, prompt, alone, alone))
                 if not np.isfinite(noise):
+                    what = "logits" if metric.layer is None else "hidden states"
                     raise InputError(
-                        f"metric {metric.name} is not finite for logits that differ by rounding only: it must be"
+                        f"metric {metric.name} is not finite for {what} that differ by rounding only: it must be"
                     )
             measure.keep_noise(noise)
 
     def one(self, metric: Metric, prompt: int, base: torch.Tensor, other: torch.Tensor) -> float:
-        """The metric of one pair of logits [V], at one read."""
+        """The metric of one pair of logits [V] or hidden states [hidden], at one read."""
         bases, at = base[None], 0
+        if metric.layer is not None:  # a residual stream may be wider than the model
+            dtype = torch.promote_types(base.dtype, other.dtype)
+            bases, other = bases.to(dtype), other.to(dtype)
+            base = bases[0]
         if metric.of_answers:
             place = torch.zeros(1, dtype=torch.long, device=base.device)
             other = other.to(base.dtype)[None, None]
@@ -259,7 +318,7 @@ class _Work:
         prepared, name = self.prepared, measure.metric.name
         prompt, (layer, index) = reads[bad[0][1]], block[bad[0][0]]
         place, _ = explain(prepared, prompt, (layer, index))
-        why = reason(place, name)
+        why = reason(place, name, measure.metric.layer)
         if not measure.mark:
             value = "not a number" if np.isnan(scores[tuple(bad[0])]) else "infinite"
             raise InputError(
@@ -290,19 +349,22 @@ def _spot_check(work: _Work) -> None:
     strongest = max(units, key=lambda u: abs(main.scores[prompt, u[0], u[1]]))
     chosen = sorted({strongest, units[len(units) // 2]})
     what = "checking two scores by plain forward passes"
-    *ablated, base = once_more(
+    outputs = once_more(
         what,
-        lambda: ablated_logits(prepared, prompt, chosen),
+        lambda: ablated_outputs(prepared, prompt, chosen),
         lambda: _one_by_one(prepared, prompt, chosen),
     )
     for measure in work.measures:
         metric, scores = measure.metric, measure.scores
+        *ablated, base = outputs[metric.layer]
         absolute, relative = alarm(prepared.model)
         if metric.sees_all_prompts:  # a metric of the caller's own, of unknown size
             absolute *= max(1.0, float(np.nanmax(np.abs(scores[prompt]))))
-        for (layer, index), logits in zip(chosen, ablated, strict=True):
+        if metric.layer is not None:
+            absolute *= max(1.0, metric.size(base))
+        for (layer, index), out in zip(chosen, ablated, strict=True):
             got = scores[prompt, layer, index]
-            expected = once_more(what, functools.partial(work.one, metric, prompt, base, logits))
+            expected = once_more(what, functools.partial(work.one, metric, prompt, base, out))
             error = 0.0 if got == expected else abs(expected - got)
             if not error <= absolute + relative * abs(expected):
                 raise UnsupportedModelError(
@@ -317,7 +379,7 @@ def _spot_check(work: _Work) -> None:
         measure.record["spot_check_max_abs"] = max(each.error for each in measure.plain)
 
 
-def _one_by_one(prepared: Prepared, prompt: int, chosen: Sequence[Head]) -> list[torch.Tensor]:
-    """What `ablated_logits` gives, in half the memory or less."""
-    found = [ablated_logits(prepared, prompt, [unit]) for unit in chosen]
-    return [*(logits[0] for logits in found), found[-1][-1]]
+def _one_by_one(prepared: Prepared, prompt: int, chosen: Sequence[Head]) -> Outputs:
+    """What `ablated_outputs` gives, in half the memory or less."""
+    found = [ablated_outputs(prepared, prompt, [unit]) for unit in chosen]
+    return {key: torch.cat([*(each[key][:1] for each in found), found[-1][key][1:]]) for key in found[0]}

@@ -31,7 +31,7 @@ from ..results.top_tokens import TokenChange, TopTokens
 from .nonfinite import check_base_logits, explain
 from .prepare import Prepared, prepare, run_blocks
 from .scan_bar import ScanBar
-from .self_check import ablated_logits, longest_prompt, own_layers_hint, packing_noise_nats, plain_logits
+from .self_check import ablated_outputs, longest_prompt, own_layers_hint, packing_noise_nats, plain_outputs
 from .token_measurement import TokensMeasurement
 
 
@@ -152,10 +152,10 @@ class _Work:
         probability. Raises UnsupportedModelError where they are not the same model."""
         prepared, read, (layer, index) = self.prepared, self.read, self.unit
         base = self.seen[None]
-        plain = plain_logits(prepared, read, 1)[0].to(base.device)
+        plain = plain_outputs(prepared, read, 1)[None][0].to(base.device)
         self.packing_noise = packing_noise_nats(prepared, read, plain, base)
         own = self.seen[self.unit]
-        expected = ablated_logits(prepared, read, [self.unit])[0].to(own.device)
+        expected = ablated_outputs(prepared, read, [self.unit])[None][0].to(own.device)
         nats = float(kl_rows(expected[None], own[None].to(expected.dtype), torch.zeros(1, dtype=torch.long)))
         if not nats <= alarm(prepared.model)[0]:
             raise UnsupportedModelError(

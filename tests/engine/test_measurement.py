@@ -22,7 +22,12 @@ from shipsfast.engine.measurement import ScanExecution, described
 from shipsfast.results.head_map import HeadScore
 from shipsfast.runs.kinds import Table
 from shipsfast.scans import dataset, sahara, ships
-from shipsfast.scans.measurements import SaharaMeasurement, ShipsMeasurement, SubspaceMeasurement
+from shipsfast.scans.measurements import (
+    DirectionMeasurement,
+    SaharaMeasurement,
+    ShipsMeasurement,
+    SubspaceMeasurement,
+)
 from shipsfast.scans.token_measurement import TokensMeasurement
 from tests.support.models import build
 
@@ -42,6 +47,7 @@ DESCRIPTIONS = [
     GenerationMeasurement(prompts=PROMPTS, groups=[[], [(0, 1)]], eos_token_id=[1, 2], seed=7),
     EvaluationMeasurement(prompts=PROMPTS, control=["What is a mill?"], judge="paper", keep_text=True),
     AsrMeasurement(prompts=PROMPTS, heads=[(0, 1)], ablation=Ablation("scale", 0.5)),
+    DirectionMeasurement(prompts=PROMPTS, others=PROMPTS[:1], layer=np.int64(3), position=-2, seed=1),
 ]
 
 

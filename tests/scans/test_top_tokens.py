@@ -193,8 +193,8 @@ def test_an_overflow_is_named():
 
 
 def test_a_pass_that_is_not_the_models_own_is_refused(monkeypatch):
-    real = module.ablated_logits
-    monkeypatch.setattr(module, "ablated_logits", lambda *args: real(*args) * 1.01)
+    real = module.ablated_outputs
+    monkeypatch.setattr(module, "ablated_outputs", lambda *args: {None: real(*args)[None] * 1.01})
     with pytest.raises(
         shipsfast.UnsupportedModelError, match="with head 1-2 off differs by .* cannot be scanned exactly"
     ):
