@@ -141,8 +141,8 @@ Quiet = Annotated[
 ]
 MetricNames = _option(
     ShipsMeasurement, "metric", list[str], "--metric",
-    more="logit_diff:TOKEN,TOKEN or refusal_logit:TOKEN,TOKEN,...; may be given several times, for one pass that measures "
-    "all (plots of all but the first get a number).",
+    more="logit_diff:TOKEN,TOKEN, refusal_logit:TOKEN,TOKEN,... or projection:FILE[,LAYER] with a file of shipsfast direction; may be "
+    "given several times, for one pass that measures all (plots of all but the first get a number).",
 )  # fmt: skip
 NonFinite = _option(ShipsMeasurement, "nonfinite")
 Rank = _option(SaharaMeasurement, "rank", least=1)

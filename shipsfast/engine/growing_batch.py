@@ -12,8 +12,8 @@ by itself, and the rows are as wide as there are reads: each token of a row stan
 unablated row's keys and values above it (ops/end_attention.py). Models that look beyond a token outside of attention keep rows
 of the whole sequence, and the mask is for the one token that is read.
 
-What leaves a decoder layer can be handed out too, at the tokens that are read. If nothing else is wanted, the highest such layer
-is treated as the last one, and no later layer runs.
+What leaves a decoder layer can be handed out too, at the tokens that are read. If nothing else is wanted, the highest such
+layer is treated as the last one, and no later layer runs.
 """
 
 from __future__ import annotations

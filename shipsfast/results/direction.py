@@ -70,7 +70,8 @@ class Direction(Compared):
         theirs = np.asarray(getattr(other, "vectors", other), dtype=np.float64)
         if theirs.shape not in (self.vectors.shape, self.vectors.shape[1:]):
             raise InputError(
-                f"this direction has vectors {list(self.vectors.shape)}, the other {list(theirs.shape)}: they are of other models"
+                f"this direction has vectors {list(self.vectors.shape)}, the other {list(theirs.shape)}: they are of other "
+                "models"
             )
         with np.errstate(invalid="ignore"):
             return (_unit(self.vectors) * _unit(theirs)).sum(-1)

@@ -78,7 +78,8 @@ class HiddenMetric(Metric):
 
 @dataclass(frozen=True, eq=False)
 class _Linear(HiddenMetric):
-    """vector: float64 [hidden]; source: the text that it was made of; made_of: fingerprint of the weights that a direction is of."""
+    """vector: float64 [hidden]; source: the text that it was made of; made_of: fingerprint of the weights that a direction is
+    of."""
 
     kind: str
     vector: torch.Tensor
@@ -112,7 +113,8 @@ class _Linear(HiddenMetric):
     def to_text(self) -> str:
         if not self.source:
             raise InputError(
-                f"metric {self.name} is made of numbers of this process: only directions of a file can be sent elsewhere, as {FORM}"
+                f"metric {self.name} is made of numbers of this process: only directions of a file can be sent elsewhere, "
+                f"as {FORM}"
             )
         return f"projection:{self.source},{self.layer}"
 
@@ -135,8 +137,8 @@ class _Linear(HiddenMetric):
 
     def _refuse(self, hidden: int) -> None:
         raise InputError(
-            f"metric {self.name} has a vector of {len(self.vector)} numbers, and the model's hidden states have {hidden}: it is of "
-            "another model"
+            f"metric {self.name} has a vector of {len(self.vector)} numbers, and the model's hidden states have {hidden}: it is "
+            "of another model"
         )
 
 
@@ -220,11 +222,11 @@ def projection(
 def probe(probe: Callable | object, layer: int, *, bias: float = 0.0, name: str | None = None) -> Metric:
     """Change of what a probe says of the residual stream h as it leaves decoder layer `layer`.
 
-    probe   weights [hidden] of a linear probe (numbers, a torch.nn.Linear with one output, a fitted linear model of scikit-learn
-            with one row of `coef_`): the score is the change of its log-odds w.h + b, in float64. Or a callable hidden [N, hidden] -> [N]
-            real numbers, a tensor or an array: the change of what it returns. It gets states on the model's device, in
-            float64 for a model in float64 and float32 for any other, of several heads and prompts at a time, and may not
-            look from one row at another.
+    probe   weights [hidden] of a linear probe (numbers, a torch.nn.Linear with one output, a fitted linear model of
+            scikit-learn with one row of `coef_`): the score is the change of its log-odds w.h + b, in float64. Or a callable
+            hidden [N, hidden] -> [N] real numbers, a tensor or an array: the change of what it returns. It gets states on the
+            model's device, in float64 for a model in float64 and float32 for any other, of several heads and prompts at a
+            time, and may not look from one row at another.
     layer   counted as the model counts its decoder layers, from 0
     bias    b of plain weights, which no change of w.h + b depends on
     name    what it is called in results, beside its layer

@@ -22,7 +22,8 @@ POLICIES = ("raise", "mark")
 
 
 class ReadOut(NamedTuple):
-    """What is read of a pass. after: decoder layers, counted as the model's, whose hidden states are; logits: whether they are."""
+    """What is read of a pass. after: decoder layers, counted as the model's, whose hidden states are; logits: whether they
+    are."""
 
     after: tuple[int, ...] = ()
     logits: bool = True

@@ -182,7 +182,8 @@ def prepare(
     subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(model)}
     if not read_out.logits:
         subject.record["passes_end"] = (
-            f"behind decoder layer {max(read_out.after)} of {len(anatomy.blocks)}, counted from 0: no metric is of anything later"
+            f"behind decoder layer {max(read_out.after)} of {len(anatomy.blocks)}, counted from 0: no metric is of anything "
+            "later"
         )
     return Prepared(
         **vars(subject), units=units, plan=plan, execution=execution, sequences=sequences, read_out=read_out, _tokens=tokens,

@@ -112,6 +112,7 @@ def rescore(work) -> None:
         return
     main = measures[0]
     usable = np.all([np.isfinite(measure.scores) for measure in measures], axis=0)
+    usable[:, prepared.depth :] = False  # heads that cannot matter: their 0 says nothing of others
     cells: dict[tuple[int, ...], bool] = {}  # (read, layer, head), and whether it was drawn
     prompts = [prompt for prompt, _ in prepared.read_places]
     count = how_many(asked, int(usable.sum()))

@@ -343,7 +343,9 @@ def _spot_check(work: _Work) -> None:
     """
     prepared, main = work.prepared, work.measures[0]
     prompt = longest_prompt(prepared, range(len(prepared.read_ids)))
-    units = [u for u in prepared.units if not any(m.marked[prompt, *u] for m in work.measures)]
+    units = [
+        u for u in prepared.counting(prepared.units) if not any(m.marked[prompt, *u] for m in work.measures)
+    ]
     if not units:
         return
     strongest = max(units, key=lambda u: abs(main.scores[prompt, u[0], u[1]]))

@@ -2,6 +2,7 @@
 
 import json
 
+import shipsfast
 from shipsfast import Direction
 from shipsfast.demo.run import MODEL, PROMPTS
 from tests.support.command_line import refused, run
@@ -32,6 +33,28 @@ def test_direction_of_the_embedded_model(capsys, tmp_path):
     assert said["record"]["prompts_from"]["prompts_b"]["file"].endswith("ordinary.csv")
 
 
+def test_scan_along_the_direction_of_a_file(capsys, tmp_path):
+    path, out = tmp_path / "refusal.safetensors", tmp_path / "run"
+    assert run(capsys, "direction", MODEL, *SETS, "--out", path, "--quiet")[0] == 0
+    args = ("scan", MODEL, SETS[0], "--limit", 4, "--metric", f"projection:{path}", "--out", out)
+    status, text, err = run(capsys, *args)
+    assert status == 0, err
+    assert "change along refusal after layer 1" in text and "0-2" in text
+    found = shipsfast.load(out)
+    assert found.metric["name"] == "refusal@1" and (found.scores[:, 2:] == 0).all()
+    assert found.top(1)[0][:2] == (0, 2)
+    status, text, err = run(
+        capsys, "scan", MODEL, SETS[0], "--limit", 4, "--metric", "kl", "--metric", f"projection:{path},3", "--quiet"
+    )  # fmt: skip
+    assert status == 0, err
+    assert "change along refusal after layer 3" in text
+    status, text, err = run(
+        capsys, "scan", MODEL, SETS[0], "--limit", 4, "--metric", f"projection:{path},0", "--plan", "--quiet"
+    )
+    assert status == 0, err
+    assert "16 heads of 4 layers" in text and "1 block of at most 4 heads" in text
+
+
 def test_refusals(capsys, tmp_path):
     assert "layer 4: the model has 4 decoder layers" in refused(
         capsys, "direction", MODEL, *SETS, "--layer", 4
@@ -39,4 +62,7 @@ def test_refusals(capsys, tmp_path):
     assert "same tokens" in refused(capsys, "direction", MODEL, SETS[0], SETS[0])
     line = refused(capsys, "direction", MODEL, *SETS, "--out", SETS[0] / "d.safetensors")
     assert "is not a folder that can be written to" in line
+    assert "cannot be read as a direction" in refused(
+        capsys, "scan", MODEL, SETS[0], "--metric", f"projection:{SETS[0]}"
+    )
     assert "nothing.csv" in refused(capsys, "direction", MODEL, SETS[0], tmp_path / "nothing.csv")

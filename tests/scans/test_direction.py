@@ -24,6 +24,8 @@ MODELS = {
     "llama": lambda: build("llama-gqa"),
     "gpt2": lambda: build("gpt2"),
     "gemma2": lambda: build("gemma2-softcap-window"),
+    "qwen3": lambda: build("qwen3-qknorm"),
+    "gpt-oss": lambda: tiny_model("gpt_oss"),
     "hybrid-conv": lambda: tiny_model("lfm2"),
     "hybrid-ssm": lambda: tiny_model("jamba"),
 }

@@ -353,6 +353,7 @@ def test_how_far_scores_are_off_is_measured(dtype):
     exact = np.concatenate(change_along(build(dtype=dtype).double(), PROMPTS, 1, along))
     off = np.abs(found.scores - exact)
     assert off.max() < {torch.float32: 1e-5, torch.bfloat16: 0.5}[dtype]
+    assert all(each.layer < 2 for each in error.rescored)
     for each in error.rescored:
         want = exact[each.prompt, each.layer, each.head]
         assert abs(each.expected - want) < {torch.float32: 1e-12, torch.bfloat16: 1e-5}[dtype]
