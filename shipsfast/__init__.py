@@ -29,11 +29,13 @@ _PUBLIC = {
     "projection": "scans.hidden_metrics",
     "refusal_logit": "scans.metrics",
     "SaharaResult": "results.sahara",
+    "SinkMass": "results.sink_mass",
     "SubspaceResult": "results.subspace",
     "sahara": "scans.sahara",
     "scan": "scans.ships",
     "scan_asr": "answers.asr",
     "scan_dataset": "scans.dataset",
+    "sink_mass": "scans.sink_mass",
     "top_tokens": "scans.top_tokens",
     "TopTokens": "results.top_tokens",
 }

@@ -9,7 +9,8 @@ Both come from passes of the unablated model over a packed prefix tree.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -65,25 +66,30 @@ def mean_outputs(
     model: PreTrainedModel, anatomy: Anatomy, token_ids: Sequence[Sequence[int]], backend: str
 ) -> list[torch.Tensor]:
     """Mean output of every head over all tokens of all prompts: per layer float64 [H, 1, D]."""
-    order = sorted(range(len(token_ids)), key=lambda i: tuple(token_ids[i]))
     sums: list[torch.Tensor | None] = [None] * anatomy.num_layers
-    group: list[Sequence[int]] = []
-    for number, at in enumerate(order, 1):
-        group.append(token_ids[at])
-        most = 0 if anatomy.plain_sequences else min(MEAN_TOKENS, anatomy.index_limit or MEAN_TOKENS)
-        if number < len(order) and sum(map(len, group)) + len(token_ids[order[number]]) < most:
-            continue
+    for group in few_at_a_time(anatomy, token_ids):
         packed = pack(group)
-        weight = _prompts_through(packed)
+        weight = through(packed, np.ones(len(group)))
 
         def add(layer: int, out: torch.Tensor, weight=weight) -> None:
             part = torch.einsum("t,thd->hd", torch.as_tensor(weight, device=out.device), out[0].double())
             sums[layer] = part if sums[layer] is None else sums[layer] + part
 
         tree_outputs(model, anatomy, packed, backend, add)
-        group = []
     count = sum(map(len, token_ids))
     return [(total / count)[:, None] for total in sums]
+
+
+def few_at_a_time(anatomy: Anatomy, token_ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """All prompts, in groups that may be packed together and are not too many tokens for one pass."""
+    order = sorted(range(len(token_ids)), key=lambda i: tuple(token_ids[i]))
+    most = 0 if anatomy.plain_sequences else min(MEAN_TOKENS, anatomy.index_limit or MEAN_TOKENS)
+    group: list[Sequence[int]] = []
+    for number, at in enumerate(order, 1):
+        group.append(token_ids[at])
+        if number == len(order) or sum(map(len, group)) + len(token_ids[order[number]]) >= most:
+            yield group
+            group = []
 
 
 def resample_outputs(
@@ -158,8 +164,12 @@ def tree_outputs(
     packed: PackedPrompts,
     backend: str,
     take: Callable[[int, torch.Tensor], None],
+    attend: Callable[[int, torch.Tensor, Callable, torch.Tensor | None], None] | None = None,
 ) -> None:
-    """Run the unablated model over the pack; take(layer, out) gets the heads' outputs [1, T, H, D]."""
+    """Run the unablated model over the pack; take(layer, out) gets the heads' outputs [1, T, H, D].
+
+    attend: called as attend(layer, values, function, sinks), as `TreeCall` says of it.
+    """
     trees: dict[torch.device, TreeContext] = {}
     with contextlib.ExitStack() as undo:
         undo.enter_context(installed(model, TREE))
@@ -170,7 +180,9 @@ def tree_outputs(
                 1, anatomy.num_heads, torch.float64 if model.dtype == torch.float64 else torch.float32, device
             )
             undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
-            call = TreeCall(tree, layer.window, mask, tap=lambda out, index=index: take(index, out))
+            call = TreeCall(tree, layer.window, mask, tap=functools.partial(take, index))
+            if attend is not None:
+                call.attend = functools.partial(attend, index)
             setattr(layer.attention, ATTRIBUTE, call)
         device = input_device(model)
         model(
@@ -181,8 +193,8 @@ def tree_outputs(
         )
 
 
-def _prompts_through(packed: PackedPrompts) -> np.ndarray:
-    """How many prompts pass through each node, float64 [T]."""
-    ends = np.bincount(packed.last_index, minlength=packed.num_tokens)
+def through(packed: PackedPrompts, weights: np.ndarray) -> np.ndarray:
+    """Sum of the prompts' weights [P] over those that pass through each node, float64 [T]."""
+    ends = np.bincount(packed.last_index, weights, minlength=packed.num_tokens)
     before = np.concatenate([[0], np.cumsum(ends)])
-    return (before[packed.subtree_end] - before[np.arange(packed.num_tokens)]).astype(np.float64)
+    return before[packed.subtree_end] - before[np.arange(packed.num_tokens)]

@@ -50,6 +50,8 @@ class TreeCall:
     # Use these keys and values; queries are the trimmed ones.
     kv: tuple[torch.Tensor, torch.Tensor] | None = None
     tap: Callable[[torch.Tensor], None] | None = None  # is shown the heads' outputs [B, TQ, H, D]
+    # Is shown the values [B, HKV, T, D], the function that makes outputs of them or of others in their place, and the sinks.
+    attend: Callable[[torch.Tensor, Callable, torch.Tensor | None], None] | None = None
     # Is shown keys and values [B, HKV, T, D].
     keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     only: torch.Tensor | None = (
@@ -172,6 +174,9 @@ def _tree(call: TreeCall, query, key, value, how: dict) -> torch.Tensor:
         out[:, call.only] = tree_attention(call.tree, query, key, value, mask, plan, **how)
     if call.tap is not None:
         call.tap(out)
+    if call.attend is not None:
+        attend = lambda values: tree_attention(call.tree, query, key, values, mask, plan, **how)
+        call.attend(value, attend, how["sink"])
     return out
 
 
