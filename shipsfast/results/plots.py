@@ -67,13 +67,15 @@ def heatmap(panel: Panel, bars: Bars, title: str, path: str | Path | None = None
     return _saved(figure, path)
 
 
-def side_by_side(panels: Sequence[Panel], path: str | Path | None = None) -> Figure:
+def side_by_side(panels: Sequence[Panel], path: str | Path | None = None, *, title: str = "") -> Figure:
     """Maps of several scans of one model, each on a scale of its own."""
     width, height = _size(*panels[0].values.shape)
     figure = Figure(figsize=(width * len(panels), height), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _map_with_bar(figure, axes, panel)
         axes.set_title(_plain(panel.title), fontsize=9)
+    if title:
+        figure.suptitle(_plain(title), fontsize=10)
     return _saved(figure, path)
 
 

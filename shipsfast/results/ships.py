@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +12,12 @@ import pandas as pd
 
 from ..errors import InputError
 from ..runs.kinds import CONTROL, HEAD, read_counts
-from ..runs.manifest import FURTHER, MANIFEST, read_manifest
+from ..runs.manifest import ABLATIONS, FURTHER, MANIFEST, read_manifest
 from ..runs.part_file import inside
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .bootstrap import RankStability, rank_stability
+from .by_ablation import ByAblation
 from .groups import GroupedScores, labels_of, recorded
 from .head_map import Ranked, save_scores
 from .statistics import paired_difference, wilson_interval
@@ -26,7 +27,7 @@ KL = {"name": "kl", "unit": "nats", "signed": False, "label": "KL(base || head a
 
 
 @dataclass(repr=False, eq=False)
-class ShipsResult(Ranked):
+class ShipsResult(ByAblation, Ranked):
     """Ships of every head and prompt (arXiv 2410.13708, eq. 9), or another metric in its place.
 
     scores: float64 [P, L, H]; NaN for heads not scanned. For the metric "kl" they are KL(p(base) || p(head
@@ -42,6 +43,7 @@ class ShipsResult(Ranked):
         position that was read, of which `scores` are the means; None where each prompt is read behind its last token.
         `by_token` has them without the padding.
     control: the same scan of the control prompts (`scan(control=...)`), or None.
+    further: the results of further ablations of the same scan, which `by_ablation` has by their names.
     """
 
     scores: np.ndarray
@@ -52,6 +54,7 @@ class ShipsResult(Ranked):
     marked: np.ndarray | None = None
     tokens: np.ndarray | None = None
     control: ShipsResult | None = None
+    further: tuple[ShipsResult, ...] = ()
 
     @classmethod
     def of_reads(
@@ -245,7 +248,10 @@ class ShipsResult(Ranked):
         return "Ships" if self.metric["name"] == "kl" else self.metric.get("title", self.metric["name"])
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None):
-        """Heatmap of the mean scores, layers x heads. Returns the matplotlib Figure; saved if a path is given."""
+        """Heatmap of the mean scores, layers x heads; of several ablations side by side. Returns the matplotlib Figure; saved if a
+        path is given."""
+        if self.further:
+            return self.several.plot(path, title=title)
         title = title or f"{self.title}, mean of {counted(self.scores.shape[0], 'prompt')}"
         return self.heatmap(self.label, title, path)
 
@@ -269,7 +275,11 @@ class ShipsResult(Ranked):
         return "mean_kl_nats" if self.metric["name"] == "kl" else "mean_score"
 
     def show(self, top: int, console) -> None:
-        """Print the top heads, how firm they are, and the noise floor; and the same of further metrics."""
+        """Print the top heads, how firm they are, and the noise floor; and the same of further metrics and ablations, compared."""
+        if self.further:
+            from .several_table import show_several
+
+            return show_several(self, top, console)
         from .tables import show_ships
 
         show_ships(self, top, console)
@@ -288,6 +298,12 @@ class ShipsResult(Ranked):
             found, problem = self.quick_contrast()
             body["control"] = self.control.as_json(top) | {"run_folder": None}
             body["contrast"] = {"not_known": problem} if found is None else found.as_json(top)
+        if self.further:
+            each = {
+                name: other.as_json(top) | {"run_folder": None} for name, other in self.by_ablation.items()
+            }
+            doses = {kind: dose.to_json(top) for kind, dose in self.doses.items()}
+            body |= {"by_ablation": each, "several": self.several.to_json(top), "doses": doses}
         return body
 
     def save(self, folder: str | Path) -> Path:
@@ -298,7 +314,11 @@ class ShipsResult(Ranked):
         if self.tokens is not None:
             scores, marked = self.tokens, self._marked_tokens()
         args = (scores, at.names, column(self.metric))
-        inner = {also_place(number): other for number, other in enumerate(self.also.values(), 1)}
+        inner = {
+            also_place(number): replace(other, further=())
+            for number, other in enumerate(self.also.values(), 1)
+        }
+        inner |= {ablation_place(number): other for number, other in enumerate(self.further, 1)}
         inner |= {} if self.control is None else {CONTROL: self.control}
         if inner:  # complete when all are
             path = save_scores(folder, self.identity, record | {"status": "running"}, *args, marked=marked)
@@ -310,13 +330,13 @@ class ShipsResult(Ranked):
     def load(cls, folder: str | Path) -> ShipsResult:
         """Read a run folder; scores that a killed scan never reached are NaN."""
         folder = Path(folder)
-        result = cls.load_metrics(folder)
+        result = cls.load_ablations(folder)
         asked = result.identity.get("control")
         complete = result.record.get("status") == "complete"
         if asked is None or not (complete or (folder / CONTROL / MANIFEST).exists()):
             return result
         place = folder / CONTROL
-        result.control = cls.load_metrics(inside(folder, place) if place.exists() else place)
+        result.control = cls.load_ablations(inside(folder, place) if place.exists() else place)
         if result.control.identity.get("prompts") != asked["prompts"] or "control" in result.control.identity:
             raise InputError(
                 f"{place} is damaged: it is not the scan of the control prompts; delete the folder"
@@ -324,15 +344,19 @@ class ShipsResult(Ranked):
         return result
 
     @classmethod
-    def load_metrics(cls, folder: Path) -> ShipsResult:
+    def load_ablations(cls, folder: Path) -> ShipsResult:
         """The same without its control."""
+        result = cls.load_metrics(folder)
+        if "further_ablations" not in result.identity:
+            return result
+        found = cls._beside(folder, result, "further_ablations", ablation_place, cls.load_metrics)
+        return result.with_further([other for _, other in found])
+
+    @classmethod
+    def load_metrics(cls, folder: Path) -> ShipsResult:
+        """The same without further ablations."""
         result = cls.load_one(folder)
-        complete = result.record.get("status") == "complete"  # else some may not have been begun
-        for number in range(1, 1 + len(result.identity.get("further_metrics", []))):
-            place = folder / also_place(number)
-            if not complete and not (place / MANIFEST).exists():
-                continue
-            other = cls.load_one(inside(folder, place) if place.exists() else place)
+        for place, other in cls._beside(folder, result, "further_metrics", also_place, cls.load_one):
             if other.identity.get("further_metrics"):
                 raise InputError(
                     f"{place} is damaged: a further metric has none of its own; delete the folder"
@@ -340,9 +364,30 @@ class ShipsResult(Ranked):
             result.also[other.metric["name"]] = other
         return result
 
+    @staticmethod
+    def _beside(
+        folder: Path,
+        result: ShipsResult,
+        what: str,
+        where: Callable[[int], str],
+        load: Callable[[Path], ShipsResult],
+    ) -> Iterator[tuple[Path, ShipsResult]]:
+        """Those that the identity names, with their places; of an unfinished run some may not have been begun."""
+        complete = result.record.get("status") == "complete"
+        for number in range(1, 1 + len(result.identity.get(what, []))):
+            place = folder / where(number)
+            if not complete and not (place / MANIFEST).exists():
+                continue
+            found = load(inside(folder, place) if place.exists() else place)
+            if found.identity.get("further_ablations"):
+                raise InputError(
+                    f"{place} is damaged: it holds further ablations of its own; delete the folder"
+                )
+            yield place, found
+
     @classmethod
     def load_one(cls, folder: Path) -> ShipsResult:
-        """The same without further metrics."""
+        """The same without further metrics and ablations."""
         manifest = read_manifest(folder, "ships")
         identity, _ = manifest.pop("identity"), manifest.pop("parts")
         at = cells_of(identity)
@@ -390,6 +435,11 @@ def cells_of(identity: dict) -> Cells:
 def also_place(number: int) -> str:
     """Where in a run folder the run folder of a scan's further metrics lies, counted from 1."""
     return f"{FURTHER}/{number}"
+
+
+def ablation_place(number: int) -> str:
+    """The same of further ablations."""
+    return f"{ABLATIONS}/{number}"
 
 
 def column(metric: dict) -> str:

@@ -26,6 +26,7 @@ from .kinds import COUNTED, KINDS, ROOMS, SCORES
 from .lock import NAME as LOCK
 from .lock import FolderLock
 from .manifest import (
+    ABLATIONS,
     BACKUP,
     FURTHER,
     MANIFEST,
@@ -138,9 +139,14 @@ class RunFolder:
 
     def _check_places(self) -> None:
         """Raises InputError for rooms and a lock that no run makes: what is written would go elsewhere, or nowhere."""
-        further = self.path / FURTHER
-        nested = sorted(further.iterdir()) if further.is_dir() and not further.is_symlink() else []
-        for room in (*(self.path / name for name in ROOMS), further, *nested):
+        further = [self.path / name for name in (FURTHER, ABLATIONS)]
+        nested = [
+            each
+            for room in further
+            if room.is_dir() and not room.is_symlink()
+            for each in sorted(room.iterdir())
+        ]
+        for room in (*(self.path / name for name in ROOMS), *further, *nested):
             if room.is_symlink():
                 raise InputError(
                     f"{room} is a link: a run folder holds its own files; copy what it points to"

@@ -28,6 +28,9 @@ def _one(name: str, before, now, manifest: dict, record: dict) -> str:
         return _prompts(before or [], now or [], manifest, record)
     if name == "ablation":
         return f"the ablation there is {_ablation(before)}, here {_ablation(now)}"
+    if name == "further_ablations":
+        there, here = (", ".join(map(_ablation, x or [])) or "none" for x in (before, now))
+        return f"the further ablations there are {there}, here {here}"
     if name == "incoherent" and before is None:
         return "there no answer can be incoherent: it was made before likelihoods of answers were kept, or with judge paper"
     if name == "heads" and isinstance(before, list) and isinstance(now, list):

@@ -160,7 +160,10 @@ def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
     if "unablated_scores" in manifest:
         need(file, "unablated_scores", len(manifest["unablated_scores"]) == prompts, "one for each prompt")
     tokens = prompts * (1 + max(counts, default=0))
-    return 8 * tokens * layers * heads * (1 + len(identity.get("further_metrics", [])))
+    results = 1
+    for further in ("further_metrics", "further_ablations"):
+        results *= 1 + len(identity.get(further, []))
+    return 8 * tokens * layers * heads * results
 
 
 def _ships_tables(identity: dict, manifest: dict) -> dict[str, Table]:

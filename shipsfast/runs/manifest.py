@@ -15,6 +15,7 @@ from .schema import PART_FILE, check_manifest
 SCHEMA = 3
 MANIFEST, BACKUP = "run.json", "run.backup.json"
 FURTHER = "also"  # the folder of further metrics' run folders
+ABLATIONS = "by_ablation"  # of further ablations'
 MOST_BYTES = 1 << 30  # of a manifest: more is not one of ours
 
 

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..text import counted, one_line
 from .kinds import CONTROL, COUNTED, KINDS, LABELS, ROOMS, Table
 from .lock import NAME as LOCK
-from .manifest import BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
+from .manifest import ABLATIONS, BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
 from .part_file import COLUMNS, NLL, TEXT, read_table
 
 LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
@@ -97,6 +97,10 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> dict | None:
     inner = [
         (folder / FURTHER / str(number), "the scores of a further metric")
         for number in range(1, 1 + len(identity.get("further_metrics", [])))
+    ]
+    inner += [
+        (folder / ABLATIONS / str(number), "the scores of a further ablation")
+        for number in range(1, 1 + len(identity.get("further_ablations", [])))
     ]
     if identity["kind"] == "ships" and identity.get("control") is not None:
         inner.append((folder / CONTROL, "the scan of the control prompts"))
@@ -203,7 +207,7 @@ def _faults(frame: pd.DataFrame, table: Table, part: Part) -> Iterator[str]:
 
 def _leftovers(folder: Path, parts: list[Part], manifest: dict, problem, report: dict) -> None:
     listed = {part.file for part in parts}
-    for room in (folder, *(folder / name for name in (*ROOMS, FURTHER))):
+    for room in (folder, *(folder / name for name in (*ROOMS, FURTHER, ABLATIONS))):
         if room.is_symlink():
             problem(room, *LINK)
             continue
