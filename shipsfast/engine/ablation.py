@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import InputError
 from ..prompts.tokens import as_prompts
+from ..text import counted
 from .alignment import ALIGNMENTS
 
 ALIGNED = {"end": "aligned at the end", "template": "aligned by template"}
@@ -108,6 +110,13 @@ class Ablation:
 
 
 def as_ablation(ablation: str | Ablation, scale: float = DEFAULT_SCALE) -> Ablation:
+    """Raises InputError for several."""
+    if isinstance(ablation, (list, tuple)):
+        if len(ablation) != 1:
+            raise InputError(
+                f"{counted(len(ablation), 'ablation')} were given (--ablation, --scale): only scans of the next token take several"
+            )
+        (ablation,) = ablation
     if not isinstance(ablation, Ablation):
         return Ablation(ablation, scale)
     if scale not in (DEFAULT_SCALE, ablation.scale):
@@ -115,3 +124,54 @@ def as_ablation(ablation: str | Ablation, scale: float = DEFAULT_SCALE) -> Ablat
             f"the ablation has scale {ablation.scale:g}, and scale={scale} is given as well: give one"
         )
     return ablation
+
+
+def as_ablations(ablation, scale=DEFAULT_SCALE) -> tuple[Ablation, ...]:
+    """One or several of `ablation`, each at one or several of `scale` where its kind has an eps: all different."""
+    asked, scales = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (ablation, scale))
+    if not asked or not scales:
+        raise InputError(
+            "there are no ablations or no scales: give at least one of each (--ablation, --scale)"
+        )
+    found: list[Ablation] = []
+    for each in asked:
+        own = each if isinstance(each, Ablation) else Ablation(each)
+        if own.kind not in SCALED and len(asked) + len(scales) > 2:
+            found.append(own)
+        elif len(scales) == 1:
+            found.append(as_ablation(each, scales[0]))
+        elif own.scale != DEFAULT_SCALE:
+            raise InputError(
+                f"the ablation has scale {own.scale:g}, and several scales are given as well: give one or the other"
+            )
+        else:
+            found += [replace(own, scale=each) for each in scales]
+    if len(scales) > 1 and not any(how.kind in SCALED for how in found):
+        raise InputError(
+            f"{len(scales)} scales were given (--scale), and {' and '.join(how.kind for how in found)} have no eps: only "
+            f"{' and '.join(SCALED)} do"
+        )
+    for number, how in enumerate(found):
+        if how in found[:number]:
+            raise InputError(f"ablation {how.describe()} is given twice (--ablation, --scale)")
+    return tuple(found)
+
+
+def passes_of(ablations: Sequence[Ablation]) -> list[list[int]]:
+    """Which of them, by their numbers, may be rows of one batch.
+
+    Their heads are off at the same positions, and outputs are replaced by one set of vectors at most. `resample` cuts the prompts'
+    tree in a way of its own, and so goes alone.
+    """
+    passes: list[list[int]] = []
+    for number, how in enumerate(ablations):
+        for together in passes:
+            others = [ablations[at] for at in together]
+            clash = how.kind in SOURCED and any(other.kind in SOURCED for other in others)
+            alone = "resample" in (how.kind, *(other.kind for other in others))
+            if not clash and not alone and others[0].at == how.at:
+                together.append(number)
+                break
+        else:
+            passes.append([number])
+    return passes

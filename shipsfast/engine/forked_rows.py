@@ -53,8 +53,8 @@ class ForkedRows:
 
     Args:
         start: the base row as it enters the layer, [1, T, hidden], not changed.
-        own, other: its heads' outputs [1, T, H, D], and those of every head switched off.
-        heads: what each row has off here beyond the base row, the same number for all.
+        own, other: its heads' outputs [1, T, H, D], and those of every head switched off [W, T, H, D], in W ways.
+        heads: what each row has off here beyond the base row, the same number for all; ways: which of the W it is.
     """
 
     def __init__(
@@ -64,13 +64,16 @@ class ForkedRows:
         own: torch.Tensor,
         other: torch.Tensor,
         heads: list[list[int]],
+        ways: list[int],
     ) -> None:
         self.layer, self._start, self._own, self._other, self._heads = layer, start, own, other, heads
-        self._delta = (other - own)[0].transpose(0, 1)  # [H, T, D]
+        self._delta = (other - own).transpose(1, 2).flatten(0, 1)  # [W H, T, D]
         (projection,) = layer.out.layers
         self._projection = projection.weight.t().unflatten(0, (layer.heads, -1))  # [H, D, hidden]
         # A copy of a few numbers that no earlier work waits for: one for all chunks.
-        self._index = torch.tensor(heads).to(start.device, non_blocking=True)  # [rows, heads of each]
+        self._index, self._ways = (
+            torch.tensor(each).to(start.device, non_blocking=True) for each in (heads, ways)
+        )  # [rows, heads of each], [rows]
         self.base, self._added = start.clone(), None  # the base row as it enters the MLP, and y
         if layer.after_attention is None:
             layer.out.add_to(self.base.flatten(0, 1), own.flatten(2).flatten(0, 1))
@@ -117,8 +120,9 @@ class ForkedRows:
 
     def _attended(self, out: torch.Tensor, rows: slice, inner: torch.Tensor | None) -> bool:
         """These rows up to the MLP, to out[rows]. Whether `inner` has what enters down_proj."""
-        layer, into, chosen = self.layer, out[rows], self._index[rows]
-        change = self._delta[chosen].transpose(1, 2).flatten(2)  # [rows, T, R]
+        layer, into, chosen, ways = self.layer, out[rows], self._index[rows], self._ways[rows]
+        places = ways[:, None] * layer.heads + chosen
+        change = self._delta[places].transpose(1, 2).flatten(2)  # [rows, T, R]
         projection = self._projection[chosen].flatten(1, 2)  # [rows, R, hidden]
         between = None
         if self._added is None:
@@ -132,18 +136,18 @@ class ForkedRows:
         scale = _inverse_rms(into, layer.before_mlp) / self._r  # [rows, T]
         largest = scale if between is None else scale * between.clamp(min=1)
         if (largest > LARGEST_SCALE).any():  # waits for the device
-            self._in_full(into, chosen)
+            self._in_full(into, chosen, ways)
             return False
         if inner is None:
             return False
         self._gate_up.rows(scale, between, change, projection, inner)
         return True
 
-    def _in_full(self, into: torch.Tensor, chosen: torch.Tensor) -> None:
+    def _in_full(self, into: torch.Tensor, chosen: torch.Tensor, ways: torch.Tensor) -> None:
         """The same by all heads' outputs."""
         off = torch.zeros(len(chosen), self.layer.heads, dtype=torch.bool, device=into.device)
         off.scatter_(1, chosen, True)
-        heads = torch.where(off[:, None, :, None], self._other, self._own)  # [rows, T, H, D]
+        heads = torch.where(off[:, None, :, None], self._other[ways], self._own)  # [rows, T, H, D]
         into[:] = self._start
         self.layer.add(self.layer.out, into, heads.flatten(2).flatten(0, 1), self.layer.after_attention)
 

@@ -274,6 +274,7 @@ class FusedLayer:
         self,
         base: torch.Tensor,
         heads: list[list[int]],
+        ways: list[int],
         mask: LayerMask,
         every: LayerMask,
         cos: torch.Tensor,
@@ -286,8 +287,8 @@ class FusedLayer:
         """Write the rows that fork here, one per entry of `heads`, to out [forks, T or U, hidden].
 
         base: row 0 [1, T, hidden] as it enters the layer, not changed; heads: what each fork has off here beyond
-        row 0, the same number for all; mask: row 0's own; every: the mask with every head off (one pass gives
-        them all, as heads do not see each other in attention); most: rows that pass the MLP together, at most.
+        row 0, the same number for all; ways: by which of the W ablations; mask: row 0's own; every: W rows with every head off
+        (one pass gives them all, as heads do not see each other in attention); most: rows that pass the MLP together, at most.
         Returns row 0 as it leaves the layer, [1, T or U, hidden].
         """
         q, k, v = self._qkv(base, cos, sin, nodes)
@@ -295,7 +296,7 @@ class FusedLayer:
         own, other = (attention(q, k, v, each, last) for each in (mask, every))
         del q, k, v
         start = base.index_select(1, nodes) if last else base
-        return ForkedRows(self, start, own, other, heads).write(out, most)
+        return ForkedRows(self, start, own, other, heads, ways).write(out, most)
 
     def by_rank(self, tokens: int, rank: int, forks: int) -> bool:
         """Whether rows that fork take their gate and up products from the base row's (forked_rows.py)."""

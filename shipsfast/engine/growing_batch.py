@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -378,10 +377,9 @@ class GrowingBatch:
         with layer.loaded(worth * width, worth * len(ends) if trim else None):
             if simple:
                 unkept.append(slice(0, 1))
-                every = tuple((index, head) for head in range(self.anatomy.num_heads))
                 base_row = layer.forks(
-                    self._buffer[:1], new, self._layer_mask(index, hidden, slice(0, 1), nodes),
-                    self._layer_mask(index, hidden, slice(0, 1), nodes, groups=(every,)),
+                    self._buffer[:1], new, list(self._mask.ways(before, before + self._forks[index])),
+                    self._layer_mask(index, hidden, slice(0, 1), nodes), self._every(index, hidden, nodes),
                     cos, sin, attention, ends, per_chunk, into[before:after],
                 )  # fmt: skip
                 self.tick(len(new))
@@ -414,13 +412,22 @@ class GrowingBatch:
         self._alive = n
         return n
 
-    def _layer_mask(self, index: int, like: torch.Tensor, rows: slice, nodes=None, groups=None) -> LayerMask:
-        mask = self._mask if groups is None else replace(self._mask, groups=groups)
+    def _every(self, index: int, like: torch.Tensor, nodes) -> LayerMask:
+        """Every head of the layer off: one row for each ablation."""
+        return self._layer_mask(
+            index, like, slice(None), nodes, self._mask.every(index, self.anatomy.num_heads)
+        )
+
+    def _layer_mask(
+        self, index: int, like: torch.Tensor, rows: slice, nodes=None, mask: HeadMask | None = None
+    ) -> LayerMask:
         dtype = self.model.dtype if self._residual_dtype else like.dtype
         if rows.stop == 0:  # the unablated row alone
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             return LayerMask.untouched(1, self.anatomy.num_heads, wide, like.device)
-        out = mask.layer(index, self.anatomy.num_heads, device=like.device, dtype=dtype, rows=rows)
+        out = (mask or self._mask).layer(
+            index, self.anatomy.num_heads, device=like.device, dtype=dtype, rows=rows
+        )
         return out if nodes is None else out.at(nodes)
 
     def _attend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ..errors import InputError, from_digits
 
@@ -16,6 +16,27 @@ if TYPE_CHECKING:
 Head = tuple[int, int]  # (layer, query head), both from 0
 Group = tuple[Head, ...]  # what is off together in a row
 UNITS = ("head", "kv_group")
+
+
+class Row(tuple):
+    """A unit that one of several ablations switches off: its (layer, index), to which it is equal, and `way`, which one."""
+
+    way: int
+
+    def __new__(cls, unit: Head, way: int) -> Self:
+        row = super().__new__(cls, unit)
+        row.way = way
+        return row
+
+
+def rows_of(units: Iterable[Head], ways: int) -> list[Head]:
+    """One row for each unit and ablation, in the order in which they fork; the units themselves where there is one."""
+    units = list(units)
+    return units if ways == 1 else [Row(unit, way) for unit in units for way in range(ways)]
+
+
+def way_of(row: Head) -> int:
+    return getattr(row, "way", 0)
 
 
 def first_layer(heads: Iterable[Head], default: int) -> int:

@@ -27,7 +27,7 @@ from ..prompts.messages import Message, is_conversation
 from ..prompts.reads import Reads
 from ..prompts.tokens import as_prompts
 from ..prompts.wrapping import DATE, TemplateArgs, Wrapping
-from .ablation import DEFAULT_SCALE, Ablation, as_ablation
+from .ablation import DEFAULT_SCALE, Ablation, as_ablation, as_ablations
 
 Heads = Iterable[Sequence[int | None]]
 FP32_RESIDUAL = "fused_fp32_residual"
@@ -48,6 +48,7 @@ class Measurement:
     reads_texts: ClassVar[bool] = False
     new_tokens: ClassVar[int] = 0  # how many may follow each prompt
     keeps_hidden: ClassVar[bool] = False  # the hidden states of every row at every prompt
+    takes_several: ClassVar[bool] = False  # ablations
     prompt_sets: ClassVar[dict[str, str]] = {"prompts": "prompts"}
 
     prompts: tuple
@@ -121,6 +122,10 @@ class Measurement:
                 f"prompts are token ids, which are taken as they are: leave {', '.join(idle)} out, or give text"
             )
 
+    def each(self) -> list[Self]:
+        """One measurement for each ablation."""
+        return [self]
+
     def _set(self, **values) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -136,7 +141,12 @@ class Measurement:
             raise InputError(f"this does not describe a measurement of kind {cls.kind!r}: {body!r:.200}")
         given = {name: _from_json(value) for name, value in body.items() if name != "kind"}
         try:
-            return cls(**given | {"ablation": Ablation(**given["ablation"])})
+            further = (
+                {"further": tuple(Ablation(**each) for each in given["further"])}
+                if "further" in given
+                else {}
+            )
+            return cls(**given | {"ablation": Ablation(**given["ablation"])} | further)
         except (TypeError, KeyError) as error:
             raise InputError(
                 f"this does not describe a measurement of kind {cls.kind!r}, {error}: expected the fields "
@@ -238,6 +248,12 @@ class Described(NamedTuple):
 
 # Not a field, but a keyword that goes into the ablation: so no two fields can say different things.
 SCALE = Described(float, "the eps of undifferentiated and scale.", "", DEFAULT_SCALE)
+SCALES = Described(
+    float | Sequence[float],
+    SCALE.text,
+    "Or a list of them, scanned in one run: .dose has the scores.",
+    DEFAULT_SCALE,
+)
 
 
 def described(cls: type) -> dict[str, Described]:
@@ -248,7 +264,7 @@ def described(cls: type) -> dict[str, Described]:
         if docs:
             found[f.name] = Described(get_args(hints[f.name])[0], *[*docs, ""][:2], f.default)
         if f.name == "ablation" and docs:
-            found["scale"] = SCALE
+            found["scale"] = SCALES if cls.takes_several else SCALE
     own = [name for name in cls.__annotations__ if name in found]
     return {name: found[name] for name in (*own, *found)}
 
@@ -257,7 +273,9 @@ def made(cls: type, given: Mapping):
     """A description of the keywords in `given` that are its own."""
     own = {field.name: given[field.name] for field in fields(cls) if field.name in given}
     if "scale" in given and issubclass(cls, Measurement):
-        own["ablation"] = as_ablation(given.get("ablation", cls.ablation), given["scale"])
+        own["ablation"] = as_ablations(
+            *(as_tuple(x) for x in (given.get("ablation", cls.ablation), given["scale"]))
+        )
     return cls(**own)
 
 

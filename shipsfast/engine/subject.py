@@ -41,7 +41,7 @@ class Subject:
     """A model and a measurement that fit together, and how it will run.
 
     token_ids: the prompts, with their answers if there are any; other_ids: those of `mean` and `resample`; places: the positions
-    of each prompt that are read, None for its last; targets: the answers' tokens, one for each; layers: how rows pass a decoder layer, of LAYER_PATHS
+    of each prompt that are read, None for its last; targets: the answers' tokens, one for each; further_ids: `other_ids` of further ablations; layers: how rows pass a decoder layer, of LAYER_PATHS
     but for "auto"; record: what runs, for run.json.
     """
 
@@ -56,6 +56,7 @@ class Subject:
     record: dict
     places: list[tuple[int, ...]] | None
     targets: list[tuple[int, ...]] | None
+    further_ids: list[list[list[int]] | None]
 
     @property
     def how(self) -> Ablation:
@@ -88,10 +89,10 @@ class Subject:
     def fp32_residual(self) -> bool:
         return self.layers == FP32_RESIDUAL
 
-    def held(self) -> Held:
-        """In what a scan of it is held, and beside what."""
+    def held(self, ablations: int = 1) -> Held:
+        """In what a scan of it is held, and beside what. ablations: whose rows go through together."""
         coming = coming_bytes(self.model, [block.module for block in self.anatomy.blocks])
-        held = held_beside(self.model, self.anatomy, self.measurement, self.device, self.layers)
+        held = held_beside(self.model, self.anatomy, self.measurement, self.device, self.layers, ablations)
         return replace(held, coming_bytes=coming)
 
     @functools.cached_property
@@ -104,7 +105,7 @@ class Subject:
         """What makes two runs the same, for run folders."""
         return self._identity()
 
-    def _identity(self) -> dict:
+    def _ablation_identity(self) -> dict:
         ablation = {
             "kind": self.how.kind,
             "logit_scale": self.how.logit_scale,
@@ -116,11 +117,14 @@ class Subject:
             ablation["align"] = self.how.align
         if self.how.at != "all":
             ablation["at"] = self.how.at
+        return ablation
+
+    def _identity(self) -> dict:
         return {
             "kind": self.measurement.run_kind or self.measurement.kind,
             "fingerprint": self.fingerprint,
             "prompts": prompt_hashes(self.token_ids),
-            "ablation": ablation,
+            "ablation": self._ablation_identity(),
             "unit": self.unit,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             # Another precision, not another way to the same numbers.
@@ -145,17 +149,19 @@ class Texts:
     record: dict
 
 
-def tokens_of(measurement: Measurement, model: PreTrainedModel, tokenizer, *, weights: bool = True) -> Texts:
+def tokens_of(
+    measurement: Measurement, model: PreTrainedModel, tokenizer, *, weights: bool = True, said: bool = False
+) -> Texts:
     """Token ids of the prompts, and of those of `mean` and `resample`, checked against the model. What a user would not expect of
     it is said on stderr. The prompts that `resample` takes outputs from are followed by the same answers.
 
-    weights: as in `check_model`. Raises InputError or UnsupportedModelError.
+    weights: as in `check_model`; said: what there is to say of the prompts was said before. Raises InputError or UnsupportedModelError.
     """
     how = measurement.ablation
     about = f"in the prompts of ablation {how.kind}: "
     own, more = all_tokens(measurement.prompts, how.prompts, tokenizer, measurement.wrapping, about)
-    said = [] if more is None else [about + each for each in more.notes if each not in own.notes]
-    for each in (*own.notes, *said):
+    of_others = [] if more is None else [about + each for each in more.notes if each not in own.notes]
+    for each in (*([] if said else own.notes), *of_others):
         note(each)
     token_ids, others = own.ids, None if more is None else more.ids
     if how.kind in SOURCED:
@@ -190,9 +196,15 @@ def _check_answers(answers: Sequence[Sequence[int]], model: PreTrainedModel) -> 
 
 
 def held_beside(
-    model: PreTrainedModel, anatomy: Anatomy, measurement: Measurement, device: torch.device, layers: str
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    measurement: Measurement,
+    device: torch.device,
+    layers: str,
+    ablations: int = 1,
 ) -> Held:
-    """What a scan is held in, and beside what, but for weights that come. layers: as in `Subject`."""
+    """What a scan is held in, and beside what, but for weights that come. layers: as in `Subject`; ablations: how many go
+    through together."""
     row_size = 4 if layers == FP32_RESIDUAL else model.dtype.itemsize
     # A half-precision output head on a CPU is copied to float32 while a scan runs.
     wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
@@ -200,6 +212,8 @@ def held_beside(
     if layers != "model":
         loaded = fused_layer.loaded_bytes(anatomy.layers[0].module, device)
         by_token = fused_layer.base_row_bytes(anatomy.layers[0].module)
+        # Of each further ablation the base row's heads, all off, and what that changes.
+        by_token += 2 * (ablations - 1) * anatomy.num_heads * anatomy.value_dim * model.dtype.itemsize
     return Held(
         device,
         model.dtype,
@@ -230,7 +244,9 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     model = base_model(model)
     texts = tokens_of(measurement, model, tokenizer)
     token_ids, others = texts.token_ids, texts.other_ids
-    longest = max([max(map(len, token_ids)) + measurement.new_tokens, *map(len, others or [])])
+    further = [tokens_of(one, model, tokenizer, said=True).other_ids for one in measurement.each()[1:]]
+    more = [len(ids) for each in (others, *further) for ids in each or []]
+    longest = max([max(map(len, token_ids)) + measurement.new_tokens, *more])
     anatomy = once_more(
         "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
     )
@@ -251,7 +267,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     )
     layers, not_fused = layer_path(execution.layers, model, anatomy, device, backend)
     record = describe_run(model, anatomy, device) | {
-        "ablation": measurement.ablation.describe(),
+        **about_ablation(measurement.ablation, anatomy),
         "template": measurement.template,
         "prompting": texts.record,
         "attention_backend": backend,
@@ -266,11 +282,16 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
     if not_fused:
         record["layers_why"] = not_fused
-    if measurement.ablation.at == "end" and anatomy.trims:
-        record["end_attention"] = "torch"
     return Subject(
-        model, anatomy, measurement, token_ids, others, device, backend, layers, record, texts.places, texts.targets,
+        model, anatomy, measurement, token_ids, others, device, backend, layers, record, texts.places, texts.targets, further,
     )  # fmt: skip
+
+
+def about_ablation(how: Ablation, anatomy: Anatomy) -> dict:
+    """What the record says of an ablation."""
+    return {"ablation": how.describe()} | (
+        {"end_attention": "torch"} if how.at == "end" and anatomy.trims else {}
+    )
 
 
 def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:

@@ -93,11 +93,13 @@ def end_attention(
     window: int | None = None,
     sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [B, H, U, D], own k and v [B, HKV, U, D], base keys and values [1, HKV, T, D] -> [B, U, H, D of v], contiguous.
+    """q [B or 1, H, U, D], own k and v [B or 1, HKV, U, D], base keys and values [1, HKV, T, D] -> [B, U, H, D of v], contiguous.
 
     tree: a TreeContext, whose `trimmed` are the ends; mask: of the B rows, a value per token being one per end.
     """
-    rows, heads, ends, _ = q.shape
+    rows = len(mask.logit_scale)
+    q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
+    _, heads, ends, _ = q.shape
     alt = mask.replacements(q, k)
     other_q, other_k, fixed = map(mask.flagged, (REPLACE_Q, REPLACE_K, REPLACE_OUT))
     if other_q is not None:

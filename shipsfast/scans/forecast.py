@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..clock import in_words
+from ..engine.ablation import passes_of
 from ..engine.alignment import pair_ids
 from ..engine.flops import scan_flops
+from ..engine.heads import Head, rows_of
 from ..engine.measurement import ScanExecution
-from ..engine.memory_plan import Plan, block_parts, free_bytes, peak_bytes
+from ..engine.memory_plan import Held, Plan, block_parts, free_bytes, peak_bytes
 from ..engine.sequences import Sequences
-from ..engine.subject import held_beside, layer_path, tokens_of
-from ..engine.work_plan import PART_SECONDS
+from ..engine.subject import Texts, held_beside, layer_path, tokens_of
+from ..engine.work_plan import PART_SECONDS, Work
 from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
 from ..models.attention_hook import LONG
@@ -53,7 +56,8 @@ class Forecast:
     memory: bytes by part ("model", "ends", "rows", "chunk", "head", "kept"), of which rows with chunk and head take turns; passes: over the
     layers, checks included; blocks: of heads, for each group of prompts; flops_per_s, read_bytes_per_s: rates measured now
     (of `rates` the median), None where they cannot be, or nothing is streamed; seconds, best_seconds: at the median and at the
-    best rate, None where a rate is wanting; limits: why it is not one block; copy_bytes: of the wider copy that scores are
+    best rate, None where a rate is wanting; plan, blocks and memory are those of the pass that takes most, where several ablations take
+    more than one; limits: why it is not one block; copy_bytes: of the wider copy that scores are
     held against after the scan, if so much is free then, 0 where none is made.
     """
 
@@ -78,6 +82,7 @@ class Forecast:
     rates: Rates | None
     best_seconds: float | None
     copy_bytes: int
+    ablations: int = 1
     control: Forecast | None = None  # of the control prompts, which are scanned as well
 
     @property
@@ -93,6 +98,7 @@ class Forecast:
     def render(self) -> str:
         plan, parts, of = self.plan, self.memory, self.model
         groups, blocks = len(plan.prompt_groups), self.blocks
+        several = f" x {self.ablations} ablations" if self.ablations > 1 else ""
         how = "streamed" if self.stream else "in memory"
         if self.seconds is not None:
             first, second = in_words(self.best_seconds), in_words(self.seconds)
@@ -107,12 +113,12 @@ class Forecast:
         lines = [
             f"{self.kind} of {of['name']} ({of['class']}, {self.dtype}, {how}, {self.device}), nothing was run",
             (
-                f"work    {self.units:,} {of['unit']}s of {of['layers']} layers, {self.prompts:,} prompts, longest pack "
+                f"work    {self.units:,} {of['unit']}s of {of['layers']} layers{several}, {self.prompts:,} prompts, longest pack "
                 f"{self.tokens:,} tokens; {self.flops:.3g} FLOPs"
             ),
             (
                 f"plan    {counted(groups, 'group')} of prompts x {counted(blocks, 'block')} of at most "
-                f"{plan.rows_per_block:,} {of['unit']}s; {plan.chunk_tokens:,} tokens pass a layer at a time"
+                f"{plan.rows_per_block:,} {'rows' if several else of['unit'] + 's'}; {plan.chunk_tokens:,} tokens pass a layer at a time"
             ),
             f"passes  {self.passes:,} over the layers, {self.checks} of them checks",
             (
@@ -173,9 +179,10 @@ def _forecast(
     execution: ScanExecution,
     where: Elsewhere,
 ) -> Forecast:
-    texts = tokens_of(measurement, model, tokenizer, weights=False)
-    token_ids, others = texts.token_ids, texts.other_ids
-    longest = max(map(len, [*token_ids, *(others or [])]))
+    texts, each = tokens_of(measurement, model, tokenizer, weights=False), measurement.each()
+    further = [tokens_of(one, model, tokenizer, weights=False, said=True).other_ids for one in each[1:]]
+    token_ids, others = texts.token_ids, [texts.other_ids, *further]
+    longest = max(len(ids) for some in (token_ids, *others) for ids in some or [])
     anatomy = inspect_model(model, max(token_ids, key=len), longest)
     stream, device = where.stream, as_device(where.device)
     here = device.type == "cpu" or torch.cuda.is_available()
@@ -189,54 +196,29 @@ def _forecast(
         measurement.check(len(token_ids), len(units), anatomy.hidden_size)
     else:
         metrics = as_metrics(measurement.metric, tokenizer, anatomy.vocab_size)
-        for each in metrics:
-            if each.layer is not None:
-                check_layer(each.layer, len(anatomy.blocks))
-    how = measurement.ablation
-    tree_ids = token_ids if how.kind != "resample" else pair_ids(token_ids, others, how.align)[0]
+        for metric in metrics:
+            if metric.layer is not None:
+                check_layer(metric.layer, len(anatomy.blocks))
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(execution.max_memory, where.device_memory, held, device, here)
     layers, _ = layer_path(execution.layers, model, anatomy, device, attention)
-    at_end = how.at == "end"
-    ends_alone = at_end and anatomy.trims
-    sequences = Sequences.of(tree_ids, texts.places, each_alone=at_end and not ends_alone)
-    tree_ids = sequences.ids
-    beside = held_beside(model, anatomy, measurement, device, layers)
-    beside = replace(beside, reads=sequences.places, ends_alone=ends_alone)
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
-    read_out = measurement.read_out()
     work = work_of(model, anatomy, measurement, device, fused=layers != "model", stream=stream)
-    fit, plan = planned(anatomy, tree_ids, units, limited, beside, work, read_out)
-    some = [unit for unit in units if unit[0] < read_out.depth(anatomy)]
-    packs = [beside.pack(tree_ids, group) for group in plan.prompt_groups]
-    tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.read_index.tolist())) for p in packs)
-    rows = plan.rows_per_block + 1
-    # The plan's room for the head is a bound; no more pairs than there are go through.
-    pairs = min(plan.head_rows, rows * ends)
-    parts = block_parts(
-        anatomy,
-        rows + beside.extra_rows,
-        tokens,
-        ends,
-        plan.chunk_tokens,
-        pairs,
-        model.dtype.itemsize,
-        beside.row_size,
-        ends_alone,
-    )
-    memory = {
-        "model": held,
-        **parts,
-        "kept": rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes,
-    }
-    rounds = 1 + (steps - 1) * beam
-    costs, cut = work.costs, plan.blocks(some)
-    flops = rounds * scan_flops(costs, packs, some, blocks=cut, ends_alone=ends_alone) if some else 0
-    flops += CHECK_ROWS * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
-    blocks = len(packs) * len(cut)
-    checks = _check_passes(longest)
-    passes = rounds * blocks + checks
+    costs, rounds = work.costs, 1 + (steps - 1) * beam
+    found = [
+        _pass(
+            model, replace(texts, other_ids=others[numbers[0]]), each[numbers[0]], rows_of(units, len(numbers)), limited, work,
+            held_beside(model, anatomy, each[numbers[0]], device, layers, len(numbers)), anatomy,
+        )
+        for numbers in passes_of([one.ablation for one in each])
+    ]  # fmt: skip
+    flops = rounds * sum(one.flops for one in found)
+    flops += CHECK_ROWS * len(each) * scan_flops(costs, [pack([max(token_ids, key=len)])], [])
+    checks = _check_passes(longest) * len(each)
+    passes = rounds * sum(one.passes for one in found) + checks
+    largest = max(found, key=lambda one: peak_bytes(one.memory) + one.memory["kept"])
+    plan, tokens = largest.plan, max(one.tokens for one in found)
     rates = (
         measure_rates(costs.products, max(plan.chunk_tokens, tokens), model.dtype, device) if here else None
     )
@@ -249,15 +231,68 @@ def _forecast(
             "layers": anatomy.num_layers, "heads": anatomy.num_heads,
         },
         device=str(device), dtype=str(model.dtype).removeprefix("torch."), stream=stream, prompts=len(token_ids),
-        tokens=tokens, units=len(units), plan=plan, memory=memory, passes=passes, checks=checks, flops=flops,
+        tokens=tokens, units=len(units), ablations=len(each), plan=plan, memory={"model": held, **largest.memory},
+        passes=passes, checks=checks, flops=flops,
         flops_per_s=rates and rates.median,
         read_bytes_per_s=reading,
         seconds=took(rates and rates.median, reading=reading, stream=stream),
         best_seconds=took(rates and rates.best, reading=reading, stream=stream),
-        blocks=len(cut), rates=rates,
+        blocks=largest.blocks, rates=rates,
         copy_bytes=0 if stream or not execution.rescored or model.dtype not in WIDER else copy_bytes(model),
-        limits=_limits(plan, fit, len(some), len(token_ids), blocks, device),
+        limits=_limits(plan, largest.fit, largest.rows, len(token_ids), largest.passes, device),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Of the ablations that go through together. fit: the plan before it was cut by work; blocks: of one group of prompts;
+    passes: over the layers."""
+
+    plan: Plan
+    fit: Plan
+    rows: int
+    tokens: int
+    blocks: int
+    passes: int
+    flops: int
+    memory: dict[str, int]
+
+
+def _pass(
+    model: PreTrainedModel,
+    texts: Texts,
+    measurement: ScanMeasurement,
+    units: Sequence[Head],
+    execution: ScanExecution,
+    work: Work,
+    beside: Held,
+    anatomy: Anatomy,
+) -> _Pass:
+    """units: the rows of all ablations; execution: with the memory that there is."""
+    how, tree_ids = measurement.ablation, texts.token_ids
+    if how.kind == "resample":
+        tree_ids = pair_ids(tree_ids, texts.other_ids, how.align)[0]
+    at_end = how.at == "end"
+    ends_alone = at_end and anatomy.trims
+    sequences = Sequences.of(tree_ids, texts.places, each_alone=at_end and not ends_alone)
+    tree_ids = sequences.ids
+    beside = replace(beside, reads=sequences.places, ends_alone=ends_alone)
+    read_out = measurement.read_out()
+    fit, plan = planned(anatomy, tree_ids, units, execution, beside, work, read_out)
+    some = [unit for unit in units if unit[0] < read_out.depth(anatomy)]
+    packs = [beside.pack(tree_ids, group) for group in plan.prompt_groups]
+    tokens, ends = max(p.num_tokens for p in packs), max(len(set(p.read_index.tolist())) for p in packs)
+    rows = plan.rows_per_block + 1
+    # The plan's room for the head is a bound; no more pairs than there are go through.
+    pairs = min(plan.head_rows, rows * ends)
+    parts = block_parts(
+        anatomy, rows + beside.extra_rows, tokens, ends, plan.chunk_tokens, pairs, model.dtype.itemsize, beside.row_size,
+        ends_alone,
+    )  # fmt: skip
+    kept = rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes
+    cut = plan.blocks(some)
+    flops = scan_flops(work.costs, packs, some, blocks=cut, ends_alone=ends_alone) if some else 0
+    return _Pass(plan, fit, len(some), tokens, len(cut), len(packs) * len(cut), flops, parts | {"kept": kept})
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
 
 from annotated_doc import Doc
 
-from ..engine.ablation import AT, Ablation
+from ..engine.ablation import AT, Ablation, as_ablations
 from ..engine.heads import Head, check_heads, check_unit
 from ..engine.measurement import Execution, Heads, Measurement, as_heads, as_tuple
 from ..errors import MOST, InputError, whole_number
@@ -54,13 +54,19 @@ class ScanMeasurement(Measurement):
         super().__post_init__()
         self._set(heads=as_heads(self.heads))
         if isinstance(self.at, str) and self.at in AT:
-            if self.ablation.at not in (self.at, "all"):
-                raise InputError(
-                    f"the ablation is at {self.ablation.at!r}, and at={self.at!r} is given as well: give one"
-                )
-            self._set(ablation=replace(self.ablation, at=self.at), at=None)
+            first, *further = (self._at(how) for how in self.ablations)
+            self._set(ablation=first, at=None, **({"further": tuple(further)} if further else {}))
         elif self.at is not None:
             self._set_places()
+
+    @property
+    def ablations(self) -> tuple[Ablation, ...]:
+        return (self.ablation,)
+
+    def _at(self, how: Ablation) -> Ablation:
+        if how.at not in (self.at, "all"):
+            raise InputError(f"the ablation is at {how.at!r}, and at={self.at!r} is given as well: give one")
+        return replace(how, at=self.at)
 
     def _set_places(self) -> None:
         """Take `at` for what is read."""
@@ -85,7 +91,18 @@ class ScanMeasurement(Measurement):
 @dataclass(frozen=True, kw_only=True)
 class ShipsMeasurement(ScanMeasurement):
     kind = "ships"
+    takes_several = True
 
+    ablation: Annotated[
+        str | Ablation | Sequence,
+        Doc(
+            "one of undifferentiated, uniform, scale, zero, head_mean_q, head_mean_k, head_mean_v, mean or resample."
+        ),
+        Doc(
+            'Or an `Ablation`. "mean" averages over these prompts; for others, and for "resample", give an `Ablation` with '
+            "prompts. Or a list of them, measured in one run: the result is the first one's, and .by_ablation has all."
+        ),
+    ] = "undifferentiated"
     metric: Annotated[
         object,
         Doc("one of kl, reverse_kl, js, total_variation,"),
@@ -131,8 +148,12 @@ class ShipsMeasurement(ScanMeasurement):
         ),
         Doc("The result's .control is their scan, and its .contrast() says it."),
     ] = None
+    further: tuple[Ablation, ...] = ()  # ablations beside the first; no keyword, as it has no description
 
     def __post_init__(self) -> None:
+        if isinstance(self.ablation, (list, tuple)):
+            first, *further = as_ablations(self.ablation)
+            self._set(ablation=first, further=tuple(further))
         super().__post_init__()
         if self.nonfinite not in POLICIES:
             raise InputError(f"unknown nonfinite {self.nonfinite!r}: expected one of {', '.join(POLICIES)}")
@@ -145,6 +166,13 @@ class ShipsMeasurement(ScanMeasurement):
                 )
         if self.control is not None:
             self._set_control()
+
+    @property
+    def ablations(self) -> tuple[Ablation, ...]:
+        return (self.ablation, *self.further)
+
+    def each(self) -> list[Self]:
+        return [replace(self, ablation=how, further=()) for how in self.ablations]
 
     def read_out(self) -> ReadOut:
         from .metrics import Metric, parse_metric  # torch comes with it
@@ -178,12 +206,14 @@ class ShipsMeasurement(ScanMeasurement):
 
     def of_control(self) -> Self:
         """The same measurement of the control prompts. Means are those of the prompts, for both."""
-        how, at = self.ablation, self.at
-        if how.kind == "mean" and how.prompts is None:
-            how = replace(how, prompts=self.prompts)
+        at, own = self.at, {"prompts": self.prompts}
+        hows = [
+            replace(how, **own) if how.kind == "mean" and how.prompts is None else how
+            for how in self.ablations
+        ]
         if at is not None:  # one position for all
             at = [at[0]] * len(self.control)
-        return replace(self, prompts=self.control, control=None, ablation=how, at=at)
+        return replace(self, prompts=self.control, control=None, ablation=hows, further=(), at=at)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from transformers import PreTrainedModel
 
+from ..engine.ablation import passes_of
 from ..engine.alignment import pair_ids, unpair
 from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
-from ..engine.heads import Head, unit_heads
+from ..engine.heads import Head, rows_of, unit_heads, way_of
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, make_plan
 from ..engine.replacement_values import mean_outputs, resample_outputs
 from ..engine.sequences import Sequences
-from ..engine.subject import Subject, look_at
+from ..engine.subject import Subject, about_ablation, look_at
 from ..engine.work_plan import Work, cut_by_work
 from ..errors import note
 from ..memory import OutOfMemory, out_of_memory
@@ -35,7 +36,10 @@ class Prepared(Subject):
 
     units: what is switched off together, (layer, index) pairs in ascending order: query heads, or key/value groups;
     plan: may become smaller, or another run's: see `continue_plan`; its groups are of sequences, as they are packed;
-    execution: what the caller asked for; read_out: what scores are made of.
+    execution: what the caller asked for; rows: the units, of several ablations once for each; read_out: what
+    scores are made of.
+    others: those of further ablations whose rows go through the same batches; first: of several ablations the first one's, None
+    for that itself; numbers: the places of `self` and of `others` among all ablations.
     """
 
     units: list[Head]
@@ -43,12 +47,18 @@ class Prepared(Subject):
     execution: ScanExecution
     sequences: Sequences
     read_out: ReadOut
+    rows: list[Head]
+    numbers: list[int]
+    first: Prepared | None = None
+    others: list[Prepared] = field(default_factory=list)
     _tokens: object = None  # of the numbers in the sequences, for resample
     _mean: list[torch.Tensor] | None = None
 
     def pack(self, group: Sequence[int]) -> tuple[PackedPrompts, list[torch.Tensor] | None]:
         """A group of sequences as one pack, with the vectors that replace heads' outputs, if any do."""
         tree = self.plan.needs.held.pack(self.sequences.ids, group)
+        for other in self.others:
+            other._mean_values()  # now, as it runs the model
         if self.how.kind == "resample":
             own = unpair(tree, self._tokens)
             return own, self._resampled(own, [self.sequences.prompt[i] for i in group])
@@ -98,11 +108,18 @@ class Prepared(Subject):
         return tuple(head for each in units for head in unit_heads(each, self.unit, self.anatomy))
 
     def mask(self, units: Sequence[Head], values, parent: Sequence[Head] = ()) -> HeadMask:
-        """Row 0 with the units `parent` off, and one row more for each of `units` with it off as well."""
+        """Row 0 with the units `parent` off, and one row more for each of `units` with it off as well, by the ablation of the
+        row (heads.py) if there are several."""
         base = self.heads(parent)
-        return HeadMask((base, *(base + self.heads([each]) for each in units)), self.how, values)
+        groups = (base, *(base + self.heads([each]) for each in units))
+        if not self.others or not units:
+            return HeadMask(groups, self.how, values)
+        others = tuple((other.how, other._mean_values()) for other in self.others)
+        return HeadMask(groups, self.how, values, others, (0, *map(way_of, units)))
 
     def _identity(self) -> dict:
+        if self.first is not None:
+            return self.first.identity | {"ablation": self._ablation_identity()}
         shape = [len(self.token_ids), self.anatomy.num_layers, self.num_units]
         every = len(self.units) == shape[1] * shape[2]
         heads = "all" if every else [list(unit) for unit in self.units]
@@ -166,27 +183,61 @@ class Prepared(Subject):
 def prepare(
     model: PreTrainedModel, tokenizer, measurement: ScanMeasurement, execution: ScanExecution
 ) -> Prepared:
-    """Raises InputError or UnsupportedModelError, as `scan` does."""
+    """For one ablation. Raises InputError or UnsupportedModelError, as `scan` does."""
+    (prepared,) = prepare_passes(model, tokenizer, measurement, execution)
+    return prepared
+
+
+def prepare_passes(
+    model: PreTrainedModel, tokenizer, measurement: ScanMeasurement, execution: ScanExecution
+) -> list[Prepared]:
+    """One for each group of ablations that go through together, with the others of the group in it."""
     subject = look_at(model, tokenizer, measurement, execution)
-    model, anatomy, token_ids = subject.model, subject.anatomy, subject.token_ids
-    units = measurement.units(anatomy)
-    tree_ids, tokens = token_ids, None
-    if subject.how.kind == "resample":
-        tree_ids, tokens = pair_ids(token_ids, subject.other_ids, subject.how.align)
-    sequences = Sequences.of(tree_ids, subject.places, each_alone=subject.at_end and not subject.ends_alone)
-    tree_ids = sequences.ids
-    held = replace(subject.held(), reads=sequences.places, ends_alone=subject.ends_alone)
+    subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(subject.model)}
     read_out = measurement.read_out()
-    work = work_of(model, anatomy, measurement, subject.device, fused=subject.fused)
-    _, plan = planned(anatomy, tree_ids, units, execution, held, work, read_out)
-    subject.record |= {"plan_asked": execution.asked(), "head_precision": head_precision(model)}
     if not read_out.logits:
         subject.record["passes_end"] = (
-            f"behind decoder layer {max(read_out.after)} of {len(anatomy.blocks)}, counted from 0: no metric is of anything "
-            "later"
+            f"behind decoder layer {max(read_out.after)} of {len(subject.anatomy.blocks)}, counted from 0: no metric is of "
+            "anything later"
         )
+    record = {
+        k: x for k, x in subject.record.items() if k not in about_ablation(subject.how, subject.anatomy)
+    }
+    each, other_ids = measurement.each(), [subject.other_ids, *subject.further_ids]
+    found: list[Prepared] = []
+    for numbers in passes_of([one.ablation for one in each]):
+        lead, *others = (
+            {
+                "measurement": each[at],
+                "other_ids": other_ids[at],
+                "record": record | about_ablation(each[at].ablation, subject.anatomy),
+            }
+            for at in numbers
+        )
+        prepared = _prepared(replace(subject, further_ids=[], **lead), numbers, execution)
+        prepared.first = found[0] if found else None
+        first = prepared.first or prepared
+        prepared.others = [replace(prepared, others=[], first=first, **other) for other in others]
+        found.append(prepared)
+    return found
+
+
+def _prepared(subject: Subject, numbers: list[int], execution: ScanExecution) -> Prepared:
+    """With a plan for the rows of so many ablations."""
+    model, anatomy, measurement = subject.model, subject.anatomy, subject.measurement
+    units = measurement.units(anatomy)
+    rows, tree_ids, tokens = rows_of(units, len(numbers)), subject.token_ids, None
+    if subject.how.kind == "resample":
+        tree_ids, tokens = pair_ids(subject.token_ids, subject.other_ids, subject.how.align)
+    sequences = Sequences.of(tree_ids, subject.places, each_alone=subject.at_end and not subject.ends_alone)
+    tree_ids = sequences.ids
+    held = replace(subject.held(len(numbers)), reads=sequences.places, ends_alone=subject.ends_alone)
+    read_out = measurement.read_out()
+    work = work_of(model, anatomy, measurement, subject.device, fused=subject.fused)
+    _, plan = planned(anatomy, tree_ids, rows, execution, held, work, read_out)
     return Prepared(
-        **vars(subject), units=units, plan=plan, execution=execution, sequences=sequences, read_out=read_out, _tokens=tokens,
+        **{f.name: getattr(subject, f.name) for f in fields(Subject)}, units=units, plan=plan, execution=execution,
+        sequences=sequences, read_out=read_out, rows=rows, numbers=numbers, _tokens=tokens,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""One metric of a scan: its scores so far, its noise floor, and the run folder that keeps them."""
+"""One metric of one ablation of a scan: its scores so far, its noise floor, and the run folder that keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import numpy as np
 from ..engine.heads import Head
 from ..errors import InputError, note
 from ..results.score_error import Rescored, ScoreError
-from ..results.ships import MARKED, ShipsResult, also_place, cells_of, column
+from ..results.ships import MARKED, ShipsResult, ablation_place, also_place, cells_of, column
+from ..results.sink_mass import SinkMass
 from ..runs.folder import RunFolder
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
@@ -20,14 +21,16 @@ from .metrics import Metric, as_metrics
 from .prepare import Prepared
 
 
-def measures_of(prepared: Prepared, tokenizer, control: Prepared | None) -> list[Measure]:
-    """One for each metric asked for, with its run folder: `out`, and folders in it for all but the first. control: a scan that
-    is a part of this one."""
-    measurement, out = prepared.measurement, prepared.execution.out
-    metrics = as_metrics(measurement.metric, tokenizer, prepared.anatomy.vocab_size)
-    metrics = [_fitted(each, prepared) for each in metrics]
+def measures_of(
+    passes: Sequence[Prepared], tokenizer, control: Sequence[Prepared] | None
+) -> list[list[Measure]]:
+    """For each ablation one for each metric asked for, with its run folder: `out`, and folders in it for all but the first.
+    control: a scan that is a part of this one."""
+    first, out = passes[0], passes[0].execution.out
+    metrics = as_metrics(first.measurement.metric, tokenizer, first.anatomy.vocab_size)
+    metrics = [_fitted(each, first) for each in metrics]
     own = next((each.name for each in metrics if each.of_answers), None)
-    if own is not None and prepared.targets is None:
+    if own is not None and first.targets is None:
         raise InputError(f"metric {own} is of an answer's own tokens: give answers (--answer-column)")
     if out is not None and not all(each.is_named for each in metrics):
         name = next(each.name for each in metrics if not each.is_named)
@@ -35,14 +38,32 @@ def measures_of(prepared: Prepared, tokenizer, control: Prepared | None) -> list
             f"metric {name} has no name of its own, so a run folder cannot tell it from others: define it "
             "as a function of a module, or leave out= away and save the result"
         )
-    places = ["", *map(also_place, range(1, len(metrics)))]
     others = {"further_metrics": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
+    by_number = {
+        number: (each, lead)
+        for lead in passes
+        for number, each in zip(lead.numbers, (lead, *lead.others), strict=True)
+    }
+    further = [by_number[number][0].identity["ablation"] for number in range(1, len(by_number))]
+    more = {"further_ablations": further} if further else {}
     if control is not None:
-        others["control"] = {"prompts": control.identity["prompts"]}
-    return [
-        Measure(prepared, each, None if out is None else Path(out) / place, others if number == 0 else {})
-        for number, (each, place) in enumerate(zip(metrics, places, strict=True))
-    ]
+        more["control"] = {"prompts": control[0].identity["prompts"]}
+    found = []
+    for number in range(len(by_number)):
+        place = None if out is None else Path(out) / (ablation_place(number) if number else "")
+        of_first = others | (more if number == 0 else {})
+        found.append(
+            [
+                Measure(
+                    *by_number[number],
+                    metric,
+                    place and (place / also_place(at) if at else place),
+                    {} if at else of_first,
+                )
+                for at, metric in enumerate(metrics)
+            ]
+        )
+    return found
 
 
 def _fitted(metric: Metric, prepared: Prepared) -> Metric:
@@ -56,20 +77,41 @@ def _fitted(metric: Metric, prepared: Prepared) -> Metric:
     return metric.fitted(len(prepared.anatomy.blocks), hidden, prepared.model.dtype)
 
 
-def finished(measures: Sequence[Measure]) -> ShipsResult | None:
+def finished(by_ablation: Sequence[Sequence[Measure]]) -> ShipsResult | None:
     """What their folders hold, where all are finished. Raises InputError for marked scores where none are wanted."""
-    main, *others = [measure.finished() for measure in measures]
-    if main is None or None in others:
+    found = [[measure.finished() for measure in measures] for measures in by_ablation]
+    if any(None in results for results in found):
         return None
-    return replace(main, also={other.metric["name"]: other for other in others})
+    return together([replace(main, also=_by_name(others)) for main, *others in found])
+
+
+def results_of(by_ablation: Sequence[Sequence[Measure]]) -> ShipsResult:
+    """The first one's run folder is finished last: complete, it says that all are."""
+    *further, first = [
+        main.result(_by_name([measure.result() for measure in others]))
+        for main, *others in reversed(by_ablation)
+    ]
+    return together([first, *reversed(further)])
+
+
+def together(results: Sequence[ShipsResult]) -> ShipsResult:
+    first, *further = results
+    return first.with_further(further) if further else first
+
+
+def _by_name(results: Sequence[ShipsResult]) -> dict[str, ShipsResult]:
+    return {result.metric["name"]: result for result in results}
 
 
 class Measure:
-    """One metric of a scan: its scores so far, float64 [M, L, H] by reads, its noise floor and its run folder."""
+    """One metric of one ablation of a scan: its scores so far, float64 [M, L, H] by reads, its noise floor and its run folder."""
 
-    def __init__(self, prepared: Prepared, metric: Metric, path: Path | None, others: dict) -> None:
-        """others: what the identity says of further metrics of the same scan."""
-        self.prepared, self.metric = prepared, metric
+    def __init__(
+        self, prepared: Prepared, lead: Prepared, metric: Metric, path: Path | None, others: dict
+    ) -> None:
+        """lead: whose plan it goes by, of the ablations that go through together; others: what the identity says of further metrics
+        and ablations of the same scan."""
+        self.prepared, self.lead, self.metric = prepared, lead, metric
         about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
         self.identity = prepared.identity | {"metric": metric.describe()} | others
         self.record = prepared.record | {"metric": about}
@@ -118,7 +160,7 @@ class Measure:
         self.compared = "noise_floor" in before and self.folder.same_environment
         if "error" in before and self.folder.same_environment:
             self.record["error"] = before["error"]
-        self.record["plan"] = self.prepared.plan.to_json()
+        self.record["plan"] = self.lead.plan.to_json()
         self.folder.write_manifest(before | self.record | {"status": "running"})
 
     def keep(self, scores: np.ndarray, reads: Sequence[int], block: Sequence[Head]) -> None:
@@ -134,7 +176,7 @@ class Measure:
         if self.folder is not None:  # first: what runs out of memory or disk here is still missing
             value, at = column({"name": self.metric.name}), cells_of(self.identity)
             frame = score_frame(at.padded(part, np.nan), at.names, value, at.padded(marked, False))
-            self.folder.write_part(frame, plan=self.prepared.plan.to_json())
+            self.folder.write_part(frame, plan=self.lead.plan.to_json())
         new = ~np.isnan(part)
         self.scores[new] = part[new]
         self.marked |= marked
@@ -154,6 +196,13 @@ class Measure:
     def keep_error(self, error: ScoreError) -> None:
         self.record["error"] = error.to_json()
         self._write()
+
+    def keep_sinks(self, measured: Callable[[], SinkMass | None]) -> None:
+        """Put what heads rest on into the record, as an earlier part of the run found it, or as it is measured now."""
+        before = self.folder.previous if self.folder is not None and self.folder.same_environment else {}
+        sinks = SinkMass.from_json(before["sink_mass"]) if "sink_mass" in before else measured()
+        if sinks is not None:
+            self.record["sink_mass"] = sinks.to_json()
 
     def _write(self) -> None:
         noise = {"noise_floor": self.noise_floor, "packing_noise": self.noise_floor}

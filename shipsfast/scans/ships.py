@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from ..clock import seconds_since
-from ..engine.heads import Head
+from ..engine.heads import Head, way_of
 from ..engine.measurement import ScanExecution, called_with
 from ..errors import InputError, UnsupportedModelError, note
 from ..memory import OutOfMemory, once_more
@@ -25,10 +26,10 @@ from .control import of_the_control, prepare_control
 from .measurements import ShipsMeasurement
 from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, check_base_states, explain, reason
-from .prepare import Prepared, prepare, run_blocks
+from .prepare import Prepared, prepare_passes, run_blocks
 from .rescoring import rescore
 from .scan_bar import ScanBar
-from .score_store import Measure, finished, measures_of
+from .score_store import Measure, finished, measures_of, results_of
 from .self_check import (
     Outputs,
     ablated_outputs,
@@ -38,6 +39,7 @@ from .self_check import (
     packing_noise_nats,
     plain_outputs,
 )
+from .sink_mass import sinks_of
 
 
 @called_with(ShipsMeasurement, ScanExecution)
@@ -53,54 +55,64 @@ def scan(
 
     Returns:
         ShipsResult with .scores (.kl) float64 [P, L, H], NaN for heads not in `heads` and for marked scores; with answers, or
-        several positions of a prompt, means of .by_token; with `control`, .control is that of the control prompts.
+        several positions of a prompt, means of .by_token; with `control`, .control is that of the control prompts. Of several
+        ablations the first one's, with .by_ablation, .agreement(), and of several eps .dose.
     Raises:
         InputError: bad prompts, heads, ablation, metric, backend or folder.
         UnsupportedModelError: the model cannot be scanned exactly.
     """
     started = time.perf_counter()
-    prepared = prepare(model, tokenizer, measurement, execution)
-    return _scan(prepared, tokenizer, prepare_control(prepared, tokenizer), "scan", started)
+    passes = prepare_passes(model, tokenizer, measurement, execution)
+    return _scan(passes, tokenizer, prepare_control(measurement, passes[0], tokenizer), "scan", started)
 
 
-def _scan(prepared: Prepared, tokenizer, control: Prepared | None, name: str, started: float) -> ShipsResult:
-    """control: the scan of the control prompts, which is a part of this one; name: of the progress bar."""
-    execution = prepared.execution
-    measures = measures_of(prepared, tokenizer, control)
-    main = measures[0]
+def _scan(
+    passes: list[Prepared], tokenizer, control: list[Prepared] | None, name: str, started: float
+) -> ShipsResult:
+    """passes: of the ablations that go through together; control: the scan of the control prompts, which is a part of this one;
+    name: of the progress bar."""
+    execution = passes[0].execution
+    by_ablation = measures_of(passes, tokenizer, control)
+    every = [measure for measures in by_ablation for measure in measures]
+    main = every[0]
     if main.folder is not None:
-        found = finished(measures)
+        found = finished(by_ablation)
         if found is not None:
             return replace(found, control=_scan_control(control, tokenizer))
-        for measure in measures:  # before any says that it goes on
+        for measure in every:  # before any says that it goes on
             measure.take()
-        prepared.continue_plan(main.folder)
-        for measure in measures:
+        for lead in passes:
+            lead.continue_plan(by_ablation[lead.numbers[0]][0].folder)
+        for measure in every:
             measure.begin()
-        known = int((~main.missing()).sum())
+        firsts = [measures[0] for measures in by_ablation]
+        known = sum(int((~measure.missing()).sum()) for measure in firsts)
         if known and execution.progress:
-            of = len(prepared.read_ids) * len(prepared.units)
+            of = sum(len(lead.read_ids) * len(lead.rows) for lead in passes)
             note(f"{main.folder.path} has {known:,} of {of:,} scores, and goes on")
-    work = _Work(prepared, measures, name)
+    works = []
     scan_started = time.perf_counter()
-    try:
-        work.run()
-    finally:
-        work.bar.close()
+    for lead in passes:
+        works.append(_Work(lead, [by_ablation[number] for number in lead.numbers], name))
+        try:
+            works[-1].run()
+        finally:
+            works[-1].bar.close()
     scan_seconds = seconds_since(scan_started)
-    _spot_check(work)
-    rescore(work)
-    del work
+    for one in (each for work in works for each in work.each()):
+        _spot_check(one)
+        rescore(one)
+    del works
+    if len(by_ablation) > 1:
+        main.keep_sinks(lambda: sinks_of(passes[0]))
     of_control = _scan_control(control, tokenizer)
-    for measure in measures:
-        measure.record |= {"scan_seconds": scan_seconds, "plan": prepared.plan.to_json()}
+    for measure in every:
+        measure.record |= {"scan_seconds": scan_seconds, "plan": measure.lead.plan.to_json()}
         measure.record["seconds"] = seconds_since(started)
-    # The first one's run folder is finished last: complete, it says that all are.
-    also = {measure.metric.name: measure.result() for measure in measures[1:]}
-    return replace(main.result(also), control=of_control)
+    return replace(results_of(by_ablation), control=of_control)
 
 
-def _scan_control(control: Prepared | None, tokenizer) -> ShipsResult | None:
+def _scan_control(control: list[Prepared] | None, tokenizer) -> ShipsResult | None:
     """Of a finished run, what it left."""
     if control is None:
         return None
@@ -110,32 +122,52 @@ def _scan_control(control: Prepared | None, tokenizer) -> ShipsResult | None:
         raise of_the_control(error) from error
 
 
+class OneAblation(NamedTuple):
+    """Of a scan, what is checked when all scores are there. one: of the `_Work` that found them."""
+
+    prepared: Prepared
+    measures: list[Measure]
+    one: Callable[[Metric, int, torch.Tensor, torch.Tensor], float]
+
+
 class _Work:
     """Fills in the scores that are missing, for some sequences at a time: those that are packed together.
 
     Scores are counted by reads: as a rule a prompt is one sequence and has one read.
     """
 
-    def __init__(self, prepared: Prepared, measures: list[Measure], name: str) -> None:
-        self.prepared, self.measures = prepared, measures
+    def __init__(self, prepared: Prepared, by_ablation: list[list[Measure]], name: str) -> None:
+        """by_ablation: the measures of each ablation whose rows go through together, `prepared` being the first one's."""
+        self.prepared, self.by_ablation = prepared, by_ablation
+        self.measures = [measure for measures in by_ablation for measure in measures]
         steps = scores = 0
         for together in prepared.plan.prompt_groups:
             missing = self.missing(together)
-            steps += prepared.layer_passes(prepared.units, missing)
+            steps += prepared.layer_passes(prepared.rows, missing)
             scores += len(missing) * len(prepared.sequences.reads(together))
         self.bar = ScanBar(name, steps, scores, prepared, prepared.execution)
         self._packed: tuple | None = None  # the sequences at hand, their pack, and values
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """The same for every ablation."""
+        return [measure.metric for measure in self.by_ablation[0]]
+
+    def each(self) -> list[OneAblation]:
+        return [OneAblation(measures[0].prepared, measures, self.one) for measures in self.by_ablation]
 
     @property
     def sees_all_prompts(self) -> bool:
         return any(measure.metric.sees_all_prompts for measure in self.measures)
 
     def missing(self, together: Sequence[int]) -> list[Head]:
-        """The units that some metric still wants."""
-        rows = self.prepared.sequences.reads(together)
-        return [
-            u for u in self.prepared.units if any(m.missing()[rows, u[0], u[1]].any() for m in self.measures)
+        """The rows that some metric still wants."""
+        reads = self.prepared.sequences.reads(together)
+        wanted = [
+            np.any([measure.missing()[reads].any(0) for measure in measures], axis=0)
+            for measures in self.by_ablation
         ]
+        return [row for row in self.prepared.rows if wanted[way_of(row)][row]]
 
     def run(self) -> None:
         if self.sees_all_prompts and any(map(self.missing, self.prepared.plan.prompt_groups)):
@@ -147,7 +179,7 @@ class _Work:
             try:
                 run_blocks(
                     self.prepared,
-                    self.prepared.units,
+                    self.prepared.rows,
                     lambda together=together: self.missing(together),
                     lambda block, together=together: self._block(block, together),
                     self.bar,
@@ -165,24 +197,32 @@ class _Work:
         _, packed, values = self._packed
         reads = prepared.sequences.reads(together)
         some = prepared.counting(block)
-        # [units, reads] of every metric: 0 where a head is behind what the metric is of.
-        scores = [np.zeros((len(some) + 1, len(reads))) for _ in self.measures]
+        # [rows, reads] of every metric: 0 where a head is behind what the metric is of.
+        scores = [np.zeros((len(some) + 1, len(reads))) for _ in self.metrics]
         if some:
             kept = self._run(some, packed, values, reads, scores)
             self._check_base(reads, *kept)
             self._compare(reads, *kept)
         scores = [np.pad(each[1:], ((0, len(block) - len(some)), (0, 0))) for each in scores]
-        for measure, each in zip(self.measures, scores, strict=True):
-            self._check_numbers(measure, each, reads, block)
-        for measure, each in zip(self.measures, scores, strict=True):
-            measure.keep(each, reads, block)
+        ways = np.array([way_of(row) for row in block])
+        own = [np.flatnonzero(ways == way) for way in range(len(self.by_ablation))]
+        parts = [
+            (measure, each[at], [block[row] for row in at])
+            for measures, at in zip(self.by_ablation, own, strict=True)
+            for measure, each in zip(measures, scores, strict=True)
+            if len(at)
+        ]
+        for measure, each, units in parts:
+            self._check_numbers(measure, each, reads, units)
+        for measure, each, units in parts:
+            measure.keep(each, reads, units)
 
     def _run(
         self, units: Sequence[Head], packed: PackedPrompts, values, reads: Sequence[int], scores: list
     ) -> tuple[Outputs, np.ndarray]:
         """Fill in the scores of a block of units, and of row 0. Returns what is read of the unablated model, [U, .] each, and
         where in U each read is."""
-        found: list[list[tuple[slice, torch.Tensor]]] = [[] for _ in self.measures]
+        found: list[list[tuple[slice, torch.Tensor]]] = [[] for _ in self.metrics]
         kept: Outputs = {}
         with self.prepared.growing_batch(packed, self.bar.update) as batch:
 
@@ -215,11 +255,7 @@ class _Work:
         out: [rows, U, .]; place: where in U each read is.
         """
         rows = out.shape[0]
-        chosen = [
-            (number, measure.metric)
-            for number, measure in enumerate(self.measures)
-            if measure.metric.layer == layer
-        ]
+        chosen = [(number, metric) for number, metric in enumerate(self.metrics) if metric.layer == layer]
         index = torch.arange(base.shape[0], device=out.device).repeat(rows)
         own = [each for _, each in chosen if not each.sees_all_prompts and not each.of_answers]
         read, found = iter(measure_rows(own, base, out.flatten(0, 1), index)), []
@@ -315,7 +351,7 @@ class _Work:
         bad = np.argwhere(~np.isfinite(scores))
         if not len(bad) or (measure.mark and MARKED in measure.record):
             return
-        prepared, name = self.prepared, measure.metric.name
+        prepared, name = measure.prepared, measure.metric.name
         prompt, (layer, index) = reads[bad[0][1]], block[bad[0][0]]
         place, _ = explain(prepared, prompt, (layer, index))
         why = reason(place, name, measure.metric.layer)
@@ -336,7 +372,7 @@ class _Work:
         measure.keep_noise(measure.noise_floor)  # writes the record, before the first mark is
 
 
-def _spot_check(work: _Work) -> None:
+def _spot_check(work: OneAblation) -> None:
     """Recompute two heads on the longest prompt by plain forward passes; record each metric's larger difference.
 
     Raises UnsupportedModelError if one is off by more than rounding can explain.

@@ -125,6 +125,20 @@ def test_key_value_groups_in_float64(family, in_float64):
     np.testing.assert_allclose(fast.angle_deg, own.angle_deg, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("largest", [1.5, 0.0], ids=["by rank", "in full"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma2-softcap-window", "biases"])
+def test_rows_of_several_ablations_in_float64(family, largest, in_float64, monkeypatch):
+    monkeypatch.setattr(forked_rows, "LARGEST_SCALE", largest)
+    model, kinds = model_of(family), ["zero", "undifferentiated", "head_mean_v", "mean", "scale"]
+    how = dict(scale=0.3, progress=False, rescored=0)
+    for cut in ({}, dict(chunk_tokens=60, rows_per_block=7)):
+        found = shipsfast.scan(model, LONG, ablation=kinds, layers="fused", **how, **cut)
+        assert sum(in_float64) >= 2
+        for kind, one in found.by_ablation.items():
+            alone = shipsfast.scan(model, LONG, ablation=kind, layers="model", **how)
+            assert abs(one.kl - alone.kl).max() <= 1e-12
+
+
 @pytest.mark.parametrize("family", [*FUSED, "biases"])
 def test_float32_is_as_close_as_its_sums_allow(family, taken):
     model = model_of(family)

@@ -306,3 +306,13 @@ def test_a_generation_plan_counts_the_layer_that_prefill_joins():
     subject = look_at(model, None, measurement, Execution(backend="triton", layers="fused"))
     layer = model.model.layers[0]
     assert plan._loaded_bytes(subject) == fused_layer.loaded_bytes(layer, subject.device) > 0
+
+
+def test_several_ablations_in_one_batch():
+    """The base row's heads, all off, once for each: one query row, as many mask rows as ablations."""
+    kinds = ["zero", "undifferentiated", "mean"]
+    exact = shipsfast.scan(build(FUSED[0]), PROMPTS, ablation=kinds, rescored=0, **OWN)
+    found = shipsfast.scan(build(FUSED[0]).float(), PROMPTS, ablation=kinds, rescored=0, **TRITON)
+    for kind, one in found.by_ablation.items():
+        bound = kl_bound(build(FUSED[0]).float(), PROMPTS, exact.by_ablation[kind].kl)
+        assert_close_abs(one.kl, exact.by_ablation[kind].kl, bound)

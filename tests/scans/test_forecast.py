@@ -272,3 +272,19 @@ def test_bad_questions_are_refused(capsys):
     assert "--device-memory is for --plan" in refused(capsys, *args, "--device-memory", "24GiB")
     if not torch.cuda.is_available():
         assert "--device-memory 80GiB" in refused(capsys, *args, "--plan", "--device", "cuda")
+
+
+def test_several_ablations():
+    prompts, model = [[5, 6, 7, 8], [5, 6, 9, 10, 11], [5, 40]], build("llama-gqa", torch.float32)
+    one = planned(model, prompts, device="cpu")
+    about = ShipsMeasurement(
+        prompts=prompts, ablation=["zero", "mean", shipsfast.Ablation("zero", at="end"), "uniform"]
+    )
+    found = forecast(model, None, about, ScanExecution(), Elsewhere(device="cpu"))
+    result = shipsfast.scan(model, prompts, ablation=about.ablations, progress=False)
+    assert found.plan.to_json() | {"memory_limit_bytes": 0} == result.record["plan"] | {
+        "memory_limit_bytes": 0
+    }
+    assert found.plan.rows_per_block == 3 * one.units and found.passes - found.checks == 2
+    assert 2 * one.flops < found.flops < 4 * one.flops
+    assert "12 heads of 3 layers x 4 ablations" in found.render() and "at most 36 rows" in found.render()
