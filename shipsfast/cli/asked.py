@@ -54,7 +54,7 @@ class Asked:
             self.prompts_from["limit"] = given["limit"]
         self.others = None
         if given["source"] is not None:
-            pairs = given["ablation"] == "resample"  # one prompt stands in for all
+            pairs = "resample" in _listed(given["ablation"])  # one prompt stands in for all
             choose = (lambda found: some(found) if len(found) > 1 else found) if pairs else list
             self.others = self.more_prompts("source", given["source"], choose)
 
@@ -75,18 +75,17 @@ class Asked:
 
     def _check_how(self) -> None:
         quiet_transformers()  # before anything imports it
-        from ..engine.ablation import Ablation
         from ..engine.heads import parse_heads
         from ..engine.measurement import Execution
         from ..engine.memory_plan import parse_bytes
         from ..prompts.wrapping import TemplateArgs, as_date
 
         given, others = self.given, self.others
-        if given["ablation"] == "resample" and others is None:
+        if "resample" in _listed(given["ablation"]) and others is None:
             raise InputError("--ablation resample needs --source, a file of prompts to take outputs from")
-        scale, others = _number(given["scale"], "--scale"), None if others is None else tuple(others)
+        others = None if others is None else tuple(others)
         off, self.values["at"] = _places(given.get("at") or [])
-        how = Ablation(given["ablation"], scale, others, given["align"], off)
+        how = _ablations(given, others, off)
         Execution(layers=given["layers"])  # raises for a name that is none
         as_date(given["template_date"])  # the same
         self.values["template_args"] = TemplateArgs.parse(given["template_args"])
@@ -233,6 +232,33 @@ def _number(text: str, option: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"{option} must be a number, got {text!r}") from None
+
+
+def _listed(given) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _ablations(given: dict, others: tuple | None, off: str):
+    """One, or a tuple of several. others: prompts of those that take some; off: where heads are."""
+    from ..engine.ablation import SOURCED, Ablation, as_ablations
+
+    kinds, scales = _listed(given["ablation"]), [_number(text, "--scale") for text in _listed(given["scale"])]
+    if len(kinds) == len(scales) == 1:
+        return Ablation(kinds[0], scales[0], others, given["align"], off)
+    if others is not None and not set(kinds) & set(SOURCED):
+        raise InputError(f"--source is for {' and '.join(SOURCED)}, and none of the ablations is one of them")
+    if given["align"] != "exact" and "resample" not in kinds:
+        raise InputError("--align is for resample, and none of the ablations is that")
+    each = [
+        Ablation(
+            kind, *scales[:1] * (len(scales) == 1),
+            prompts=others if kind in SOURCED else None,
+            align=given["align"] if kind == "resample" else "exact",
+            at=off,
+        )
+        for kind in kinds
+    ]  # fmt: skip
+    return as_ablations(each, scales if len(scales) > 1 else scales[0])
 
 
 def _end_tokens(given: list[str] | None) -> list[int] | None:

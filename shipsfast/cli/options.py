@@ -79,8 +79,14 @@ AnswerColumn = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
 Sample = Annotated[int | None, typer.Option(min=1, help="N prompts drawn at random.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of --sample, and of --do-sample.")]
-HowAblated = _option(Measurement, "ablation", str)
-Scale = _option(Measurement, "scale", str)
+# Lists, so that what is given twice is not forgotten: only `scan` takes several.
+HowAblated = _option(Measurement, "ablation", list[str], "--ablation")
+Scale = _option(Measurement, "scale", list[str], "--scale")
+EachAblation = _option(
+    ShipsMeasurement, "ablation", list[str], "--ablation",
+    more="May be given several times, for one run that scans by all and compares them.",
+)  # fmt: skip
+EachScale = _option(ShipsMeasurement, "scale", list[str], "--scale", more="May be given several times.")
 Source = Annotated[
     Path | None,
     typer.Option(
@@ -193,8 +199,8 @@ RUN_OPTIONS = {
     "limit": (Limit, None),
     "sample": (Sample, None),
     "seed": (Seed, 0),
-    "ablation": (HowAblated, "undifferentiated"),
-    "scale": (Scale, "1e-5"),
+    "ablation": (HowAblated, ("undifferentiated",)),
+    "scale": (Scale, ("1e-5",)),
     "source": (Source, None),
     "align": (Align, "exact"),
     "unit": (Unit, "head"),
@@ -223,6 +229,7 @@ SCAN_OPTIONS = {
     "plot": (Plot, None),
     "stream": (Stream, False),
 }
+SEVERAL = {"ablation": (EachAblation, ("undifferentiated",)), "scale": (EachScale, ("1e-5",))}
 PLAN_OPTIONS = {"plan": (PlanOnly, False), "device_memory": (DeviceMemory, None)}
 # Without --rank-by asr or --judge nobody answers, and nobody judges.
 OF_ANSWERS = (
@@ -232,19 +239,22 @@ OF_ANSWERS = (
 OF_RESULTS = ("out", "resume", "plot", "nonfinite", "top", "group_by", *OF_ANSWERS)
 
 
-def command(*more: dict, without: tuple[str, ...] = ()) -> Callable:
-    """A command with the arguments and options of every run, of `more`, and of its own.
+def command(*more: dict, without: tuple[str, ...] = (), instead: dict | None = None) -> Callable:
+    """A command with the arguments and options of every run, of `more`, and of its own. instead: in the place of some of them.
 
     The function decorated gets what was `asked`, checked but not loaded, and its own options.
     """
 
     def decorate(function: Callable) -> Callable:
         every = {name: option for some in (*more, RUN_OPTIONS) for name, option in some.items()}
-        options = {name: option for name, option in every.items() if name not in without}
+        options = {name: option for name, option in every.items() if name not in without} | (instead or {})
         left_out = {name: every[name][1] for name in without}
 
         def run(context: typer.Context, **given) -> None:
             explicit = given_options(context)
+            for name in ("ablation", "scale"):
+                if len(given.get(name, ())) == 1:
+                    (given[name],) = given[name]
             if "plan" in options:
                 by_answers = given.get("rank_by") == "asr"
                 check_together(explicit, plan=given["plan"], answers=by_answers)

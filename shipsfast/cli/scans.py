@@ -14,6 +14,7 @@ from .options import (
     PLAN_OPTIONS,
     READ_OPTIONS,
     SCAN_OPTIONS,
+    SEVERAL,
     At,
     Backend,
     Beam,
@@ -43,7 +44,7 @@ from .refusals import record_refusals, refusals
 from .shown import show_json, show_report, show_result
 
 
-@command(ANSWER_OPTIONS, SCAN_OPTIONS, READ_OPTIONS, PLAN_OPTIONS, GROUP_OPTIONS)
+@command(ANSWER_OPTIONS, SCAN_OPTIONS, READ_OPTIONS, PLAN_OPTIONS, GROUP_OPTIONS, instead=SEVERAL)
 def scan(
     asked: Asked,
     metric: MetricNames = ("kl",),

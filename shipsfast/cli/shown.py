@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from .asked import Asked, as_it_lies
@@ -29,16 +30,25 @@ def record_groups(result, asked: Asked) -> None:
     before = result.record.get("prompts_from") or {}
     if groups is None or before.get("group_by") == groups:
         return
-    from ..results.ships import also_place
     from ..runs.folder import RunFolder
 
-    for number, each in enumerate([result, *getattr(result, "also", {}).values()]):
+    for place, each in _folders(result, out):
         each.record["prompts_from"] = (each.record.get("prompts_from") or {}) | {"group_by": groups}
-        folder = RunFolder(out / also_place(number) if number else out, each.identity, each.record)
+        folder = RunFolder(place, each.identity, each.record)
         try:
             folder.update(prompts_from=each.record["prompts_from"])
         finally:
             folder.close()
+
+
+def _folders(result, out: Path) -> Iterator[tuple[Path, object]]:
+    """A result, and those of further metrics and ablations, with the folders that they lie in."""
+    from ..results.ships import ablation_place, also_place
+
+    for number, main in enumerate([result, *getattr(result, "further", ())]):
+        place = out / ablation_place(number) if number else out
+        for at, each in enumerate([main, *getattr(main, "also", {}).values()]):
+            yield place / also_place(at) if at else place, each
 
 
 def draw(result, path: Path | None) -> None:
@@ -52,6 +62,9 @@ def draw(result, path: Path | None) -> None:
         each.plot(place)
         if hasattr(each, "by_group") and recorded(each.record) is not None:
             each.by_group().plot(place.with_stem(f"{place.stem}-groups"))
+        for kind, dose in getattr(each, "doses", {}).items():
+            if dose.heads:
+                dose.plot(place.with_stem(f"{place.stem}-dose-{kind.replace(' ', '-')}"))
     if getattr(result, "control", None) is not None:
         draw(result.contrast(), path.with_stem(f"{path.stem}-contrast"))
 
