@@ -133,6 +133,17 @@ def test_bfloat16_agrees_with_float32(model, scanned, ids):
     assert result.error.relative["max"] >= np.quantile(true, 0.7)
 
 
+def test_a_head_at_rest(model, ids):
+    """18-8 looks at the first token alone and gives the same everywhere: made to look around it breaks most, and else is not
+    missed."""
+    kinds = ["undifferentiated", "zero", "mean"]
+    found = shipsfast.scan(model, ids, heads=SAMPLE, ablation=kinds, progress=False)
+    sinks = found.sink_mass
+    assert sinks.at_rest[18, 8] and sinks.first_token[18, 8] > 0.999 and sinks.varies[18, 8] < 1e-3
+    assert found.top(1)[0][:2] == (18, 8) and found.mean()[18, 8] > 0.5
+    assert found.by_ablation["zero"].mean()[18, 8] < 0.01 and found.by_ablation["mean"].mean()[18, 8] < 1e-6
+
+
 def test_on_the_command_line(capsys, gguf, scanned, tmp_path):
     """The file as it is, the prompts in a file, the chat template unasked."""
     (tmp_path / "mild.txt").write_text("\n".join(PROMPTS))
