@@ -6,14 +6,6 @@ chunks, each row with its own mask vectors. The prompts are one packed prefix tr
 is one sequence. The last layer computes keys and values of every token, but queries, output projection
 and MLP only where the tree is read: where a prompt ends, or at the tokens that were asked for. Its rows then go through
 the model's own final norm and head in chunks, and each chunk's logits are handed out at once: nothing of size [rows, V] is kept.
-
-With an ablation at the end only, a head changes nothing but the token that is read. The unablated row then passes all layers
-by itself, and the rows are as wide as there are reads: each token of a row stands at the node that it is read at, and sees the
-unablated row's keys and values above it (ops/end_attention.py). Models that look beyond a token outside of attention keep rows
-of the whole sequence, and the mask is for the one token that is read.
-
-What leaves a decoder layer can be handed out too, at the tokens that are read. If nothing else is wanted, the highest such
-layer is treated as the last one, and no later layer runs.
 """
 
 from __future__ import annotations
@@ -25,15 +17,13 @@ from typing import Self
 import numpy as np
 import torch
 
-from ..errors import UnsupportedModelError
 from ..models.anatomy import Block
-from ..models.attention_hook import ATTRIBUTE, TREE, Captured, EndCall, TreeCall, installed
+from ..models.attention_hook import ATTRIBUTE, TREE, Captured, TreeCall, installed
 from ..models.forward import input_device, last_logits_only
 from ..models.layer_call import LayerCall, forward_replaced, no_queries
 from ..models.output_head import float32_head, head_input
 from ..models.residual_stream import Left, leaving
 from ..models.weights import on_demand
-from ..ops.end_attention import end_attention
 from ..ops.masks import LayerMask
 from ..ops.prefix_tree import PackedPrompts
 from ..ops.tree_attention import TreeContext, tree_attention
@@ -79,10 +69,9 @@ class GrowingBatch:
         self.model, self.anatomy, self.packed = subject.model, subject.anatomy, packed
         # Prompts that are read at the same node are the same up to there.
         self.last_nodes, self.prompt_place = np.unique(packed.read_index, return_inverse=True)
-        self.at_end = subject.at_end
-        self._ends_alone = subject.ends_alone
-        width = len(self.last_nodes) if self._ends_alone else packed.num_tokens
-        self.rows_per_chunk = max(1, plan.chunk_tokens // width)
+        # Rows of the whole sequence, with a mask for the tokens that are read.
+        self._only_ends = subject.at_end and not subject.ends_alone
+        self.rows_per_chunk = max(1, plan.chunk_tokens // self._width())
         self.rows_per_head_chunk = max(1, plan.head_rows // len(self.last_nodes))
         self.tick = tick or (lambda steps: None)
         self.keep = keep
@@ -99,12 +88,7 @@ class GrowingBatch:
         self._tuples = 0  # of how many the decoder layer returns a tuple
         self._forks: list[int] = []
         self._alive = 0
-        self._buffer: torch.Tensor | None = (
-            None  # [rows, T, hidden], of ends alone [rows, last nodes, hidden]
-        )
-        self._base: torch.Tensor | None = (
-            None  # of ends alone: the unablated row, [1, T, hidden], as the model was given it last
-        )
+        self._buffer: torch.Tensor | None = None  # [rows, width, hidden]
         self._final: torch.Tensor | None = None  # [rows, last nodes, hidden]
         self._head_chunk: torch.Tensor | None = None  # while the head runs: what the last layer hands on
         self._undo = contextlib.ExitStack()
@@ -135,7 +119,7 @@ class GrowingBatch:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._buffer = self._base = self._final = self._head_chunk = None
+        self._buffer = self._final = self._head_chunk = None
         self._undo.close()
 
     def run(
@@ -169,7 +153,7 @@ class GrowingBatch:
         position_ids = torch.as_tensor(self.packed.position, device=device).long()[None]
         # The pass through the layers ends in the model's head, whose result there is not wanted.
         self._forward(token_ids, position_ids, **last_logits_only(self.model))
-        self._buffer = self._base = None
+        self._buffer = None
         base = None
         seen_by = head_input(self.model) if hidden_states else contextlib.nullcontext([])
         with self._weights.idle(), seen_by as seen:
@@ -202,16 +186,21 @@ class GrowingBatch:
                 self._see(number, self._head_rows, hidden)
         elif not last:
             for rows in even_slices(self._alive, self.rows_per_head_chunk):
-                here = self._buffer[rows] if self._ends_alone else hidden[rows]
-                nodes = None if self._ends_alone else self._last_nodes(here.device)
-                self._see(number, rows, here if nodes is None else here.index_select(1, nodes))
+                self._see(number, rows, self._at_reads(hidden, rows))
         if last and not self._logits:
             raise Left
+
+    def _width(self) -> int:
+        """Tokens of a row."""
+        return self.packed.num_tokens
+
+    def _at_reads(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Rows [n, U, hidden] of what the layers hand on, at the nodes that are read."""
+        return hidden[rows].index_select(1, self._last_nodes(hidden.device))
 
     def _layer(self, block: Block, forward: Callable, last: bool) -> Callable:
         """last: the last decoder layer that runs, as a rule the model's."""
         index = block.layer
-        trimmed = last and index is not None and not self.anatomy.plain_sequences
 
         def step(*args, **kwargs):
             call = LayerCall.of(forward, args, kwargs)
@@ -221,100 +210,30 @@ class GrowingBatch:
                 return call.result(out)
             if call.hidden.device != block.device:
                 call = call.to(block.device)
-            hidden = call.hidden
-            if self._ends_alone:
-                return call.result(self._ends_layer(index, call, last))
-            if self._fused:
-                self._fused_layer(index, hidden, last, *call.kwargs["position_embeddings"])
-                return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
-            n = self._fork(index, hidden)
-            for rows in even_slices(n, self.rows_per_chunk):
-                x = self._buffer[rows]
-                if trimmed:
-                    self._last_layer(index, call, x, rows)
-                else:
-                    out = call(x) if index is None else self._attend(index, call, x, rows)
-                    self._buffer[rows] = out
-                    if last:
-                        self._final[rows] = out.index_select(1, self._last_nodes(out.device))
-                    del out  # before the next chunk makes its own
-                self.tick(0 if index is None else rows.stop - rows.start)
-            self._tuples = call.tuples
-            out = hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[:n]
-            return call.result(out)
+            return call.result(self._pass(index, call, last))
 
         return step
 
-    def _ends_layer(self, index: int, call: LayerCall, last: bool) -> torch.Tensor:
-        """The unablated row through a layer, and the rows, which are at the tree's ends alone. Returns what goes to the next."""
-        hidden, nodes = call.hidden, self._last_nodes(call.hidden.device)
-        same = self._base is None or hidden is self._base or hidden.device != self._base.device
-        if not same and not torch.equal(hidden, self._base):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} does something between its layers: ablation at='end' (--at end) cannot be exact"
-            )
-        if (
-            self._base is None or self._base.device != hidden.device
-        ):  # the first layer of the model, or of a device
-            self._fork_ends(hidden.index_select(1, nodes))
+    def _pass(self, index: int | None, call: LayerCall, last: bool) -> torch.Tensor:
+        """All rows alive through a layer. Returns what the model is to hand to the next one."""
+        hidden, trimmed = call.hidden, last and index is not None and not self.anatomy.plain_sequences
         if self._fused:
-            self._base = self._fused_ends(index, hidden, last, *call.kwargs["position_embeddings"])
-            return self._base
-        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if last:
-            self._base = hidden
-            try:
-                with no_queries(self.anatomy.layers[index].attention):
-                    self._attend(index, call, hidden, slice(0, 0), capture=True)
-            except Captured as captured:
-                kept.append(captured.kv)
-        else:
-            self._base = self._attend(index, call, hidden, slice(0, 0), keep=lambda k, v: kept.append((k, v)))
-        n = self._fork(index, self._buffer[: self._alive])
-        ends, layer = call.at(nodes, self.packed.num_tokens), self.anatomy.layers[index]
+            self._fused_layer(index, hidden, last, *call.kwargs["position_embeddings"])
+            return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
+        n = self._fork(index, hidden)
         for rows in even_slices(n, self.rows_per_chunk):
             x = self._buffer[rows]
-            mask = self._layer_mask(index, x, rows, nodes)
-            setattr(layer.attention, ATTRIBUTE, EndCall(self._tree(x.device), layer.window, mask, kept[0]))
-            self._buffer[rows] = ends(x)
-            self.tick(rows.stop - rows.start)
-        self._tuples = call.tuples = ends.tuples
-        return self._base
-
-    def _fork_ends(self, ends: torch.Tensor) -> None:
-        """Begin with row 0 at the ends [1, U, hidden], or move the rows to the device of `ends`."""
-        if self._buffer is None:
-            dtype = self._residual_dtype or ends.dtype
-            self._buffer = torch.empty(len(self._mask), *ends.shape[1:], dtype=dtype, device=ends.device)
-            self._buffer[:1] = ends
-        self._buffer = self._final = self._buffer.to(ends.device)
-
-    def _fused_ends(
-        self, index: int, hidden: torch.Tensor, last: bool, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        """`_ends_layer` by fused_layer.py."""
-        layer, window, tree = self._fused[index], self.anatomy.layers[index].window, self._tree(hidden.device)
-        how = {"scaling": layer.scaling, "softcap": layer.softcap, "window": window}
-        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def of_base(q, k, v, mask, _trimmed):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            kept.append((k, v))
-            return tree_attention(tree, q, k, v, mask, tree.plan(window, False, q), **how)
-
-        base, flat = hidden, (cos[0].contiguous(), sin[0].contiguous())
-        if last:
-            kept.append(tuple(x.transpose(1, 2) for x in layer.keys_values(hidden, *flat)))
-        else:
-            base = hidden.to(self._residual_dtype or hidden.dtype, copy=True)
-            layer.rows(base, *flat, of_base, self._layer_mask(index, base, slice(0, 0)))
-
-        def of_ends(q, k, v, mask, _trimmed):
-            return end_attention(tree, kept[0], *(x.transpose(1, 2) for x in (q, k, v)), mask, **how)
-
-        nodes = self._last_nodes(hidden.device)
-        self._fused_rows(index, self._buffer[:1], of_ends, *(x.index_select(0, nodes) for x in flat), nodes)
-        return base
+            if trimmed:
+                self._last_layer(index, call, x, rows)
+            else:
+                out = call(x) if index is None else self._attend(index, call, x, rows)
+                self._buffer[rows] = out
+                if last:
+                    self._final[rows] = out.index_select(1, self._last_nodes(out.device))
+                del out  # before the next chunk makes its own
+            self.tick(0 if index is None else rows.stop - rows.start)
+        self._tuples = call.tuples
+        return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[:n]
 
     def _fused_layer(
         self, index: int, hidden: torch.Tensor, last: bool, cos: torch.Tensor, sin: torch.Tensor
@@ -437,7 +356,7 @@ class GrowingBatch:
         mask = self._layer_mask(index, x, rows, nodes)
         if self.keep is not None and not how:  # the last layer's are captured
             how["keep"] = lambda k, v: self.keep(index, rows, k, v)
-        if self.at_end and not self._ends_alone:
+        if self._only_ends and nodes is None:
             how["only"] = self._last_nodes(x.device)
         setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, mask, **how))
         return call(x)

@@ -70,7 +70,7 @@ class Subject:
     @property
     def ends_alone(self) -> bool:
         """Whether rows are then as wide as there are reads: not where a layer looks beyond a token outside of attention."""
-        return self.at_end and self.anatomy.trims
+        return self.at_end and self.anatomy.ends_alone
 
     @property
     def unit(self) -> str:
@@ -290,7 +290,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
 def about_ablation(how: Ablation, anatomy: Anatomy) -> dict:
     """What the record says of an ablation."""
     return {"ablation": how.describe()} | (
-        {"end_attention": "torch"} if how.at == "end" and anatomy.trims else {}
+        {"end_attention": "torch"} if how.at == "end" and anatomy.ends_alone else {}
     )
 
 

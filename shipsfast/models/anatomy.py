@@ -66,6 +66,11 @@ class Anatomy:
         return not self.plain_sequences and self.blocks[-1].layer is not None
 
     @property
+    def ends_alone(self) -> bool:
+        """Whether a token may pass the layers without those before it, given their keys and values."""
+        return not self.plain_sequences and all(block.layer is not None for block in self.blocks)
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 

@@ -273,7 +273,7 @@ def _pass(
     if how.kind == "resample":
         tree_ids = pair_ids(tree_ids, texts.other_ids, how.align)[0]
     at_end = how.at == "end"
-    ends_alone = at_end and anatomy.trims
+    ends_alone = at_end and anatomy.ends_alone
     sequences = Sequences.of(tree_ids, texts.places, each_alone=at_end and not ends_alone)
     tree_ids = sequences.ids
     beside = replace(beside, reads=sequences.places, ends_alone=ends_alone)

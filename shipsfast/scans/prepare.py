@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..engine.ablation import passes_of
 from ..engine.alignment import pair_ids, unpair
+from ..engine.ends_batch import EndsBatch
 from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Head, rows_of, unit_heads, way_of
@@ -132,7 +133,8 @@ class Prepared(Subject):
 
     def growing_batch(self, packed: PackedPrompts, tick: Callable[[int], None] | None = None) -> GrowingBatch:
         after, logits = self.read_out
-        return GrowingBatch(self, packed, self.plan, tick=tick, after=after, logits=logits)
+        batch = EndsBatch if self.ends_alone else GrowingBatch
+        return batch(self, packed, self.plan, tick=tick, after=after, logits=logits)
 
     @functools.cached_property
     def depth(self) -> int:
