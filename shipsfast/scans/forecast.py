@@ -34,7 +34,7 @@ from ..ops.prefix_tree import pack
 from ..ops.tree_attention import BACKENDS, resolve_backend
 from ..text import counted
 from .control import of_the_control
-from .measurements import ScanMeasurement, SubspaceMeasurement
+from .measurements import SaharaMeasurement, ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
 from .rates import Rates, measure_rates
 
@@ -154,6 +154,11 @@ def forecast(
 
     Raises InputError or UnsupportedModelError as the scan would, and where the model does not fit.
     """
+    if isinstance(measurement, SaharaMeasurement) and measurement.control is not None:
+        raise InputError(
+            "--plan does not count control prompts: leave --control and --penalty away; with them every step is a scan of "
+            "these prompts as well"
+        )
     found = _forecast(model, tokenizer, measurement, execution, where)
     if getattr(measurement, "control", None) is None:
         return found
