@@ -67,6 +67,9 @@ def _results() -> Iterator[tuple[str, object]]:
     search = wide | {"kind": "sahara", "beam": 1}
     grams = Grams(np.eye(4), grams.heads[None])
     yield "sahara", SaharaResult([(0, 1)], angles, [([(0, 1)], 0.5)], 1e-9, record, search, grams)
+    search |= {"control": {"prompts": ["cc", "dd"]}, "penalty": 2.0}
+    found = [([(0, 1)], 0.5)], 1e-9, record, search, grams, rng.random((1, 2, 2, 3)), [0.25]
+    yield "controlled", SaharaResult([(0, 1)], angles, *found)
 
 
 def _evaluation(path: Path) -> None:
@@ -94,7 +97,7 @@ def setup() -> Iterator[None]:
         for kind, result in _results():
             result.save(Path(name) / kind)
         _evaluation(Path(name) / "evaluate")
-        for kind in ("ships", "subspace", "sahara", "evaluate"):
+        for kind in ("ships", "subspace", "sahara", "evaluate", "controlled"):
             start = Path(name) / kind
             _starts.append(
                 {str(f.relative_to(start)): f.read_bytes() for f in sorted(start.rglob("*")) if f.is_file()}

@@ -154,6 +154,8 @@ NonFinite = _option(ShipsMeasurement, "nonfinite")
 Rank = _option(SaharaMeasurement, "rank", least=1)
 GroupSize = _option(SaharaMeasurement, "group_size", least=1)
 Beam = _option(SaharaMeasurement, "beam", least=1)
+SearchControl = _option(SaharaMeasurement, "control", str | None, more="A prompt file.")
+Penalty = _option(SaharaMeasurement, "penalty", float | None)
 NewTokens = _option(AnswerMeasurement, "max_new_tokens")
 DoSample = _option(
     AnswerMeasurement, "do_sample", None, "--do-sample", text="Draw tokens instead of taking the likeliest."

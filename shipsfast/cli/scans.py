@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..scans.measurements import check_penalty
 from .asked import Asked, quiet_transformers, taken, template_for
 from .options import (
     ANSWER_OPTIONS,
@@ -34,8 +35,10 @@ from .options import (
     ModelName,
     NonFinite,
     OrdinaryPrompts,
+    Penalty,
     Quiet,
     Rank,
+    SearchControl,
     Template,
     Top,
     command,
@@ -118,11 +121,22 @@ def scan_dataset(asked: Asked, rank: Rank = 1, top: Top = 10):
 
 
 @command(SCAN_OPTIONS, PLAN_OPTIONS)
-def sahara(asked: Asked, group_size: GroupSize = 3, rank: Rank = 1, beam: Beam = 1):
+def sahara(
+    asked: Asked,
+    group_size: GroupSize = 3,
+    rank: Rank = 1,
+    beam: Beam = 1,
+    control: SearchControl = None,
+    penalty: Penalty = None,
+):
     """Find the group of heads that carries the answers to PROMPTS, greedily (Sahara)."""
+    check_penalty(penalty, control is not None)
+    ordinary = None if control is None else asked.more_prompts("control", control)
     from ..scans.sahara import sahara as run
 
-    _scanned(asked, run, group_size, group_size=group_size, rank=rank, beam=beam)
+    _scanned(
+        asked, run, group_size, group_size=group_size, rank=rank, beam=beam, control=ordinary, penalty=penalty
+    )
 
 
 @command(

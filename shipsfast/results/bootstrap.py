@@ -135,7 +135,7 @@ def rank_stability(
     columns = scores[:, scanned]  # [P, N], heads in order of (layer, head)
     means = None
     if len(scores) > 1:
-        means = _resampled_means(columns, resamples, np.random.default_rng(seed))
+        means = resampled_means(columns, resamples, np.random.default_rng(seed))
     return stability_of(
         mean,
         means,
@@ -230,7 +230,7 @@ def resample_counts(
     return counts
 
 
-def _resampled_means(scores: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def resampled_means(scores: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Mean of every head in every resample, [R, N]: counts [R, P] times scores [P, N], over P.
 
     Equal scores must give equal means, or rounding would decide ties. A matrix product does not promise that: it

@@ -20,7 +20,7 @@ from ..runs.kinds import GRAMS
 from ..runs.part_file import cells
 from ..runs.tables import damage, read_parts
 from ..text import counted
-from .bootstrap import RankStability, check_settings, resample_counts, stability_of
+from .bootstrap import RankStability, check_settings, resample_counts, resampled_means, stability_of
 
 MOST_BYTES = 256 << 20  # of one run; where more would be needed, none are kept
 RESAMPLES = 200
@@ -57,10 +57,12 @@ class Grams:
         confidence: float,
         seed: int,
         progress: bool = False,
+        costs: np.ndarray | None = None,
     ) -> RankStability:
         """Bootstrap over prompts of angles [L, H], of which self.heads are the Gram matrices [L, H, P, P].
 
-        names: of the P prompts, equal for equal prompts.
+        names: of the P prompts, equal for equal prompts; costs: float64 [C, L, H], whose mean over other prompts is taken off
+        the angles. Those prompts are resampled on their own.
         """
         check_settings(k, resamples, confidence, seed)
         prompts, scanned = len(self.base), ~np.isnan(angles)
@@ -88,9 +90,15 @@ class Grams:
             ).numpy()
         found = self._resampled[settings]
         without = found[resamples:]
+        drawn, influence = found[:resamples], without.mean(axis=0) - without
+        if costs is not None:
+            angles, of_each, others = angles - costs.mean(0), costs[:, scanned], len(costs)
+            # Other draws than those of the prompts: the two sets are independent samples.
+            drawn = drawn - resampled_means(of_each, resamples, np.random.default_rng([seed, 1]))
+            # How far the mean moves with each of its prompts left out, as for the angles.
+            influence = np.concatenate([influence, (of_each.mean(0) - of_each) / max(1, others - 1)])
         return stability_of(
-            angles, found[:resamples], without.mean(axis=0) - without, k, prompts=prompts, resamples=resamples,
-            confidence=confidence, seed=seed,
+            angles, drawn, influence, k, prompts=prompts, resamples=resamples, confidence=confidence, seed=seed,
         )  # fmt: skip
 
     @staticmethod

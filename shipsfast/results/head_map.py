@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from ..runs.folder import RunFolder
 from ..runs.kinds import GRAMS, SCORES
@@ -45,8 +47,10 @@ def save_scores(
     value: str,
     grams: Grams | None = None,
     marked: np.ndarray | None = None,
+    beside: Callable[[np.ndarray], dict[str, pd.DataFrame]] = lambda new: {},
 ) -> Path:
-    """A run folder with these scores; what an unfinished one already holds is kept."""
+    """A run folder with these scores; what an unfinished one already holds is kept. beside(new): further parts of the scores
+    that are not NaN in `new`, by room."""
     run = RunFolder(folder, identity, record)
     record = {"status": "complete", **record, "saved": True}
     with contextlib.closing(run):
@@ -69,7 +73,7 @@ def save_scores(
         frames = {SCORES: score_frame(new, names, value, None if marked is None else marked & ~done)}
         if grams is not None and len(frames[SCORES]):
             frames[GRAMS] = grams.part(names, [tuple(map(int, at)) for at in np.argwhere(~np.isnan(new))])
-        run.write_parts(frames)
+        run.write_parts(frames | beside(new))
         run.write_manifest(record)
     return run.path
 

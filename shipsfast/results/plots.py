@@ -79,20 +79,22 @@ def side_by_side(panels: Sequence[Panel], path: str | Path | None = None, *, tit
     return _saved(figure, path)
 
 
-def steps(panels: Sequence[Panel], title: str, path: str | Path | None = None) -> Figure:
-    """The scores of every step of a search side by side, on one scale."""
-    width, height = _size(*panels[0].values.shape)
-    figure = Figure(figsize=(min(18, (width - 1.2) * len(panels) + 1.2), height), layout="constrained")
-    places = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    scale = Normalize(0, max(float(np.nanmax(panel.values)) for panel in panels) or 1.0)
-    for number, (axes, panel) in enumerate(zip(places, panels, strict=True)):
-        image = _map(axes, panel, scale)
-        axes.set_title(panel.title, fontsize=9)
-        if number:
-            axes.set_ylabel("")
-    figure.colorbar(image, ax=places, label=panels[0].label)
-    if any(panel.weak.any() for panel in panels):
-        _note(places[-1], panels[0].weak_note)
+def steps(rows: Sequence[Sequence[Panel]], title: str, path: str | Path | None = None) -> Figure:
+    """The scores of every step of a search side by side, on one scale; one row for each kind of score."""
+    width, height = _size(*rows[0][0].values.shape)
+    count = len(rows[0])
+    figure = Figure(figsize=(min(18, (width - 1.2) * count + 1.2), height * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False, sharey=True)
+    for places, panels in zip(grid, rows, strict=True):
+        scale = Normalize(0, max(float(np.nanmax(panel.values)) for panel in panels) or 1.0)
+        for number, (axes, panel) in enumerate(zip(places, panels, strict=True)):
+            image = _map(axes, panel, scale)
+            axes.set_title(panel.title, fontsize=9)
+            if number:
+                axes.set_ylabel("")
+        figure.colorbar(image, ax=places, label=panels[0].label)
+        if any(panel.weak.any() for panel in panels):
+            _note(places[-1], panels[0].weak_note)
     figure.suptitle(_plain(title), fontsize=10)
     return _saved(figure, path)
 

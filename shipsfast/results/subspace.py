@@ -104,6 +104,7 @@ ANGLE_LABEL = "sum of principal angles, degrees"
 
 
 def _stability(result, angles: np.ndarray, grams: Grams | None, *settings) -> RankStability:
+    """settings: as in `Grams.stability`."""
     if grams is None:
         raise InputError(
             f"{len(result.identity.get('prompts', []))} prompts are too many to keep every head's Gram matrix, "

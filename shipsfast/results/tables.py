@@ -325,33 +325,51 @@ def show_subspace(result, top: int, console: Console) -> None:
 def show_sahara(result, console: Console) -> None:
     _say(console, f"Sahara: rank {result.identity.get('rank')}, {result.record.get('ablation', '')}")
     firm = [result.quick_stability(1, step) for step in range(len(result.heads))]
-    table = _grid("step", f"layer-{result.unit}", "degrees", "next best")
+    controlled, above = result.penalty is not None, result.above_noise()
+    name = f"layer-{result.unit}"
+    table = _grid("step", name, "objective" if controlled else "degrees", "next best")
+    parts = _grid("step", name, "degrees", "control KL, nats")  # of what the objective is made
     if firm[0][0] is not None:
         for name in (f"{firm[0][0].confidence:.0%} interval", "chosen again"):
             table.add_column(name, justify="right", no_wrap=True)
-    above = result.above_noise()
     for step, ((layer, head), angle) in enumerate(zip(result.heads, result.scores, strict=True)):
         others = [s for s in result.top(2, step) if (s.layer, s.head) != (layer, head)][:1]
         runner_up = "".join(f"{s.layer}-{s.head} ({s.score:.4g})" for s in others)
         weak = "" if above[step, layer, head] else " (gain not above the noise floor)"
-        row = [str(step + 1), f"{layer}-{head}", f"{angle:.6g}{weak}", runner_up]
+        first, degrees = [str(step + 1), f"{layer}-{head}"], f"{angle:.6g}{weak}"
+        if controlled:
+            nats = result.control_kl_nats[step, layer, head]
+            parts.add_row(*map(Text, [*first, degrees, f"{nats:.4g}"]))
+        row = [*first, f"{result.objective[step, layer, head]:.6g}" if controlled else degrees, runner_up]
         stability = firm[step][0]
         if stability is not None:
             low, high = stability.low[layer, head], stability.high[layer, head]
             row += [f"{low:.3g} to {high:.3g}", f"{stability.top_k_frequency[layer, head]:.0%}"]
         table.add_row(*map(Text, row))
     console.print(table)
-    if len(result.beams) > 1:
-        for group, angle in result.beams[1:]:
-            _say(console, f"also kept: {', '.join(f'{i}-{j}' for i, j in group)} ({angle:.6g} degrees)")
+    if controlled:
+        console.print(parts)
+        _say(
+            console,
+            f"objective: degrees - {result.penalty:g} x control KL, of the next token, mean of "
+            f"{counted(result.control_by_prompt.shape[1], 'control prompt')}",
+        )
+    control = [f", control KL {nats:.4g} nats" for nats in result.beam_control_kl_nats] or [""] * len(
+        result.beams
+    )
+    for (group, angle), nats in list(zip(result.beams, control, strict=True))[1:]:
+        _say(console, f"also kept: {', '.join(f'{i}-{j}' for i, j in group)} ({angle:.6g} degrees{nats})")
     if firm[0][0] is None:
         _say(console, firm[0][1])
     else:
         _say(
             console,
-            f"interval, chosen again: of {firm[0][0].resamples} resamples of the prompts, the group before each step given",
+            f"interval, chosen again: of {firm[0][0].resamples} resamples of the prompts{', and of the control prompts' * controlled}, "
+            "the group before each step given",
         )
-    _say(console, f"noise floor {result.noise_floor:.2g} degrees")
+    packing = result.record.get("control_noise_floor")
+    control = "" if packing is None else f"; packing moves the control KL by {packing:.2g} nats"
+    _say(console, f"noise floor {result.noise_floor:.2g} degrees{control}")
     _error(result, "degrees", console, "a gain")
     for step in range(len(result.heads)):
         _concentration(result.concentration(step), result.unit, f" of step {step + 1}", console)

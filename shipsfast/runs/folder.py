@@ -42,7 +42,9 @@ from .tables import unlisted
 from .whole_files import write_whole
 
 T = TypeVar("T")
-MEASURES = ("noise_floor", "packing_noise", "base_singular_values", "repeated_angle_max_abs_deg", "error")
+MEASURES = (
+    "noise_floor", "packing_noise", "base_singular_values", "repeated_angle_max_abs_deg", "error", "control_noise_floor",
+)  # fmt: skip
 ENVIRONMENT = ("device", "versions", "attention_backend", "layers", "kl_backend", "head_precision")
 # Folders that are closed, and their locks let go of, when the call that opened them ends: see `closing`.
 _opened: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.ContextVar("opened", default=None)

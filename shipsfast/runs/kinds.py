@@ -20,6 +20,7 @@ from .part_file import ANSWER, COLUMNS, NLL
 LABELS = ("complied", "refusal", "degenerate", "incoherent", "unfinished")
 SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS = "scores", "grams", "completions", "control", "basis"
 COUNTED = (SCORES, COMPLETIONS)  # the rooms whose rows a person counts
+CONTROL_COLUMNS = ("step", "beam", "prompt", "layer", "head")  # of a search's control
 RANGE_DEG = 1e-6  # by how much rounding may carry an angle out of its range
 BYTES_OF_A_COMPLETION = 128
 HEAD = ("layer", "head")
@@ -218,7 +219,22 @@ def _check_sahara(file: Path, manifest: dict, identity: dict) -> int:
         fits = len(path) == steps and all(at < identity["beam"] for at in path)
         need(file, "path", fits, "a place in the beam for each head")
         need(file, "beams", all(map(_beam, manifest["beams"])), "groups with their angles")
-    return steps * identity["beam"] * one_step
+    control = identity.get("control")
+    if control is None:
+        return steps * identity["beam"] * one_step
+    check_fields(file, "identity.control.", control, CONTROLLED, all_of=("prompts",))
+    need(file, "identity.penalty", number(identity.get("penalty")), "a number")
+    if "control_plan" in manifest:
+        check_fields(file, "control_plan.", manifest["control_plan"], PLAN | PLAN_CUT_BY_WORK, all_of=PLAN)
+        need(
+            file,
+            "control_plan",
+            manifest["control_plan"].keys() <= (PLAN | PLAN_CUT_BY_WORK).keys(),
+            "a plan",
+        )
+    known = all(number(each.get("control_kl_nats")) for each in manifest.get("beams", []))
+    need(file, "beams", known, "groups with what they do to the control prompts")
+    return steps * identity["beam"] * one_step * (1 + len(control["prompts"]))
 
 
 def _beam(x) -> bool:
@@ -235,7 +251,13 @@ def _sahara_tables(identity: dict, manifest: dict) -> dict[str, Table]:
     expected = sum(groups * (units - step) for step, groups in enumerate(filled))
     if manifest.get("saved") is True and beam > 1:  # a result has the best group's steps only
         expected = None
-    return _angle_tables(identity, {"step": size, "beam": beam} | grid, expected)
+    tables = _angle_tables(identity, {"step": size, "beam": beam} | grid, expected)
+    if identity.get("control") is not None:
+        prompts = len(identity["control"]["prompts"])
+        index = dict(zip(CONTROL_COLUMNS, (size, beam, prompts, *grid.values()), strict=True))
+        every = None if expected is None else expected * prompts
+        tables[CONTROL] = Table(index, "kl_nats", -1e-3, expected=every)
+    return tables
 
 
 def _sets(units: int, size: int, most: int) -> int:
@@ -307,7 +329,7 @@ KINDS = {
     "ships": Kind("ships.ShipsResult", ("prompt", *HEAD), (SCORES,), _check_ships, _ships_tables),
     "subspace": Kind("subspace.SubspaceResult", HEAD, (SCORES, GRAMS), _check_subspace, _subspace_tables),
     "sahara": Kind(
-        "sahara.SaharaResult", ("step", "beam", *HEAD), (SCORES, GRAMS), _check_sahara, _sahara_tables
+        "sahara.SaharaResult", ("step", "beam", *HEAD), (SCORES, GRAMS, CONTROL), _check_sahara, _sahara_tables
     ),
     "evaluate": Kind(
         "evaluation.EvalResult", ("group", "prompt"), (COMPLETIONS, CONTROL, SCORES),

@@ -76,6 +76,7 @@ IDENTITY: Fields = {
     "groups": (list_of(list_of(pair)), "a list of groups of heads"),
     "keep_text": (flag, "true or false"),
     "control": (or_none(an_object), "null or an object"),
+    "penalty": (noise, "a number of at least 0"),
     "generation": (an_object, "an object"),
     "incoherent": (or_none(an_object), "null or an object"),
 }
@@ -99,7 +100,7 @@ RECORD: Fields = {
     "chosen": (list_of(scanned_head), "a list of heads"),
     "path": (list_of(count(0, MOST_STEPS)), "a list of places"),
     "beams": (list_of(an_object), "a list of groups"),
-    "packing_noise": (noise, "a number of at least 0"),
+    **dict.fromkeys(("packing_noise", "control_noise_floor"), (noise, "a number of at least 0")),
     "error": (error_of_scores, "what is known of the error of scores"),
     "nonfinite": (marks, "what is known of marked scores"),
     "warnings": (list_of(text), "a list of texts"),

@@ -38,7 +38,7 @@ from ..ops.tree_attention import BACKENDS, resolve_backend
 from ..results.direction import check_layer
 from ..text import counted
 from .control import of_the_control
-from .measurements import ScanMeasurement, SubspaceMeasurement
+from .measurements import SaharaMeasurement, ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
 from .prepare import planned, work_of
 from .rates import Rates, measure_rates
@@ -162,6 +162,11 @@ def forecast(
 
     Raises InputError or UnsupportedModelError as the scan would, and where the model does not fit.
     """
+    if isinstance(measurement, SaharaMeasurement) and measurement.control is not None:
+        raise InputError(
+            "--plan does not count control prompts: leave --control and --penalty away; with them every step is a scan of "
+            "these prompts as well"
+        )
     found = _forecast(model, tokenizer, measurement, execution, where)
     if getattr(measurement, "control", None) is None:
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Self
@@ -249,15 +251,44 @@ class SaharaMeasurement(SubspaceMeasurement):
 
     group_size: Annotated[int, Doc("how many heads to find.")] = 3
     beam: Annotated[int, Doc("groups kept after every step; 1 is the paper's.")] = 1
+    control: Annotated[
+        Sequence | None,
+        Doc(
+            "ordinary prompts, in the same template, that the group should leave alone: a step adds the head with the largest "
+            "angle less penalty x control KL, the mean KL of the next token on these prompts."
+        ),
+        Doc("Given as `prompts` are."),
+    ] = None
+    penalty: Annotated[
+        float | None,
+        Doc(
+            "degrees that a nat of control KL costs; default 1. With 0 it is measured, and the plain search runs."
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(
             group_size=whole_number("group_size", self.group_size), beam=whole_number("beam", self.beam)
         )
+        check_penalty(self.penalty, self.control is not None)
+        if self.control is not None:
+            try:
+                self._set(control=as_prompts(self.control))
+            except InputError as error:
+                raise InputError(f"in the control prompts: {error}") from error
+
+    @property
+    def degrees_per_nat(self) -> float:
+        """The penalty; 0 without a control."""
+        if self.control is None:
+            return 0.0
+        return 1.0 if self.penalty is None else float(self.penalty)
 
     def identity(self) -> dict:
-        return super().identity() | {"group_size": self.group_size, "beam": self.beam}
+        """The control prompts' hashes are added where their tokens are known."""
+        penalty = {} if self.control is None else {"penalty": self.degrees_per_nat}
+        return super().identity() | {"group_size": self.group_size, "beam": self.beam} | penalty
 
     def check(self, num_prompts: int, num_units: int, hidden_size: int) -> None:
         super().check(num_prompts, num_units, hidden_size)
@@ -310,3 +341,18 @@ class DirectionExecution(Execution):
     """How the prompts of a direction run: through the model's own layers. Without a description `layers` is no keyword."""
 
     layers: str = "model"
+
+
+def check_penalty(penalty: float | None, has_control: bool) -> None:
+    """Raises InputError for a penalty that cannot be, or that nothing would be taken off for."""
+    if penalty is None:
+        return
+    if not has_control:
+        raise InputError(
+            "penalty (--penalty) is for control prompts, and there are none: give control (--control), or leave it out"
+        )
+    plain = isinstance(penalty, numbers.Real) and not isinstance(penalty, bool)
+    if not plain or not (math.isfinite(penalty) and penalty >= 0):
+        raise InputError(
+            f"penalty must be a finite number of at least 0, in degrees per nat, got {penalty!r}"
+        )

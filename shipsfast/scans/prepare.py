@@ -104,6 +104,10 @@ class Prepared(Subject):
             self._mean = mean_outputs(self.model, self.anatomy, self.other_ids, self.backend)
         return self._mean
 
+    def share_means(self, other: Prepared) -> None:
+        """For ablation `mean`: the means of the other's prompts replace outputs here too."""
+        self._mean = other._mean_values()
+
     def heads(self, units: Iterable[Head]) -> tuple[Head, ...]:
         """The query heads of these units."""
         return tuple(head for each in units for head in unit_heads(each, self.unit, self.anatomy))
@@ -145,12 +149,12 @@ class Prepared(Subject):
         """Those of `units` that can matter to what is read: others stand in later layers."""
         return [unit for unit in units if unit[0] < self.depth]
 
-    def continue_plan(self, folder: RunFolder) -> None:
+    def continue_plan(self, folder: RunFolder, name: str = "plan") -> None:
         """Cut what is left of an unfinished run as the run was cut: its scores then end bit for bit as they would have.
 
-        Unless the caller asks for another cut now, or less memory is free than the plan needs.
+        Unless the caller asks for another cut now, or less memory is free than the plan needs. name: of the plan in run.json.
         """
-        before = folder.previous.get("plan")
+        before = folder.previous.get(name)
         if not before or folder.previous.get("plan_asked") != self.execution.asked():
             return
         plan = Plan.from_json(before, self.sequences.ids, self.plan.needs)
@@ -294,3 +298,33 @@ def run_blocks(
                 "out of memory even with the smallest plan: free some, or shorten the longest prompt"
             ) from found[0]
         prepared.plan = smaller
+
+
+def run_by_prompts(
+    prepared: Prepared,
+    units: Sequence[Head],
+    missing: Callable[[tuple[int, ...]], list[Head]],
+    run: Callable[[Sequence[Head], tuple[int, ...]], None],
+    bar: ScanBar,
+) -> None:
+    """`run_blocks` for one group of prompts after the other; where even one ablation is too much for the memory, for half of
+    its prompts at a time.
+
+    missing(together), run(block, together): as in `run_blocks`, of the prompts packed together.
+    """
+    left = list(prepared.plan.prompt_groups)
+    while left:
+        together, plan = left.pop(0), prepared.plan
+        try:
+            run_blocks(
+                prepared,
+                units,
+                lambda together=together: missing(together),
+                lambda block, together=together: run(block, together),
+                bar,
+            )
+        except OutOfMemory:
+            if len(together) == 1:
+                raise
+            left[:0] = [together[: len(together) // 2], together[len(together) // 2 :]]
+            prepared.plan = plan  # half the prompts: try blocks and chunks as large as before

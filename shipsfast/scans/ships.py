@@ -16,7 +16,7 @@ from ..clock import seconds_since
 from ..engine.heads import Head, way_of
 from ..engine.measurement import ScanExecution, called_with
 from ..errors import InputError, UnsupportedModelError, note
-from ..memory import OutOfMemory, once_more
+from ..memory import once_more
 from ..models.forward import alarm
 from ..models.restore import untouched
 from ..ops.prefix_tree import PackedPrompts
@@ -26,7 +26,7 @@ from .control import of_the_control, prepare_control
 from .measurements import ShipsMeasurement
 from .metrics import Metric, measure_rows
 from .nonfinite import check_base_logits, check_base_states, explain, reason
-from .prepare import Prepared, prepare_passes, run_blocks
+from .prepare import Prepared, prepare_passes, run_by_prompts
 from .rescoring import rescore
 from .scan_bar import ScanBar
 from .score_store import Measure, finished, measures_of, results_of
@@ -173,22 +173,7 @@ class _Work:
         if self.sees_all_prompts and any(map(self.missing, self.prepared.plan.prompt_groups)):
             # Not in the midst of another pass.
             once_more("taking the unablated model's logits", lambda: self.all_base)
-        left = list(self.prepared.plan.prompt_groups)
-        while left:
-            together, plan = left.pop(0), self.prepared.plan
-            try:
-                run_blocks(
-                    self.prepared,
-                    self.prepared.rows,
-                    lambda together=together: self.missing(together),
-                    lambda block, together=together: self._block(block, together),
-                    self.bar,
-                )
-            except OutOfMemory:
-                if len(together) == 1:
-                    raise
-                left[:0] = [together[: len(together) // 2], together[len(together) // 2 :]]
-                self.prepared.plan = plan  # half the prompts: try blocks and chunks as large as before
+        run_by_prompts(self.prepared, self.prepared.rows, self.missing, self._block, self.bar)
 
     def _block(self, block: list[Head], together: tuple[int, ...]) -> None:
         prepared = self.prepared

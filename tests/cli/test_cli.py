@@ -153,6 +153,28 @@ def test_sahara(capsys, tmp_path):
     assert [tuple(h) for h in found["chosen"]] == loaded.heads and found["angle_deg"] == loaded.scores
 
 
+def test_sahara_with_a_control(capsys, tmp_path):
+    out, plot = tmp_path / "run", tmp_path / "steps.png"
+    args = (
+        "sahara", MODEL, PROMPTS / "taboo.csv", "--limit", 4, "--group-size", 2, "--beam", 2, "--control", PROMPTS / "ordinary.csv",
+        "--penalty", 2.5, "--out", out,
+    )  # fmt: skip
+    status, text, err = run(capsys, *args, "--plot", plot)
+    assert status == 0, err
+    words = (
+        "objective: degrees - 2.5 x control KL, of the next token, mean of 48 control prompts",
+        "control KL, nats",
+    )
+    assert all(each in text for each in (*words, "and of the control prompts", "also kept")), text
+    assert "--control: 48 prompts of ordinary.csv" in err and plot.read_bytes().startswith(b"\x89PNG")
+    loaded = shipsfast.load(out)
+    assert loaded.penalty == 2.5 and loaded.control_by_prompt.shape[:2] == (2, 48)
+    found = json.loads(run(capsys, *args, "--json", "-q")[1])
+    assert found["objective_deg"] == loaded.chosen(loaded.objective)
+    assert found["record"]["prompts_from"]["control"]["columns"] == ["prompt"]
+    assert found["beams"][1]["control_kl_nats"] == loaded.beam_control_kl_nats[1]
+
+
 def test_info(capsys):
     status, text, _ = run(capsys, "info", "--json")
     facts = json.loads(text)
@@ -294,6 +316,10 @@ def test_bad_input_gets_one_line(capsys, tmp_path, monkeypatch, model_folder, ar
         (("sahara", "--group-size", "3", "--heads", "0-1,0-2"), "above the 2 heads"),
         (("scan-dataset", "--ablation", "resample"), "needs --source"),
         (("sahara", "--out", "."), "is not a shipsfast run"),
+        (("sahara", "--penalty", "1"), "penalty (--penalty) is for control prompts, and there are none"),
+        (("sahara", "--control", PROMPTS / "ordinary.csv", "--penalty", "-1"), "penalty must be a finite number of at least 0"),
+        (("sahara", "--control", "a-file"), "a-file"),
+        (("sahara", "--control", PROMPTS / "ordinary.csv", "--plan"), "--plan does not count control prompts"),
     ],
 )  # fmt: skip
 def test_bad_input_of_searches_gets_one_line(capsys, tmp_path, monkeypatch, args, message):

@@ -44,6 +44,7 @@ DESCRIPTIONS = [
     SubspaceMeasurement(prompts=PROMPTS, rank=2, unit="kv_group"),
     SaharaMeasurement(prompts=PROMPTS, group_size=2, beam=3, heads=[(0, None), (1, 2)]),
     TokensMeasurement(prompts=PROMPTS, head=(0, 1), k=3),
+    SaharaMeasurement(prompts=PROMPTS, control=["What is a mill?"], penalty=0.5, ablation="mean"),
     GenerationMeasurement(prompts=PROMPTS, groups=[[], [(0, 1)]], eos_token_id=[1, 2], seed=7),
     EvaluationMeasurement(prompts=PROMPTS, control=["What is a mill?"], judge="paper", keep_text=True),
     AsrMeasurement(prompts=PROMPTS, heads=[(0, 1)], ablation=Ablation("scale", 0.5)),

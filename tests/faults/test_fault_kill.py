@@ -122,6 +122,12 @@ def _others():
         "sahara": (
             lambda out: shipsfast.sahara(model, PROMPTS, out=out, group_size=2, beam=2, **how), searched, 6,
         ),
+        "sahara with a control": (
+            lambda out: shipsfast.sahara(
+                model, PROMPTS, out=out, group_size=2, control=PROMPTS[:2], penalty=9, **how
+            ),
+            lambda r: [*searched(r), r.control_by_prompt.tobytes()], 6,
+        ),
         "evaluate": (lambda out: evaluate(TEXTS[:3], out=out, groups=GROUPS[:3], **ordinary), answers, 3),
         "scan_asr": (
             lambda out: scan_asr(out=out, heads=[(0, 1), (2, 2)], model=talker), lambda r: [r.scores.tobytes()], 3,

@@ -40,10 +40,14 @@ def model():
     return build()  # float64: blocks of other sizes round at 1e-16 or so
 
 
-def searched(out, model):
+def searched(out, model, **more):
     return shipsfast.sahara(
-        model, PROMPTS[:2], out=out, group_size=2, progress=False, **SIZES | dict(prompts_per_group=1)
+        model, PROMPTS[:2], out=out, group_size=2, progress=False, **SIZES | dict(prompts_per_group=1), **more
     )
+
+
+def controlled(out, model):
+    return searched(out, model, control=PROMPTS[1:3], penalty=5)
 
 
 RUNS = {
@@ -53,6 +57,7 @@ RUNS = {
     ),
     "fused off": (lambda out, model: scan(out, model, layers="model", ablation="mean"), lambda r: r.scores, 8),
     "sahara": (searched, lambda r: r.angle_deg, 8),
+    "sahara with a control": (controlled, lambda r: r.control_by_prompt, 8),
 }  # fmt: skip
 METRIC = "tests.faults.test_fault_memory.all_prompts"
 
@@ -87,7 +92,8 @@ def test_out_of_memory_at_any_operator(tmp_path, monkeypatch, model, name):
         )
         assert checked
         checked.clear()
-        smaller += result.record["plan"]["chunk_tokens"] < SIZES["chunk_tokens"]
+        plans = [result.record[name] for name in ("plan", "control_plan") if name in result.record]
+        smaller += min(plan["chunk_tokens"] for plan in plans) < SIZES["chunk_tokens"]
         assert_same(dict(before), state(model))
     assert smaller > points / 3, smaller  # in most places it is a block that is done again
     found("out of memory", points)

@@ -18,12 +18,15 @@ KINDS = {
     "scan": lambda out, model: shipsfast.scan(model, PROMPTS, metric=["kl", "js"], out=out, **HOW),
     "scan-dataset": lambda out, model: shipsfast.scan_dataset(model, PROMPTS, out=out, **HOW),
     "sahara": lambda out, model: shipsfast.sahara(model, PROMPTS, out=out, group_size=2, **HOW),
+    "controlled": lambda out, model: shipsfast.sahara(
+        model, PROMPTS, out=out, group_size=2, control=PROMPTS[:2], penalty=3, **HOW
+    ),
     "asr": lambda out, model: scan_asr(model, out=out, heads=[(0, 1), (2, 3)]),
     "evaluate": lambda out, model: evaluate(model=model, out=out, control=["some words here"]),
 }
 ROOMS = [
     ("scan", "scores"), ("scan", "also/1/scores"), ("scan-dataset", "basis"), ("scan-dataset", "grams"),
-    ("sahara", "basis"), ("sahara", "scores"), ("asr", "completions"), ("asr", "scores"),
+    ("sahara", "basis"), ("sahara", "scores"), ("controlled", "scores"), ("controlled", "control"), ("asr", "completions"), ("asr", "scores"),
     ("evaluate", "completions"), ("evaluate", "control"), ("evaluate", "scores"),
 ]  # fmt: skip
 
@@ -31,6 +34,8 @@ ROOMS = [
 def numbers(result) -> np.ndarray:
     if hasattr(result, "completions"):
         return result.completions.label
+    if getattr(result, "control_by_prompt", None) is not None:
+        return np.concatenate([result.angle_deg.ravel(), result.control_by_prompt.ravel()])
     return result.angle_deg if hasattr(result, "angle_deg") else result.scores
 
 
