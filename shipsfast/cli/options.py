@@ -172,7 +172,12 @@ Groups = _option(
     str | None,
     text="Groups of heads to switch off, such as '2-26; 2-26,3-1'; 'none' is the unablated model.",
 )
-OrdinaryPrompts = _option(ShipsMeasurement, "control", str | None, more="A prompt file.")
+OrdinaryPrompts = _option(
+    ShipsMeasurement,
+    "control",
+    str | None,
+    more="A prompt file, of which all are taken, whatever --limit says.",
+)
 Control = _option(EvaluationMeasurement, "control", str | None, more="A prompt file.")
 JudgeName = _option(EvaluationMeasurement, "judge", str)
 JudgeTemplate = Annotated[

@@ -22,9 +22,12 @@ def contrast(
         ),
     ] = None,
     alternative: Annotated[
-        str,
-        typer.Option(help="Where heads are sought: greater (scores larger on RUN_A), less, or two-sided."),
-    ] = "greater",
+        str | None,
+        typer.Option(
+            help="Where heads are sought: greater (scores larger on RUN_A), less, or two-sided; default two-sided for metrics "
+            "with a sign, else greater."
+        ),
+    ] = None,
     statistic: Annotated[
         str,
         typer.Option(

@@ -177,7 +177,12 @@ def tokens_of(
         ):
             prompts = others if how.kind == "resample" else own.ids
             others = [[*ids, *answer] for ids, answer in zip(prompts, reads.targets, strict=True)]
-    check_model(model, token_ids, measurement.new_tokens, weights=weights)
+    try:
+        check_model(model, token_ids, measurement.new_tokens, weights=weights)
+    except InputError as error:
+        if reads is None or reads.targets is None:
+            raise
+        raise type(error)(f"with the answers: {error}") from error
     if others is not None:
         try:
             check_model(model, others, weights=weights)

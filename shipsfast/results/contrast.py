@@ -243,7 +243,7 @@ def contrast(
     a: ShipsResult | str | Path,
     b: ShipsResult | str | Path | None = None,
     *,
-    alternative: str = "greater",
+    alternative: str | None = None,
     statistic: str = "auroc",
     permutations: int = PERMUTATIONS,
     seed: int = 0,
@@ -252,7 +252,8 @@ def contrast(
 
     a, b: two `ShipsResult`s of one measurement over two sets of prompts, such as harmful and ordinary ones, or their run
         folders. b may be left out where a was scanned with a control.
-    alternative: "greater" asks where scores are larger on a, "less" where on b, "two-sided" where they differ.
+    alternative: "greater" asks where scores are larger on a, "less" where on b, "two-sided" where they differ; default two-sided
+        for metrics with a sign, of which a large negative score is no small one, and greater for others.
     statistic: what the permutation test goes by: "auroc", which is the test of Mann and Whitney, or "difference" of the means.
     permutations: relabellings of the prompts that are drawn, with seed; all there are, where they are no more.
 
@@ -275,6 +276,7 @@ def contrast(
             f"head {layer}-{head} has scores in one of {where_a} and {where_b} only: scan both alike"
         )
     x, y = (each[:, known] for each in samples)  # [P, N], [Q, N]
+    asked, alternative = alternative, alternative or ("two-sided" if first.signed else "greater")
     test = permutation_test(x, y, statistic, alternative, permutations, seed)
     maps = [
         _grid(values, known)
@@ -288,7 +290,9 @@ def contrast(
     for name in first.also:
         if name in second.also:
             both = first.also[name], second.also[name]
-            result.also[name] = contrast(*both, permutations=permutations, **settings)
+            result.also[name] = contrast(
+                *both, permutations=permutations, **settings | {"alternative": asked}
+            )
     return result
 
 

@@ -140,6 +140,7 @@ def by_token(
     axes.set_yticks(range(count), heads, fontsize=7)
     axes.set_xticks(range(length), [_plain(token) for token in tokens], fontsize=7, rotation=60, ha="right")
     axes.set_ylabel("layer-head")
+    axes.set_xlabel("token")
     _bar(figure, image, axes, label)
     axes.set_title(_plain(title), fontsize=9)
     return _saved(figure, path)

@@ -90,13 +90,14 @@ class ShipsResult(ByAblation, Ranked):
     def plot_tokens(
         self,
         prompt: int = 0,
-        k: int = 10,
-        *,
-        texts: Sequence[str] | None = None,
         path: str | Path | None = None,
+        *,
+        k: int = 10,
+        texts: Sequence[str] | None = None,
     ):
-        """Scores of the k best heads of the ranking at every token that was read of one prompt, heads x tokens. texts: of these
-        tokens, as the axis shows them; default their numbers. Returns the matplotlib Figure; saved if a path is given."""
+        """Scores of the k best heads of the ranking at every token that was read of one prompt, heads x tokens. prompt: from 0;
+        texts: of these tokens, as the axis shows them; default their numbers. Returns the matplotlib Figure; saved if a path is
+        given."""
         if self.tokens is None:
             raise InputError(
                 "each prompt was read behind its last token only: plot_tokens is for answers, or several positions"
@@ -124,8 +125,8 @@ class ShipsResult(ByAblation, Ranked):
         """How many prompts, and what of them was read."""
         prompts, counts = counted(self.scores.shape[0], "prompt"), cells_of(self.identity).counts
         if "answer_tokens" in self.identity:
-            return f"{prompts} with answers of {counted(sum(counts), 'token')}"
-        return prompts + (f" read at {counted(sum(counts), 'position')}" if counts else "")
+            return f"{prompts} with answers of {counted(sum(counts), 'token')} in all"
+        return prompts + (f" read at {counted(sum(counts), 'position')} in all" if counts else "")
 
     @property
     def marked_heads(self) -> list[tuple[int, int]]:
@@ -252,7 +253,7 @@ class ShipsResult(ByAblation, Ranked):
         path is given."""
         if self.further:
             return self.several.plot(path, title=title)
-        title = title or f"{self.title}, mean of {counted(self.scores.shape[0], 'prompt')}"
+        title = title or f"{self.title}, mean of {self.reads_in_words()}"
         return self.heatmap(self.label, title, path)
 
     def panel(self, label: str = "", title: str = ""):

@@ -17,6 +17,7 @@ from .groups import recorded
 from .statistics import Concentration
 
 SAID = ("degenerate", "incoherent", "cut", "perplexity")  # of answers with a head off
+LEVELS = ("log_prob", "prob")  # metrics that are no change
 NAMED = 10  # heads that a line lists
 FIRST = 4  # heads of a group
 PAIRS = 10  # of groups
@@ -163,6 +164,12 @@ def show_ships(result, top: int, console: Console) -> None:
         f"{counted(scanned, result.unit)} x {result.reads_in_words()} in {result.record.get('scan_seconds', 0):.2f} s; "
         f"{_noise(result, metric['unit'])}",
     )
+    if metric["name"] in LEVELS:
+        name = metric["name"]
+        _say(
+            console,
+            f"{name} is what is left with a head off, and no change: a ranking by size says little; {name}_diff says what a head does",
+        )
     _error(result, metric["unit"], console)
     _concentration(result.concentration(), result.unit, _among(result), console)
     for line in _of_answers(result.record):

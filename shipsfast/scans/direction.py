@@ -38,6 +38,7 @@ from .measurements import DirectionExecution, DirectionMeasurement
 from .self_check import check_own_hidden
 
 OTHERS = "in prompts_b: "
+TELLS = 0.6  # an AUROC from which on a layer is said to tell prompts apart
 
 
 @called_with(
@@ -107,6 +108,11 @@ def direction(
         "packing_error": error, "seconds": seconds_since(started),
     }  # fmt: skip
     auroc = np.array([each for each, _ in found])
+    if auroc[layer] < TELLS:
+        note(
+            f"layer {layer} does not tell held-out prompts apart (AUROC {auroc[layer]:.2f}; 0.5 is chance): take more prompts, or "
+            "such as differ more"
+        )
     return Direction(vectors, auroc, layer, measurement.position, identity, record)
 
 

@@ -107,7 +107,10 @@ class ShipsMeasurement(ScanMeasurement):
     ] = "undifferentiated"
     metric: Annotated[
         object,
-        Doc("one of kl, reverse_kl, js, total_variation,"),
+        Doc(
+            "one of kl, reverse_kl, js, total_variation; with answers also log_prob, prob, log_prob_diff, prob_diff, "
+            "abs_log_prob_diff and abs_prob_diff, of the answer's own token;"
+        ),
         Doc(
             "`logit_diff(token_a, token_b)`, `refusal_logit(tokens)`, or a callable on (base_logits [P, V], "
             "ablated_logits [N, V], prompt_index int64 [N]) -> [N]; with answers, or several positions, everything that is read counts "
@@ -164,7 +167,7 @@ class ShipsMeasurement(ScanMeasurement):
             self._set(answers=as_answers(self.answers, len(self.prompts)))
             if self.at is not None:
                 raise InputError(
-                    f"answers are read at every token, and at={self.at!r} names other positions: give one of them"
+                    "answers (--answer-column) are read at every token, and at (--at) names other positions: give one of them"
                 )
         if self.control is not None:
             self._set_control()
@@ -199,10 +202,11 @@ class ShipsMeasurement(ScanMeasurement):
             raise InputError(f"in the control prompts: {error}") from error
         if min(len(self.prompts), len(self.control)) < 2:
             raise InputError("a control tells two sets of prompts apart: give at least two prompts of each")
-        own = "answers" if self.answers is not None else "at" if len(set(self.at or ())) > 1 else ""
+        own = "answers (--answer-column) say" if self.answers is not None else ""
+        own = own or ("positions of single prompts (at) say" if len(set(self.at or ())) > 1 else "")
         if own:
             raise InputError(
-                f"{own} says something of each prompt, and nothing of the control prompts: scan the two sets apart, and give "
+                f"{own} something of each prompt, and nothing of the control prompts: scan the two sets apart, and give "
                 "both to shipsfast.contrast"
             )
 

@@ -405,7 +405,9 @@ def as_metrics(given, tokenizer=None, vocab_size: int | None = None) -> list[Met
     names = [each.name for each in metrics]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"metric {twice} is given twice: name each metric once")
+        raise InputError(
+            f"two metrics are called {twice}: name each metric once, and directions of one file name apart (name=)"
+        )
     return metrics
 
 

@@ -199,9 +199,9 @@ def test_where_heads_are_off_and_prompts_are_read_is_the_same_for_both(at):
 
 
 def test_what_is_said_of_each_prompt_says_nothing_of_the_control():
-    with pytest.raises(InputError, match="answers says something of each prompt"):
+    with pytest.raises(InputError, match=r"answers \(--answer-column\) say something of each prompt"):
         scan(answers=[[1], [2, 3], [4]])
-    with pytest.raises(InputError, match="at says something of each prompt"):
+    with pytest.raises(InputError, match=r"positions of single prompts \(at\) say something of each prompt"):
         scan(at=[0, 1, 0])
     answered = scan(control=None, answers=[[1], [2, 3], [4]])
     other = scan(ORDINARY, control=None, answers=[[5], [6], [7, 8, 9], [2]])

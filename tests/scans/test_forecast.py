@@ -242,7 +242,7 @@ def test_the_command_runs_nothing(capsys, tmp_path, monkeypatch, command):
         (("scan", "--judge", "paper", "--keep-text"), "--judge, --keep-text would do nothing"),
         (("scan-dataset", "--out", "run"), "--out would do nothing"),
         (("scan", "--metric", "logit_diff:zzz,yyy"), "'zzz' is 3 tokens"),
-        (("scan", "--metric", "kl", "--metric", "kl"), "metric kl is given twice"),
+        (("scan", "--metric", "kl", "--metric", "kl"), "two metrics are called kl"),
         (("scan", "--backend", "nonsense"), "unknown backend 'nonsense'"),
         (("scan", "--backend", "triton", "--device", "cpu"), "backend 'triton' cannot run"),
         (("scan", "--device", "nonsense"), "unknown device 'nonsense'"),

@@ -141,7 +141,7 @@ def test_which_can_be_used_with_a_run_folder():
         (lambda: probe(lambda h: h[:, 0] > 0, 1).rows(BASE, OTHER, ROWS), "got torch.bool"),
         (lambda: as_metric(projection), r"^metric projection is not called yet: give it a direction, projection\(\.\.\.\)$"),
         (lambda: as_metric(probe), "^metric probe is not called yet: give it weights"),
-        (lambda: as_metrics([probe([1.0], 1), probe([2.0], 1)]), "^metric probe@1 is given twice"),
+        (lambda: as_metrics([probe([1.0], 1), probe([2.0], 1)]), "^two metrics are called probe@1"),
         (lambda: parse_metric("projection:"), r"^metric 'projection:': expected projection:FILE\[,LAYER\]$"),
         (lambda: parse_metric("projection:none.safetensors"), "^none.safetensors cannot be read as a direction"),
         (lambda: projection([1.0], 1).to_text(), "^metric projection@1 is made of numbers of this process"),

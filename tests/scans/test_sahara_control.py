@@ -345,7 +345,8 @@ def test_a_head_that_overflows_ordinary_prompts_is_named(monkeypatch):
 def test_a_model_that_is_not_what_its_own_forward_is_is_refused(monkeypatch):
     from shipsfast.scans import search_control as control
 
-    monkeypatch.setattr(control, "ablated_logits", lambda *args: torch.eye(2, 64, dtype=torch.float64) * 9)
+    wrong = {None: torch.eye(2, 64, dtype=torch.float64) * 9}
+    monkeypatch.setattr(control, "ablated_outputs", lambda *args: wrong)
     with pytest.raises(
         shipsfast.UnsupportedModelError, match="on control prompt 2 is .* cannot be scanned exactly"
     ):

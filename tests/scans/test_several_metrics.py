@@ -92,7 +92,7 @@ def test_save(tmp_path):
     ("metrics", "words"),
     [
         ([], "there are no metrics"),
-        (["kl", "js", "kl"], "metric kl is given twice"),
+        (["kl", "js", "kl"], "two metrics are called kl"),
         (["kl", "no_such"], "no_such"),
     ],
 )
