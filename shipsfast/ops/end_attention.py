@@ -8,7 +8,7 @@ own at the node itself:
 so that what a head does at an end changes no other token, and a row is as wide as there are ends. Ends on one path from the
 root go together: their ancestors are on that path, and the base row's keys are one operand for all rows. Paths with as many ends,
 and about as many keys, go together in turn, as many at a time as the two limits below let. In torch, for every device and dtype;
-logits and softmax are in float32 for half precision.
+logits, from the products on, and softmax are in float32 for half precision.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def scratch_bytes(
     longest: keys above the deepest end; sizes: numbers of a key and a value; itemsize: bytes of a number.
     """
     logits = heads * (longest + 1) * max(itemsize, 4)
-    keys = kv_heads * longest * sizes * itemsize
+    keys = kv_heads * longest * sizes * max(itemsize, 4)
     hidden = ends * longest * (1 + 4)
     return (
         LOGIT_ARRAYS * min(max(LOGIT_BYTES, logits), rows * ends * logits)
@@ -136,16 +136,16 @@ def end_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, U, heads, D], how the projections laid them out
     out = q.new_empty(rows, ends, heads, v.shape[3])
     every = torch.arange(base[0].shape[1], device=q.device)
-    per_key = len(every) * (q.shape[3] + v.shape[3]) * q.itemsize
+    per_key = len(every) * (q.shape[3] + v.shape[3]) * wide.itemsize
     for paths in tree.end_paths(window):
         count, longest = paths.keys.shape
         per_end = heads * (longest + 1) * wide.itemsize
         at_once = max(1, min(GATHER_BYTES // (per_key * max(1, longest)), LOGIT_BYTES // per_end))
         for some in range(0, count, at_once):
             keys = paths.keys[some : some + at_once]
-            gathered = [
-                x[0][every[:, None], keys[:, None]] for x in base
-            ]  # [G, HKV, K, D], as products take them
+            # [G, HKV, K, D], as products take them
+            gathered = [x[0][every[:, None], keys[:, None]] for x in base]
+            gathered[0] = gathered[0].to(wide)
             for part in paths.cut(slice(some, some + at_once), max(1, LOGIT_BYTES // (per_end * len(keys)))):
                 step = max(1, LOGIT_BYTES // (per_end * len(part.places)))
                 for start in range(0, rows, step):
@@ -183,16 +183,17 @@ def _attend(
     kv_heads, longest = base_k.shape[1], base_k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     # One product for each path and key/value head, of [query heads that share it x rows x ends, D].
+    q = q.to(wide)
     grouped = q.reshape(count, kv_heads, heads // kv_heads * rows * ends, size)
-    logits = q.new_empty(count, heads, rows, ends, longest + 1, dtype=wide)
+    logits = q.new_empty(count, heads, rows, ends, longest + 1)
     logits[..., :-1] = torch.matmul(grouped, base_k.transpose(2, 3)).view(count, heads, rows, ends, longest)
-    by_kv = q.to(wide).unflatten(1, (kv_heads, -1))
+    by_kv = q.unflatten(1, (kv_heads, -1))
     logits[..., -1] = (by_kv * k.to(wide)[:, :, None]).sum(-1).flatten(1, 2)
     if replaced is not None:
         b, h, mean_k, own_k = replaced
         query = q[:, h, b]  # [G, N, E, D]
-        logits[:, h, b, :, :-1] = torch.matmul(query, mean_k[:, None].transpose(2, 3)).to(wide)
-        logits[:, h, b, :, -1] = (query.to(wide) * own_k[b].transpose(0, 1).to(wide)).sum(-1)
+        logits[:, h, b, :, :-1] = torch.matmul(query, mean_k[:, None].transpose(2, 3))
+        logits[:, h, b, :, -1] = (query * own_k[b].transpose(0, 1).to(wide)).sum(-1)
     logits *= (scaling * logit_scale.to(wide)).t()[None, :, :, None, None]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
