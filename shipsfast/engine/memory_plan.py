@@ -14,7 +14,8 @@ together as one growing batch. A chunk is the rows that pass a layer at a time. 
 With an ablation at the end only a row has no T tokens, but the U that are read, and the unablated row passes each layer alone:
 
     rows x U x hidden
-    + the larger of  T x (hidden + keys and values) + the larger of chunk tokens and T x work width,  and the head's
+    + the larger of  T x (hidden + keys and values) + the larger of chunk tokens and T x work width
+                         + what attention at the ends holds,  and the head's
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 
 from ..errors import InputError
 from ..models.anatomy import Anatomy
+from ..ops.end_attention import scratch_bytes
 from ..ops.prefix_tree import PackedPrompts, pack
 from ..text import counted
 from .measurement import ScanExecution
@@ -162,11 +164,12 @@ def block_parts(
     size: int,
     row_size: int,
     ends_alone: bool = False,
+    longest: int = 0,
 ) -> dict[str, int]:
     """What a block of `rows` rows holds beyond the model itself, in bytes; `size` bytes per number, `row_size` in the
     residual stream.
 
-    ends: the trimmed last layer, or rows that are nothing else (ends_alone); rows: the residual streams; chunk: what a layer holds while it runs; head: logits, which
+    ends: the trimmed last layer, or rows that are nothing else (ends_alone), with at most `longest` tokens above; rows: the residual streams; chunk: what a layer holds while it runs; head: logits, which
     come after the layers, when the residual streams are gone.
     """
     pairs = min(max(head_rows, ends), rows * ends)
@@ -177,14 +180,25 @@ def block_parts(
         rows * tokens * anatomy.hidden_size * row_size,
         min(max(chunk_tokens, tokens), rows * tokens),
     )
+    attention = 0
     if ends_alone:
         kept = 2 * anatomy.num_heads * max(anatomy.head_dim, anatomy.value_dim)
         streams = tokens * (2 * anatomy.hidden_size * row_size + kept * size)
-        at_once = max(tokens, min(max(chunk_tokens, ends), rows * ends))
+        together = min(max(chunk_tokens, ends), rows * ends)
+        at_once = max(tokens, together)
+        attention = scratch_bytes(
+            together // ends,
+            ends,
+            longest,
+            anatomy.num_heads,
+            anatomy.num_kv_heads if anatomy.uniform_kv_heads else anatomy.num_heads,
+            anatomy.head_dim + anatomy.value_dim,
+            size,
+        )
     return {
         "ends": rows * ends * anatomy.hidden_size * row_size,
         "rows": streams,
-        "chunk": at_once * anatomy.work_width * size,
+        "chunk": at_once * anatomy.work_width * size + attention,
         "head": head + 2 * ends * anatomy.vocab_size * 8,
     }
 
@@ -226,18 +240,22 @@ class Held:
 class Needs:
     """What blocks of a scan hold beyond the model, in bytes.
 
-    held: in what, and beside what; tokens, ends: of the largest pack.
+    held: in what, and beside what; tokens, ends: of the largest pack; longest: the most tokens above an end.
     """
 
     anatomy: Anatomy
     held: Held
     tokens: int = 0
     ends: int = 0
+    longest: int = 0
 
     def of_groups(self, groups: Iterable[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Needs:
         """The same for prompts in these groups."""
         packs = [self.held.pack(prompts, group) for group in groups]
-        return replace(self, tokens=max(p.num_tokens for p in packs), ends=max(map(_ends, packs)))
+        longest = max(int(p.position[p.read_index].max()) for p in packs)
+        return replace(
+            self, tokens=max(p.num_tokens for p in packs), ends=max(map(_ends, packs)), longest=longest
+        )
 
     def __call__(self, ablations: int, chunk_tokens: int, head_rows: int) -> int:
         """At the worst moment of a block of so many ablations and the unablated row."""
@@ -252,6 +270,7 @@ class Needs:
             size,
             held.row_size or size,
             held.ends_alone,
+            self.longest,
         )
         more = held.extra_rows * (self.tokens + self.ends) * self.anatomy.hidden_size * size
         more += held.per_token_bytes * self.tokens

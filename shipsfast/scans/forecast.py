@@ -292,7 +292,7 @@ def _pass(
     pairs = min(plan.head_rows, rows * ends)
     parts = block_parts(
         anatomy, rows + beside.extra_rows, tokens, ends, plan.chunk_tokens, pairs, model.dtype.itemsize, beside.row_size,
-        ends_alone,
+        ends_alone, plan.needs.longest,
     )  # fmt: skip
     kept = rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes
     cut = plan.blocks(some)

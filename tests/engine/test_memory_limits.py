@@ -114,6 +114,15 @@ def test_peaks_are_near_their_prediction_and_too_little_memory_is_survived():
     assert starved["difference"] < 1e-6
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_peaks_of_heads_off_at_the_end_only_are_no_higher_than_predicted():
+    """What their attention gathers and makes is bounded, and the plan knows it: it does not grow with the prompts."""
+    cases = [f"ends {shape}" for shape in memory_child.ENDS]
+    for case, found in zip(cases, child(*cases), strict=True):
+        predicted = found["plan"]["predicted_bytes"] / 2**20
+        assert predicted / 3 <= found["peak_mib"] <= 1.1 * predicted + 5, f"{case}: {found}"
+
+
 def test_no_tensor_waits_for_the_garbage_collector():
     """A cycle that holds hidden states keeps a whole block alive while the next one runs."""
     subject = memory_child.model("tiny")

@@ -1,9 +1,12 @@
 """Heads that are off only at the token that is read: every kind against plain passes in which the head's output is the ablated
 one at that token, and earlier keys and values are those of the unablated model (tests/support/reads_oracle.py)."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import shipsfast
 from shipsfast import Ablation
@@ -161,6 +164,30 @@ def test_narrower_dtypes_are_off_as_much_as_everywhere(name, dtype):
         got = shipsfast.scan(narrow, PROMPTS, ablation=Ablation("scale", 0.3, at=at), progress=False)
         error[at] = abs(got.kl - Reads(wide, PROMPTS, reads, "scale", 0.3, at).means()).max()
     assert error["end"] <= 2 * error["all"] and error["all"] < {torch.float32: 1e-5}.get(dtype, 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_large_products_of_queries_and_keys(dtype):
+    """Of large biases, as some models have: too large for float16 before they are scaled, and too coarse in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
+    narrow = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for attention in (layer.self_attn for layer in narrow.model.layers):
+            for part in (attention.k_proj, attention.q_proj):
+                part.bias.normal_(std=100)
+            for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+                part.weight.normal_(std=0.15)
+    narrow = narrow.to(dtype)
+    wide, reads = copy.deepcopy(narrow).double(), [[len(ids) - 1] for ids in PROMPTS]
+    error, how = {}, dict(backend="torch", layers="model", rescored=0, progress=False)
+    for at in ("end", "all"):
+        got = shipsfast.scan(narrow, PROMPTS, ablation=Ablation("zero", at=at), **how)
+        error[at] = abs(got.kl - Reads(wide, PROMPTS, reads, "zero", at=at).means()).max()
+    assert error["end"] <= 5 * error["all"]
 
 
 # --- scans of a whole data set ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Run by test_memory_limits.py: each argument is `peak SHAPE LIMIT_MIB` or `starved`, and gives one line of JSON.
+"""Run by test_memory_limits.py: each argument is `peak SHAPE LIMIT_MIB`, `ends SHAPE` or `starved`, and gives one line of JSON.
 
 Each in a fork of this process, once everything is imported: peaks are of a whole process, and a limit of its address
 space cannot be taken back.
@@ -26,13 +26,14 @@ SHAPES = {
         hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
         vocab_size=32000,
     ),
+    "few": dict(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, vocab_size=50),
     "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50),
 }  # fmt: skip
 
 
 def model(name: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(max_position_embeddings=512, **SHAPES[name])).eval()
+    return LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **SHAPES[name])).eval()
 
 
 def prompts(count: int, shared: int, own: int) -> list[list[int]]:
@@ -42,19 +43,34 @@ def prompts(count: int, shared: int, own: int) -> list[list[int]]:
     return [prefix + [token() for _ in range(own)] for _ in range(count)]
 
 
+# Many prompts behind a long beginning, and long answers behind a long prompt: (prompts, shared tokens, own, of the answer).
+ENDS = {"branches": (64, 1500, 4, 0), "answers": (1, 2500, 4, 200)}
+
+
+def ends(shape: str) -> dict:
+    """Of a scan with heads off at the end only, of a model with few and small heads."""
+    shipsfast.scan(model("tiny"), [[1, 2], [1, 3]], progress=False, layers="model", at="end")
+    count, shared, own, answer = ENDS[shape]
+    subject, ids = model("few"), prompts(count, shared, own + answer)
+    answers = [each[shared + own :] for each in ids] if answer else None
+    return measured(
+        subject,
+        [each[: shared + own] for each in ids],
+        answers=answers,
+        ablation=shipsfast.Ablation(at="end"),
+    )
+
+
 def peak(name: str, limit_mib: int) -> dict:
     shipsfast.scan(model("tiny"), [[1, 2], [1, 3]], progress=False, layers="model")  # libraries are loaded
     subject, ids = model(name), prompts(16, 20, 40) if name == "wide" else prompts(24, 6, 18)
+    return measured(subject, ids, max_memory=limit_mib << 20 if limit_mib else None)
+
+
+def measured(subject, ids: list[list[int]], **options) -> dict:
     gc.collect()
     with peak_memory(torch.device("cpu")) as found:
-        result = shipsfast.scan(
-            subject,
-            ids,
-            progress=False,
-            layers="model",
-            max_memory=limit_mib << 20 if limit_mib else None,
-            rescored=0,
-        )
+        result = shipsfast.scan(subject, ids, progress=False, layers="model", rescored=0, **options)
     return {"peak_mib": found[0], "plan": result.record["plan"]}
 
 
@@ -79,7 +95,8 @@ if __name__ == "__main__":
     for what, *arguments in map(str.split, sys.argv[1:]):
         child = os.fork()
         if not child:
-            done = peak(arguments[0], int(arguments[1])) if what == "peak" else starved()
+            run = {"peak": lambda name, limit: peak(name, int(limit)), "ends": ends, "starved": starved}[what]
+            done = run(*arguments)
             print(json.dumps(done), flush=True)
             os._exit(0)
         if os.waitpid(child, 0)[1]:
