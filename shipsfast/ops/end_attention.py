@@ -8,7 +8,7 @@ own at the node itself:
 so that what a head does at an end changes no other token, and a row is as wide as there are ends. Ends on one path from the
 root go together: their ancestors are on that path, and the base row's keys are one operand for all rows. Paths with as many ends,
 and about as many keys, go together in turn. In torch, for every device and dtype; logits and softmax are in float32 for half
-precision.
+precision. Where the backend is cpp, in C++ (end_attention_cpp.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q
+from .end_attention_cpp import cpp_ends
 from .masks import LayerMask, scaled
 from .prefix_tree import PackedPrompts
 from .sinks import sink_softmax
@@ -44,16 +45,7 @@ def plan_ends(
     packed: PackedPrompts, ends: np.ndarray, window: int | None, device: torch.device | str
 ) -> list[Paths]:
     """ends: int64 [U], nodes in ascending order, which is depth first."""
-    found, left = [], np.ones(len(ends), dtype=bool)
-    for deepest in reversed(range(len(ends))):
-        if not left[deepest]:
-            continue
-        above = np.arange(ends[deepest])
-        above = above[packed.subtree_end[: ends[deepest]] > ends[deepest]]
-        places = np.flatnonzero(left & np.isin(ends, np.append(above, ends[deepest])))
-        left[places] = False
-        found.append((places, above))
-    found.sort(key=lambda path: (len(path[0]), len(path[1])))
+    found = sorted(packed.paths_of(ends), key=lambda path: (len(path[0]), len(path[1])))
     stacks: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for path in found:
         first = stacks[-1][0] if stacks else None
@@ -97,17 +89,28 @@ def end_attention(
 
     tree: a TreeContext, whose `trimmed` are the ends; mask: of the B rows, a value per token being one per end.
     """
-    rows = len(mask.logit_scale)
-    q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
-    _, heads, ends, _ = q.shape
+    q, k, v = (x.expand(len(mask.logit_scale), -1, -1, -1) for x in (q, k, v))
+    how = {"scaling": scaling, "softcap": softcap, "sink": sink}
+    plan, attend = tree.end_plan(window), cpp_ends if tree.backend == "cpp" else _torch_ends
+    if tree.backend == "cpp" and mask.mean_out is None:  # it leaves out heads that are off
+        return attend(plan, base, q, k, v, mask, **how)
+    before = out = attend(plan, base, q, k, v, mask.without_outputs(), **how)
+    fixed = mask.flagged(REPLACE_OUT)
+    if fixed is not None:
+        out = torch.where(fixed[:, None, :, None], mask.value.transpose(0, 1)[None], out)
+    return mask.finish(scaled(out, mask.output_scale[:, None, :, None]), before)
+
+
+def _torch_ends(plan: list[Paths], base, q, k, v, mask: LayerMask, **how) -> torch.Tensor:
+    rows, heads, ends, _ = q.shape
     alt = mask.replacements(q, k)
-    other_q, other_k, fixed = map(mask.flagged, (REPLACE_Q, REPLACE_K, REPLACE_OUT))
+    other_q, other_k = map(mask.flagged, (REPLACE_Q, REPLACE_K))
     if other_q is not None:
         q = torch.where(other_q[:, :, None, None], alt["q_alt"][:, None], q)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, U, heads, D], how the projections laid them out
     out = q.new_empty(rows, ends, heads, v.shape[3])
-    for paths in tree.end_paths(window):
+    for paths in plan:
         count, longest = paths.keys.shape
         gathered = [x[0].transpose(0, 1)[paths.keys].transpose(1, 2) for x in base]  # [G, HKV, K, D]
         per_row = heads * len(paths.places) * (longest + 1) * wide.itemsize
@@ -122,14 +125,9 @@ def end_attention(
             if other_k is not None:
                 own_k = alt["k_alt"][chosen].index_select(1, paths.places).unflatten(1, (count, -1))
                 replaced = (*other_k[chosen].nonzero(as_tuple=True), gathered[0].mean(1), own_k)
-            found = _attend(
-                *own, *gathered, paths, replaced, mask.logit_scale[chosen], scaling, softcap, sink
-            )
+            found = _attend(*own, *gathered, paths, replaced, mask.logit_scale[chosen], **how)
             out[chosen].index_copy_(1, paths.places, found.permute(2, 0, 3, 1, 4).flatten(1, 2))
-    before = out
-    if fixed is not None:
-        out = torch.where(fixed[:, None, :, None], alt["out_alt"].transpose(0, 1)[None], out)
-    return mask.finish(scaled(out, mask.output_scale[:, None, :, None]), before)
+    return out
 
 
 def _attend(
