@@ -222,6 +222,23 @@ def test_ends_of_a_path_cut_into_blocks(window, monkeypatch):
 
 
 @needs_extension
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_instruction_set(isa, monkeypatch):
+    monkeypatch.setenv("SHIPSFAST_CPU_ISA", isa)
+    try:
+        for case in (
+            Case(flags=EVERY, H=5, HKV=1, D=33, DV=17, reads="all", sink=True),
+            Case(D=64, window=7),
+        ):
+            test_is_the_definition(case, "cpp")
+            test_float32_is_as_near_as_torch(replace(case, dtype=torch.float32), "cpp")
+    except RuntimeError as error:
+        if isa != "default" and "or this machine or build lacks it" in str(error):
+            pytest.skip(f"this CPU has no {isa}")
+        raise
+
+
+@needs_extension
 def test_numbers_of_threads_change_nothing():
     inputs, before = make_inputs(Case(B=41, H=6, HKV=2, flags=EVERY, reads="all")), torch.get_num_threads()
     try:
