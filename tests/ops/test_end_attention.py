@@ -276,6 +276,16 @@ def test_what_is_not_a_number_stays_in_its_row(backend):
     assert torch.equal(got[3], expected[3]) and torch.equal(got[:3, 1:], expected[:3, 1:])
 
 
+@each_backend
+@pytest.mark.parametrize("flags", [0, EVERY])
+def test_one_token_for_all_rows(flags, backend):
+    """As in the first layer, where rows differ by what is off in them alone."""
+    inputs = make_inputs(Case(flags=flags, reads="all"))
+    inputs.own = tuple(x[:1].expand(5, -1, -1, -1) for x in inputs.own)
+    assert torch.equal(inputs.run(backend, rows=slice(0, 1)), inputs.run(backend))
+    assert_close_abs(inputs.run(backend, rows=slice(0, 1)), definition(inputs), 1e-13)
+
+
 @needs_extension
 def test_dimensions_that_are_apart():
     """Heads whose numbers are no neighbours are copied, and no rows are no work."""
