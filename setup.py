@@ -101,7 +101,7 @@ def extension() -> dict:
     flags = {"cxx": ["-O3", "-fopenmp-simd", "-fno-trapping-math", "-fvisibility=hidden"]}
     sources = [
         "csrc/bindings.cpp", "csrc/ships_kl_cpu.cpp", "csrc/ships_divergence_cpu.cpp", "csrc/fused_cpu.cpp",
-        "csrc/tree_attention_cpu.cpp", "csrc/decode_attention_cpu.cpp",
+        "csrc/tree_attention_cpu.cpp", "csrc/decode_attention_cpu.cpp", "csrc/end_attention_cpu.cpp",
     ]  # fmt: skip
     if problem:
         print(f"shipsfast: building for the CPU only ({problem})", file=sys.stderr)

@@ -6,14 +6,12 @@
 // The arithmetic is that of shipsfast/ops/reference.py. The tree comes as blocks: some queries, and the keys of the path
 // they lie on in ascending depth, of which each query sees a contiguous range (shipsfast/ops/tree_attention_cpp.py cuts it).
 // One task is one block of one row and key/value head. It goes through its keys in tiles, each tile once for all
-// query heads that share it, with a running maximum and sum per query (Milakov & Gimelshein, arXiv 1805.02867), so
-// that nothing of size queries x keys exists. No result depends on how tasks are spread over threads.
+// query heads that share it (ships_tiles.h). No result depends on how tasks are spread over threads.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -22,19 +20,13 @@
 
 #include "ships_attention.h"
 #include "ships_cpu.h"
-#include "ships_exp.h"
-
-// Vectors are passed between functions that are always inlined, so their ABI never shows.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "ships_tiles.h"
 
 namespace {
 
 using namespace shipsfast;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int kTile = 64;     // keys at a time
-constexpr int kQueries = 6;   // queries at a time: with two vectors each, twelve accumulators
 
 struct Shape {
   int64_t rows, heads, kv_heads, queries, size, out_size;
@@ -54,157 +46,25 @@ struct Call {
   T* out;                       // [B, TQ, H, D of v]
 };
 
-template <typename T>
-struct Lanes {
-  typedef T Vec __attribute__((vector_size(64)));
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Whole;
-  typedef Whole Index __attribute__((vector_size(64)));
-  static constexpr int count = 64 / sizeof(T);
-};
-
-template <typename T>
-SHIPS_ALWAYS_INLINE typename Lanes<T>::Vec load(const T* from) {
-  typename Lanes<T>::Vec out;
-  __builtin_memcpy(&out, from, sizeof out);
-  return out;
-}
-
-template <typename T>
-SHIPS_ALWAYS_INLINE void store(T* to, typename Lanes<T>::Vec value) {
-  __builtin_memcpy(to, &value, sizeof value);
-}
-
-// out[i][0 .. 2 * lanes) += sum over n of left[n * left_step + i * left_row] * right[n * right_stride + ...], for
-// kQueries rows i.
-template <typename T>
-SHIPS_ALWAYS_INLINE void multiply_add(const T* left, int64_t left_step, int64_t left_row, const T* right,
-                                      int64_t right_stride, int64_t first, int64_t last, T* out, int64_t out_stride) {
-  using Vec = typename Lanes<T>::Vec;
-  constexpr int lanes = Lanes<T>::count;
-  Vec sum[kQueries][2];
-  for (int i = 0; i < kQueries; ++i) {
-    sum[i][0] = load(out + i * out_stride);
-    sum[i][1] = load(out + i * out_stride + lanes);
-  }
-  for (int64_t n = first; n < last; ++n) {
-    const Vec a = load(right + n * right_stride), b = load(right + n * right_stride + lanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kQueries; ++i) {
-      const T factor = left[n * left_step + i * left_row];
-      sum[i][0] += factor * a;
-      sum[i][1] += factor * b;
-    }
-  }
-  for (int i = 0; i < kQueries; ++i) {
-    store(out + i * out_stride, sum[i][0]);
-    store(out + i * out_stride + lanes, sum[i][1]);
-  }
-}
-
-// What one thread works in. Tiles are padded with zeros to whole vectors.
+// What one thread works in.
 template <typename T>
 struct Scratch {
-  int64_t size, width;           // D, and D of v padded to two vectors
+  Tile<T> tile;
   std::vector<T> q;              // [query heads, queries, D], scaled
-  std::vector<T> zeros;          // [D]
-  std::vector<T> keys, alt;      // [D, kTile], the keys of a tile and those that replace them
-  std::vector<T> values;         // [kTile, width]
-  std::vector<T> scores;         // [kQueries, kTile]
   std::vector<T> out;            // [query heads, queries, width]
   std::vector<T> largest, sum;   // [query heads, queries]
 
-  explicit Scratch(const Shape& shape, int64_t most_queries) {
-    constexpr int64_t pair = 2 * Lanes<T>::count;
-    const int64_t shared = shape.heads / shape.kv_heads;
-    const int64_t queries = (most_queries + kQueries - 1) / kQueries * kQueries;
-    size = shape.size;
-    width = (shape.out_size + pair - 1) / pair * pair;
-    q.resize(shared * queries * size);
-    zeros.resize(size);
-    keys.resize(size * kTile);
-    alt.resize(size * kTile);
-    values.resize(kTile * width);
-    scores.resize(kQueries * kTile);
-    out.resize(shared * queries * width);
-    largest.resize(shared * queries);
-    sum.resize(shared * queries);
+  explicit Scratch(const Shape& shape, int64_t most_queries) : tile(shape.size, shape.out_size) {
+    const int64_t queries = shape.heads / shape.kv_heads * round_up(most_queries, kQueries);
+    q.resize(queries * tile.size);
+    out.resize(queries * tile.width);
+    largest.resize(queries);
+    sum.resize(queries);
   }
 };
 
-#if !defined(__clang__)
-// One stage of transposing a square of vectors: swap the blocks off the diagonal of every 2 S x 2 S block.
-template <typename T, int S>
-SHIPS_ALWAYS_INLINE void swap_blocks(typename Lanes<T>::Vec* rows) {
-  constexpr int lanes = Lanes<T>::count;
-  typename Lanes<T>::Index low, high;
-  for (int j = 0; j < lanes; ++j) {
-    low[j] = (j & S) ? lanes + j - S : j;
-    high[j] = (j & S) ? lanes + j : j + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) {
-    if (i & S) continue;
-    const typename Lanes<T>::Vec a = rows[i], b = rows[i + S];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + S] = __builtin_shuffle(a, b, high);
-  }
-  if constexpr (2 * S < lanes) swap_blocks<T, 2 * S>(rows);
-}
-#endif
-
-// Keys of a tile with their dimensions in rows: to[d][j] = from(j)[d], zero from `count` to a whole pair of vectors.
-// Wide: vectors are registers, and squares of them are transposed there. zeros: size of them.
-template <typename T, bool Wide, typename From>
-SHIPS_ALWAYS_INLINE void transpose(T* to, int64_t size, int64_t count, const T* zeros, const From& from) {
-  constexpr int lanes = Lanes<T>::count;
-  const int64_t padded = (count + 2 * lanes - 1) / (2 * lanes) * (2 * lanes);
-  for (int64_t j = 0; j < padded; j += lanes) {
-    const T* key[lanes];
-    for (int64_t n = 0; n < lanes; ++n) key[n] = j + n < count ? from(j + n) : zeros;
-    int64_t d = 0;
-#if !defined(__clang__)
-    if constexpr (Wide) {
-      for (; d + lanes <= size; d += lanes) {
-        typename Lanes<T>::Vec rows[lanes];
-#pragma GCC unroll 16
-        for (int n = 0; n < lanes; ++n) rows[n] = load(key[n] + d);
-        swap_blocks<T, 1>(rows);
-#pragma GCC unroll 16
-        for (int n = 0; n < lanes; ++n) store(to + (d + n) * kTile + j, rows[n]);
-      }
-    }
-#endif
-    for (; d < size; ++d) {
-      for (int n = 0; n < lanes; ++n) to[d * kTile + j + n] = key[n][d];
-    }
-  }
-}
-
-// Softmax weights of one query in a tile, in place of its scores; returns what earlier sums are multiplied by.
-template <typename T>
-SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t begin, int64_t end, int64_t padded, T softcap, T* largest, T* sum) {
-  if (begin >= end) {
-    std::fill(scores, scores + padded, T(0));
-    return T(1);
-  }
-  cap(scores, begin, end, softcap);
-  const T top = largest_of(scores, begin, end, *largest);
-#pragma omp simd
-  for (int64_t j = 0; j < padded; ++j) scores[j] = exp_of(scores[j] - top);
-  std::fill(scores, scores + begin, T(0));
-  std::fill(scores + end, scores + padded, T(0));
-  T total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < padded; ++j) total += scores[j];
-  const T before = exp_of(*largest - top);
-  *largest = top;
-  *sum = *sum * before + total;
-  return before;
-}
-
 template <typename T, bool Wide>
 SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_head, int64_t block, Scratch<T>& work) {
-  constexpr int64_t pair = 2 * Lanes<T>::count;
   const Shape& shape = call.shape;
   const int64_t shared = shape.heads / shape.kv_heads, first_head = kv_head * shared;
   const int32_t* range = call.blocks + 4 * block;
@@ -212,7 +72,8 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   const int64_t groups = (queries + kQueries - 1) / kQueries;
   const int32_t* table = call.query_table + 3 * range[0];
   const int32_t* keys = call.keys + range[2];
-  const int64_t size = work.size, width = work.width;
+  Tile<T>& tile = work.tile;
+  const int64_t size = tile.size, width = tile.width;
   const Masks<T>& masks = call.masks;
   const auto flags = [&](int64_t h) { return masks.flags(row * shape.heads + first_head + h); };
   const auto factor = [&](int64_t h) { return masks.output_scale[row * shape.heads + first_head + h]; };
@@ -246,47 +107,22 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   }
   for (int64_t start = 0; any && start < num_keys; start += kTile) {
     const int64_t count = std::min<int64_t>(kTile, num_keys - start);
-    const int64_t padded = (count + pair - 1) / pair * pair;
-    if (any_own) transpose<T, Wide>(work.keys.data(), size, count, work.zeros.data(), [&](int64_t j) { return call.k.at(row, keys[start + j], kv_head); });
-    if (any_alt) transpose<T, Wide>(work.alt.data(), size, count, work.zeros.data(), [&](int64_t j) { return call.k_alt.at(row, keys[start + j], 0); });
-    for (int64_t j = 0; j < count; ++j) {
-      const T* value = call.v.at(row, keys[start + j], kv_head);
-      T* to = work.values.data() + j * width;
-      for (int64_t d = 0; d < shape.out_size; ++d) to[d] = value[d];
-      for (int64_t d = shape.out_size; d < width; ++d) to[d] = 0;
-    }
+    if (any_own) transpose<T, Wide>(tile.keys.data(), size, count, tile.zeros.data(), [&](int64_t j) { return call.k.at(row, keys[start + j], kv_head); });
+    if (any_alt) transpose<T, Wide>(tile.alt.data(), size, count, tile.zeros.data(), [&](int64_t j) { return call.k_alt.at(row, keys[start + j], 0); });
+    load_values(tile, shape.out_size, count, [&](int64_t j) { return call.v.at(row, keys[start + j], kv_head); });
     for (int64_t h = 0; h < shared; ++h) {
       if (skipped(h)) continue;
-      const T* tile = (flags(h) & kReplaceK) ? work.alt.data() : work.keys.data();
+      const T* seen = (flags(h) & kReplaceK) ? tile.alt.data() : tile.keys.data();
       for (int64_t g = 0; g < groups; ++g) {
-        int64_t begin[kQueries], end[kQueries], low = count, high = 0;
+        int64_t begin[kQueries], end[kQueries];
         for (int64_t i = 0; i < kQueries; ++i) {
           const int64_t n = std::min(g * kQueries + i, queries - 1);
           begin[i] = std::clamp<int64_t>(table[3 * n + 1] - start, 0, count);
           end[i] = std::clamp<int64_t>(table[3 * n + 2] - start, 0, count);
-          if (begin[i] < end[i]) {
-            low = std::min(low, begin[i]);
-            high = std::max(high, end[i]);
-          }
         }
-        if (low >= high) continue;
-        const T* q = work.q.data() + (h * groups + g) * size * kQueries;
-        T* scores = work.scores.data();
-        std::fill(scores, scores + kQueries * kTile, T(0));
-        for (int64_t j = 0; j < padded; j += pair) {
-          multiply_add<T>(q, 1, size, tile + j, kTile, 0, size, scores + j, kTile);
-        }
-        T* out = work.out.data() + (h * groups + g) * kQueries * width;
-        for (int64_t i = 0; i < kQueries; ++i) {
-          const int64_t n = (h * groups + g) * kQueries + i;
-          const T before = weigh<T>(scores + i * kTile, begin[i], end[i], padded, masks.softcap, &work.largest[n], &work.sum[n]);
-          if (before != 1) {
-            for (int64_t d = 0; d < width; ++d) out[i * width + d] *= before;
-          }
-        }
-        for (int64_t d = 0; d < width; d += pair) {
-          multiply_add<T>(scores, 1, kTile, work.values.data() + d, width, low, high, out + d, width);
-        }
+        const int64_t first = (h * groups + g) * kQueries;
+        attend<T>(tile, seen, count, work.q.data() + first * size, begin, end, masks.softcap,
+                  work.out.data() + first * width, &work.largest[first], &work.sum[first]);
       }
     }
   }

@@ -24,7 +24,7 @@ FLAGS = (
 TESTS = (
     "tests/ops/test_odd_shapes.py", "tests/ops/test_kl.py", "tests/ops/test_kl_calls.py",
     "tests/ops/test_divergences.py", "tests/engine/test_fused.py", "tests/ops/test_tree_attention_torch.py",
-    "tests/ops/test_decode_attention.py",
+    "tests/ops/test_decode_attention.py", "tests/ops/test_end_attention.py",
 )  # fmt: skip
 # Their bounds are for vector code; sanitized loops are not vectorised, and add hundreds of terms in another order.
 ANOTHER_ORDER = (

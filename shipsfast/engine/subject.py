@@ -272,7 +272,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     )
     layers, not_fused = layer_path(execution.layers, model, anatomy, device, backend)
     record = describe_run(model, anatomy, device) | {
-        **about_ablation(measurement.ablation, anatomy),
+        **about_ablation(measurement.ablation, anatomy, backend),
         "template": measurement.template,
         "prompting": texts.record,
         "attention_backend": backend,
@@ -292,11 +292,12 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     )  # fmt: skip
 
 
-def about_ablation(how: Ablation, anatomy: Anatomy) -> dict:
-    """What the record says of an ablation."""
-    return {"ablation": how.describe()} | (
-        {"end_attention": "torch"} if how.at == "end" and anatomy.ends_alone else {}
-    )
+def about_ablation(how: Ablation, anatomy: Anatomy, backend: str) -> dict:
+    """What the record says of an ablation. backend: of attention, resolved."""
+    record = {"ablation": how.describe()}
+    if how.at == "end" and anatomy.ends_alone:
+        record["end_attention"] = "cpp" if backend == "cpp" else "torch"
+    return record
 
 
 def describe_run(model: PreTrainedModel, anatomy: Anatomy, device: torch.device) -> dict:

@@ -8,7 +8,8 @@ own at the node itself:
 so that what a head does at an end changes no other token, and a row is as wide as there are ends. Ends on one path from the
 root go together: their ancestors are on that path, and the base row's keys are one operand for all rows. Paths with as many ends,
 and about as many keys, go together in turn, as many at a time as the two limits below let. In torch, for every device and dtype;
-logits, from the products on, and softmax are in float32 for half precision.
+logits, from the products on, and softmax are in float32 for half precision. Where the backend is cpp, in C++
+(end_attention_cpp.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from ..replacements import REPLACE_K, REPLACE_OUT, REPLACE_Q
+from .end_attention_cpp import cpp_ends
 from .masks import LayerMask, scaled
 from .prefix_tree import PackedPrompts
 from .sinks import sink_softmax
@@ -55,16 +57,7 @@ def plan_ends(
     packed: PackedPrompts, ends: np.ndarray, window: int | None, device: torch.device | str
 ) -> list[Paths]:
     """ends: int64 [U], nodes in ascending order, which is depth first."""
-    found, left = [], np.ones(len(ends), dtype=bool)
-    for deepest in reversed(range(len(ends))):
-        if not left[deepest]:
-            continue
-        above = np.arange(ends[deepest])
-        above = above[packed.subtree_end[: ends[deepest]] > ends[deepest]]
-        places = np.flatnonzero(left & np.isin(ends, np.append(above, ends[deepest])))
-        left[places] = False
-        found.append((places, above))
-    found.sort(key=lambda path: (len(path[0]), len(path[1])))
+    found = sorted(packed.paths_of(ends), key=lambda path: (len(path[0]), len(path[1])))
     stacks: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for path in found:
         first = stacks[-1][0] if stacks else None
@@ -125,11 +118,22 @@ def end_attention(
 
     tree: a TreeContext, whose `trimmed` are the ends; mask: of the B rows, a value per token being one per end.
     """
-    rows = len(mask.logit_scale)
-    q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
-    _, heads, ends, _ = q.shape
+    q, k, v = (x.expand(len(mask.logit_scale), -1, -1, -1) for x in (q, k, v))
+    how = {"scaling": scaling, "softcap": softcap, "sink": sink}
+    plan, attend = tree.end_plan(window), cpp_ends if tree.backend == "cpp" else _torch_ends
+    if tree.backend == "cpp" and mask.mean_out is None:  # it leaves out heads that are off
+        return attend(plan, base, q, k, v, mask, **how)
+    before = out = attend(plan, base, q, k, v, mask.without_outputs(), **how)
+    fixed = mask.flagged(REPLACE_OUT)
+    if fixed is not None:
+        out = torch.where(fixed[:, None, :, None], mask.value.transpose(0, 1)[None], out)
+    return mask.finish(scaled(out, mask.output_scale[:, None, :, None]), before)
+
+
+def _torch_ends(plan: list[Paths], base, q, k, v, mask: LayerMask, **how) -> torch.Tensor:
+    rows, heads, ends, _ = q.shape
     alt = mask.replacements(q, k)
-    other_q, other_k, fixed = map(mask.flagged, (REPLACE_Q, REPLACE_K, REPLACE_OUT))
+    other_q, other_k = map(mask.flagged, (REPLACE_Q, REPLACE_K))
     if other_q is not None:
         q = torch.where(other_q[:, :, None, None], alt["q_alt"][:, None], q)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -137,7 +141,7 @@ def end_attention(
     out = q.new_empty(rows, ends, heads, v.shape[3])
     every = torch.arange(base[0].shape[1], device=q.device)
     per_key = len(every) * (q.shape[3] + v.shape[3]) * wide.itemsize
-    for paths in tree.end_paths(window):
+    for paths in plan:
         count, longest = paths.keys.shape
         per_end = heads * (longest + 1) * wide.itemsize
         at_once = max(1, min(GATHER_BYTES // (per_key * max(1, longest)), LOGIT_BYTES // per_end))
@@ -161,15 +165,10 @@ def end_attention(
                             alt["k_alt"][chosen].index_select(1, part.places).unflatten(1, (len(keys), -1))
                         )
                         replaced = (*other_k[chosen].nonzero(as_tuple=True), gathered[0].mean(1), own_k)
-                    found = _attend(
-                        *own, *gathered, part, replaced, mask.logit_scale[chosen], scaling, softcap, sink
-                    )
+                    found = _attend(*own, *gathered, part, replaced, mask.logit_scale[chosen], **how)
                     out[chosen].index_copy_(1, part.places, found.permute(2, 0, 3, 1, 4).flatten(1, 2))
             del gathered  # before the next ones are
-    before = out
-    if fixed is not None:
-        out = torch.where(fixed[:, None, :, None], alt["out_alt"].transpose(0, 1)[None], out)
-    return mask.finish(scaled(out, mask.output_scale[:, None, :, None]), before)
+    return out
 
 
 def _attend(

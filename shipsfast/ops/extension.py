@@ -24,6 +24,8 @@ def extension_status() -> tuple[bool, str]:
     torch.library.register_fake("shipsfast::kl_rows", _kl_rows_fake)
     if hasattr(torch.ops.shipsfast, "divergence_rows"):
         torch.library.register_fake("shipsfast::divergence_rows", _divergence_rows_fake)
+    if hasattr(torch.ops.shipsfast, "end_attention"):
+        torch.library.register_fake("shipsfast::end_attention", _end_attention_fake)
     return True, str(module.__file__)
 
 
@@ -35,3 +37,7 @@ def _divergence_rows_fake(
     base: torch.Tensor, ablated: torch.Tensor, row_map: torch.Tensor, which: int
 ) -> torch.Tensor:
     return base.new_empty((which.bit_count(), ablated.shape[0]), dtype=torch.float64)
+
+
+def _end_attention_fake(*args) -> None:
+    """It only writes into its last argument."""

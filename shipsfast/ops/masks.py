@@ -58,6 +58,12 @@ class LayerMask:
             return self
         return replace(self, value=self.value.index_select(1, nodes))
 
+    def without_outputs(self) -> LayerMask:
+        """What it does to queries, keys and logits alone."""
+        bits = self.bits & ~REPLACE_OUT
+        flags = self.replace & bits if bits else None
+        return LayerMask(self.logit_scale, torch.ones_like(self.output_scale), flags, bits)
+
     def over(self, outer: LayerMask) -> LayerMask:
         """Both at once: the heads of either. Where both fix an output, this one's vector counts."""
         value = outer.value if self.value is None else self.value

@@ -65,6 +65,22 @@ class PackedPrompts:
         before = np.arange(end + 1)
         return before[self.subtree_end[: end + 1] > end]
 
+    def paths_of(self, ends: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Nodes by the paths from the root that they are on, each of them once: (which of them, nodes above the deepest).
+
+        ends: int64, in ascending order, which is depth first. The nodes of a path are in ascending depth.
+        """
+        found, left = [], np.ones(len(ends), dtype=bool)
+        for deepest in reversed(range(len(ends))):
+            if not left[deepest]:
+                continue
+            above = np.arange(ends[deepest])
+            above = above[self.subtree_end[: ends[deepest]] > ends[deepest]]
+            places = np.flatnonzero(left & np.isin(ends, np.append(above, ends[deepest])))
+            left[places] = False
+            found.append((places, above))
+        return found
+
 
 def pack(prompts: Sequence[Sequence[int]], reads: Sequence[Sequence[int]] | None = None) -> PackedPrompts:
     """Pack token-id lists into a prefix tree.

@@ -11,10 +11,11 @@ import torch
 from ..errors import InputError
 from . import reference
 from .end_attention import Paths, plan_ends
+from .end_attention_cpp import plan_end_blocks
 from .extension import extension_status
 from .masks import LayerMask
 from .prefix_tree import PackedPrompts
-from .tree_attention_cpp import cpp_attention, plan_blocks
+from .tree_attention_cpp import Blocks, cpp_attention, plan_blocks
 from .tree_attention_torch import plan_segments, segment_attention
 
 BACKENDS = ("auto", "triton", "cpp", "torch", "reference")
@@ -47,7 +48,7 @@ def _no_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, the model is in {str(dtype).removeprefix('torch.')}"
     built, reason = extension_status()
-    if built and "sink" not in str(torch.ops.shipsfast.decode_attention.default._schema):
+    if built and not hasattr(torch.ops.shipsfast, "end_attention"):
         return "the extension is of an older version: build it again"
     return None if built else reason
 
@@ -101,10 +102,14 @@ class TreeContext:
             self._plans[key] = plan
         return self._plans[key]
 
-    def end_paths(self, window: int | None) -> list[Paths]:
-        """The nodes of `trimmed` by the paths they are on, for end_attention.py."""
+    def end_plan(self, window: int | None) -> Blocks | list[Paths]:
+        """The nodes of `trimmed` by the paths they are on, for end_attention.py: Blocks for cpp."""
         if ("ends", window) not in self._plans:
-            self._plans["ends", window] = plan_ends(self.packed, self.trimmed, window, self.device)
+            if self.backend == "cpp":
+                plan = plan_end_blocks(self.packed, self.trimmed, window)
+            else:
+                plan = plan_ends(self.packed, self.trimmed, window, self.device)
+            self._plans["ends", window] = plan
         return self._plans["ends", window]
 
     def kind(self, window: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,18 +32,32 @@ class Blocks:
 
 def plan_blocks(packed: PackedPrompts, *, window: int | None, query_index: np.ndarray | None) -> Blocks:
     """Cut the tree into blocks. query_index: the packed index of each query, None for all T."""
+    parts = tree_blocks(packed, BLOCK, window, query_index)
+    return block_tables(
+        ((place, packed.position[nodes], path, seen) for place, nodes, path, seen in parts),
+        window,
+        itself=True,
+    )
+
+
+def block_tables(
+    parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, slice]], window: int | None, *, itself: bool
+) -> Blocks:
+    """parts: of each block the indices and depths of its queries, their path in packed indices from the root, and which of it
+    is the block's keys. itself: a query's own token is one of the keys that it sees.
+    """
     blocks, queries, keys = [], [], []
     num_queries = num_keys = begin = 0
-    for place, nodes, path, seen in tree_blocks(packed, BLOCK, window, query_index):
+    for place, depth, path, seen in parts:
         if not keys or keys[-1] is not path:  # the blocks of a segment share its path
             keys.append(path)
             begin, num_keys = num_keys, num_keys + len(path)
         # Depth along a path is the place on it.
-        depth = packed.position[nodes].astype(np.int64)
+        depth = depth.astype(np.int64)
         first = np.zeros_like(depth) if window is None else np.maximum(depth - window + 1, 0)
-        queries.append(np.stack([place, first - seen.start, depth + 1 - seen.start], 1))
-        blocks.append([num_queries, num_queries + len(nodes), begin + seen.start, begin + seen.stop])
-        num_queries += len(nodes)
+        queries.append(np.stack([place, first - seen.start, depth + itself - seen.start], 1))
+        blocks.append([num_queries, num_queries + len(place), begin + seen.start, begin + seen.stop])
+        num_queries += len(place)
 
     def table(rows) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32))

@@ -207,7 +207,9 @@ def prepare_passes(
             "anything later"
         )
     record = {
-        k: x for k, x in subject.record.items() if k not in about_ablation(subject.how, subject.anatomy)
+        k: x
+        for k, x in subject.record.items()
+        if k not in about_ablation(subject.how, subject.anatomy, subject.backend)
     }
     each, other_ids = measurement.each(), [subject.other_ids, *subject.further_ids]
     found: list[Prepared] = []
@@ -216,7 +218,7 @@ def prepare_passes(
             {
                 "measurement": each[at],
                 "other_ids": other_ids[at],
-                "record": record | about_ablation(each[at].ablation, subject.anatomy),
+                "record": record | about_ablation(each[at].ablation, subject.anatomy, subject.backend),
             }
             for at in numbers
         )

@@ -65,6 +65,7 @@ def test_cut_into_chunks_blocks_and_groups(name, backend, monkeypatch):
     for kind in ("undifferentiated", "head_mean_k", "mean", "resample"):
         got = scan(name, how(kind), backend=backend, layers="model", **CUT)
         assert got.record["attention_backend"] == backend
+        assert got.record["end_attention"] == ("cpp" if backend == "cpp" else "torch")
         assert_close_abs(got.kl, expected(name, kind).means(), TOLERANCE, kind)
 
 
