@@ -370,6 +370,6 @@ def _warnings(a: ShipsResult, b: ShipsResult, test: PermutationTest):
     if needed > 1:
         remedy = "take more prompts" if test.exact else "take more permutations"
         yield (
-            f"no p-value of {counted(test.relabellings, 'relabelling')} is below {test.least:.2g}, so that fewer than "
-            f"{needed} of {test.p.size} heads cannot reach q {Q}: {remedy}"
+            f"with {counted(test.relabellings, 'relabelling')} no p-value is below {test.least:.2g}: heads reach q {Q} only if at "
+            f"least {needed} of {test.p.size} do: {remedy}"
         )

@@ -74,9 +74,9 @@ def test_what_it_holds_is_bounded(monkeypatch):
     nodes, made = torch.as_tensor(packed.read_index), []
     real = ends._attend
 
-    def counted(q, k, v, base_k, *rest):
+    def counted(q, k, v, base_k, *rest, **how):
         made.append((q.shape[:4].numel() * base_k.shape[2] * 8, base_k.numel() * 2 * 8))
-        return real(q, k, v, base_k, *rest)
+        return real(q, k, v, base_k, *rest, **how)
 
     monkeypatch.setattr(ends, "_attend", counted)
     monkeypatch.setattr(ends, "LOGIT_BYTES", 20_000)

@@ -211,7 +211,8 @@ def test_what_is_said_of_each_prompt_says_nothing_of_the_control():
     with console.capture() as capture:
         found.show(3, console)
     assert (
-        "3 prompts with answers of 4 tokens (a) with 4 prompts with answers of 6 tokens (b)" in capture.get()
+        "3 prompts with answers of 4 tokens in all (a) with 4 prompts with answers of 6 tokens in all (b)"
+        in capture.get()
     )
     with pytest.raises(InputError, match="differ in answers: answers there is given, here none"):
         shipsfast.contrast(answered, scan(ORDINARY, control=None))
