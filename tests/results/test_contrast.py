@@ -236,14 +236,14 @@ def test_warnings(pair):
     assert "wrapped differently: the template there is 'chat', here 'none'" in found
     (found,) = contrast(a, b, permutations=99).warnings
     assert found.startswith(
-        "no p-value of 99 relabellings is below 0.01, so that fewer than 4 of 19 heads cannot"
+        "with 99 relabellings no p-value is below 0.01: heads reach q 0.05 only if at least 4 of 19 do"
     )
     assert found.endswith("take more permutations")
     (found,) = contrast(made(3, "a"), made(3, "b")).warnings
-    assert found.startswith("no p-value of 20 relabellings is below 0.05") and found.endswith(
+    assert found.startswith("with 20 relabellings no p-value is below 0.05") and found.endswith(
         "take more prompts"
     )
-    assert "Warning: no p-value" in shown(contrast(a, b, permutations=99))
+    assert "Warning: with 99 relabellings no p-value" in shown(contrast(a, b, permutations=99))
 
 
 def test_run_folders_and_further_metrics(tmp_path):
