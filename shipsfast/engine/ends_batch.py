@@ -46,7 +46,8 @@ class EndsBatch(GrowingBatch):
         same = self._base is None or hidden is self._base or hidden.device != self._base.device
         if not same and not torch.equal(hidden, self._base):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} does something between its layers: ablation at='end' (--at end) cannot be exact"
+                f"{type(self.model).__name__}, or a hook on its layers, changes hidden states between two layers: ablation at='end' "
+                "(--at end) is not supported with that; take the hook off, or leave at='end' out"
             )
         # The first layer of the model, or of a device.
         if self._base is None or self._base.device != hidden.device:

@@ -169,6 +169,8 @@ def tokens_of(
     reads = measurement.reads(token_ids, tokenizer)
     if reads is not None:
         _check_answers(reads.targets or (), model)
+        for each in reads.notes:
+            note(each)
         token_ids = reads.ids
         if (
             reads.targets is not None

@@ -8,11 +8,12 @@ before it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
 from ..text import counted, one_line
+from .special_tokens import names
 
 Place = int | str
 
@@ -20,11 +21,12 @@ Place = int | str
 @dataclass(frozen=True)
 class Reads:
     """ids: the sequences, of prompts with their answers; places: the positions of each that are read, as they were asked for; targets: the
-    answers' tokens, one for each read, None without answers."""
+    answers' tokens, one for each read, None without answers; notes: what a user should know of them."""
 
     ids: list[list[int]]
     places: list[tuple[int, ...]]
     targets: list[tuple[int, ...]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def as_answers(answers: Iterable, count: int) -> tuple:
@@ -124,7 +126,15 @@ def at_places(ids: Sequence[Sequence[int]], places: Sequence[Sequence[Place]], t
                 )
             positions[at] = place
         found.append(tuple(positions))
-    return Reads([list(own) for own in ids], found)
+    return Reads([list(own) for own in ids], found, notes=tuple(_said(ids, found, tokenizer)))
+
+
+def _said(ids: Sequence[Sequence[int]], found: Sequence[tuple[int, ...]], tokenizer) -> Iterator[str]:
+    tokens = [f"{names(tokenizer, [ids[0][place]])} ({place} of {len(ids[0])})" for place in found[0]]
+    yield f"prompt 0 is read behind its token {', '.join(tokens)}, counted from 0"
+    alike = {tuple(own[: max(places) + 1]) for own, places in zip(ids, found, strict=True)}
+    if len(alike) == 1 < len(ids):
+        yield f"all {len(ids)} prompts begin with the same tokens up to where they are read: their scores are one and the same"
 
 
 def _position(ids: Sequence[int], place: Place, tokenizer, prompt: int) -> int:

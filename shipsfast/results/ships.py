@@ -41,7 +41,7 @@ class ShipsResult(ByAblation, Ranked):
         there are none. A head with one of them has no mean, and is in no ranking.
     tokens: float64 [P, most of any prompt, L, H], NaN behind a prompt's last: scores of every token of an answer, or of every
         position that was read, of which `scores` are the means; None where each prompt is read behind its last token.
-        `by_token` has them without the padding.
+        `by_token` has them without the padding. marked_tokens: bool of that shape, as `marked`.
     control: the same scan of the control prompts (`scan(control=...)`), or None.
     further: the results of further ablations of the same scan, which `by_ablation` has by their names.
     """
@@ -53,6 +53,7 @@ class ShipsResult(ByAblation, Ranked):
     also: dict[str, ShipsResult] = field(default_factory=dict)
     marked: np.ndarray | None = None
     tokens: np.ndarray | None = None
+    marked_tokens: np.ndarray | None = None
     control: ShipsResult | None = None
     further: tuple[ShipsResult, ...] = ()
 
@@ -72,9 +73,10 @@ class ShipsResult(ByAblation, Ranked):
             return cls(scores, floor, record, identity, also, marked)
         starts = np.cumsum([0, *at.counts])[:-1]
         mean = np.add.reduceat(scores, starts) / np.reshape(at.counts, (-1, 1, 1))
+        of_tokens = None if marked is None else at.padded(marked, False)
         if marked is not None:
             marked = np.logical_or.reduceat(marked, starts)
-        return cls(mean, floor, record, identity, also, marked, at.padded(scores, np.nan))
+        return cls(mean, floor, record, identity, also, marked, at.padded(scores, np.nan), of_tokens)
 
     @property
     def by_token(self) -> np.ndarray | list[np.ndarray]:
@@ -223,16 +225,9 @@ class ShipsResult(ByAblation, Ranked):
         one per token too."""
         if self.tokens is not None:
             return score_frame(
-                self.tokens, cells_of(self.identity).names, column(self.metric), self._marked_tokens()
+                self.tokens, cells_of(self.identity).names, column(self.metric), self.marked_tokens
             )
         return score_frame(self.scores, ("prompt", "layer", "head"), column(self.metric), self.marked)
-
-    def _marked_tokens(self) -> np.ndarray | None:
-        """Of `tokens`: those without a number, of a prompt and head with a mark."""
-        if self.marked is None:
-            return None
-        at = cells_of(self.identity)
-        return at.padded(at.flat(np.isnan(self.tokens)) & np.repeat(self.marked, at.counts, axis=0), False)
 
     def by_group(self, labels: Sequence | None = None) -> GroupedScores:
         """The same scores by group of prompts: a map for each, and how far the groups name the same heads.
@@ -313,7 +308,7 @@ class ShipsResult(ByAblation, Ranked):
         at = cells_of(self.identity)
         scores, marked = self.scores, self.marked
         if self.tokens is not None:
-            scores, marked = self.tokens, self._marked_tokens()
+            scores, marked = self.tokens, self.marked_tokens
         args = (scores, at.names, column(self.metric))
         inner = {
             also_place(number): replace(other, further=())

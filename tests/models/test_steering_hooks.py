@@ -85,3 +85,12 @@ def test_bf16_scores_of_a_small_vector():
     exact = family_oracle.ships(steered(build(dtype=torch.bfloat16).double(), last, 0.3), PROMPTS)
     assert "one prompt each" in result.record["packs"]
     assert ((torch.as_tensor(result.kl) - exact).abs() <= 0.15 * (1 + exact)).all()
+
+
+def test_heads_off_at_the_end_only_are_refused_with_a_hook_between_layers():
+    model = steered(tiny_model("llama", torch.float64), everywhere, 0.1)
+    shipsfast.scan(model, PROMPTS, progress=False)
+    with pytest.raises(
+        shipsfast.UnsupportedModelError, match="or a hook on its layers, changes hidden states"
+    ):
+        shipsfast.scan(model, PROMPTS, at="end", progress=False)

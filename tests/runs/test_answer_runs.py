@@ -212,7 +212,7 @@ def test_a_plan_of_answers(capsys, table, model_folder):
     [
         (("--answer-column", "reply"), ("reply", "prompt, answer")),
         (("--answer-column", "prompt"), ("prompt",)),
-        (("--answer-column", "answer", "--at", "2"), ("answer", "at=")),
+        (("--answer-column", "answer", "--at", "2"), ("--answer-column", "(--at)")),
         (("--answer-column", "answer", "--rank-by", "asr"), ("--answer-column", "asr")),
         (("--at", "end", "--rank-by", "asr"), ("at the end only", "at='end'")),
         (("--at", "2", "--rank-by", "asr"), ("--at", "asr")),
