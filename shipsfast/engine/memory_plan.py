@@ -230,6 +230,7 @@ class Held:
     reads: Sequence[Sequence[int]] | None = None
     ends_alone: bool = False
     depth: int | None = None
+    gathers: bool = True  # what ends see is gathered for them, which C++ does without
 
     def pack(self, prompts: Sequence[Sequence[int]], group: Sequence[int]) -> PackedPrompts:
         """A group of the prompts, by their indices."""
@@ -240,7 +241,7 @@ class Held:
 class Needs:
     """What blocks of a scan hold beyond the model, in bytes.
 
-    held: in what, and beside what; tokens, ends: of the largest pack; longest: the most tokens above an end.
+    held: in what, and beside what; tokens, ends: of the largest pack; longest: the most tokens above an end that are gathered.
     """
 
     anatomy: Anatomy
@@ -252,7 +253,7 @@ class Needs:
     def of_groups(self, groups: Iterable[Sequence[int]], prompts: Sequence[Sequence[int]]) -> Needs:
         """The same for prompts in these groups."""
         packs = [self.held.pack(prompts, group) for group in groups]
-        longest = max(int(p.position[p.read_index].max()) for p in packs)
+        longest = max(int(p.position[p.read_index].max()) for p in packs) if self.held.gathers else 0
         return replace(
             self, tokens=max(p.num_tokens for p in packs), ends=max(map(_ends, packs)), longest=longest
         )

@@ -239,7 +239,9 @@ def _prepared(subject: Subject, numbers: list[int], execution: ScanExecution) ->
         tree_ids, tokens = pair_ids(subject.token_ids, subject.other_ids, subject.how.align)
     sequences = Sequences.of(tree_ids, subject.places, each_alone=subject.at_end and not subject.ends_alone)
     tree_ids = sequences.ids
-    held = replace(subject.held(len(numbers)), reads=sequences.places, ends_alone=subject.ends_alone)
+    held = subject.held(len(numbers))
+    gathers = subject.backend != "cpp"
+    held = replace(held, reads=sequences.places, ends_alone=subject.ends_alone, gathers=gathers)
     read_out = measurement.read_out()
     work = work_of(model, anatomy, measurement, subject.device, fused=subject.fused)
     _, plan = planned(anatomy, tree_ids, rows, execution, held, work, read_out)
