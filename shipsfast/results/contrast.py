@@ -34,6 +34,7 @@ OF_THE_PROMPTS = (
     "prompts",
     "shape",
     "further_metrics",
+    "further_ablations",
     "control",
 )  # of an identity: what two scans may differ in
 ORDERS = ("difference", "auroc", "hedges_g")
@@ -338,7 +339,11 @@ def _measured(result: ShipsResult) -> dict:
     """Of its identity what does not belong to the prompts."""
     given = {said: "given" for name, said in OF_EACH_PROMPT.items() if name in result.identity}
     left_out = (*OF_THE_PROMPTS, *OF_EACH_PROMPT)
-    return {k: x for k, x in result.identity.items() if k not in left_out} | given
+    kept = {k: x for k, x in result.identity.items() if k not in left_out} | given
+    how = kept.get("ablation", {})
+    if how.get("kind") == "resample" and len(set(how["prompts"])) == 1:  # one prompt for all, however many
+        kept["ablation"] = how | {"prompts": how["prompts"][:1]}
+    return kept
 
 
 def _sample(result: ShipsResult, where: str, left_out: list[np.ndarray]) -> np.ndarray:

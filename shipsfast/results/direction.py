@@ -54,6 +54,8 @@ class Direction(Compared):
             )
         if not np.isfinite(self.vectors).all():
             raise InputError("a direction has numbers that are not finite")
+        if ((self.auroc < 0) | (self.auroc > 1)).any():
+            raise InputError("a direction has an auroc that is not from 0 to 1")
         self.layer = check_layer(self.layer, len(self.vectors))
 
     @property
@@ -93,7 +95,12 @@ class Direction(Compared):
             with safe_open(path, framework="numpy") as file:
                 about, names = file.metadata() or {}, ("vectors", "auroc")
                 arrays = {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118 (it is no dict)
-        except (SafetensorError, OSError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            TypeError,
+            AttributeError,
+        ) as error:  # the last two: a dtype that NumPy does not have
             raise InputError(f"{path} cannot be read as a direction: {error}") from error
         if about.get("format") != FORMAT:
             raise InputError(
@@ -101,11 +108,15 @@ class Direction(Compared):
             )
         try:
             said = {name: json.loads(about[name]) for name in SAID}
-            if not all(isinstance(each, dict) for each in said.values()):
+            sets = [said["identity"].get(name, []) for name in ("prompts_a", "prompts_b")]
+            whole = all(
+                isinstance(each, dict) for each in (*said.values(), said["record"].get("model") or {})
+            )
+            if not whole or not all(isinstance(each, list) for each in sets):
                 raise ValueError("identity and record are not what was written")
             numbers = {name: int(about[name]) for name in ("layer", "position")}
             return cls(**arrays, **said, **numbers)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
     def as_json(self) -> dict:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError
+from ..runs.identity import beside, control_of
 from ..runs.kinds import CONTROL, HEAD, read_counts
 from ..runs.manifest import ABLATIONS, FURTHER, MANIFEST, read_manifest
 from ..runs.part_file import inside
@@ -327,13 +328,13 @@ class ShipsResult(ByAblation, Ranked):
         """Read a run folder; scores that a killed scan never reached are NaN."""
         folder = Path(folder)
         result = cls.load_ablations(folder)
-        asked = result.identity.get("control")
         complete = result.record.get("status") == "complete"
-        if asked is None or not (complete or (folder / CONTROL / MANIFEST).exists()):
+        if result.identity.get("control") is None or not (complete or (folder / CONTROL / MANIFEST).exists()):
             return result
         place = folder / CONTROL
         result.control = cls.load_ablations(inside(folder, place) if place.exists() else place)
-        if result.control.identity.get("prompts") != asked["prompts"] or "control" in result.control.identity:
+        own, wanted = result.control.identity, control_of(result.identity)
+        if any(own.get(name) != value for name, value in wanted.items()) or "control" in own:
             raise InputError(
                 f"{place} is damaged: it is not the scan of the control prompts; delete the folder"
             )
@@ -346,17 +347,13 @@ class ShipsResult(ByAblation, Ranked):
         if "further_ablations" not in result.identity:
             return result
         found = cls._beside(folder, result, "further_ablations", ablation_place, cls.load_metrics)
-        return result.with_further([other for _, other in found])
+        return result.with_further(list(found))
 
     @classmethod
     def load_metrics(cls, folder: Path) -> ShipsResult:
         """The same without further ablations."""
         result = cls.load_one(folder)
-        for place, other in cls._beside(folder, result, "further_metrics", also_place, cls.load_one):
-            if other.identity.get("further_metrics"):
-                raise InputError(
-                    f"{place} is damaged: a further metric has none of its own; delete the folder"
-                )
+        for other in cls._beside(folder, result, "further_metrics", also_place, cls.load_one):
             result.also[other.metric["name"]] = other
         return result
 
@@ -367,19 +364,19 @@ class ShipsResult(ByAblation, Ranked):
         what: str,
         where: Callable[[int], str],
         load: Callable[[Path], ShipsResult],
-    ) -> Iterator[tuple[Path, ShipsResult]]:
-        """Those that the identity names, with their places; of an unfinished run some may not have been begun."""
+    ) -> Iterator[ShipsResult]:
+        """Those that the identity names; of an unfinished run some may not have been begun."""
         complete = result.record.get("status") == "complete"
         for number in range(1, 1 + len(result.identity.get(what, []))):
             place = folder / where(number)
             if not complete and not (place / MANIFEST).exists():
                 continue
             found = load(inside(folder, place) if place.exists() else place)
-            if found.identity.get("further_ablations"):
+            if found.identity != beside(result.identity, what, number):
                 raise InputError(
-                    f"{place} is damaged: it holds further ablations of its own; delete the folder"
+                    f"{place} is damaged: it is not the scan of {what.replace('_', ' ')[:-1]} {number} of {folder}; delete the folder"
                 )
-            yield place, found
+            yield found
 
     @classmethod
     def load_one(cls, folder: Path) -> ShipsResult:

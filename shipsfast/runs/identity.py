@@ -13,6 +13,20 @@ def prompt_hashes(prompts: Sequence[Sequence[int]]) -> list[str]:
     return [hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16] for ids in prompts]
 
 
+def beside(identity: dict, what: str, number: int) -> dict:
+    """What the run of a further metric or ablation, counted from 1, is to be, of the same scan as a run of this identity. what:
+    "further_metrics" or "further_ablations"."""
+    entry = {"further_metrics": "metric", "further_ablations": "ablation"}[what]
+    apart = ("control", "further_ablations", *(("further_metrics",) if entry == "metric" else ()))
+    own = {name: value for name, value in identity.items() if name not in apart}
+    return own | {entry: identity[what][number - 1]}
+
+
+def control_of(identity: dict) -> dict:
+    """What the scan of the control prompts of a run of this identity has in its own, among others."""
+    return {"prompts": identity["control"]["prompts"], "fingerprint": identity.get("fingerprint")}
+
+
 def in_words(names: list[str], before: dict, now: dict, manifest: dict, record: dict) -> str:
     """names: the entries of the identities `before` and `now` that differ; manifest: of the folder; record: what runs
     now, for what the identity knows only as a hash."""

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..errors import InputError
 from ..text import counted, one_line
+from .identity import beside, control_of
 from .kinds import CONTROL, COUNTED, KINDS, LABELS, ROOMS, Table
 from .lock import NAME as LOCK
 from .manifest import ABLATIONS, BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
@@ -95,16 +96,16 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> dict | None:
         _tell(report, "unfinished", folder, "the run is not finished", CONTINUE)
     _leftovers(folder, parts, manifest, problem, report)
     inner = [
-        (folder / FURTHER / str(number), "the scores of a further metric")
-        for number in range(1, 1 + len(identity.get("further_metrics", [])))
-    ]
-    inner += [
-        (folder / ABLATIONS / str(number), "the scores of a further ablation")
-        for number in range(1, 1 + len(identity.get("further_ablations", [])))
+        (folder / room / str(number), f"the scores of a further {name}", beside(identity, what, number))
+        for what, room, name in (
+            ("further_metrics", FURTHER, "metric"),
+            ("further_ablations", ABLATIONS, "ablation"),
+        )
+        for number in range(1, 1 + len(identity.get(what, [])))
     ]
     if identity["kind"] == "ships" and identity.get("control") is not None:
-        inner.append((folder / CONTROL, "the scan of the control prompts"))
-    for place, what in inner:
+        inner.append((folder / CONTROL, "the scan of the control prompts", control_of(identity)))
+    for place, what, asked in inner:
         room = place if place.parent == folder else place.parent
         if room.is_symlink():  # which was told already
             continue
@@ -112,7 +113,7 @@ def _folder(folder: Path, report: dict, nested: bool = False) -> dict | None:
             problem(place, *LINK)
         elif (place / MANIFEST).is_file() or (place / BACKUP).is_file():
             own = _folder(place, report, nested=True)
-            if room == place and own and own.get("prompts") != identity["control"]["prompts"]:
+            if own and {name: own.get(name) for name in (asked if room == place else own)} != asked:
                 problem(place, f"is not {what}", "delete it, and run the same command again")
         elif manifest.get("status") == "complete":
             problem(place, f"is missing: {what}")

@@ -24,6 +24,7 @@ from ..errors import InputError, from_digits, whole_number
 from ..ops import divergences
 from ..ops.divergences import check_rows
 from ..results.direction import Direction, check_layer
+from ..text import counted
 from .functions import function_name, has_name, real_numbers
 from .metrics import Metric
 
@@ -78,8 +79,8 @@ class HiddenMetric(Metric):
 
 @dataclass(frozen=True, eq=False)
 class _Linear(HiddenMetric):
-    """vector: float64 [hidden]; source: the text that it was made of; made_of: fingerprint of the weights that a direction is
-    of."""
+    """vector: float64 [hidden]; source: the text that it was made of; made_of, layers: fingerprint of the weights that a
+    direction is of, and how many decoder layers they have."""
 
     kind: str
     vector: torch.Tensor
@@ -88,6 +89,7 @@ class _Linear(HiddenMetric):
     normalize: bool = False
     source: str = ""
     made_of: str = ""
+    layers: int | None = None
 
     @property
     def label(self) -> str:
@@ -122,6 +124,11 @@ class _Linear(HiddenMetric):
         super().fitted(layers, hidden, dtype)
         if hidden is not None and hidden != len(self.vector):
             self._refuse(hidden)
+        if self.layers not in (None, layers):
+            raise InputError(
+                f"metric {self.name}: its direction is of a model of {counted(self.layers, 'decoder layer')}, and this one has "
+                f"{layers}: make one of this model, or give the vector itself (direction.vectors[{self.layer}])"
+            )
         return self
 
     def size(self, base: torch.Tensor) -> float:
@@ -179,7 +186,8 @@ class _Callable(HiddenMetric):
         return self._values(ablated) - self._values(base)[row_map]
 
     def _values(self, states: torch.Tensor) -> torch.Tensor:
-        found = real_numbers(self.function(states.to(self.dtype)), len(states), f"metric {self.name}")
+        own = states.to(self.dtype, copy=True)  # it may write to what it gets
+        found = real_numbers(self.function(own), len(states), f"metric {self.name}")
         return found.to(device=states.device, dtype=torch.float64)
 
 
@@ -202,8 +210,9 @@ def projection(
     Heads of later layers cannot change it: their scores are 0, and cost nothing.
     Raises InputError for a vector that is none, or 0, and for a layer that a direction does not have.
     """
-    made_of = ""
+    made_of, layers = "", None
     if isinstance(direction, Direction):
+        layers = len(direction.vectors)
         layer = check_layer(direction.layer if layer is None else layer, len(direction.vectors))
         made_of = str(direction.identity.get("fingerprint", ""))
         direction = direction.vectors[layer]
@@ -216,7 +225,9 @@ def projection(
     if normalize:
         vector = vector / length
     layer = whole_number("layer", layer, 0)
-    return _Linear("projection", vector, name or "projection", layer, bool(normalize), made_of=made_of)
+    return _Linear(
+        "projection", vector, name or "projection", layer, bool(normalize), made_of=made_of, layers=layers
+    )
 
 
 def probe(probe: Callable | object, layer: int, *, bias: float = 0.0, name: str | None = None) -> Metric:
@@ -263,7 +274,12 @@ def _as_vector(given: object, what: str) -> torch.Tensor:
     """float64 [hidden] on the CPU. Raises InputError."""
     given = given.detach().cpu() if isinstance(given, torch.Tensor) else given
     try:
-        vector = torch.as_tensor(given).detach().to(dtype=torch.float64, device="cpu", copy=True)
+        vector = torch.as_tensor(given).detach()
+        if vector.is_complex():
+            raise InputError(f"{what}: expected real numbers [hidden], got {vector.dtype}")
+        vector = vector.to(dtype=torch.float64, device="cpu", copy=True)
+    except InputError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{what}: expected numbers [hidden]{' or a callable' * (what == 'probe')}, got {type(given).__name__}"

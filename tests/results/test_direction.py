@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from shipsfast import Direction, InputError
 
@@ -54,7 +56,7 @@ def test_cosine():
     "given",
     [
         {"vectors": np.zeros(3)}, {"vectors": np.zeros((0, 2))}, {"auroc": np.zeros(2)}, {"layer": 3}, {"layer": -1},
-        {"layer": 0.5}, {"vectors": np.full((3, 2), np.inf)},
+        {"layer": 0.5}, {"vectors": np.full((3, 2), np.inf)}, {"auroc": np.array([0.5, 1.5, 1])},
     ],
 )  # fmt: skip
 def test_what_is_no_direction(given):
@@ -78,7 +80,7 @@ def test_files_that_hold_no_direction(tmp_path):
     "change",
     [
         {"layer": "9"}, {"layer": "one"}, {"position": ""}, {"identity": "[]"}, {"record": "{"}, {"record": "[" * 100_000},
-        {"layer": None},
+        {"layer": None}, {"record": '{"model": "x"}'}, {"identity": '{"prompts_a": 5}'},
     ],
 )  # fmt: skip
 def test_damaged_files(tmp_path, change):
@@ -100,4 +102,15 @@ def test_files_that_lack_a_tensor(tmp_path, left):
         about, tensors = file.metadata(), {name: file.get_tensor(name) for name in left}
     save_file(tensors, path, about)
     with pytest.raises(InputError, match="d.safetensors is damaged"):
+        Direction.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_files_of_a_dtype_that_numpy_does_not_have(tmp_path, dtype):
+    path = tmp_path / "d.safetensors"
+    direction().save(path)
+    with safe_open(path, framework="pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_torch({name: x.to(dtype) for name, x in tensors.items()}, path, about)
+    with pytest.raises(InputError, match=r"d.safetensors cannot be read as a direction"):
         Direction.load(path)

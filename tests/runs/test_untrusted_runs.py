@@ -64,12 +64,15 @@ def test_names_in_run_json_are_no_paths(run, tmp_path):
     """Further metrics lie where their number says, whatever they are called."""
     secret = tmp_path / "secret"
     shutil.copytree(run / "also" / "1", secret)
+    (js,) = json.loads((run / "run.json").read_text())["identity"]["further_metrics"]
     edit(run, lambda m: m["identity"].update(further_metrics=[{"name": str(secret)}]))
-    assert list(shipsfast.load(run).also) == ["js"]
-    edit(run, lambda m: m["identity"].update(further_metrics=[{"name": "../../secret"}] * 3))
+    refused(run, "also/1 is damaged: it is not the scan of further metric 1")
+    edit(run, lambda m: m["identity"].update(further_metrics=[js, *[{"name": "../../secret"}] * 2]))
     refused(run, "also/2 is not a shipsfast run")
+    edit(run, lambda m: m["identity"].update(further_metrics=[js]))
+    assert list(shipsfast.load(run).also) == ["js"]
     edit(run / "also" / "1", lambda m: m["identity"].update(further_metrics=[{"name": "x"}]))
-    refused(run, "a further metric has none of its own")
+    refused(run, "also/1 is damaged: it is not the scan of further metric 1")
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,18 @@ def test_what_is_lost_or_wrong_of_the_control(tmp_path):
     )
 
 
+def test_a_control_of_another_model_is_damage(tmp_path):
+    """Of the same prompts, and sound by itself."""
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    scan(out=mine)
+    shipsfast.scan(build(seed=5), PROMPTS, control=ORDINARY, heads=HEADS, progress=False, out=theirs)
+    shutil.rmtree(mine / "control")
+    shutil.copytree(theirs / "control", mine / "control")
+    assert verify(mine)["verdict"] == "damaged"
+    with pytest.raises(InputError, match="is damaged: it is not the scan of the control prompts"):
+        shipsfast.load(mine)
+
+
 def test_a_damaged_part_of_the_control_is_computed_again(tmp_path):
     out = tmp_path / "run"
     whole = scan(out=out)

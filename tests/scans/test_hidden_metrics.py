@@ -124,6 +124,7 @@ def test_which_can_be_used_with_a_run_folder():
         (lambda: projection([1.0, 2.0]), "^projection: after which layer"),
         (lambda: projection([0.0, 0.0], 1), "^projection: the vector is 0"),
         (lambda: projection([1.0, NAN], 1), "^projection: numbers of the vector are not finite"),
+        (lambda: projection([1 + 1j], 1), r"^projection: expected real numbers \[hidden\], got torch.complex"),
         (lambda: projection("north", 1), r"^projection: expected numbers \[hidden\], got str"),
         (lambda: projection([[1.0], [2.0]], 1), r"^projection: expected numbers \[hidden\], got shape \[2, 1\]; for several"),
         (lambda: projection([], 1), r"got shape \[0\]$"),

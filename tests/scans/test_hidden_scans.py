@@ -467,3 +467,34 @@ def test_memory_that_runs_out_is_tried_again_smaller(monkeypatch):
     monkeypatch.setattr(GrowingBatch, "run", run)
     assert_close_abs(scan(build(), projection(VECTOR, 1)).scores, whole.scores, 1e-12)
     assert sizes == [9, 5, 5]
+
+
+@pytest.mark.parametrize("layers", ["model", "fused"])
+@pytest.mark.parametrize("at", ["all", "end"])
+def test_a_probe_may_write_to_what_it_gets(at, layers):
+    """It gets states of its own: rows that still have layers to pass, and other metrics, are as they were."""
+
+    def centred(hidden):
+        return torch.tanh(hidden.sub_(3.0) @ UNIT)
+
+    def same(hidden):
+        return torch.tanh((hidden - 3.0) @ UNIT)
+
+    how = dict(at=at, layers=layers)
+    for layer in range(LAYERS):
+        found, expected = (
+            every(scan(build(), [probe(f, layer), projection(VECTOR, layer), "kl"], **how))
+            for f in (centred, same)
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert_close_abs(one, other, 1e-12)
+
+
+def test_a_direction_of_a_model_with_other_layers_is_refused():
+    direction = shipsfast.Direction(np.stack([VECTOR.numpy()] * (LAYERS + 2)), np.ones(LAYERS + 2), 1)
+    with pytest.raises(
+        InputError, match=f"of a model of {LAYERS + 2} decoder layers, and this one has {LAYERS}"
+    ):
+        scan(build(), projection(direction))
+    found = scan(build(), projection(direction.vectors[1], 1))
+    assert_close_abs(found.scores, scan(build(), projection(VECTOR, 1)).scores, 1e-12)

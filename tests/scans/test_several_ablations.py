@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -367,3 +368,51 @@ def test_by_ablation_has_no_more_of_itself():
     found = scan(build(), ["zero", "mean"])
     assert not found.by_ablation["zero"].further
     assert found == replace(found) and "further" not in repr(found)
+
+
+FOREIGN = {"another model's": {"model": 3}, "another ablation": {"ablation": ["zero", "uniform"]}, "other prompts": {"prompts": OTHERS}}  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", ["by_ablation/1", "also/1", "by_ablation/1/also/1"])
+@pytest.mark.parametrize("other", FOREIGN)
+def test_a_folder_of_another_run_inside_is_damage(tmp_path, inner, other):
+    """Each is sound by itself, and no part of this run."""
+    asked, how = FOREIGN[other], dict(metric=["kl", "js"], rescored=0)
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    scan(build(), ["zero", "mean"], out=mine, **how)
+    ablations, prompts = asked.get("ablation", ["zero", "mean"]), asked.get("prompts", PROMPTS)
+    scan(build(seed=asked.get("model", 0)), ablations, prompts, out=theirs, **how)
+    shutil.rmtree(mine / inner)
+    shutil.copytree(theirs / inner, mine / inner)
+    if other == "another ablation" and inner == "also/1":  # which is the same run
+        assert verify(mine)["verdict"] == "sound"
+        return
+    assert verify(mine)["verdict"] == "damaged"
+    with pytest.raises(InputError, match=f"{inner} is damaged: it is not the scan of further"):
+        shipsfast.load(mine)
+
+
+def test_folders_in_another_order_are_damage(tmp_path):
+    scan(build(), ["zero", "mean", "uniform"], out=tmp_path, rescored=0)
+    first, second = (tmp_path / "by_ablation" / name for name in "12")
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    assert verify(tmp_path)["verdict"] == "damaged"
+    with pytest.raises(InputError, match="it is not the scan of further ablation 1"):
+        shipsfast.load(tmp_path)
+
+
+def test_contrasts_go_by_their_own_ablation_alone():
+    """What else was scanned beside it does not matter; one prompt for all of `resample` is the same for both sets."""
+    resample = Ablation("resample", prompts=[SHARED], align="end")
+    found = scan(build(), ["zero", resample], control=OTHERS[:3], rescored=0)
+    for asked, one in zip(["zero", resample], found.by_ablation.values(), strict=True):
+        own, other = (scan(build(), asked, prompts, rescored=0) for prompts in (PROMPTS, OTHERS[:3]))
+        assert np.array_equal(one.contrast().p, shipsfast.contrast(own, other).p)
+        assert np.array_equal(one.contrast().auroc, shipsfast.contrast(own, other).auroc)
+    alone = scan(build(), "zero", OTHERS[:3], rescored=0)
+    assert np.array_equal(shipsfast.contrast(found, alone).auroc, found.contrast().auroc)
+    with pytest.raises(InputError, match="differ in ablation"):
+        another = Ablation("resample", prompts=[SHARED[::-1]], align="end")
+        shipsfast.contrast(found.by_ablation["resample"], scan(build(), another, OTHERS[:3], rescored=0))
