@@ -374,7 +374,9 @@ def _warnings(a: ShipsResult, b: ShipsResult, test: PermutationTest):
     needed = math.ceil(round(test.least * test.p.size / Q, 9))
     if needed > 1:
         remedy = "take more prompts" if test.exact else "take more permutations"
+        only = f"heads reach q {Q} only if at least {needed} of {test.p.size} do"
+        if needed > test.p.size:
+            only = f"no head can reach q {Q}"
         yield (
-            f"with {counted(test.relabellings, 'relabelling')} no p-value is below {test.least:.2g}: heads reach q {Q} only if at "
-            f"least {needed} of {test.p.size} do: {remedy}"
+            f"with {counted(test.relabellings, 'relabelling')} no p-value is below {test.least:.2g}: {only}: {remedy}"
         )

@@ -41,7 +41,10 @@ def _one(name: str, before, now, manifest: dict, record: dict) -> str:
     if name == "prompts":
         return _prompts(before or [], now or [], manifest, record)
     if name == "ablation":
-        return f"the ablation there is {_ablation(before)}, here {_ablation(now)}"
+        there, here = _ablation(before), _ablation(now)
+        if there == here:
+            return f"the ablation is {here} on both sides, and these prompts are others"
+        return f"the ablation there is {there}, here {here}"
     if name == "further_ablations":
         there, here = (", ".join(map(_ablation, x or [])) or "none" for x in (before, now))
         return f"the further ablations there are {there}, here {here}"

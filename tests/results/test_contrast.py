@@ -243,6 +243,8 @@ def test_warnings(pair):
     assert found.startswith("with 20 relabellings no p-value is below 0.05") and found.endswith(
         "take more prompts"
     )
+    (found,) = contrast(a, b, permutations=9).warnings
+    assert "is below 0.1: no head can reach q 0.05: take more permutations" in found
     assert "Warning: with 99 relabellings no p-value" in shown(contrast(a, b, permutations=99))
 
 

@@ -263,6 +263,7 @@ def test_which_go_through_together():
          Ablation("mean", prompts=OTHERS), Ablation("mean", at="end")]
     )  # fmt: skip
     assert passes_of(ablations) == [[0, 1, 4], [2], [3, 6], [5]]
+    assert passes_of([Ablation("resample", prompts=OTHERS), Ablation("zero")]) == [[0], [1]]
 
 
 def test_as_json_and_back():
@@ -413,6 +414,6 @@ def test_contrasts_go_by_their_own_ablation_alone():
         assert np.array_equal(one.contrast().auroc, shipsfast.contrast(own, other).auroc)
     alone = scan(build(), "zero", OTHERS[:3], rescored=0)
     assert np.array_equal(shipsfast.contrast(found, alone).auroc, found.contrast().auroc)
-    with pytest.raises(InputError, match="differ in ablation"):
+    with pytest.raises(InputError, match="on both sides, and these prompts are others"):
         another = Ablation("resample", prompts=[SHARED[::-1]], align="end")
         shipsfast.contrast(found.by_ablation["resample"], scan(build(), another, OTHERS[:3], rescored=0))
