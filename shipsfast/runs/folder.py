@@ -52,7 +52,13 @@ _opened: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.Conte
 
 def _unfinished(path: Path) -> bool:
     """Is it what a run leaves that was killed before or while it wrote its first manifest?"""
-    return path.name.startswith(f".{MANIFEST}.") or path.name == LOCK
+    if path.name.startswith(f".{MANIFEST}.") or path.name == LOCK:
+        return True
+    # Folders of further metrics and ablations are there, and locked, before the first manifest is.
+    inner = path.name in (FURTHER, ABLATIONS) or (
+        path.parent.name in (FURTHER, ABLATIONS) and path.name.isdigit()
+    )
+    return inner and path.is_dir() and not path.is_symlink() and all(map(_unfinished, path.iterdir()))
 
 
 @contextlib.contextmanager

@@ -417,3 +417,35 @@ def test_contrasts_go_by_their_own_ablation_alone():
     with pytest.raises(InputError, match="on both sides, and these prompts are others"):
         another = Ablation("resample", prompts=[SHARED[::-1]], align="end")
         shipsfast.contrast(found.by_ablation["resample"], scan(build(), another, OTHERS[:3], rescored=0))
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_a_run_that_ends_with_its_first_manifests_can_go_on(tmp_path, monkeypatch, written):
+    """Folders of further metrics and ablations are there before anything says whose they are."""
+    from shipsfast.runs.folder import RunFolder
+
+    class Ended(BaseException):
+        pass
+
+    real, left, out = RunFolder.write_manifest, [written], tmp_path / "run"
+
+    def write(self, *args, **how):
+        if not left[0]:
+            raise Ended
+        left[0] -= 1
+        real(self, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_manifest", write)
+        with pytest.raises(Ended):
+            scan(build(), ["zero", "mean"], out=out, metric=["kl", "js"], rescored=0)
+    assert (out / "by_ablation" / "1" / "also" / "1").is_dir()
+    scan(build(), ["zero", "mean"], out=out, metric=["kl", "js"], rescored=0)
+    assert verify(out)["verdict"] == "sound"
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "by_ablation" / "1").mkdir(parents=True)
+    (tmp_path / "by_ablation" / "1" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and is not a shipsfast run"):
+        scan(build(), ["zero", "mean"], out=tmp_path)
