@@ -95,6 +95,22 @@ def test_only_one_finds_a_head_that_another_sees_nothing_in():
     assert all(x.found_by != "undifferentiated" for x in quiet.several.only_one(1))
 
 
+def test_a_head_that_others_rank_in_their_upper_half_is_not_found_by_one_only():
+    several, spared = three().several, 0
+    for k in range(1, 8):
+        by_one = [
+            at
+            for at in np.ndindex(several.known.shape)
+            if several.known[at] and sum(ranks[at] <= k for ranks in several.ranks.values()) == 1
+        ]
+        expected = {
+            at for at in by_one if max(ranks[at] for ranks in several.ranks.values()) > several.heads / 2
+        }
+        assert {each[:2] for each in several.only_one(k)} == expected
+        spared += len(by_one) - len(expected)
+    assert spared
+
+
 def test_signed_scores_rank_by_size():
     one = ranked(3, 7)
     pair = result("zero", -one, signed=True, further=(result("mean", one, signed=True),))

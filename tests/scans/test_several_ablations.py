@@ -19,6 +19,7 @@ from shipsfast.ops.extension import extension_status
 from shipsfast.runs.verify import verify
 from shipsfast.scans.measurements import ShipsMeasurement
 from shipsfast.scans.prepare import prepare_passes
+from tests.support.manifests import edit
 from tests.support.models import HEADS, LAYERS, brute_force, build
 from tests.support.tiny_configs import tiny_model
 
@@ -337,6 +338,17 @@ def test_a_killed_run_ends_as_it_would_have(tmp_path, after):
     assert verify(cut)["verdict"] == "sound"
     for one, other in zip(numbers(cut), numbers(whole), strict=True):
         assert np.array_equal(one, other)
+
+
+def test_each_pass_goes_on_as_it_was_cut(tmp_path, monkeypatch):
+    """Passes have plans of their own."""
+    scan(build(), TWO_PASSES, out=tmp_path, rescored=0)
+    for folder in (tmp_path, *(tmp_path / "by_ablation").iterdir()):
+        edit(folder, lambda m: m.update(status="running", parts=[]))
+    edit(tmp_path / "by_ablation" / "2", lambda m: m["plan"].update(rows_per_block=5))
+    found = scan(build(), TWO_PASSES, out=tmp_path, rescored=0).by_ablation.values()
+    cut = [one.record["plan"]["rows_per_block"] for one in found]
+    assert cut[2] == 5 and 5 not in cut[:2]
 
 
 def test_marked_scores_are_marked_where_they_are():
