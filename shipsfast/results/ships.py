@@ -373,8 +373,9 @@ class ShipsResult(ByAblation, Ranked):
                 continue
             found = load(inside(folder, place) if place.exists() else place)
             if found.identity != beside(result.identity, what, number):
+                name = what.replace("_", " ").removesuffix("s")
                 raise InputError(
-                    f"{place} is damaged: it is not the scan of {what.replace('_', ' ')[:-1]} {number} of {folder}; delete the folder"
+                    f"{place} is damaged: it is not the scan of {name} {number} of {folder}; delete the folder"
                 )
             yield found
 

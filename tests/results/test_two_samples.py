@@ -129,3 +129,13 @@ def test_what_rounding_tells_apart_is_equal():
 def test_settings_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         permutation_test(*samples(3, 3), **settings)
+
+
+@pytest.mark.parametrize("statistic", ["auroc", "difference"])
+def test_no_p_value_of_drawn_relabellings_is_0(statistic):
+    """(1 + those as far apart) / (1 + drawn)."""
+    a, b = np.arange(20.0, 40.0)[:, None], np.arange(20.0)[:, None]
+    found = permutation_test(a, b, statistic, permutations=999)
+    assert not found.exact and found.p == found.least == 1 / 1000
+    assert permutation_test(a, b, statistic, "two-sided", permutations=999).p == 2 / 1000
+    assert permutation_test(a, b, statistic, "less", permutations=999).p == 1
