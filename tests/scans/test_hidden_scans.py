@@ -339,7 +339,7 @@ def test_hooks_of_others_are_in_it():
         expected = change_along(model, PROMPTS, layer, along, at="end")
         assert_close_abs(found.scores, np.concatenate(expected), 1e-12)
     for metric in (projection(VECTOR, 2), [projection(VECTOR, 1), "kl"]):
-        with pytest.raises(UnsupportedModelError, match="does something between its layers"):
+        with pytest.raises(UnsupportedModelError, match="changes hidden states between two layers"):
             scan(model, metric, at="end")
 
 
