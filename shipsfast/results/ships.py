@@ -126,7 +126,7 @@ class ShipsResult(ByAblation, Ranked):
 
     def reads_in_words(self) -> str:
         """How many prompts, and what of them was read."""
-        prompts, counts = counted(self.scores.shape[0], "prompt"), cells_of(self.identity).counts
+        prompts, counts = counted(self.scores.shape[0], "prompt"), read_counts(self.identity)
         if "answer_tokens" in self.identity:
             return f"{prompts} with answers of {counted(sum(counts), 'token')} in all"
         return prompts + (f" read at {counted(sum(counts), 'position')} in all" if counts else "")
