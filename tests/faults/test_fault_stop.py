@@ -89,8 +89,8 @@ def test_a_signal_ends_the_command_in_one_line(tmp_path, number, status):
         "import shipsfast.scans.ships\n"
         "from shipsfast.cli import main\n"
         "from dataclasses import replace\n"
-        "real, small = shipsfast.scans.ships.prepare, dict(rows_per_block=2, prompts_per_group=2)\n"
-        "shipsfast.scans.ships.prepare = lambda m, t, what, how: real(m, t, what, replace(how, **small))\n"
+        "real, small = shipsfast.scans.ships.prepare_passes, dict(rows_per_block=2, prompts_per_group=2)\n"
+        "shipsfast.scans.ships.prepare_passes = lambda m, t, what, how: real(m, t, what, replace(how, **small))\n"
         "main()\n"
     )
     arguments = ["scan", MODEL, DEMO / "taboo.csv", "--limit", 40, "--out", out, "-q"]

@@ -62,11 +62,11 @@ def test_a_killed_scan_continues(tmp_path, monkeypatch):
     calls = []
     real = shipsfast.engine.growing_batch.GrowingBatch.run
 
-    def run(self, mask, consume):
+    def run(self, mask, *args, **how):
         calls.append(len(mask) - 1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, mask, consume)
+        return real(self, mask, *args, **how)
 
     monkeypatch.setattr("shipsfast.engine.growing_batch.GrowingBatch.run", run)
     with pytest.raises(KeyboardInterrupt):

@@ -60,7 +60,7 @@ For each head, of its scores on the P prompts of a and the Q prompts of b (formu
 | Hedges' g | the effect size: the difference in pooled standard deviations, without the bias of small samples |
 | p | permutation test: the share of relabellings of the prompts that give as high an AUROC (the test of Mann and Whitney) or, \
 with `--statistic difference`, as high a difference. All are tried where they are at most 99,999 (`--permutations`), else so many \
-are drawn (`--seed`). `--alternative` is greater, less or two-sided |
+are drawn (`--seed`). `--alternative` is greater, less or two-sided; by default two-sided for metrics with a sign (`logit_diff`, projections, `log_prob_diff`), else greater |
 | q | p after Benjamini and Hochberg over all heads: of the heads with q at most 0.05, at most 5 % are expected there by chance |
 | in a | the head's place in the ranking of a alone |
 
