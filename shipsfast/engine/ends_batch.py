@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from ..errors import UnsupportedModelError
-from ..models.attention_hook import ATTRIBUTE, Captured, EndCall
-from ..models.layer_call import LayerCall, no_queries
+from ..models.attention_hook import ATTRIBUTE, EndCall
+from ..models.layer_call import LayerCall
 from ..ops.end_attention import end_attention
 from ..ops.tree_attention import tree_attention
 from .growing_batch import GrowingBatch
@@ -58,13 +58,10 @@ class EndsBatch(GrowingBatch):
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         if last:
             self._base = hidden
-            try:
-                with no_queries(self.anatomy.layers[index].attention):
-                    self._attend(index, call, hidden, slice(0, 0), capture=True)
-            except Captured as captured:
-                kept.append(captured.kv)
+            kept.append(self._keys_values(index, call, hidden))
         else:
-            self._base = self._attend(index, call, hidden, slice(0, 0), keep=lambda k, v: kept.append((k, v)))
+            keep = lambda k, v: kept.append((k, v))
+            self._base = self._through(index, call, hidden, self._untouched(hidden), keep=keep)
         n = self._fork(index, self._buffer[: self._alive])
         ends, layer = call.at(nodes, self.packed.num_tokens), self.anatomy.layers[index]
         for rows in even_slices(n, self.rows_per_chunk):
@@ -102,7 +99,7 @@ class EndsBatch(GrowingBatch):
             kept.append(tuple(x.transpose(1, 2) for x in layer.keys_values(hidden, *flat)))
         else:
             base = hidden.to(self._residual_dtype or hidden.dtype, copy=True)
-            layer.rows(base, *flat, of_base, self._layer_mask(index, base, slice(0, 0)))
+            layer.rows(base, *flat, of_base, self._untouched(base))
 
         def of_ends(q, k, v, mask, _trimmed):
             return end_attention(tree, kept[0], *(x.transpose(1, 2) for x in (q, k, v)), mask, **how)

@@ -341,9 +341,6 @@ class GrowingBatch:
         self, index: int, like: torch.Tensor, rows: slice, nodes=None, mask: HeadMask | None = None
     ) -> LayerMask:
         dtype = self.model.dtype if self._residual_dtype else like.dtype
-        if rows.stop == 0:  # the unablated row alone
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            return LayerMask.untouched(1, self.anatomy.num_heads, wide, like.device)
         out = (mask or self._mask).layer(
             index, self.anatomy.num_heads, device=like.device, dtype=dtype, rows=rows
         )
@@ -352,22 +349,36 @@ class GrowingBatch:
     def _attend(
         self, index: int, call: LayerCall, x: torch.Tensor, rows: slice, nodes=None, **how
     ) -> torch.Tensor:
-        layer = self.anatomy.layers[index]
         mask = self._layer_mask(index, x, rows, nodes)
-        if self.keep is not None and not how:  # the last layer's are captured
+        if self.keep is not None and not how:  # the last layer's are taken before
             how["keep"] = lambda k, v: self.keep(index, rows, k, v)
         if self._only_ends and nodes is None:
             how["only"] = self._last_nodes(x.device)
+        return self._through(index, call, x, mask, **how)
+
+    def _through(self, index: int, call: LayerCall, x: torch.Tensor, mask: LayerMask, **how) -> torch.Tensor:
+        """Rows through a layer with this mask. how: as in TreeCall."""
+        layer = self.anatomy.layers[index]
         setattr(layer.attention, ATTRIBUTE, TreeCall(self._tree(x.device), layer.window, mask, **how))
         return call(x)
 
-    def _last_layer(self, index: int, call: LayerCall, x: torch.Tensor, rows: slice) -> None:
-        """Keys and values of every token; everything else only at the prompts' last tokens."""
+    def _keys_values(self, index: int, call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every token, and nothing else of the layer."""
         try:
             with no_queries(self.anatomy.layers[index].attention):
-                self._attend(index, call, x, rows, capture=True)
+                self._through(index, call, x, self._untouched(x), capture=True)
         except Captured as captured:
-            kv = captured.kv
+            return captured.kv
+        raise AssertionError("the layer did not call attention")
+
+    def _untouched(self, like: torch.Tensor) -> LayerMask:
+        """Of the unablated row alone."""
+        dtype = self.model.dtype if self._residual_dtype else like.dtype
+        return LayerMask.untouched(1, self.anatomy.num_heads, dtype, like.device)
+
+    def _last_layer(self, index: int, call: LayerCall, x: torch.Tensor, rows: slice) -> None:
+        """Keys and values of every token; everything else only at the prompts' last tokens."""
+        kv = self._keys_values(index, call, x)
         if self.keep is not None:
             self.keep(index, rows, *kv)
         nodes = self._last_nodes(x.device)

@@ -63,24 +63,20 @@ class HeadMask:
         dtype: torch.dtype,
         rows: slice = slice(None),
     ) -> LayerMask:
-        """The mask of one layer for these rows.
-
-        Factors are in float32, or float64 for a model in float64, where an eps rounded to float32 would show.
-        """
+        """The mask of one layer for these rows. dtype: of the model."""
         chosen = self.groups[rows]
         start, stop, _ = rows.indices(len(self))
         hits: dict[int, list[tuple[int, int]]] = {}  # by ablation: rows, and their heads in this layer
         for row, (group, way) in enumerate(zip(chosen, self.ways(start, stop), strict=True)):
             hits.setdefault(way, []).extend((row, head) for at, head in group if at == layer)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         ways, masks = ((self.ablation, self.values), *self.others), []
         for way, places in sorted(hits.items()):
             if places:
                 off = torch.zeros(len(chosen), num_heads, dtype=torch.bool)
                 off[tuple(torch.tensor(places).unbind(1))] = True
-                masks.append(_off(*ways[way], layer, off.to(device), dtype, wide))
+                masks.append(_off(*ways[way], layer, off.to(device), dtype))
         if not masks:
-            return LayerMask.untouched(len(chosen), num_heads, wide, device)
+            return LayerMask.untouched(len(chosen), num_heads, dtype, device)
         # No row is of two ablations: where one has a factor, the others have 1.
         return functools.reduce(LayerMask.over, masks)
 
@@ -91,10 +87,9 @@ def _off(
     layer: int,
     off: torch.Tensor,
     dtype: torch.dtype,
-    wide: torch.dtype,
 ) -> LayerMask:
     """The mask of one layer in which the heads `off`, bool [B, H], are switched off in this way."""
-    mask = LayerMask.untouched(*off.shape, wide, off.device)
+    mask = LayerMask.untouched(*off.shape, dtype, off.device)
     bit = {"head_mean_q": REPLACE_Q, "head_mean_k": REPLACE_K}.get(how.kind)
     if bit:
         return mask.replacing(bit, off)
@@ -104,9 +99,8 @@ def _off(
         value = values[layer].to(device=off.device, dtype=dtype)
         return mask.replacing(REPLACE_OUT, off, value=value, per_token=how.kind == "resample")
     # Through float64: a scale beyond float32 is infinity there, and the scan names the score that is not a number.
-    factors = torch.tensor([how.logit_scale, how.output_scale], dtype=torch.float64, device=off.device).to(
-        wide
-    )
+    factors = torch.tensor([how.logit_scale, how.output_scale], dtype=torch.float64, device=off.device)
+    factors = factors.to(mask.logit_scale.dtype)
     return LayerMask(
         torch.where(off, factors[0], mask.logit_scale), torch.where(off, factors[1], mask.output_scale)
     )

@@ -176,9 +176,7 @@ def tree_outputs(
         for index, layer in enumerate(anatomy.layers):
             device = layer.device
             tree = trees.setdefault(device, TreeContext(packed, backend, device))
-            mask = LayerMask.untouched(
-                1, anatomy.num_heads, torch.float64 if model.dtype == torch.float64 else torch.float32, device
-            )
+            mask = LayerMask.untouched(1, anatomy.num_heads, model.dtype, device)
             undo.callback(layer.attention.__dict__.pop, ATTRIBUTE, None)
             call = TreeCall(tree, layer.window, mask, tap=functools.partial(take, index))
             if attend is not None:

@@ -41,6 +41,8 @@ class LayerMask:
 
     @classmethod
     def untouched(cls, rows: int, heads: int, dtype: torch.dtype, device: torch.device | str) -> LayerMask:
+        """dtype: of the model. Factors are in float32, or float64 for float64, where an eps rounded to float32 would show."""
+        dtype = torch.promote_types(dtype, torch.float32)
         logit_scale, output_scale = (torch.ones(rows, heads, dtype=dtype, device=device) for _ in range(2))
         return cls(logit_scale, output_scale)
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..errors import InputError
 from ..runs.identity import beside, control_of
-from ..runs.kinds import CONTROL, HEAD, read_counts
+from ..runs.kinds import CONTROL, read_counts
 from ..runs.manifest import ABLATIONS, FURTHER, MANIFEST, read_manifest
 from ..runs.part_file import inside
 from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .bootstrap import RankStability, rank_stability
 from .by_ablation import ByAblation
+from .cells import cells_of
 from .groups import GroupedScores, labels_of, recorded
 from .head_map import Ranked, save_scores
 from .statistics import paired_difference, wilson_interval
@@ -118,10 +118,8 @@ class ShipsResult(ByAblation, Ranked):
                 f"prompt {prompt} was read at {counted(len(own), 'token')}, and {len(texts)} texts are given"
             )
         scores = np.array([own[:, each.layer, each.head] for each in top])
-        names, title = (
-            [f"{each.layer}-{each.head}" for each in top],
-            f"prompt {prompt}, {self.record.get('ablation', '')}",
-        )
+        names = [f"{each.layer}-{each.head}" for each in top]
+        title = f"prompt {prompt}, {self.record.get('ablation', '')}"
         return by_token(scores, names, texts, self.label, title, self.signed, path)
 
     def reads_in_words(self) -> str:
@@ -391,39 +389,6 @@ class ShipsResult(ByAblation, Ranked):
         scores[marked] = np.nan
         floor = manifest.get("noise_floor") or 0.0
         return cls.of_reads(scores, floor, manifest, identity, {}, marked if marked.any() else None)
-
-
-class Cells(NamedTuple):
-    """Where scores stand in tables, and in an array of that form. counts: reads of each prompt; empty where each has one, its
-    last, and there is no column of tokens."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    counts: list[int]
-
-    def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.nonzero(np.arange(self.shape[1]) < np.reshape(self.counts, (-1, 1)))
-
-    def flat(self, padded: np.ndarray) -> np.ndarray:
-        """[M, L, H], by reads."""
-        return padded[self._places()] if self.counts else padded
-
-    def padded(self, flat: np.ndarray, fill) -> np.ndarray:
-        """The other way."""
-        if not self.counts:
-            return flat
-        out = np.full(self.shape, fill)
-        out[self._places()] = flat
-        return out
-
-
-def cells_of(identity: dict) -> Cells:
-    """Of a run of this identity."""
-    prompts, *grid = identity["shape"]
-    counts = read_counts(identity)
-    if not counts:
-        return Cells(("prompt", *HEAD), (prompts, *grid), [])
-    return Cells(("prompt", "token", *HEAD), (prompts, max(counts), *grid), counts)
 
 
 def also_place(number: int) -> str:

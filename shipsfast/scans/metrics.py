@@ -3,8 +3,7 @@
     kl, reverse_kl, js, total_variation   divergences of the next-token distributions (ops/divergences.py)
     logit_diff(token_a, token_b)          change of logit(token_a) - logit(token_b)
     refusal_logit(tokens)                 change of the log-odds that the next token is one of `tokens`
-    log_prob, prob                        of the answer's own token, with the head off
-    log_prob_diff, prob_diff              their change by switching it off; abs_log_prob_diff, abs_prob_diff: its size
+    log_prob, prob, log_prob_diff, ...    of the answer's own token (answer_metrics.py)
     a callable                            (base_logits [P, V], ablated_logits [N, V], prompt_index [N]) -> [N]
     projection, probe                     of hidden states, behind a decoder layer (hidden_metrics.py)
 
@@ -34,15 +33,7 @@ _DIVERGENCE_LABELS = {
     "js": "Jensen-Shannon divergence",
     "total_variation": "total variation distance",
 }
-_OWN_TOKEN_LABELS = {
-    "log_prob": "log p(answer's token), head ablated",
-    "prob": "p(answer's token), head ablated",
-    "log_prob_diff": "change of log p(answer's token)",
-    "prob_diff": "change of p(answer's token)",
-    "abs_log_prob_diff": "size of the change of log p(answer's token)",
-    "abs_prob_diff": "size of the change of p(answer's token)",
-}
-_TEXT_FORMS = f"{', '.join((*DIVERGENCES, *_OWN_TOKEN_LABELS))}, logit_diff:TOKEN_A,TOKEN_B, refusal_logit:TOKEN,TOKEN,... or projection:FILE[,LAYER]"
+_TEXT_FORMS = "logit_diff:TOKEN_A,TOKEN_B, refusal_logit:TOKEN,TOKEN,... or projection:FILE[,LAYER]"
 _LIVE_LOG_ODDS_ARRAYS = 4  # float64 arrays of a chunk's size that _log_odds holds at once
 
 
@@ -54,7 +45,7 @@ class Metric(ABC):
     signed            whether scores have a sign: heads are then ranked by size
     sees_all_prompts  whether `rows` wants the base rows of every prompt, in order
     is_named          whether describe() tells it from any other metric
-    of_answers        whether it is of the answers' own tokens: `tokens` is called, and not `rows`
+    of_answers        whether it is of the answers' own tokens (answer_metrics.py): it has `scores` in the place of `rows`
     layer             None, or the decoder layer behind which `rows` wants hidden states [., hidden] in the place of logits
     """
 
@@ -127,59 +118,6 @@ class _Divergence(Metric):
         self, base_logits: torch.Tensor, ablated_logits: torch.Tensor, row_map: torch.Tensor
     ) -> torch.Tensor:
         return divergence_rows(base_logits, ablated_logits, row_map, names=[self.name])[0]
-
-
-@dataclass(frozen=True)
-class _OwnToken(Metric):
-    """Of the token that an answer goes on with."""
-
-    name: str
-    of_answers = True
-
-    @property
-    def label(self) -> str:
-        return _OWN_TOKEN_LABELS[self.name]
-
-    @property
-    def unit(self) -> str:
-        return "nats" if "log" in self.name else ""
-
-    @property
-    def signed(self) -> bool:
-        return not self.name.startswith(("abs", "prob")) or self.name == "prob_diff"
-
-    def describe(self) -> dict:
-        return {"name": self.name}
-
-    def to_text(self) -> str:
-        return self.name
-
-    def rows(self, base_logits, ablated_logits, row_map) -> torch.Tensor:
-        raise InputError(f"metric {self.name} is of an answer's own tokens, and rows of logits have none")
-
-    def tokens(
-        self, base: torch.Tensor, ablated: torch.Tensor, place: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores float64 [n, M], of logits ablated [n, U, V] and base [U, V] at M reads: place int64 [M], where in U each is;
-        targets int64 [M], the token that follows it."""
-        own, before = (log_prob(x, place, targets) for x in (ablated, base[None]))
-        if not "log" in self.name:
-            own, before = own.exp(), before.exp()
-        if not self.name.endswith("_diff"):
-            return own
-        change = own - before
-        return change.abs() if self.name.startswith("abs") else change
-
-
-def log_prob(logits: torch.Tensor, place: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p(target) in nats, float64 [n, M], of logits [n, U, V] at M places of U. Sums are in float64."""
-    rows = max(1, divergences.SCRATCH_BYTES // (8 * logits.shape[2]))
-    norms = []
-    for chunk in logits.flatten(0, 1).split(rows):
-        largest = chunk.amax(1, keepdim=True)
-        norms.append(largest[:, 0].double() + (chunk - largest).exp_().sum(1, dtype=torch.float64).log())
-    norm = torch.cat(norms).view(logits.shape[:2])
-    return logits[:, place, targets].double() - norm[:, place]
 
 
 @dataclass(frozen=True)
@@ -383,10 +321,17 @@ def as_metric(metric: str | Metric | Callable, tokenizer=None, vocab_size: int |
         metric = _Custom(metric)
     if not isinstance(metric, Metric):
         raise InputError(
-            f"metric {metric!r}: expected one of {', '.join((*DIVERGENCES, *_OWN_TOKEN_LABELS))}, logit_diff(token_a, token_b), "
+            f"metric {metric!r}: expected one of {', '.join(_names())}, logit_diff(token_a, token_b), "
             "refusal_logit(tokens), projection(direction), probe(weights, layer) or a callable"
         )
     return metric.resolve(tokenizer, vocab_size)
+
+
+def _names() -> dict[str, type[Metric]]:
+    """Metrics that are a name and nothing else."""
+    from .answer_metrics import LABELS, AnswerMetric  # it imports this file
+
+    return dict.fromkeys(DIVERGENCES, _Divergence) | dict.fromkeys(LABELS, AnswerMetric)
 
 
 def _makers() -> dict[Callable, str]:
@@ -421,19 +366,17 @@ def parse_metric(text: str) -> Metric:
     """
     kind, colon, rest = text.partition(":")
     kind = kind.replace("-", "_")
-    if kind in DIVERGENCES and not colon:
-        return _Divergence(kind)
-    if kind in _OWN_TOKEN_LABELS and not colon:
-        return _OwnToken(kind)
+    if kind in _names() and not colon:
+        return _names()[kind](kind)
     if kind == "projection":
         from .hidden_metrics import parse_projection  # it imports this file
 
         return parse_projection(text, rest)
     if kind not in ("logit_diff", "refusal_logit"):
-        raise InputError(f"unknown metric {text!r}: expected {_TEXT_FORMS}")
+        raise InputError(f"unknown metric {text!r}: expected {', '.join(_names())}, {_TEXT_FORMS}")
     tokens = [from_digits(part) if part.isascii() and part.isdigit() else part for part in rest.split(",")]
     if "" in tokens or (kind == "logit_diff" and len(tokens) != 2):
-        raise InputError(f"metric {text!r}: expected {_TEXT_FORMS}")
+        raise InputError(f"metric {text!r}: expected {', '.join(_names())}, {_TEXT_FORMS}")
     return logit_diff(*tokens) if kind == "logit_diff" else refusal_logit(tokens)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..engine.heads import Head
 from ..errors import InputError, note
+from ..results.cells import cells_of
 from ..results.score_error import Rescored, ScoreError
-from ..results.ships import MARKED, ShipsResult, ablation_place, also_place, cells_of, column
+from ..results.ships import MARKED, ShipsResult, ablation_place, also_place, column
 from ..results.sink_mass import SinkMass
 from ..runs.folder import RunFolder
 from ..runs.tables import read_scores, score_frame

@@ -22,6 +22,7 @@ from ..models.restore import untouched
 from ..ops.prefix_tree import PackedPrompts
 from ..results.score_error import Rescored
 from ..results.ships import MARKED, ShipsResult
+from .answer_metrics import log_prob
 from .control import of_the_control, prepare_control
 from .measurements import ShipsMeasurement
 from .metrics import Metric, measure_rows
@@ -209,19 +210,28 @@ class _Work:
         where in U each read is."""
         found: list[list[tuple[slice, torch.Tensor]]] = [[] for _ in self.metrics]
         kept: Outputs = {}
+        before: list[torch.Tensor] = []  # of the answers' tokens, in the unablated model
+        of_answers = any(metric.of_answers for metric in self.metrics)
         with self.prepared.growing_batch(packed, self.bar.update) as batch:
+            place = torch.as_tensor(batch.prompt_place, device=self.prepared.device)
+            targets = self._targets(reads, place.device) if of_answers else None
 
-            def take(layer: int | None, rows: slice, out: torch.Tensor) -> None:
+            def take(
+                layer: int | None, rows: slice, out: torch.Tensor, base: torch.Tensor | None = None
+            ) -> None:
                 """Of consecutive slices of rows, from the first. Those that never come are row 0's."""
                 if rows.start == 0:
-                    kept[layer] = out[0].clone()
-                base = kept[layer]
-                place = torch.as_tensor(batch.prompt_place, device=out.device)
-                for number, each in self._score(layer, out, base, reads, place):
+                    kept[layer] = out[0].clone() if base is None else base
+                at, after = place.to(out.device), None
+                if targets is not None and layer is None:
+                    after = log_prob(out, at, targets.to(out.device))
+                    if not before:
+                        before.append(after[0].clone())
+                for number, each in self._score(layer, out, kept[layer], reads, at, (*before, after)):
                     found[number].append((rows, each))
 
             mask = self.prepared.mask(units, values)
-            batch.run(mask, lambda rows, logits, _base: take(None, rows, logits), see=take)
+            batch.run(mask, lambda rows, logits, base: take(None, rows, logits, base), see=take)
         for every, parts in zip(scores, found, strict=True):
             for rows, each in parts:
                 every[rows] = each.cpu().numpy()
@@ -234,10 +244,12 @@ class _Work:
         base: torch.Tensor,
         reads: Sequence[int],
         place: torch.Tensor,
+        answers: tuple[torch.Tensor, ...],
     ) -> list[tuple[int, torch.Tensor]]:
         """Scores float64 [rows, reads] of every metric of logits, or of hidden states behind that layer, with its number.
 
-        out: [rows, U, .]; place: where in U each read is.
+        out: [rows, U, .]; place: where in U each read is; answers: log probabilities of the answers' tokens, unablated [reads] and of
+        these rows [rows, reads], for metrics of them.
         """
         rows = out.shape[0]
         chosen = [(number, metric) for number, metric in enumerate(self.metrics) if metric.layer == layer]
@@ -249,7 +261,7 @@ class _Work:
                 prompts = torch.as_tensor(reads, device=out.device).repeat(rows)
                 scores = metric.rows(self.all_base, out[:, place].flatten(0, 1), prompts).view(rows, -1)
             elif metric.of_answers:
-                scores = metric.tokens(base, out, place, self._targets(reads, out.device))
+                scores = metric.scores(*answers)
             else:
                 scores = next(read).view(rows, -1)[:, place]
             found.append((number, scores))
@@ -319,9 +331,9 @@ class _Work:
             bases, other = bases.to(dtype), other.to(dtype)
             base = bases[0]
         if metric.of_answers:
-            place = torch.zeros(1, dtype=torch.long, device=base.device)
-            other = other.to(base.dtype)[None, None]
-            return float(metric.tokens(bases, other, place, self._targets([prompt], base.device))[0, 0])
+            place, target = base.new_zeros(1, dtype=torch.long), self._targets([prompt], base.device)
+            pair = (log_prob(x.to(base.dtype)[None, None], place, target)[0] for x in (base, other))
+            return float(metric.scores(*pair)[0])
         if metric.sees_all_prompts:
             bases, at = self.all_base.to(base.device, base.dtype, copy=True), prompt
             bases[prompt] = base
