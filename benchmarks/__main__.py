@@ -85,13 +85,19 @@ def stream(
 def beyond(
     smoke: bool = typer.Option(False, help="A shape small enough for a test of the benchmark itself."),
     repeats: int = typer.Option(3, min=1, help="Interleaved runs per path."),
+    real: bool = typer.Option(
+        False, help="The wall time of SmolLM2-135M-Instruct along its own answers, and nothing else."
+    ),
 ) -> None:
     """Heads off at the newest token only, at each token of given answers, against one forward per head and token."""
     from rich.console import Console
 
-    from .beyond import run_case
+    from .beyond import run_case, run_real
     from .cases import ANSWER_CASES, ANSWER_SMOKE
 
+    if real:
+        run_real(Console(width=160))
+        return
     for each in [ANSWER_SMOKE] if smoke else ANSWER_CASES:
         run_case(each, repeats, Console(width=160))
 

@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import statistics
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import DynamicCache, LlamaForCausalLM
 
 import shipsfast
 
-from .cases import AnswerCase
-from .cpu import RATE_TOKENS, share
+from .against import Oracle, floor_rows, show
+from .cases import ANSWER_REAL, AnswerCase
+from .cpu import RATE_TOKENS
 from .floor import answer_floor_flops, gemm_flops_per_s
-from .provenance import append, provenance
+from .provenance import ROOT, append, provenance
 from .timing import Paths
 
 OURS = "shipsfast"
@@ -33,6 +32,7 @@ LOOP = "one head and token at a time (the published code)"
 METRIC = "log_prob_diff"
 TOLERANCE_NATS = 1e-4  # float32 logits leave a log probability with about 1e-6
 SAMPLED_HEADS = 1  # heads per layer of the published loop; its time is extrapolated to all of them
+REAL_PROMPTS, REAL_TOKENS = 8, 32
 
 Heads = list[tuple[int, int]]
 
@@ -131,50 +131,42 @@ def _aside(cache: DynamicCache) -> DynamicCache:
 def run_case(case: AnswerCase, repeats: int, console: Console) -> list[dict]:
     """Check, time and append the rows of one case; returns them."""
     model, shape = case.model(), case.shape
-    oracle = _by_token(ours(case.model().double(), case))
+    oracle = Oracle(ours(case.model().double(), case), _by_token, TOLERANCE_NATS)
     record = ours(model, case).record  # and a warm-up
-    errors: dict[str, float] = {}
     rates: list[float] = []
     paths = Paths(OURS, [*PEERS, LOOP])
-
-    def check(name: str, scores) -> str | None:
-        """Hold a path's scores against the oracle."""
-        errors[name] = max(errors.get(name, 0.0), float(np.nanmax(np.abs(_by_token(scores) - oracle))))
-        if errors[name] <= TOLERANCE_NATS:
-            return None
-        return f"scores differ from the float64 oracle by {errors[name]:.2g} nats"
-
     others = [(name, path, 1.0) for name, path in PEERS.items()]
     others.append((LOOP, published_loop, shape.heads / min(SAMPLED_HEADS, shape.heads)))
     for _ in range(repeats):
         for name, path, times in others:
             before = gemm_flops_per_s(shape, RATE_TOKENS)
-            paths.timed(OURS, lambda: ours(model, case), check)
+            paths.timed(OURS, lambda: ours(model, case), oracle.check)
             rates.append((before + gemm_flops_per_s(shape, RATE_TOKENS)) / 2)
-            paths.timed(name, lambda path=path: path(model, case), check, times)
+            paths.timed(name, lambda path=path: path(model, case), oracle.check, times)
             paths.paired(name)
 
-    flops, rate = answer_floor_flops(case), statistics.median(rates)
     common = provenance("cpu") | {
         "bench": "beyond", "case": case.name, "dtype": str(shape.dtype).removeprefix("torch."), "metric": METRIC,
         "prompts": shape.prompts, "shared_tokens": shape.shared, "own_tokens": shape.own,
         "answer_tokens": case.answer_tokens, "scores": case.num_scores, "rescored": 0,
-        "gemm_gflops_per_s": round(rate / 1e9, 1), "floor_s": round(flops / rate, 4),
     }  # fmt: skip
-    rows = []
-    for name, taken in paths.times.items():
-        row = common | {"path": name, "max_abs_error_nats": errors.get(name)} | paths.figures(name)
+    sampled = {LOOP: f"{shape.layers * SAMPLED_HEADS} heads"}
+    rows = floor_rows(
+        common,
+        paths,
+        oracle,
+        case.num_scores,
+        answer_floor_flops(case),
+        rates,
+        ours=OURS,
+        extrapolated=sampled,
+    )
+    for row in rows:
         if "failed" not in row:
-            row |= {
-                "scores_per_s": round(case.num_scores / statistics.median(taken), 1),
-                "share_of_floor": round(share(flops, taken, rates if name == OURS else [rate]), 4),
-                "extrapolated_from": f"{shape.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
-                "resolved_backend": record["attention_backend"] if name == OURS else None,
-                "layers": record["layers"] if name == OURS else None,
-            }
-        rows.append(row)
+            own = record if row["path"] == OURS else {}
+            row |= {"resolved_backend": own.get("attention_backend"), "layers": own.get("layers")}
     append("beyond", rows)
-    _show(case, rows, console)
+    show(case.name, case.num_scores, rows, console)
     return rows
 
 
@@ -182,19 +174,31 @@ def _by_token(scores) -> np.ndarray:
     return scores.by_token if isinstance(scores, shipsfast.ShipsResult) else scores
 
 
-def _show(case: AnswerCase, rows: list[dict], console: Console) -> None:
-    title = f"{case.name}: {case.num_scores} scores, floor {rows[0]['floor_s']:.2f} s"
-    table = Table(title=title, title_justify="left")
-    for name in ("path", "median s", "p20", "p80", "scores/s", "x shipsfast", "of floor", "max error, nats"):
-        table.add_column(name, justify="left" if name == "path" else "right")
-    for row in rows:
-        if "failed" in row:
-            table.add_row(row["path"], "failed: " + row["failed"])
-            continue
-        sampled = f" (extrapolated from {row['extrapolated_from']})" if row["extrapolated_from"] else ""
-        table.add_row(
-            row["path"] + sampled, f"{row['median_s']:.3f}", f"{row['p20_s']:.3f}", f"{row['p80_s']:.3f}",
-            f"{row['scores_per_s']:.0f}", f"{row['times_slower_than_shipsfast']:.2f}", f"{row['share_of_floor']:.0%}",
-            f"{row['max_abs_error_nats']:.1e}",
-        )  # fmt: skip
-    console.print(table)
+def run_real(console: Console) -> dict:
+    """The wall time of a real chat model along answers of its own: all heads, every token. Not beside anything else."""
+    from shipsfast.models.loading import load_model, load_tokenizer
+    from tools.real.fetch import smollm2
+
+    file = smollm2()
+    model, tokenizer = load_model(str(file), dtype="float32"), load_tokenizer(str(file))
+    prompts = (ROOT / "tools" / "real" / "prompts.txt").read_text().splitlines()[:REAL_PROMPTS]
+    (texts,) = shipsfast.generate(
+        model, prompts, tokenizer, template="chat", max_new_tokens=REAL_TOKENS, progress=False
+    )
+    answers = [ids[:REAL_TOKENS] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    found = shipsfast.scan(
+        model, prompts, tokenizer, answers=answers, template="chat", ablation=shipsfast.Ablation("zero", at="end"),
+        metric=METRIC, progress=False, rescored=0,
+    )  # fmt: skip
+    scores = sum(each.size for each in found.by_token)
+    row = provenance("cpu") | {
+        "bench": "beyond", "case": ANSWER_REAL, "path": OURS, "dtype": "float32", "metric": METRIC, "prompts": len(prompts),
+        "answer_tokens": sum(map(len, answers)), "scores": scores, "rescored": 0,
+        "scan_s": found.record["scan_seconds"], "all_s": found.record["seconds"],
+        "resolved_backend": found.record["attention_backend"], "layers": found.record["layers"],
+    }  # fmt: skip
+    append("beyond", [row])
+    console.print(
+        f"{ANSWER_REAL}: {scores:,} scores in {row['scan_s']:.1f} s, with its checks {row['all_s']:.1f} s"
+    )
+    return row

@@ -6,7 +6,6 @@ is taken at the GEMM rate measured around each run, so that a drift of the machi
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import shipsfast
 
 from . import peers
+from .against import Oracle, floor_rows, show
 from .cases import Case
 from .floor import floor_flops, gemm_flops_per_s
 from .provenance import append, provenance
@@ -58,62 +57,46 @@ LOOP = "one at a time (the paper's code)"
 def run_case(case: Case, repeats: int, peaks: bool, console: Console) -> list[dict]:
     """Check, time and append the rows of one case; returns them."""
     model = case.model()
-    oracle = shipsfast.scan(case.model().double(), case.token_ids(), progress=False, rescored=0).kl
     record = ours(model, case).record  # and a warm-up
     backend = record["attention_backend"]
-    errors: dict[str, float] = {}
+    oracle = Oracle(
+        shipsfast.scan(case.model().double(), case.token_ids(), progress=False, rescored=0),
+        _scores,
+        TOLERANCE_NATS,
+    )
     rates: list[float] = []
     paths = Paths(OURS, [*PEERS, LOOP])
-
-    def check(name: str, scores) -> str | None:
-        """Hold a path's scores against the oracle."""
-        scores = scores.kl if isinstance(scores, shipsfast.ShipsResult) else scores
-        errors[name] = max(errors.get(name, 0.0), float(np.nanmax(np.abs(scores - oracle))))
-        if errors[name] <= TOLERANCE_NATS:
-            return None
-        return f"scores differ from the float64 oracle by {errors[name]:.2g} nats"
-
     # The rate of the matrix products is taken right before and after each run of ours.
     for _ in range(repeats):
         for name, path in PEERS.items():
             before = gemm_flops_per_s(case, RATE_TOKENS)
-            paths.timed(OURS, lambda: ours(model, case), check)
+            paths.timed(OURS, lambda: ours(model, case), oracle.check)
             rates.append((before + gemm_flops_per_s(case, RATE_TOKENS)) / 2)
-            paths.timed(name, lambda path=path: path(model, case), check)
+            paths.timed(name, lambda path=path: path(model, case), oracle.check)
             paths.paired(name)
-    paths.timed(LOOP, lambda: _sampled(model, case), check, case.heads / SAMPLED_HEADS)
+    paths.timed(LOOP, lambda: _sampled(model, case), oracle.check, case.heads / SAMPLED_HEADS)
 
-    flops = floor_flops(case)
-    rate = statistics.median(rates)
-    floor_s = flops / rate
     common = provenance("cpu") | {
         "bench": "cpu", "case": case.name, "dtype": str(case.dtype).removeprefix("torch."),
         "prompts": case.prompts, "shared_tokens": case.shared, "own_tokens": case.own, "scores": case.num_scores,
-        "rescored": 0, "gemm_gflops_per_s": round(rate / 1e9, 1), "floor_s": round(floor_s, 4),
+        "rescored": 0,
     }  # fmt: skip
-    rows = []
-    for name, taken in paths.times.items():
-        row = common | {"path": name, "max_abs_error_nats": errors.get(name)} | paths.figures(name)
+    sampled = {LOOP: f"{case.layers * SAMPLED_HEADS} heads"}
+    rows = floor_rows(
+        common, paths, oracle, case.num_scores, floor_flops(case), rates, ours=OURS, extrapolated=sampled
+    )
+    for row in rows:
         if "failed" not in row:
-            row |= {
-                "scores_per_s": round(case.num_scores / statistics.median(taken), 1),
-                "share_of_floor": round(share(flops, taken, rates if name == OURS else [rate]), 4),
-                "extrapolated_from": f"{case.layers * SAMPLED_HEADS} heads" if name == LOOP else None,
-                "resolved_backend": backend if name == OURS else None,
-            }  # fmt: skip
+            row["resolved_backend"] = backend if row["path"] == OURS else None
             if peaks:
-                row["peak_mib"] = _peak_mib(case.name, name)
-        rows.append(row)
+                row["peak_mib"] = _peak_mib(case.name, row["path"])
     append("cpu", rows)
-    _show(case, rows, floor_s, console)
+    show(case.name, case.num_scores, rows, console)
     return rows
 
 
-def share(flops: float, times: list[float], rates: list[float]) -> float:
-    """Median over runs of floor / time, the floor at the rate measured around that run."""
-    if len(rates) == 1:
-        return flops / rates[0] / statistics.median(times)
-    return statistics.median(flops / r / t for t, r in zip(times, rates, strict=True))
+def _scores(found) -> np.ndarray:
+    return found.kl if isinstance(found, shipsfast.ShipsResult) else found
 
 
 def _peak_mib(case: str, path: str) -> float:
@@ -142,32 +125,3 @@ def peak(case: Case, path: str) -> float:
     status = Path("/proc/self/status").read_text()
     peak_kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
     return (peak_kib * 1024 - before) / 2**20
-
-
-def _show(case: Case, rows: list[dict], floor_s: float, console: Console) -> None:
-    table = Table(title=f"{case.name}: {case.num_scores} scores, floor {floor_s:.2f} s", title_justify="left")
-    for name in (
-        "path",
-        "median s",
-        "p20",
-        "p80",
-        "scores/s",
-        "x shipsfast",
-        "of floor",
-        "peak MiB",
-        "max error, nats",
-    ):
-        table.add_column(name, justify="left" if name == "path" else "right")
-    for row in rows:
-        if "failed" in row:
-            table.add_row(row["path"], "failed: " + row["failed"])
-            continue
-        label = row["path"] + (
-            f" (extrapolated from {row['extrapolated_from']})" if row["extrapolated_from"] else ""
-        )
-        table.add_row(
-            label, f"{row['median_s']:.3f}", f"{row['p20_s']:.3f}", f"{row['p80_s']:.3f}", f"{row['scores_per_s']:.0f}",
-            f"{row['times_slower_than_shipsfast']:.2f}", f"{row['share_of_floor']:.0%}",
-            f"{row['peak_mib']:.0f}" if "peak_mib" in row else "", f"{row['max_abs_error_nats']:.1e}",
-        )  # fmt: skip
-    console.print(table)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .cases import ANSWER_CASES, CPU_CASES, GENERATION_CASES
+from .cases import ANSWER_CASES, ANSWER_REAL, CPU_CASES, GENERATION_CASES
 from .gpu import tables as gpu
 from .judges import table as judges
 from .provenance import ROOT, latest, newest
@@ -99,6 +99,14 @@ def _beyond() -> list[str]:
             "same run."
         )
         lines += ["", origin]
+    row = newest("beyond", ANSWER_REAL)
+    if row is not None:
+        about = (
+            f"The same of a real chat model, SmolLM2-135M-Instruct in float32: all 270 heads along {row['prompts']} answers of "
+            f"{row['answer_tokens']} tokens in all, {row['scores']:,} scores in {row['scan_s']:.0f} s ({row['all_s']:.0f} s with the "
+            f"scan's checks). {_origin(row)}."
+        )
+        lines += ["", about]
     return lines
 
 

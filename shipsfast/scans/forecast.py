@@ -20,12 +20,10 @@ from transformers import PreTrainedModel
 
 from ..clock import in_words
 from ..engine.ablation import passes_of
-from ..engine.alignment import pair_ids
 from ..engine.flops import scan_flops
 from ..engine.heads import Head, rows_of
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, block_parts, free_bytes, peak_bytes
-from ..engine.sequences import Sequences
 from ..engine.subject import Texts, held_beside, layer_path, tokens_of
 from ..engine.work_plan import PART_SECONDS, Work
 from ..errors import InputError
@@ -40,7 +38,7 @@ from ..text import counted
 from .control import of_the_control
 from .measurements import SaharaMeasurement, ScanMeasurement, SubspaceMeasurement
 from .metrics import as_metrics
-from .prepare import planned, work_of
+from .prepare import laid_out, planned, work_of
 from .rates import Rates, measure_rates
 
 COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
@@ -214,7 +212,7 @@ def _forecast(
     found = [
         _pass(
             model, replace(texts, other_ids=others[numbers[0]]), each[numbers[0]], rows_of(units, len(numbers)), limited, work,
-            replace(held_beside(model, anatomy, each[numbers[0]], device, layers, len(numbers)), gathers=attention != "cpp"), anatomy,
+            held_beside(model, anatomy, each[numbers[0]], device, layers, len(numbers)), anatomy, attention,
         )
         for numbers in passes_of([one.ablation for one in each])
     ]  # fmt: skip
@@ -272,16 +270,11 @@ def _pass(
     work: Work,
     beside: Held,
     anatomy: Anatomy,
+    backend: str,
 ) -> _Pass:
-    """units: the rows of all ablations; execution: with the memory that there is."""
-    how, tree_ids = measurement.ablation, texts.token_ids
-    if how.kind == "resample":
-        tree_ids = pair_ids(tree_ids, texts.other_ids, how.align)[0]
-    at_end = how.at == "end"
-    ends_alone = at_end and anatomy.ends_alone
-    sequences = Sequences.of(tree_ids, texts.places, each_alone=at_end and not ends_alone)
+    """units: the rows of all ablations; execution: with the memory that there is; backend: of attention."""
+    sequences, _, beside = laid_out(texts, measurement.ablation, anatomy, backend, beside)
     tree_ids = sequences.ids
-    beside = replace(beside, reads=sequences.places, ends_alone=ends_alone)
     read_out = measurement.read_out()
     fit, plan = planned(anatomy, tree_ids, units, execution, beside, work, read_out)
     some = [unit for unit in units if unit[0] < read_out.depth(anatomy)]
@@ -292,11 +285,11 @@ def _pass(
     pairs = min(plan.head_rows, rows * ends)
     parts = block_parts(
         anatomy, rows + beside.extra_rows, tokens, ends, plan.chunk_tokens, pairs, model.dtype.itemsize, beside.row_size,
-        ends_alone, plan.needs.longest,
+        beside.ends_alone, plan.needs.longest,
     )  # fmt: skip
     kept = rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes
     cut = plan.blocks(some)
-    flops = scan_flops(work.costs, packs, some, blocks=cut, ends_alone=ends_alone) if some else 0
+    flops = scan_flops(work.costs, packs, some, blocks=cut, ends_alone=beside.ends_alone) if some else 0
     return _Pass(plan, fit, len(some), tokens, len(cut), len(packs) * len(cut), flops, parts | {"kept": kept})
 
 

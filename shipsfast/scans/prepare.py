@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from transformers import PreTrainedModel
 
-from ..engine.ablation import passes_of
+from ..engine.ablation import Ablation, passes_of
 from ..engine.alignment import pair_ids, unpair
 from ..engine.ends_batch import EndsBatch
 from ..engine.growing_batch import GrowingBatch
@@ -19,7 +19,7 @@ from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, make_plan
 from ..engine.replacement_values import mean_outputs, resample_outputs
 from ..engine.sequences import Sequences
-from ..engine.subject import Subject, about_ablation, look_at
+from ..engine.subject import Subject, Texts, about_ablation, look_at
 from ..engine.work_plan import Work, cut_by_work
 from ..errors import note
 from ..memory import OutOfMemory, out_of_memory
@@ -234,21 +234,33 @@ def _prepared(subject: Subject, numbers: list[int], execution: ScanExecution) ->
     """With a plan for the rows of so many ablations."""
     model, anatomy, measurement = subject.model, subject.anatomy, subject.measurement
     units = measurement.units(anatomy)
-    rows, tree_ids, tokens = rows_of(units, len(numbers)), subject.token_ids, None
-    if subject.how.kind == "resample":
-        tree_ids, tokens = pair_ids(subject.token_ids, subject.other_ids, subject.how.align)
-    sequences = Sequences.of(tree_ids, subject.places, each_alone=subject.at_end and not subject.ends_alone)
-    tree_ids = sequences.ids
-    held = subject.held(len(numbers))
-    gathers = subject.backend != "cpp"
-    held = replace(held, reads=sequences.places, ends_alone=subject.ends_alone, gathers=gathers)
+    rows = rows_of(units, len(numbers))
+    sequences, tokens, held = laid_out(
+        subject, subject.how, anatomy, subject.backend, subject.held(len(numbers))
+    )
     read_out = measurement.read_out()
     work = work_of(model, anatomy, measurement, subject.device, fused=subject.fused)
-    _, plan = planned(anatomy, tree_ids, rows, execution, held, work, read_out)
+    _, plan = planned(anatomy, sequences.ids, rows, execution, held, work, read_out)
     return Prepared(
         **{f.name: getattr(subject, f.name) for f in fields(Subject)}, units=units, plan=plan, execution=execution,
         sequences=sequences, read_out=read_out, rows=rows, numbers=numbers, _tokens=tokens,
     )  # fmt: skip
+
+
+def laid_out(
+    texts: Subject | Texts, how: Ablation, anatomy: Anatomy, backend: str, held: Held
+) -> tuple[Sequences, object, Held]:
+    """What is packed, of which tokens its numbers are (for `resample`), and what of that the memory plan must know.
+
+    texts: the prompts as token ids; backend: of attention, resolved.
+    """
+    ids, tokens = texts.token_ids, None
+    if how.kind == "resample":
+        ids, tokens = pair_ids(ids, texts.other_ids, how.align)
+    ends_alone = how.at == "end" and anatomy.ends_alone
+    sequences = Sequences.of(ids, texts.places, each_alone=how.at == "end" and not ends_alone)
+    gathers = backend != "cpp"
+    return sequences, tokens, replace(held, reads=sequences.places, ends_alone=ends_alone, gathers=gathers)
 
 
 def work_of(model, anatomy: Anatomy, measurement: ScanMeasurement, device: torch.device, **how) -> Work:

@@ -11,24 +11,13 @@ from shipsfast.scans import direction as module
 from tests.support import family_oracle
 from tests.support.models import build
 from tests.support.numerics import assert_close_abs
-from tests.support.streams import stream
-from tests.support.tiny_configs import tiny_model
+from tests.support.streams import MODELS, stream
 from tests.support.tokenizers import of_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 A = [[5, 9, 17, 23, 33, 8], [5, 9, 17, 7], [5, 9, 4, 12, 3], [5, 9, 17]]
 B = [[5, 9, 17, 23, 11], [6, 20, 31], [7, 7, 7, 7, 40, 2]]
-# With one attention layer in three, between layers that have none.
-MODELS = {
-    "llama": lambda: build("llama-gqa"),
-    "gpt2": lambda: build("gpt2"),
-    "gemma2": lambda: build("gemma2-softcap-window"),
-    "qwen3": lambda: build("qwen3-qknorm"),
-    "gpt-oss": lambda: tiny_model("gpt_oss"),
-    "hybrid-conv": lambda: tiny_model("lfm2"),
-    "hybrid-ssm": lambda: tiny_model("jamba"),
-}
 
 
 @pytest.mark.parametrize("position", [-1, -3, 1])

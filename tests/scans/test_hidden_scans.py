@@ -27,7 +27,7 @@ from tests.support.metric_scans import killed_after
 from tests.support.model_state import assert_same, state
 from tests.support.models import HEADS, LAYERS, build
 from tests.support.numerics import assert_close_abs
-from tests.support.streams import change_along, decoder_layers, stream
+from tests.support.streams import MODELS, change_along, decoder_layers, stream
 from tests.support.tiny_configs import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,15 +36,6 @@ PROMPTS = [[5, 9, 17, 23, 33, 8], [5, 9, 17, 7], [5, 9, 4, 12, 3], [5, 9, 17]]
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 UNIT = VECTOR / VECTOR.norm()
 CUT = {"rows_per_block": 5, "chunk_tokens": 30, "prompts_per_group": 3}
-MODELS = {
-    "llama": lambda: build("llama-gqa"),
-    "gpt2": lambda: build("gpt2"),
-    "gemma2": lambda: build("gemma2-softcap-window"),
-    "qwen3": lambda: build("qwen3-qknorm"),
-    "gpt-oss": lambda: tiny_model("gpt_oss"),
-    "hybrid-conv": lambda: tiny_model("lfm2"),
-    "hybrid-ssm": lambda: tiny_model("jamba"),
-}
 FUSED = ("llama", "gemma2", "qwen3")
 
 

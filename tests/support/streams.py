@@ -10,6 +10,19 @@ import numpy as np
 import torch
 
 from tests.support.family_oracle import Off, forward, head_counts, oracle_attention
+from tests.support.models import build
+from tests.support.tiny_configs import tiny_model
+
+# With one attention layer in three, between layers that have none.
+MODELS = {
+    "llama": lambda: build("llama-gqa"),
+    "gpt2": lambda: build("gpt2"),
+    "gemma2": lambda: build("gemma2-softcap-window"),
+    "qwen3": lambda: build("qwen3-qknorm"),
+    "gpt-oss": lambda: tiny_model("gpt_oss"),
+    "hybrid-conv": lambda: tiny_model("lfm2"),
+    "hybrid-ssm": lambda: tiny_model("jamba"),
+}
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
