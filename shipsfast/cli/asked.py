@@ -61,7 +61,11 @@ class Asked:
     def more_prompts(self, option: str, path: str | Path, choose: Callable[[list], list] = list) -> list:
         """The prompts of the file that an option names, recorded beside those of the argument."""
         given = self.given
-        found = taken(path, given["column"], given["quiet"], f"--{option}", choose)
+        try:
+            found = taken(path, given["column"], given["quiet"], f"--{option}", choose)
+        except InputError as error:
+            also = "" if given["column"] is None else "; --column is of every prompt file"
+            raise InputError(f"--{option}: {error}{also}") from error
         self.prompts_from[option] = found.origin
         return found.prompts
 
