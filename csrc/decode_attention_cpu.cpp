@@ -32,28 +32,29 @@ using namespace shipsfast;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <typename T>
+// T: what sums are made in; S: how tensors are stored.
+template <typename T, typename S>
 struct Call {
   int64_t entries, heads, kv_heads, size, out_size, capacity, window;
-  View<T> q;                    // [N, H, D]
-  View<T> k, v;                 // [S, HKV, C, D]
-  View<T> q_alt;                // [N or 1, D]
-  View<T> k_alt;                // [S, C, D]
-  View<T> out_alt;              // [H or 1, D of v]
+  View<S> q;                    // [N, H, D]
+  View<S> k, v;                 // [S, HKV, C, D]
+  View<S> q_alt;                // [N or 1, D]
+  View<S> k_alt;                // [S, C, D]
+  View<S> out_alt;              // [H or 1, D of v]
   const int32_t* slot;          // [N]
   const int32_t* length;        // [N]
   Masks<T> masks;
-  T* out;                       // [N, H, D of v]
+  S* out;                       // [N, H, D of v]
 };
 
 // scores[j] = q . key(j), for `count` keys of `size` numbers that lie `stride` apart.
-template <typename T>
-SHIPS_ALWAYS_INLINE void score(const T* q, const T* keys, int64_t stride, int64_t count, int64_t size, T* scores) {
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE void score(const T* q, const S* keys, int64_t stride, int64_t count, int64_t size, T* scores) {
   for (int64_t j = 0; j < count; ++j) {
-    const T* key = keys + j * stride;
+    const S* key = keys + j * stride;
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < size; ++d) sum += q[d] * key[d];
+    for (int64_t d = 0; d < size; ++d) sum += q[d] * widened(key[d]);
     scores[j] = sum;
   }
 }
@@ -75,22 +76,22 @@ SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t count, T softcap, T sink) {
 constexpr int64_t kChunk = 64;  // numbers of an output that are summed at a time, in registers
 
 // size: at most kChunk; a constant where it is that, for sums in registers.
-template <typename T, typename Size>
-SHIPS_ALWAYS_INLINE void add_chunk(const T* weights, const T* values, int64_t stride, int64_t count, Size size,
-                                   T factor, T* out) {
+template <typename T, typename S, typename Size>
+SHIPS_ALWAYS_INLINE void add_chunk(const T* weights, const S* values, int64_t stride, int64_t count, Size size,
+                                   T factor, S* out) {
   T sum[kChunk] = {};
   for (int64_t j = 0; j < count; ++j) {
-    const T* value = values + j * stride;
+    const S* value = values + j * stride;
     const T weight = weights[j];
 #pragma omp simd
-    for (int64_t d = 0; d < size; ++d) sum[d] += weight * value[d];
+    for (int64_t d = 0; d < size; ++d) sum[d] += weight * widened(value[d]);
   }
-  for (int64_t d = 0; d < size; ++d) out[d] = sum[d] * factor;
+  for (int64_t d = 0; d < size; ++d) round_to(out[d], sum[d] * factor);
 }
 
-template <typename T>
-SHIPS_ALWAYS_INLINE void add_values(const T* weights, const T* values, int64_t stride, int64_t count, int64_t size,
-                                    T factor, T* out) {
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE void add_values(const T* weights, const S* values, int64_t stride, int64_t count, int64_t size,
+                                    T factor, S* out) {
   constexpr std::integral_constant<int64_t, kChunk> whole;
   int64_t start = 0;
   for (; start + kChunk <= size; start += kChunk) {
@@ -99,8 +100,8 @@ SHIPS_ALWAYS_INLINE void add_values(const T* weights, const T* values, int64_t s
   if (start < size) add_chunk(weights, values + start, stride, count, size - start, factor, out + start);
 }
 
-template <typename T>
-SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t end) {
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE void run_tasks(const Call<T, S>& call, int64_t begin, int64_t end) {
   const Masks<T>& masks = call.masks;
   const int64_t shared = call.heads / call.kv_heads;
   std::vector<T> scores(call.capacity), query(call.size);
@@ -113,19 +114,19 @@ SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t e
       const int64_t at = n * call.heads + h;
       const int8_t flags = masks.flags(at);
       const T factor = T(masks.output_scale[at]);
-      T* out = call.out + at * call.out_size;
+      S* out = call.out + at * call.out_size;
       if (factor == 0) {
-        std::fill(out, out + call.out_size, T(0));
+        clear(out, call.out_size);
         continue;
       }
       if (flags & kReplaceOut) {
         scale_into(out, call.out_alt.at(h, 0, 0), call.out_size, factor);
         continue;
       }
-      const T* q = (flags & kReplaceQ) ? call.q_alt.at(n, 0, 0) : call.q.at(n, h, 0);
+      const S* q = (flags & kReplaceQ) ? call.q_alt.at(n, 0, 0) : call.q.at(n, h, 0);
       scale_into(query.data(), q, call.size, T(masks.scaling * masks.logit_scale[at]));
       const bool other = flags & kReplaceK;
-      const T* keys = other ? call.k_alt.at(slot, start, 0) : call.k.at(slot, kv_head, start);
+      const S* keys = other ? call.k_alt.at(slot, start, 0) : call.k.at(slot, kv_head, start);
       score(query.data(), keys, other ? call.k_alt.strides[1] : call.k.strides[2], count, call.size, scores.data());
       const T total = weigh(scores.data(), count, masks.softcap, masks.sink_of(h));
       add_values(scores.data(), call.v.at(slot, kv_head, start), call.v.strides[2], count, call.out_size,
@@ -134,21 +135,22 @@ SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t e
   }
 }
 
-template <typename T>
+template <typename S>
 void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slot, const Tensor& length,
          const MaskTensors& masks, int64_t window, Tensor& out) {
-  const Call<T> call{
+  using T = Wide<S>;
+  const Call<T, S> call{
       out.size(0), out.size(1), k.size(1), q.size(2), out.size(2), k.size(2), window,
-      view<T>(q, {0, 1, -1}), view<T>(k, {0, 1, 2}), view<T>(v, {0, 1, 2}),
-      view<T>(masks.q_alt, {0, -1, -1}), view<T>(masks.k_alt, {0, 1, -1}), view<T>(masks.out_alt, {0, -1, -1}),
+      view<S>(q, {0, 1, -1}), view<S>(k, {0, 1, 2}), view<S>(v, {0, 1, 2}),
+      view<S>(masks.q_alt, {0, -1, -1}), view<S>(masks.k_alt, {0, 1, -1}), view<S>(masks.out_alt, {0, -1, -1}),
       static_cast<const int32_t*>(slot.const_data_ptr()), static_cast<const int32_t*>(length.const_data_ptr()),
-      Masks<T>(masks), static_cast<T*>(out.mutable_data_ptr()),
+      Masks<T>(masks), static_cast<S*>(out.mutable_data_ptr()),
   };
   for (int64_t n = 0; n < call.entries; ++n) {
     require("decode_attention", call.slot[n] >= 0 && call.slot[n] < k.size(0), "slots of the cache");
     require("decode_attention", call.length[n] >= 1 && call.length[n] <= call.capacity, "lengths from 1 to the cache's capacity");
   }
-  const auto go = variant<&run_tasks<T>>();
+  const auto go = variant<&run_tasks<T, S>>();
   torch::stable::parallel_for(0, call.entries * call.kv_heads, 1, [&](int64_t begin, int64_t end) { go(call, begin, end); });
 }
 
@@ -161,7 +163,7 @@ void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   check(q.dim() == 3 && k.dim() == 4 && v.dim() == 4 && out.dim() == 3 && out.is_contiguous(),
         "q [N, H, D], caches [S, HKV, C, D], and a contiguous out [N, H, D of v]");
   const ScalarType type = q.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Double, "float32 or float64");
+  check(is_storage(type), kStorage);
   const int64_t entries = q.size(0), heads = q.size(1), kv_heads = k.size(1);
   check(out.size(0) == entries && out.size(1) == heads && out.size(2) == v.size(3) && k.size(3) == q.size(2) &&
             v.size(0) == k.size(0) && v.size(1) == kv_heads && v.size(2) == k.size(2) && kv_heads > 0 &&
@@ -180,8 +182,7 @@ void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   check(out_alt.numel() == 0 || (out_alt.dim() == 2 && (out_alt.size(0) == heads || out_alt.size(0) == 1) && out_alt.size(1) == v.size(3)),
         "out_alt [H or 1, D of v]");
   if (out.numel() == 0) return;
-  const auto go = type == ScalarType::Float ? &run<float> : &run<double>;
-  go(q, k, v, slot, length, masks, window, out);
+  with_storage(type, [&](auto zero) { run<decltype(zero)>(q, k, v, slot, length, masks, window, out); });
 }
 
 void cache_write(const Tensor& fresh, const Tensor& source, const Tensor& slot, const Tensor& position, Tensor cache) {

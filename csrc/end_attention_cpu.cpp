@@ -38,19 +38,20 @@ struct Task {
   int64_t block, kv_head, first_row, last_row;
 };
 
-template <typename T>
+// T: what sums are made in; S: how tensors are stored.
+template <typename T, typename S>
 struct Call {
   Shape shape;
-  View<T> q, k, v;              // [B, U, heads, D]
-  View<T> base_k, base_v;       // [T, heads, -, D]
-  View<T> q_alt, k_alt;         // [B, U, -, D]
-  View<T> base_k_alt;           // [T, -, -, D]
-  View<T> out_alt;              // [-, U, H, D]
+  View<S> q, k, v;              // [B, U, heads, D]
+  View<S> base_k, base_v;       // [T, heads, -, D]
+  View<S> q_alt, k_alt;         // [B, U, -, D]
+  View<S> base_k_alt;           // [T, -, -, D]
+  View<S> out_alt;              // [-, U, H, D]
   Masks<T> masks;
   const int32_t* blocks;        // [G, 4]: first and one past the last of ends, of keys
   const int32_t* end_table;     // [NU, 3]: index into q, and which of the block's keys it sees: first, one past the last
   const int32_t* keys;          // [NK]: index into base_k and base_v
-  T* out;                       // [B, U, H, D of v]
+  S* out;                       // [B, U, H, D of v]
 };
 
 struct Query {
@@ -81,8 +82,8 @@ struct Scratch {
 };
 
 // The sink and the token itself are seen before the first key.
-template <typename T>
-SHIPS_ALWAYS_INLINE void begin_query(const Call<T>& call, const Query& query, int64_t kv_head, int64_t n, Scratch<T>& work) {
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE void begin_query(const Call<T, S>& call, const Query& query, int64_t kv_head, int64_t n, Scratch<T>& work) {
   const int64_t size = work.tile.size, width = work.tile.width;
   T* q = work.q.data() + n * size;
   T* out = work.out.data() + n * width;
@@ -98,10 +99,10 @@ SHIPS_ALWAYS_INLINE void begin_query(const Call<T>& call, const Query& query, in
   const int8_t flags = masks.flags(at);
   scale_into(q, (flags & kReplaceQ) ? call.q_alt.at(query.row, query.place, 0) : call.q.at(query.row, query.place, query.head),
              size, T(masks.scaling * masks.logit_scale[at]));
-  const T* key = (flags & kReplaceK) ? call.k_alt.at(query.row, query.place, 0) : call.k.at(query.row, query.place, kv_head);
+  const S* key = (flags & kReplaceK) ? call.k_alt.at(query.row, query.place, 0) : call.k.at(query.row, query.place, kv_head);
   T score = 0;
 #pragma omp simd reduction(+ : score)
-  for (int64_t d = 0; d < size; ++d) score += q[d] * key[d];
+  for (int64_t d = 0; d < size; ++d) score += q[d] * widened(key[d]);
   cap(&score, 0, 1, masks.softcap);
   const T sink = masks.sink_of(query.head), top = sink > score ? sink : score;
   const T weight = exp_of(score - top);
@@ -111,8 +112,8 @@ SHIPS_ALWAYS_INLINE void begin_query(const Call<T>& call, const Query& query, in
   std::fill(out + call.shape.out_size, out + width, T(0));
 }
 
-template <typename T, bool Wide>
-SHIPS_ALWAYS_INLINE void run_task(const Call<T>& call, const Task& task, Scratch<T>& work) {
+template <typename T, typename S, bool Registers>
+SHIPS_ALWAYS_INLINE void run_task(const Call<T, S>& call, const Task& task, Scratch<T>& work) {
   const Shape& shape = call.shape;
   const int64_t shared = shape.heads / shape.kv_heads, first_head = task.kv_head * shared;
   const int32_t* range = call.blocks + 4 * task.block;
@@ -136,7 +137,7 @@ SHIPS_ALWAYS_INLINE void run_task(const Call<T>& call, const Task& task, Scratch
           const int32_t* end = call.end_table + 3 * n;
           const Query query{row, head, end[0], end[1], end[2]};
           if (factor == 0) {  // heads that are off, or replaced, need no attention
-            std::fill_n(give(query), shape.out_size, T(0));
+            clear(give(query), shape.out_size);
           } else if (flags & kReplaceOut) {
             scale_into(give(query), call.out_alt.at(0, query.place, head), shape.out_size, factor);
           } else {
@@ -156,8 +157,8 @@ SHIPS_ALWAYS_INLINE void run_task(const Call<T>& call, const Task& task, Scratch
   Tile<T>& tile = work.tile;
   for (int64_t start = 0; start < num_keys; start += kTile) {
     const int64_t some = std::min<int64_t>(kTile, num_keys - start);
-    if (own > 0) transpose<T, Wide>(tile.keys.data(), tile.size, some, tile.zeros.data(), [&](int64_t j) { return call.base_k.at(keys[start + j], task.kv_head, 0); });
-    if (own < count) transpose<T, Wide>(tile.alt.data(), tile.size, some, tile.zeros.data(), [&](int64_t j) { return call.base_k_alt.at(keys[start + j], 0, 0); });
+    if (own > 0) transpose<T, S, Registers>(tile.keys.data(), tile.size, some, tile.template zeros_of<S>(), [&](int64_t j) { return call.base_k.at(keys[start + j], task.kv_head, 0); });
+    if (own < count) transpose<T, S, Registers>(tile.alt.data(), tile.size, some, tile.template zeros_of<S>(), [&](int64_t j) { return call.base_k_alt.at(keys[start + j], 0, 0); });
     load_values(tile, shape.out_size, some, [&](int64_t j) { return call.base_v.at(keys[start + j], task.kv_head, 0); });
     for (int64_t first = 0; first < count; first += kQueries) {
       int64_t begin[kQueries], end[kQueries];
@@ -174,18 +175,18 @@ SHIPS_ALWAYS_INLINE void run_task(const Call<T>& call, const Task& task, Scratch
     if (query.row < 0) continue;
     const T share = T(1) / work.sum[n], factor = T(masks.output_scale[query.row * shape.heads + query.head]);
     const T* from = work.out.data() + n * tile.width;
-    T* to = give(query);
-    for (int64_t d = 0; d < shape.out_size; ++d) to[d] = from[d] * share * factor;
+    S* to = give(query);
+    for (int64_t d = 0; d < shape.out_size; ++d) round_to(to[d], from[d] * share * factor);
   }
 }
 
-template <typename T, bool Wide>
-SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, const Task* begin, const Task* end, Scratch<T>& work) {
-  for (const Task* task = begin; task < end; ++task) run_task<T, Wide>(call, *task, work);
+template <typename T, typename S, bool Registers>
+SHIPS_ALWAYS_INLINE void run_tasks(const Call<T, S>& call, const Task* begin, const Task* end, Scratch<T>& work) {
+  for (const Task* task = begin; task < end; ++task) run_task<T, S, Registers>(call, *task, work);
 }
 
-template <typename T>
-std::vector<Task> cut(const Call<T>& call, int64_t num_blocks) {
+template <typename T, typename S>
+std::vector<Task> cut(const Call<T, S>& call, int64_t num_blocks) {
   const Shape& shape = call.shape;
   std::vector<Task> tasks;
   for (int64_t block = 0; block < num_blocks; ++block) {
@@ -200,22 +201,23 @@ std::vector<Task> cut(const Call<T>& call, int64_t num_blocks) {
   return tasks;
 }
 
-template <typename T>
+template <typename S>
 void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& base_k, const Tensor& base_v,
          const MaskTensors& masks, const Tensor& base_k_alt, const Tensor& blocks, const Tensor& queries,
          const Tensor& keys, Tensor& out) {
-  const Call<T> call{
+  using T = Wide<S>;
+  const Call<T, S> call{
       {out.size(0), out.size(2), k.size(1), out.size(1), q.size(3), out.size(3)},
-      view<T>(q, {0, 2, 1}), view<T>(k, {0, 2, 1}), view<T>(v, {0, 2, 1}),
-      view<T>(base_k, {2, 1, -1}), view<T>(base_v, {2, 1, -1}),
-      view<T>(masks.q_alt, {0, 1, -1}), view<T>(masks.k_alt, {0, 1, -1}), view<T>(base_k_alt, {0, -1, -1}),
-      view<T>(masks.out_alt, {-1, 1, 0}),
+      view<S>(q, {0, 2, 1}), view<S>(k, {0, 2, 1}), view<S>(v, {0, 2, 1}),
+      view<S>(base_k, {2, 1, -1}), view<S>(base_v, {2, 1, -1}),
+      view<S>(masks.q_alt, {0, 1, -1}), view<S>(masks.k_alt, {0, 1, -1}), view<S>(base_k_alt, {0, -1, -1}),
+      view<S>(masks.out_alt, {-1, 1, 0}),
       Masks<T>(masks), static_cast<const int32_t*>(blocks.const_data_ptr()),
       static_cast<const int32_t*>(queries.const_data_ptr()), static_cast<const int32_t*>(keys.const_data_ptr()),
-      static_cast<T*>(out.mutable_data_ptr()),
+      static_cast<S*>(out.mutable_data_ptr()),
   };
   const std::vector<Task> tasks = cut(call, blocks.size(0));
-  const auto go = variant<&run_tasks<T, false>, &run_tasks<T, true>>();
+  const auto go = variant<&run_tasks<T, S, false>, &run_tasks<T, S, true>>();
   torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
     Scratch<T> work(call.shape);
     go(call, tasks.data() + begin, tasks.data() + end, work);
@@ -259,7 +261,7 @@ void end_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     check(x->dim() == 4, "q, k and v [B, heads, U, D], base_k and base_v [1, heads, T, D] and out [B, U, H, D of v]");
   }
   const ScalarType type = q.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Double, "float32 or float64");
+  check(is_storage(type), kStorage);
   const int64_t rows = out.size(0), ends = out.size(1), heads = out.size(2), kv_heads = k.size(1), tokens = base_k.size(2);
   const auto is = [](const Tensor& x, int64_t count, int64_t second, int64_t third, int64_t last) {
     return x.size(0) == count && x.size(1) == second && x.size(2) == third && x.size(3) == last;
@@ -286,8 +288,9 @@ void end_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
         "q_alt and k_alt [B, U, D], base_k_alt [T, D] and out_alt [H or 1, U or 1, D of v]");
   check(sound(blocks, queries, keys, ends, tokens), "the tables of end_attention_cpp.plan_end_blocks");
   if (out.numel() == 0) return;
-  const auto go = type == ScalarType::Float ? &run<float> : &run<double>;
-  go(q, k, v, base_k, base_v, masks, base_k_alt, blocks, queries, keys, out);
+  with_storage(type, [&](auto zero) {
+    run<decltype(zero)>(q, k, v, base_k, base_v, masks, base_k_alt, blocks, queries, keys, out);
+  });
 }
 
 }  // namespace

@@ -2,282 +2,376 @@
 //
 //   rms_norm(x, weight, eps, offset, out)        out = (weight + offset) * x / sqrt(mean(x^2) + eps), per row
 //   add_rms_norm_(x, y, weight, eps, offset)     x += rms_norm(y)
+//   add_(x, y)                                   x += y
 //   rope(x, cos, sin, norm_weight, eps, out)     rotary embedding, rotate-half convention; x may be a slice of wider
 //                                                rows; with a weight, every head goes through rms_norm first
 //   silu_mul(gate_up, out)                       out = gate * sigmoid(gate) * up, gate and up side by side in a row
 //   gelu_mul(gate_up, out)                       the same with GELU by tanh
 //   forked_gated(change, factor, base, scale, drift, other, bias, gelu, out)
 //                                                the same of scale * (factor * change + base + drift * other) + bias, with
-//                                                one factor, scale and drift a row; change is overwritten
+//                                                one factor, scale and drift a row
 //
 // In torch these are 2 to 6 passes over memory with as many temporaries, which on a CPU costs a layer a
-// third of its time. float32 and float64; one row is one thread's work, so results do not depend on threads.
+// third of its time. float32 and float64; what enters or leaves a matrix product may be in half precision beside float32,
+// and is rounded once, when it is written. One row is one thread's work, so results do not depend on threads.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <utility>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "ships_attention.h"
+#include "ships_cpu.h"
 #include "ships_exp.h"
 
 namespace {
 
-using shipsfast::exp_of;
+using namespace shipsfast;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kGeluFactor = 0.7978845608028654;  // sqrt(2 / pi)
-constexpr int64_t kElementsPerTask = 1 << 14;  // less than this is not worth another thread
+constexpr int64_t kSmallTask = 1 << 14;  // numbers; less than this is not worth another thread
+constexpr int64_t kPiece = 256;          // of a row, that stay in registers and the nearest cache
 
-#define SHIPS_DEFINE(T)                                                                                          \
-  SHIPS_CLONES T norm_scale(const T* x, T eps, int64_t size) {                                                   \
-    T squares = 0;                                                                                               \
-    _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < size; ++i) squares += x[i] * x[i];        \
-    return T(1) / std::sqrt(squares / T(size) + eps);                                                            \
-  }                                                                                                              \
-  SHIPS_CLONES void norm_row(const T* x, const T* weight, T eps, T offset, int64_t size, T* out) {               \
-    const T scale = norm_scale(x, eps, size);                                                                    \
-    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) out[i] = (weight[i] + offset) * (x[i] * scale);       \
-  }                                                                                                              \
-  SHIPS_CLONES void add_norm_row(const T* y, const T* weight, T eps, T offset, int64_t size, T* x) {             \
-    const T scale = norm_scale(y, eps, size);                                                                    \
-    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] += (weight[i] + offset) * (y[i] * scale);        \
-  }                                                                                                              \
-  SHIPS_CLONES void rope_token(const T* x, const T* cos, const T* sin, const T* weight, T eps, int64_t heads,    \
-                               int64_t half, T* out) {                                                           \
-    for (int64_t h = 0; h < heads; ++h, x += 2 * half, out += 2 * half) {                                        \
-      if (weight != nullptr) norm_row(x, weight, eps, T(0), 2 * half, out);                                      \
-      const T* head = weight == nullptr ? x : out;                                                               \
-      _Pragma("omp simd") for (int64_t i = 0; i < half; ++i) {                                                   \
-        const T low = head[i], high = head[i + half];                                                            \
-        out[i] = low * cos[i] - high * sin[i];                                                                   \
-        out[i + half] = high * cos[i + half] + low * sin[i + half];                                              \
-      }                                                                                                          \
-    }                                                                                                            \
-  }                                                                                                              \
-  SHIPS_CLONES void silu_mul_row(const T* gate, const T* up, int64_t size, T* out) {                             \
-    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) out[i] = gate[i] / (T(1) + exp_of(-gate[i])) * up[i]; \
-  }                                                                                                              \
-  SHIPS_CLONES void gelu_mul_row(const T* gate, const T* up, int64_t size, T* out) {                             \
-    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) {                                                     \
-      const T g = gate[i];                                                                                       \
-      const T steep = T(2 * kGeluFactor) * (g + T(0.044715) * g * g * g);                                        \
-      out[i] = g / (T(1) + exp_of(-steep)) * up[i];                                                              \
-    }                                                                                                            \
+// In all of these T is float or double, S is T or half precision.
+
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE T norm_scale(const S* x, T eps, int64_t size) {
+  T squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < size; ++i) {
+    const T value = widened(x[i]);
+    squares += value * value;
   }
+  return T(1) / std::sqrt(squares / T(size) + eps);
+}
 
-// What goes into the activation of a row that forks; the row may be overwritten with it.
-#define SHIPS_DEFINE_FORKED(T)                                                                                   \
-  SHIPS_CLONES void forked_row(T* x, T factor, const T* base, T scale, T drift, const T* other, const T* bias,   \
-                               int64_t size) {                                                                   \
-    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] = factor * x[i] + base[i];                       \
-    if (other != nullptr) {                                                                                      \
-      _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] += drift * other[i];                           \
-    }                                                                                                            \
-    _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] *= scale;                                        \
-    if (bias != nullptr) {                                                                                       \
-      _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) x[i] += bias[i];                                    \
-    }                                                                                                            \
+template <typename T, typename From, typename To>
+struct Norm {
+  const From* x;    // [N, size]
+  const T* weight;  // [size]
+  T eps, offset;
+  int64_t size;
+  To* out;          // [N, size]
+};
+
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE void norm_rows(const Norm<T, T, S>& call, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = call.x + r * call.size;
+    S* out = call.out + r * call.size;
+    const T scale = norm_scale<T>(x, call.eps, call.size);
+#pragma omp simd
+    for (int64_t i = 0; i < call.size; ++i) round_to(out[i], (call.weight[i] + call.offset) * (x[i] * scale));
   }
+}
 
-SHIPS_DEFINE(float)
-SHIPS_DEFINE(double)
-SHIPS_DEFINE_FORKED(float)
-SHIPS_DEFINE_FORKED(double)
-#undef SHIPS_DEFINE_FORKED
-#undef SHIPS_DEFINE
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE void add_norm_rows(const Norm<T, S, T>& call, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const S* y = call.x + r * call.size;
+    T* x = call.out + r * call.size;
+    const T scale = norm_scale<T>(y, call.eps, call.size);
+#pragma omp simd
+    for (int64_t i = 0; i < call.size; ++i) x[i] += (call.weight[i] + call.offset) * (widened(y[i]) * scale);
+  }
+}
 
-void require(bool condition, const char* op, const char* expected) {
-  if (!condition) throw std::runtime_error(std::string("shipsfast::") + op + ": expected " + expected);
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE void add_rows(const S* y, T* x, int64_t begin, int64_t end) {
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) x[i] += widened(y[i]);
+}
+
+template <typename T, typename From>
+struct Rope {
+  const From* x;              // [B, tokens, heads, 2 half]
+  int64_t row_step, token_step, tokens, heads, half;
+  const T *cos, *sin;         // [tokens, 2 half]
+  const T* weight;            // [2 half] or null
+  T eps;
+};
+
+// Heads in T, rounded when they are done.
+template <typename T, typename From, typename To>
+SHIPS_ALWAYS_INLINE void rope_rows(const Rope<T, From>& call, To* out, T* head, int64_t begin, int64_t end) {
+  const int64_t size = 2 * call.half;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t t = r % call.tokens;
+    const From* x = call.x + r / call.tokens * call.row_step + t * call.token_step;
+    const T *cos = call.cos + t * size, *sin = call.sin + t * size;
+    To* to = out + r * call.heads * size;
+    for (int64_t h = 0; h < call.heads; ++h, x += size, to += size) {
+      const T scale = call.weight == nullptr ? T(1) : norm_scale<T>(x, call.eps, size);
+      if (call.weight == nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) head[i] = widened(x[i]);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) head[i] = call.weight[i] * (widened(x[i]) * scale);
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < call.half; ++i) {
+        const T low = head[i], high = head[i + call.half];
+        round_to(to[i], low * cos[i] - high * sin[i]);
+        round_to(to[i + call.half], high * cos[i + call.half] + low * sin[i + call.half]);
+      }
+    }
+  }
+}
+
+template <bool gelu, typename T>
+SHIPS_ALWAYS_INLINE T activated(T gate) {
+  if constexpr (gelu) {
+    const T steep = T(2 * kGeluFactor) * (gate + T(0.044715) * gate * gate * gate);
+    return gate / (T(1) + exp_of(-steep));
+  } else {
+    return gate / (T(1) + exp_of(-gate));
+  }
+}
+
+template <bool gelu, typename T, typename S>
+SHIPS_ALWAYS_INLINE void gated_rows(const S* gate_up, int64_t size, S* out, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const S *gate = gate_up + 2 * r * size, *up = gate + size;
+    S* to = out + r * size;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) round_to(to[i], activated<gelu>(widened(gate[i])) * widened(up[i]));
+  }
+}
+
+template <typename T, typename S>
+struct Forked {
+  const S *change, *base, *other;       // [N, 2 size]; other may be null
+  const T *factor, *scale, *drift;      // [N]
+  const T* bias;                        // [2 size] or null
+  int64_t size;
+  S* out;                               // [N, size]
+};
+
+// What goes into the activation of row r, numbers at .. at + count - 1 of its 2 size.
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE void forked_piece(const Forked<T, S>& call, int64_t r, int64_t at, int64_t count, T* x) {
+  const int64_t place = 2 * r * call.size + at;
+  const S *change = call.change + place, *base = call.base + place;
+  const T factor = call.factor[r], scale = call.scale[r];
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] = factor * widened(change[i]) + widened(base[i]);
+  if (call.other != nullptr) {
+    const S* other = call.other + place;
+    const T drift = call.drift[r];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] += drift * widened(other[i]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] *= scale;
+  if (call.bias != nullptr) {
+    const T* bias = call.bias + at;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) x[i] += bias[i];
+  }
+}
+
+template <bool gelu, typename T, typename S>
+SHIPS_ALWAYS_INLINE void forked_rows(const Forked<T, S>& call, int64_t begin, int64_t end) {
+  T gate[kPiece], up[kPiece];
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t at = 0; at < call.size; at += kPiece) {
+      const int64_t count = std::min(kPiece, call.size - at);
+      forked_piece(call, r, at, count, gate);
+      forked_piece(call, r, call.size + at, count, up);
+      S* to = call.out + r * call.size + at;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) round_to(to[i], activated<gelu>(gate[i]) * up[i]);
+    }
+  }
 }
 
 bool aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
 }
 
-bool same_real_type(const Tensor& a, const Tensor& b) {
-  return a.scalar_type() == b.scalar_type() && aligned(a) && aligned(b) &&
-         (a.scalar_type() == ScalarType::Float || a.scalar_type() == ScalarType::Double);
+bool plain(const Tensor& tensor) { return tensor.is_contiguous() && aligned(tensor); }
+
+bool is_wide(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
 }
 
-template <typename F>
-void dispatch(const Tensor& tensor, const F& run) {
-  if (tensor.scalar_type() == ScalarType::Float) {
-    run(float{});
-  } else {
-    run(double{});
-  }
+// Sums in the type of `wide` go with factors of that type, and float32 with half precision.
+bool fits(const Tensor& wide, const Tensor& narrow) {
+  const ScalarType type = narrow.scalar_type();
+  return type == wide.scalar_type() || (wide.scalar_type() == ScalarType::Float && is_storage(type) && type != ScalarType::Double);
 }
+
+constexpr const char* kOneType = "one dtype, float32 or float64, at aligned addresses; beside float32 half precision";
 
 template <typename F>
 void over_rows(int64_t rows, int64_t row_size, const F& run) {
-  const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, row_size));
+  const int64_t per_task = std::max<int64_t>(1, kSmallTask / std::max<int64_t>(1, row_size));
   torch::stable::parallel_for(0, rows, per_task, run);
 }
 
-template <bool add>
-void norm(const Tensor& x, const Tensor& weight, double eps, double offset, Tensor out) {
-  const char* op = add ? "add_rms_norm_" : "rms_norm";
-  const int64_t size = weight.numel();
-  require(x.is_contiguous() && out.is_contiguous() && weight.is_contiguous(), op, "contiguous tensors");
-  require(same_real_type(x, weight) && same_real_type(x, out), op, "one dtype, float32 or float64, at aligned addresses");
-  require(x.dim() > 0 && x.size(x.dim() - 1) == size && out.numel() == x.numel(), op, "both [..., D] and weight [D]");
-  if (x.numel() == 0) return;
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    const T* from = static_cast<const T*>(x.const_data_ptr());
-    const T* scale = static_cast<const T*>(weight.const_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    over_rows(x.numel() / size, size, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        if constexpr (add) {
-          add_norm_row(from + r * size, scale, T(eps), T(offset), size, to + r * size);
-        } else {
-          norm_row(from + r * size, scale, T(eps), T(offset), size, to + r * size);
-        }
-      }
-    });
-  });
+template <typename T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* written(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+void check_norm(const char* op, const Tensor& wide, const Tensor& other, const Tensor& weight) {
+  require(op, plain(wide) && plain(other) && plain(weight) && is_wide(wide), "contiguous tensors at aligned addresses");
+  require(op, weight.scalar_type() == wide.scalar_type() && fits(wide, other), kOneType);
+  require(op, wide.dim() > 0 && wide.size(wide.dim() - 1) == weight.numel() && other.numel() == wide.numel(),
+          "both [..., D] and weight [D]");
 }
 
 void rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset, Tensor out) {
-  norm<false>(x, weight, eps, offset, out);
+  check_norm("rms_norm", x, out, weight);
+  if (x.numel() == 0) return;
+  with_storage(out.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = Wide<S>;
+    const Norm<T, T, S> call{read<T>(x), read<T>(weight), T(eps), T(offset), weight.numel(), written<S>(out)};
+    const auto go = variant<&norm_rows<T, S>>();
+    over_rows(x.numel() / call.size, call.size, [&](int64_t begin, int64_t end) { go(call, begin, end); });
+  });
 }
 
 void add_rms_norm_(Tensor x, const Tensor& y, const Tensor& weight, double eps, double offset) {
-  norm<true>(y, weight, eps, offset, x);
+  check_norm("add_rms_norm_", x, y, weight);
+  if (x.numel() == 0) return;
+  with_storage(y.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = Wide<S>;
+    const Norm<T, S, T> call{read<S>(y), read<T>(weight), T(eps), T(offset), weight.numel(), written<T>(x)};
+    const auto go = variant<&add_norm_rows<T, S>>();
+    over_rows(x.numel() / call.size, call.size, [&](int64_t begin, int64_t end) { go(call, begin, end); });
+  });
+}
+
+void add_(Tensor x, const Tensor& y) {
+  require("add_", plain(x) && plain(y) && is_wide(x) && fits(x, y) && x.numel() == y.numel(),
+          "contiguous tensors of one size, x in float32 or float64, y the same or half precision");
+  if (x.numel() == 0) return;
+  with_storage(y.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = Wide<S>;
+    const auto go = variant<&add_rows<T, S>>();
+    over_rows(x.numel(), 1, [&](int64_t begin, int64_t end) { go(read<S>(y), written<T>(x), begin, end); });
+  });
+}
+
+template <typename To, typename T, typename From>
+void rope_to(const Rope<T, From>& call, int64_t rows, Tensor& out) {
+  const int64_t size = 2 * call.half;
+  const auto go = variant<&rope_rows<T, From, To>>();
+  over_rows(rows * call.tokens, call.heads * size, [&](int64_t begin, int64_t end) {
+    std::vector<T> head(size);
+    go(call, written<To>(out), head.data(), begin, end);
+  });
 }
 
 void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& norm_weight, double eps, Tensor out) {
-  require(cos.is_contiguous() && sin.is_contiguous() && out.is_contiguous(), "rope", "contiguous cos, sin and out");
-  require(same_real_type(x, cos) && same_real_type(x, sin) && same_real_type(x, out), "rope",
-          "one dtype, float32 or float64, at aligned addresses");
-  require(x.dim() == 4 && cos.dim() == 2 && sin.dim() == 2 && x.size(1) == cos.size(0) && x.size(3) == cos.size(1) &&
+  require("rope", plain(cos) && plain(sin) && plain(out) && aligned(x), "contiguous cos, sin and out, at aligned addresses");
+  require("rope", is_wide(cos) && sin.scalar_type() == cos.scalar_type() && fits(cos, x) &&
+              (out.scalar_type() == x.scalar_type() || out.scalar_type() == cos.scalar_type()),
+          kOneType);
+  require("rope", x.dim() == 4 && cos.dim() == 2 && sin.dim() == 2 && x.size(1) == cos.size(0) && x.size(3) == cos.size(1) &&
               sin.size(0) == cos.size(0) && sin.size(1) == cos.size(1) && x.size(3) % 2 == 0,
-          "rope", "x [B, T, H, D] with D even, cos and sin [T, D]");
+          "x [B, T, H, D] with D even, cos and sin [T, D]");
   bool same_shape = out.dim() == 4;
   for (int64_t i = 0; same_shape && i < 4; ++i) same_shape = out.size(i) == x.size(i);
-  require(same_shape, "rope", "out of the shape of x");
+  require("rope", same_shape, "out of the shape of x");
   const bool normed = norm_weight.numel() > 0;
-  require(!normed || (norm_weight.numel() == x.size(3) && norm_weight.is_contiguous() && same_real_type(x, norm_weight)),
-          "rope", "norm_weight [D] of x's dtype, or empty");
+  require("rope", !normed || (norm_weight.numel() == x.size(3) && plain(norm_weight) && norm_weight.scalar_type() == cos.scalar_type()),
+          "norm_weight [D] of the dtype of cos, or empty");
   if (x.numel() == 0) return;
-  const int64_t tokens = x.size(1), heads = x.size(2), size = x.size(3);
-  const int64_t row_step = x.stride(0), token_step = x.stride(1);
-  require(x.stride(3) == 1 && (heads == 1 || x.stride(2) == size), "rope", "x with the heads of a token contiguous");
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    const T* from = static_cast<const T*>(x.const_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    const T* c = static_cast<const T*>(cos.const_data_ptr());
-    const T* s = static_cast<const T*>(sin.const_data_ptr());
-    const T* weight = normed ? static_cast<const T*>(norm_weight.const_data_ptr()) : nullptr;
-    over_rows(x.size(0) * tokens, heads * size, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t b = r / tokens, t = r % tokens;
-        const T* token = from + b * row_step + t * token_step;
-        rope_token(token, c + t * size, s + t * size, weight, T(eps), heads, size / 2, to + r * heads * size);
-      }
-    });
+  const int64_t heads = x.size(2), size = x.size(3);
+  require("rope", x.stride(3) == 1 && (heads == 1 || x.stride(2) == size), "x with the heads of a token contiguous");
+  with_storage(x.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = Wide<S>;
+    const Rope<T, S> call{read<S>(x), x.stride(0), x.stride(1), x.size(1), heads, size / 2, read<T>(cos), read<T>(sin),
+                          normed ? read<T>(norm_weight) : nullptr, T(eps)};
+    if (out.scalar_type() == x.scalar_type()) {
+      rope_to<S>(call, x.size(0), out);
+    } else {
+      rope_to<T>(call, x.size(0), out);
+    }
   });
 }
 
 template <bool gelu>
 void gated(const Tensor& gate_up, Tensor out) {
   const char* op = gelu ? "gelu_mul" : "silu_mul";
-  require(gate_up.is_contiguous() && out.is_contiguous(), op, "contiguous tensors");
-  require(same_real_type(gate_up, out) && gate_up.dim() == 2 && out.dim() == 2 && gate_up.size(0) == out.size(0) &&
-              gate_up.size(1) == 2 * out.size(1),
-          op, "gate_up [N, 2 M] and out [N, M] of one dtype, at aligned addresses");
+  require(op, plain(gate_up) && plain(out), "contiguous tensors at aligned addresses");
+  require(op, is_storage(out.scalar_type()) && gate_up.scalar_type() == out.scalar_type() && gate_up.dim() == 2 &&
+              out.dim() == 2 && gate_up.size(0) == out.size(0) && gate_up.size(1) == 2 * out.size(1),
+          "gate_up [N, 2 M] and out [N, M] of one dtype");
   if (out.numel() == 0) return;
   const int64_t size = out.size(1);
-  dispatch(out, [&](auto zero) {
-    using T = decltype(zero);
-    const T* from = static_cast<const T*>(gate_up.const_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    over_rows(out.size(0), size, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const T* row = from + 2 * r * size;
-        if constexpr (gelu) {
-          gelu_mul_row(row, row + size, size, to + r * size);
-        } else {
-          silu_mul_row(row, row + size, size, to + r * size);
-        }
-      }
-    });
+  with_storage(out.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    const auto go = variant<&gated_rows<gelu, Wide<S>, S>>();
+    over_rows(out.size(0), size, [&](int64_t begin, int64_t end) { go(read<S>(gate_up), size, written<S>(out), begin, end); });
   });
 }
 
-void forked_gated(Tensor change, const Tensor& factor, const Tensor& base, const Tensor& scale, const Tensor& drift,
+void forked_gated(const Tensor& change, const Tensor& factor, const Tensor& base, const Tensor& scale, const Tensor& drift,
                   const Tensor& other, const Tensor& bias, bool gelu, Tensor out) {
   const char* op = "forked_gated";
   const bool drifts = other.numel() > 0, biased = bias.numel() > 0;
-  for (const Tensor* x : {&std::as_const(change), &factor, &base, &scale, &drift, &other, &bias, &std::as_const(out)}) {
-    require(x->is_contiguous() && same_real_type(change, *x), op, "contiguous tensors of one dtype, float32 or float64");
-  }
-  require(change.dim() == 2 && base.dim() == 2 && out.dim() == 2 && base.size(1) == change.size(1) &&
+  const auto is = [&](const Tensor& x, const Tensor& like) { return plain(x) && (x.numel() == 0 || x.scalar_type() == like.scalar_type()); };
+  for (const Tensor* x : {&base, &other, static_cast<const Tensor*>(&out)}) require(op, is(*x, change), "contiguous tensors of one dtype");
+  for (const Tensor* x : {&scale, &drift, &bias}) require(op, is(*x, factor), "contiguous tensors of one dtype");
+  require(op, plain(change) && plain(factor) && is_wide(factor) && fits(factor, change), kOneType);
+  require(op, change.dim() == 2 && base.dim() == 2 && out.dim() == 2 && base.size(1) == change.size(1) &&
               change.size(0) == out.size(0) && change.size(1) == 2 * out.size(1),
-          op, "change and base [N, 2 M], and out [N, M]");
+          "change and base [N, 2 M], and out [N, M]");
   const int64_t rows = change.size(0), size = out.size(1);
-  require(base.size(0) == rows && factor.numel() == rows && scale.numel() == rows, op,
-          "base [N, 2 M], factor and scale [N]");
-  require(!drifts || (drift.numel() == rows && other.numel() == base.numel()), op, "drift [N] and other [N, 2 M]");
-  require(!biased || bias.numel() == 2 * size, op, "bias [2 M]");
+  require(op, base.size(0) == rows && factor.numel() == rows && scale.numel() == rows, "base [N, 2 M], factor and scale [N]");
+  require(op, !drifts || (drift.numel() == rows && other.numel() == base.numel()), "drift [N] and other [N, 2 M]");
+  require(op, !biased || bias.numel() == 2 * size, "bias [2 M]");
   if (out.numel() == 0) return;
-  dispatch(out, [&](auto zero) {
-    using T = decltype(zero);
-    T* from = static_cast<T*>(change.mutable_data_ptr());
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    const T* own = static_cast<const T*>(base.const_data_ptr());
-    const T* factors = static_cast<const T*>(factor.const_data_ptr());
-    const T* scales = static_cast<const T*>(scale.const_data_ptr());
-    const T* drifting = drifts ? static_cast<const T*>(drift.const_data_ptr()) : nullptr;
-    const T* beside = drifts ? static_cast<const T*>(other.const_data_ptr()) : nullptr;
-    const T* added = biased ? static_cast<const T*>(bias.const_data_ptr()) : nullptr;
-    over_rows(rows, size, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        T* row = from + 2 * r * size;
-        const int64_t at = 2 * r * size;
-        forked_row(row, factors[r], own + at, scales[r], drifts ? drifting[r] : T(0), drifts ? beside + at : nullptr, added,
-                   2 * size);
-        if (gelu) {
-          gelu_mul_row(row, row + size, size, to + r * size);
-        } else {
-          silu_mul_row(row, row + size, size, to + r * size);
-        }
-      }
-    });
+  with_storage(change.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = Wide<S>;
+    const Forked<T, S> call{read<S>(change), read<S>(base), drifts ? read<S>(other) : nullptr,
+                            read<T>(factor), read<T>(scale), drifts ? read<T>(drift) : nullptr,
+                            biased ? read<T>(bias) : nullptr, size, written<S>(out)};
+    const auto go = gelu ? variant<&forked_rows<true, T, S>>() : variant<&forked_rows<false, T, S>>();
+    over_rows(rows, size, [&](int64_t begin, int64_t end) { go(call, begin, end); });
   });
 }
-
-void silu_mul(const Tensor& gate_up, Tensor out) { gated<false>(gate_up, out); }
-
-void gelu_mul(const Tensor& gate_up, Tensor out) { gated<true>(gate_up, out); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shipsfast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset, Tensor(a!) out) -> ()");
   m.def("add_rms_norm_(Tensor(a!) x, Tensor y, Tensor weight, float eps, float offset) -> ()");
+  m.def("add_(Tensor(a!) x, Tensor y) -> ()");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor norm_weight, float eps, Tensor(a!) out) -> ()");
   m.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def("gelu_mul(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
-      "forked_gated(Tensor(b!) change, Tensor factor, Tensor base, Tensor scale, Tensor drift, Tensor other, Tensor bias, "
+      "forked_gated(Tensor change, Tensor factor, Tensor base, Tensor scale, Tensor drift, Tensor other, Tensor bias, "
       "bool gelu, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shipsfast, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("add_", TORCH_BOX(&add_));
   m.impl("rope", TORCH_BOX(&rope));
-  m.impl("silu_mul", TORCH_BOX(&silu_mul));
-  m.impl("gelu_mul", TORCH_BOX(&gelu_mul));
+  m.impl("silu_mul", TORCH_BOX(&gated<false>));
+  m.impl("gelu_mul", TORCH_BOX(&gated<true>));
   m.impl("forked_gated", TORCH_BOX(&forked_gated));
 }

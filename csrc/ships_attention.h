@@ -3,12 +3,15 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
+
+#include "ships_half.h"
 
 #define SHIPS_ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -53,7 +56,7 @@ struct MaskTensors {
 };
 
 // Raises unless they are for so many rows and heads. Shapes of the replacing vectors are the caller's to check.
-void check_masks(const char* op, const MaskTensors& masks, torch::headeronly::ScalarType type, int64_t rows,
+inline void check_masks(const char* op, const MaskTensors& masks, torch::headeronly::ScalarType type, int64_t rows,
                  int64_t heads) {
   using torch::headeronly::ScalarType;
   const auto of = [](const torch::stable::Tensor& x, ScalarType wanted, int64_t count) {
@@ -91,10 +94,34 @@ struct Masks {
 };
 
 // out = from * factor
-template <typename T>
-SHIPS_ALWAYS_INLINE void scale_into(T* out, const T* from, int64_t size, T factor) {
-  for (int64_t d = 0; d < size; ++d) out[d] = from[d] * factor;
+template <typename To, typename From, typename T>
+SHIPS_ALWAYS_INLINE void scale_into(To* out, const From* from, int64_t size, T factor) {
+  for (int64_t d = 0; d < size; ++d) round_to(out[d], widened(from[d]) * factor);
 }
+
+template <typename S>
+SHIPS_ALWAYS_INLINE void clear(S* out, int64_t size) {
+  std::memset(out, 0, size * sizeof(S));
+}
+
+// run(a number of that type) for the types that attention takes; sums are in float32, or float64 of float64.
+template <typename F>
+void with_storage(torch::headeronly::ScalarType type, const F& run) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Double: return run(double{});
+    case ScalarType::BFloat16: return run(BFloat16{});
+    case ScalarType::Half: return run(Float16{});
+    default: return run(float{});
+  }
+}
+
+bool is_storage(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+constexpr const char* kStorage = "float64, float32, bfloat16 or float16";
 
 template <typename T>
 SHIPS_ALWAYS_INLINE void cap(T* scores, int64_t begin, int64_t end, T softcap) {

@@ -12,6 +12,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "ships_half.h"
 #include "ships_kl.h"
 #include "ships_math.h"
 
@@ -38,33 +39,9 @@ constexpr int64_t kElementsPerTask = 1 << 15;   // less than this is not worth a
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-SHIPS_INLINE float float_from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-SHIPS_INLINE double to_f64(double x) { return x; }
-SHIPS_INLINE double to_f64(float x) { return x; }
-SHIPS_INLINE double to_f64(BFloat16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
-
-// In integer steps that vectorise everywhere. The subnormal case subtracts rather than scales, so that it
-// also holds with denormals flushed to zero (torch.set_flush_denormal).
-SHIPS_INLINE double to_f64(Float16 x) {
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const float normal = float_from_bits(magnitude + (112u << 23));
-  const float subnormal = float_from_bits(magnitude + (113u << 23)) - 0x1p-14f;
-  const float special = float_from_bits(magnitude | 0x7f800000u);
-  const float small = magnitude < (1u << 23) ? subnormal : normal;
-  const float value = magnitude >= (31u << 23) ? special : small;
-  return (x.bits & 0x8000u) ? -value : value;
+template <typename S>
+SHIPS_INLINE double to_f64(S x) {
+  return widened(x);
 }
 
 // The largest logit, leaving NaN out: whatever a NaN is in, it reaches the sums.

@@ -43,6 +43,17 @@ SHIPS_ALWAYS_INLINE void store(T* to, typename Lanes<T>::Vec value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
+template <typename T, typename S>
+SHIPS_ALWAYS_INLINE typename Lanes<T>::Vec load_as(const S* from) {
+  if constexpr (std::is_same_v<T, S>) {
+    return load(from);
+  } else {
+    T wide[Lanes<T>::count];
+    for (int i = 0; i < Lanes<T>::count; ++i) wide[i] = widened(from[i]);
+    return load(wide);
+  }
+}
+
 // out[i][0 .. 2 * lanes) += sum over n of left[n * left_step + i * left_row] * right[n * right_stride + ...], for
 // kQueries rows i.
 template <typename T>
@@ -92,21 +103,21 @@ SHIPS_ALWAYS_INLINE void swap_blocks(typename Lanes<T>::Vec* rows) {
 #endif
 
 // Keys of a tile with their dimensions in rows: to[d][j] = from(j)[d], zero from `count` to a whole pair of vectors.
-// Wide: vectors are registers, and squares of them are transposed there. zeros: size of them.
-template <typename T, bool Wide, typename From>
-SHIPS_ALWAYS_INLINE void transpose(T* to, int64_t size, int64_t count, const T* zeros, const From& from) {
+// Registers: vectors are such, and squares of them are transposed there. zeros: size of them.
+template <typename T, typename S, bool Registers, typename From>
+SHIPS_ALWAYS_INLINE void transpose(T* to, int64_t size, int64_t count, const S* zeros, const From& from) {
   constexpr int lanes = Lanes<T>::count;
   const int64_t padded = round_up(count, 2 * lanes);
   for (int64_t j = 0; j < padded; j += lanes) {
-    const T* key[lanes];
+    const S* key[lanes];
     for (int64_t n = 0; n < lanes; ++n) key[n] = j + n < count ? from(j + n) : zeros;
     int64_t d = 0;
 #if !defined(__clang__)
-    if constexpr (Wide) {
+    if constexpr (Registers) {
       for (; d + lanes <= size; d += lanes) {
         typename Lanes<T>::Vec rows[lanes];
 #pragma GCC unroll 16
-        for (int n = 0; n < lanes; ++n) rows[n] = load(key[n] + d);
+        for (int n = 0; n < lanes; ++n) rows[n] = load_as<T>(key[n] + d);
         swap_blocks<T, 1>(rows);
 #pragma GCC unroll 16
         for (int n = 0; n < lanes; ++n) store(to + (d + n) * kTile + j, rows[n]);
@@ -114,7 +125,7 @@ SHIPS_ALWAYS_INLINE void transpose(T* to, int64_t size, int64_t count, const T* 
     }
 #endif
     for (; d < size; ++d) {
-      for (int n = 0; n < lanes; ++n) to[d * kTile + j + n] = key[n][d];
+      for (int n = 0; n < lanes; ++n) to[d * kTile + j + n] = widened(key[n][d]);
     }
   }
 }
@@ -145,22 +156,27 @@ SHIPS_ALWAYS_INLINE T weigh(T* scores, int64_t begin, int64_t end, int64_t padde
 template <typename T>
 struct Tile {
   int64_t size, width;        // D, and D of v padded to two vectors
-  std::vector<T> zeros;       // [D]
+  std::vector<unsigned char> zeros;  // those of D numbers
   std::vector<T> keys, alt;   // [D, kTile], the keys and those that replace them
   std::vector<T> values;      // [kTile, width]
   std::vector<T> scores;      // [kQueries, kTile]
 
+  template <typename S>
+  const S* zeros_of() const {
+    return reinterpret_cast<const S*>(zeros.data());
+  }
+
   Tile(int64_t size, int64_t out_size)
-      : size(size), width(round_up(out_size, 2 * Lanes<T>::count)), zeros(size), keys(size * kTile), alt(size * kTile),
+      : size(size), width(round_up(out_size, 2 * Lanes<T>::count)), zeros(size * sizeof(T)), keys(size * kTile), alt(size * kTile),
         values(kTile * width), scores(kQueries * kTile) {}
 };
 
 template <typename T, typename From>
 SHIPS_ALWAYS_INLINE void load_values(Tile<T>& tile, int64_t out_size, int64_t count, const From& from) {
   for (int64_t j = 0; j < count; ++j) {
-    const T* value = from(j);
+    const auto* value = from(j);
     T* to = tile.values.data() + j * tile.width;
-    for (int64_t d = 0; d < out_size; ++d) to[d] = value[d];
+    for (int64_t d = 0; d < out_size; ++d) to[d] = widened(value[d]);
     for (int64_t d = out_size; d < tile.width; ++d) to[d] = 0;
   }
 }

@@ -32,18 +32,19 @@ struct Shape {
   int64_t rows, heads, kv_heads, queries, size, out_size;
 };
 
-template <typename T>
+// T: what sums are made in; S: how tensors are stored.
+template <typename T, typename S>
 struct Call {
   Shape shape;
-  View<T> q, k, v;              // [B, T, heads, D]
-  View<T> q_alt, k_alt;         // [B, T, -, D]
-  View<T> out_alt;              // [-, T, H, D]
+  View<S> q, k, v;              // [B, T, heads, D]
+  View<S> q_alt, k_alt;         // [B, T, -, D]
+  View<S> out_alt;              // [-, T, H, D]
   Masks<T> masks;
   const int32_t* blocks;        // [G, 4]: first and one past the last of queries, of keys
   const int32_t* query_table;   // [NQ, 3]: index into q, and which of the block's keys it sees: first, one past the last
   const int32_t* keys;          // [NK]: index into k and v
   int64_t num_blocks;
-  T* out;                       // [B, TQ, H, D of v]
+  S* out;                       // [B, TQ, H, D of v]
 };
 
 // What one thread works in.
@@ -63,8 +64,8 @@ struct Scratch {
   }
 };
 
-template <typename T, bool Wide>
-SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_head, int64_t block, Scratch<T>& work) {
+template <typename T, typename S, bool Registers>
+SHIPS_ALWAYS_INLINE void run_block(const Call<T, S>& call, int64_t row, int64_t kv_head, int64_t block, Scratch<T>& work) {
   const Shape& shape = call.shape;
   const int64_t shared = shape.heads / shape.kv_heads, first_head = kv_head * shared;
   const int32_t* range = call.blocks + 4 * block;
@@ -91,7 +92,7 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
       for (int64_t i = 0; i < kQueries; ++i) {
         const int64_t n = std::min(g * kQueries + i, queries - 1);
         const int64_t at = table[3 * n];
-        const T* q = (flags(h) & kReplaceQ) ? call.q_alt.at(row, at, 0) : call.q.at(row, at, first_head + h);
+        const S* q = (flags(h) & kReplaceQ) ? call.q_alt.at(row, at, 0) : call.q.at(row, at, first_head + h);
         scale_into(to + i * size, q, size, scale);
       }
     }
@@ -107,8 +108,8 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   }
   for (int64_t start = 0; any && start < num_keys; start += kTile) {
     const int64_t count = std::min<int64_t>(kTile, num_keys - start);
-    if (any_own) transpose<T, Wide>(tile.keys.data(), size, count, tile.zeros.data(), [&](int64_t j) { return call.k.at(row, keys[start + j], kv_head); });
-    if (any_alt) transpose<T, Wide>(tile.alt.data(), size, count, tile.zeros.data(), [&](int64_t j) { return call.k_alt.at(row, keys[start + j], 0); });
+    if (any_own) transpose<T, S, Registers>(tile.keys.data(), size, count, tile.template zeros_of<S>(), [&](int64_t j) { return call.k.at(row, keys[start + j], kv_head); });
+    if (any_alt) transpose<T, S, Registers>(tile.alt.data(), size, count, tile.template zeros_of<S>(), [&](int64_t j) { return call.k_alt.at(row, keys[start + j], 0); });
     load_values(tile, shape.out_size, count, [&](int64_t j) { return call.v.at(row, keys[start + j], kv_head); });
     for (int64_t h = 0; h < shared; ++h) {
       if (skipped(h)) continue;
@@ -129,44 +130,45 @@ SHIPS_ALWAYS_INLINE void run_block(const Call<T>& call, int64_t row, int64_t kv_
   for (int64_t h = 0; h < shared; ++h) {
     for (int64_t n = 0; n < queries; ++n) {
       const int64_t at = table[3 * n];
-      T* to = call.out + ((row * shape.queries + at) * shape.heads + first_head + h) * shape.out_size;
+      S* to = call.out + ((row * shape.queries + at) * shape.heads + first_head + h) * shape.out_size;
       const T scale = T(factor(h));
       if (scale == 0) {
-        std::fill(to, to + shape.out_size, T(0));
+        clear(to, shape.out_size);
       } else if (flags(h) & kReplaceOut) {
         scale_into(to, call.out_alt.at(0, at, first_head + h), shape.out_size, scale);
       } else {
         const int64_t place = h * groups * kQueries + n;
         const T* from = work.out.data() + place * width;
         const T share = T(1) / work.sum[place];
-        for (int64_t d = 0; d < shape.out_size; ++d) to[d] = from[d] * share * scale;
+        for (int64_t d = 0; d < shape.out_size; ++d) round_to(to[d], from[d] * share * scale);
       }
     }
   }
 }
 
-template <typename T, bool Wide>
-SHIPS_ALWAYS_INLINE void run_tasks(const Call<T>& call, int64_t begin, int64_t end, Scratch<T>& work) {
+template <typename T, typename S, bool Registers>
+SHIPS_ALWAYS_INLINE void run_tasks(const Call<T, S>& call, int64_t begin, int64_t end, Scratch<T>& work) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task % call.num_blocks, rest = task / call.num_blocks;
-    run_block<T, Wide>(call, rest / call.shape.kv_heads, rest % call.shape.kv_heads, block, work);
+    run_block<T, S, Registers>(call, rest / call.shape.kv_heads, rest % call.shape.kv_heads, block, work);
   }
 }
 
-template <typename T>
+template <typename S>
 void run(const Tensor& q, const Tensor& k, const Tensor& v, const MaskTensors& masks, const Tensor& blocks,
          const Tensor& queries, const Tensor& keys, Tensor& out) {
-  const Call<T> call{
+  using T = Wide<S>;
+  const Call<T, S> call{
       {out.size(0), out.size(2), k.size(1), out.size(1), q.size(3), out.size(3)},
-      view<T>(q, {0, 2, 1}), view<T>(k, {0, 2, 1}), view<T>(v, {0, 2, 1}),
-      view<T>(masks.q_alt, {0, 1, -1}), view<T>(masks.k_alt, {0, 1, -1}), view<T>(masks.out_alt, {-1, 1, 0}),
+      view<S>(q, {0, 2, 1}), view<S>(k, {0, 2, 1}), view<S>(v, {0, 2, 1}),
+      view<S>(masks.q_alt, {0, 1, -1}), view<S>(masks.k_alt, {0, 1, -1}), view<S>(masks.out_alt, {-1, 1, 0}),
       Masks<T>(masks), static_cast<const int32_t*>(blocks.const_data_ptr()),
       static_cast<const int32_t*>(queries.const_data_ptr()), static_cast<const int32_t*>(keys.const_data_ptr()),
-      blocks.size(0), static_cast<T*>(out.mutable_data_ptr()),
+      blocks.size(0), static_cast<S*>(out.mutable_data_ptr()),
   };
   int64_t most = 1;
   for (int64_t g = 0; g < call.num_blocks; ++g) most = std::max<int64_t>(most, call.blocks[4 * g + 1] - call.blocks[4 * g]);
-  const auto go = variant<&run_tasks<T, false>, &run_tasks<T, true>>();
+  const auto go = variant<&run_tasks<T, S, false>, &run_tasks<T, S, true>>();
   torch::stable::parallel_for(0, call.shape.rows * call.shape.kv_heads * call.num_blocks, 1,
                               [&](int64_t begin, int64_t end) {
                                 Scratch<T> work(call.shape, most);
@@ -190,7 +192,7 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && out.dim() == 4 && out.is_contiguous(),
           "q, k and v [B, heads, T, D], and a contiguous out [B, TQ, H, D of v]");
   const ScalarType type = q.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::Double, "float32 or float64");
+  require(is_storage(type), kStorage);
   const int64_t rows = out.size(0), heads = out.size(2), kv_heads = k.size(1);
   require(q.size(1) == heads && q.size(2) == out.size(1) && k.size(3) == q.size(3) && v.size(3) == out.size(3) &&
               v.size(1) == kv_heads && v.size(2) == k.size(2) && kv_heads > 0 && heads % kv_heads == 0,
@@ -212,8 +214,7 @@ void tree_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
           "q_alt [B or 1, TQ, D], k_alt [B or 1, T, D] and out_alt [H or 1, TQ or 1, D of v]");
   require(table(blocks, 2, 4) && table(queries, 2, 3) && table(keys, 1, 0), "the tables of cpp_attention.plan_blocks");
   if (out.numel() == 0) return;
-  const auto go = type == ScalarType::Float ? &run<float> : &run<double>;
-  go(q, k, v, masks, blocks, queries, keys, out);
+  with_storage(type, [&](auto zero) { run<decltype(zero)>(q, k, v, masks, blocks, queries, keys, out); });
 }
 
 }  // namespace

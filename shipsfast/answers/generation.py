@@ -81,6 +81,10 @@ def prepare_generation(
     model = base_model(model)
     check_in_memory(model)
     subject = look_at(model, tokenizer, measurement, execution)
+    if subject.fp32_residual and subject.backend == "triton":
+        raise InputError(
+            f"layers {subject.layers!r} (--layers) is for scans on a GPU: a text should be what the model itself says"
+        )
     if subject.how.kind == "resample":
         raise InputError(
             "ablation resample matches positions one to one, and new text has no counterpart: use another"

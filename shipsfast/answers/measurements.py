@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_doc import Doc
 
 from ..engine.heads import Head, check_groups, check_heads
-from ..engine.measurement import FP32_RESIDUAL, Execution, Heads, Measurement, as_heads, as_tuple
+from ..engine.measurement import Execution, Heads, Measurement, as_heads, as_tuple
 from ..errors import InputError, whole_number
 from ..prompts.tokens import as_prompts
 from .judges.judge import Judge
@@ -163,10 +163,6 @@ class DecodingExecution(Execution):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._whole("batch_rows")
-        if self.layers == FP32_RESIDUAL:
-            raise InputError(
-                f"layers {self.layers!r} (--layers) is for scans: a text should be what the model itself says"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

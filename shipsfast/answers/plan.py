@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..engine.fused_layer import base_row_bytes, joins, loaded_bytes
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, make_plan
-from ..engine.subject import Subject
+from ..engine.subject import Subject, working_dtype
 from ..errors import InputError
 from ..models.anatomy import LOGIT_COPIES
 from ..ops.kv_cache import slot_bytes
@@ -46,8 +46,10 @@ def make_generation_plan(subject: Subject, num_groups: int, execution: DecodingE
     """How many rows at a time. Raises InputError if not even one fits."""
     anatomy, dtype = subject.anatomy, subject.model.dtype
     capacity = max(map(len, subject.token_ids)) + subject.measurement.new_tokens
-    by_token = base_row_bytes(anatomy.layers[0].module) if subject.fused else 0  # of the prefill
-    held = Held(subject.device, dtype, bytes=_loaded_bytes(subject), per_token_bytes=by_token)
+    # Of the prefill.
+    by_token = base_row_bytes(anatomy.layers[0].module, subject.products) if subject.fused else 0
+    working = working_dtype(subject.model, subject.backend, subject.layers)
+    held = Held(subject.device, working, bytes=_loaded_bytes(subject), per_token_bytes=by_token)
 
     def plan(max_memory: int | None) -> Plan:
         limited = ScanExecution(max_memory=max_memory)
@@ -56,7 +58,7 @@ def make_generation_plan(subject: Subject, num_groups: int, execution: DecodingE
     prefill = plan(execution.max_memory)
     each = slot_bytes(anatomy.num_layers, anatomy.num_kv_heads, anatomy.head_dim, capacity, dtype.itemsize)
     # A step's logits, and what a layer holds while it runs.
-    each += anatomy.vocab_size * 4 * LOGIT_COPIES + anatomy.work_width * dtype.itemsize
+    each += anatomy.vocab_size * 4 * LOGIT_COPIES + anatomy.work_width * working.itemsize
     rows = num_groups * len(subject.token_ids)
     wanted = min(rows, execution.batch_rows or (CPU_ROWS if subject.device.type == "cpu" else CUDA_ROWS))
     # Cache and prefill share the memory; prefill needs at least a row's worth, and has been given all.
@@ -77,6 +79,6 @@ def _loaded_bytes(subject: Subject) -> int:
     if not subject.fused:
         return 0
     if not joins(subject.backend):
-        return loaded_bytes(subject.anatomy.layers[0].module, subject.device)
+        return loaded_bytes(subject.anatomy.layers[0].module, subject.products, subject.device)
     weights = (p for layer in subject.anatomy.layers for p in layer.module.parameters())
-    return sum(p.numel() * p.element_size() for p in weights)
+    return sum(p.numel() * subject.products.itemsize for p in weights)

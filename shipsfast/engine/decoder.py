@@ -104,7 +104,8 @@ class Decoder:
             if self.fused:
                 sizes = (self.anatomy.num_heads, self.anatomy.num_kv_heads)
                 for layer in self.anatomy.layers:
-                    self._layers.append(FusedLayer(layer.module, *sizes, self.backend))
+                    fused = FusedLayer(layer.module, *sizes, self.backend, self.model.dtype)  # as the cache is
+                    self._layers.append(fused)
                     if joins(self.backend):
                         undo.enter_context(self._layers[-1].loaded(0, None))
             self._undo = undo.pop_all()
@@ -237,8 +238,9 @@ class Decoder:
             before = plan.alive[index - 1] if index else len(plan.order)
             n = plan.alive[index]
             if self._buffer is None:
+                dtype = torch.float32 if self.subject.fp32_residual else hidden.dtype
                 self._buffer = torch.empty(
-                    len(plan.order), *hidden.shape[1:], dtype=hidden.dtype, device=hidden.device
+                    len(plan.order), *hidden.shape[1:], dtype=dtype, device=hidden.device
                 )
             if hidden.data_ptr() != self._buffer.data_ptr():
                 self._buffer[:before] = hidden
@@ -253,7 +255,7 @@ class Decoder:
                 self._buffer[:n] = call(self._buffer[:n])
             if last:
                 self._buffer[n:] = self._buffer.index_select(0, plan.leader[n:])
-                n = len(plan.order)
+                return call.result(self._buffer.to(self.model.dtype))
             return call.result(self._buffer[:n])
 
         return step

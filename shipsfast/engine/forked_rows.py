@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..ops.layer_ops import numbers
-from ..ops.mixed_products import sums_of_products
 from .memory_plan import even_slices
 
 if TYPE_CHECKING:
@@ -67,18 +66,17 @@ class ForkedRows:
         ways: list[int],
     ) -> None:
         self.layer, self._start, self._own, self._other, self._heads = layer, start, own, other, heads
-        self._delta = (other - own).transpose(1, 2).flatten(0, 1)  # [W H, T, D]
-        (projection,) = layer.out.layers
-        self._projection = projection.weight.t().unflatten(0, (layer.heads, -1))  # [H, D, hidden]
+        self._delta = (other - own).transpose(1, 2).flatten(0, 1).to(layer.products)  # [W H, T, D]
+        self._projection = layer.out.weight.t().unflatten(0, (layer.heads, -1))  # [H, D, hidden]
         # A copy of a few numbers that no earlier work waits for: one for all chunks.
         self._index, self._ways = (
             torch.tensor(each).to(start.device, non_blocking=True) for each in (heads, ways)
         )  # [rows, heads of each], [rows]
         self.base, self._added = start.clone(), None  # the base row as it enters the MLP, and y
         if layer.after_attention is None:
-            layer.out.add_to(self.base.flatten(0, 1), own.flatten(2).flatten(0, 1))
+            layer.add(layer.out, self.base, own.flatten(2).flatten(0, 1), None)
         else:
-            self._added = layer.out(own.flatten(2).flatten(0, 1)).view_as(start)
+            self._added = layer.out(own.flatten(2).flatten(0, 1).to(layer.products)).view_as(start)
             layer.ops.add_rms_norm_(self.base.flatten(0, 1), self._added.flatten(0, 1), layer.after_attention)
             self._r_between = _inverse_rms(self._added, layer.after_attention)  # [1, T]
         self._r = _inverse_rms(self.base, layer.before_mlp)  # [1, T]
@@ -116,7 +114,8 @@ class ForkedRows:
         """Room for what enters down_proj, [rows * T, M], where gate and up go by rank."""
         if self._gate_up is None:
             return None
-        return self._own.new_empty(rows * self.tokens, self.layer.gate_up.width // 2)
+        shape = rows * self.tokens, self.layer.gate_up.width // 2
+        return self._own.new_empty(shape, dtype=self.layer.products)
 
     def _attended(self, out: torch.Tensor, rows: slice, inner: torch.Tensor | None) -> bool:
         """These rows up to the MLP, to out[rows]. Whether `inner` has what enters down_proj."""
@@ -126,7 +125,7 @@ class ForkedRows:
         projection = self._projection[chosen].flatten(1, 2)  # [rows, R, hidden]
         between = None
         if self._added is None:
-            sums_of_products(self.base.expand(len(chosen), -1, -1), change, projection, out=into)
+            layer.add_batched(self.base.expand(len(chosen), -1, -1), change, projection, into)
         else:
             into[:] = self._start
             y = torch.baddbmm(self._added.expand(len(chosen), -1, -1), change, projection)

@@ -18,12 +18,14 @@ q and k before its rotary embedding; Gemma 2 adds rms_norm(y) instead of y, afte
 On a CPU with MKL, the weights of a layer are packed once for its many chunks of equal size.
 
 In a half-precision model on the Triton path the residual stream x may be in float32, and everything else as it was: only
-the products' sums go into it, and they are float32 anyway.
+the products' sums go into it, and they are float32 anyway. On a CPU it always is, as are norms, softmax and all other sums; there
+products are in half precision where the processor is faster at it, and in float32 where it is not (ops/half_products.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -38,17 +40,20 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from ..models.own_attention import is_patched
 from ..ops import mixed_products
 from ..ops.extension import extension_status
+from ..ops.half_products import products_dtype
 from ..ops.layer_ops import small_ops
 from ..ops.masks import LayerMask
-from ..ops.mixed_products import add_product_
+from ..ops.mixed_products import add_product_, sums_of_products
 from .forked_rows import ForkedRows, pays
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, Gemma2DecoderLayer)
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu"}
-CPP_DTYPES = (torch.float32, torch.float64)
+CPP_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CAPTURING = "transformers.utils.output_capturing"
-CAN_PACK = torch.backends.mkl.is_available()
+# By which library weights are packed on a CPU, by the dtype of products.
+PACKS = {torch.float32: "mkl"} if torch.backends.mkl.is_available() else {}
+PACKS |= {torch.bfloat16: "onednn"} if torch.backends.mkldnn.is_available() else {}
 # attention(q, k, v, mask, trimmed) -> [B, TQ, H, D]; q, k, v [B, T, heads, D]
 Attention = Callable[..., torch.Tensor]
 
@@ -62,7 +67,7 @@ def why_not(
             return f"attention backend {backend} on {device.type}, where the small operations are Triton's"
         if not extension_status()[0]:
             return "the native extension is not built"
-        if not hasattr(torch.ops.shipsfast, "forked_gated"):
+        if not hasattr(torch.ops.shipsfast, "add_"):
             return "the native extension is of an older version: build it again"
     if dtype not in (TRITON_DTYPES if backend == "triton" else CPP_DTYPES):
         return f"dtype {dtype}"
@@ -102,23 +107,35 @@ def why_no_fp32_residual(dtype: torch.dtype, device: torch.device, backend: str,
         return "the output head is not a plain linear layer"
     if dtype.itemsize >= 4:
         return f"the model is in {str(dtype).removeprefix('torch.')} as it is"
-    if backend != "triton":
-        return "the small operations are not Triton's"
     return mixed_products.why_not(dtype, device)
 
 
-def loaded_bytes(layer: torch.nn.Module, device: torch.device) -> int:
-    """What `FusedLayer.loaded` holds at most: weights side by side and, in float32 on a CPU, packed."""
-    own = sum(p.numel() * p.element_size() for p in layer.parameters())
-    packs = CAN_PACK and device.type == "cpu" and next(layer.parameters()).dtype == torch.float32
-    return own * (1 + packs)
+def why_no_half_residual(dtype: torch.dtype, backend: str) -> str | None:
+    """Why rows that go this way cannot keep their residual stream in the model's half precision, None if they can."""
+    if backend == "triton" or dtype.itemsize >= 4:
+        return None
+    return "on a CPU the residual stream of a half-precision model is in float32, as layers='fused_fp32_residual' says"
 
 
-def base_row_bytes(layer: torch.nn.Module) -> int:
+def dtype_of_products(dtype: torch.dtype, backend: str) -> torch.dtype:
+    """In which the products of a model of this dtype run. backend: of attention, resolved."""
+    return dtype if backend == "triton" else products_dtype(dtype)
+
+
+def loaded_bytes(layer: torch.nn.Module, products: torch.dtype, device: torch.device) -> int:
+    """What `FusedLayer.loaded` holds at most: weights side by side and, on a CPU, packed. products: their dtype."""
+    own = sum(p.numel() * products.itemsize for p in layer.parameters())
+    return own * (1 + (device.type == "cpu" and products in PACKS))
+
+
+def base_row_bytes(layer: torch.nn.Module, products: torch.dtype) -> int:
     """What `forks` holds of the base row beside a chunk, per token, at most: gate and up, and of a second norm as many."""
-    weight = layer.mlp.gate_proj.weight
     second = type(layer) is Gemma2DecoderLayer
-    return 2 * len(weight) * weight.element_size() * (1 + second)
+    return 2 * len(layer.mlp.gate_proj.weight) * products.itemsize * (1 + second)
+
+
+def _wide(dtype: torch.dtype, backend: str) -> torch.dtype:
+    return dtype if backend == "triton" else torch.promote_types(dtype, torch.float32)
 
 
 def joins(backend: str) -> bool:
@@ -140,12 +157,12 @@ def _hooks(module: torch.nn.Module) -> list[Callable]:
 class Product:
     """x @ W^T + b of one or more linear layers side by side, their outputs concatenated.
 
-    On a CPU, weights are packed for inputs of `rows` rows: MKL then skips its own packing, which costs 3 to 15 % of
-    a product of cache-sized chunks.
+    On a CPU, weights are packed for inputs of `rows` rows: MKL or oneDNN then skips its own packing, which costs 3 to 15 % of
+    a product of cache-sized chunks. dtype: of inputs and outputs; weights of another one are converted while they are loaded.
     """
 
-    def __init__(self, *layers: torch.nn.Linear) -> None:
-        self.layers = layers
+    def __init__(self, dtype: torch.dtype, *layers: torch.nn.Linear) -> None:
+        self.dtype, self.layers = dtype, layers
         self.width = sum(layer.out_features for layer in layers)
         self.weight: torch.Tensor | None = None  # [width, in]
         self.bias: torch.Tensor | None = None
@@ -158,13 +175,17 @@ class Product:
         Without it a product runs too, one layer after the other.
         """
         weights = [layer.weight for layer in self.layers]
-        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).to(self.dtype)
         biases = [layer.bias for layer in self.layers]
         if any(b is not None for b in biases):
-            zeros = [self.weight.new_zeros(layer.out_features) for layer in self.layers]
+            zeros = [weights[0].new_zeros(layer.out_features) for layer in self.layers]
             self.bias = torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
-        if rows and CAN_PACK and self.weight.dtype == torch.float32 and self.weight.device.type == "cpu":
-            self._packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+            self.bias = self.bias.to(self.dtype)
+        if rows and self.dtype in PACKS and self.weight.device.type == "cpu":
+            if PACKS[self.dtype] == "mkl":
+                self._packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+            else:
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
             self._size = rows
 
     def unload(self) -> None:
@@ -178,13 +199,16 @@ class Product:
             for layer, part in zip(
                 self.layers, out.split([y.out_features for y in self.layers], 1), strict=True
             ):
+                weight = layer.weight.to(self.dtype).t()
                 if layer.bias is None:
-                    torch.mm(x, layer.weight.t(), out=part)
+                    torch.mm(x, weight, out=part)
                 else:
-                    torch.addmm(layer.bias, x, layer.weight.t(), out=part)
+                    torch.addmm(layer.bias.to(self.dtype), x, weight, out=part)
             return out
         if len(x) == self._size:
-            return torch.ops.mkl._mkl_linear(x, self._packed, self.weight, self.bias, self._size)
+            if PACKS[self.dtype] == "mkl":
+                return torch.ops.mkl._mkl_linear(x, self._packed, self.weight, self.bias, self._size)
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return linear(x, self.weight, self.bias)
 
     def without_bias(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,7 +221,8 @@ class Product:
             x += self(y)
             return
         (layer,) = self.layers  # side by side, sums would overlap
-        add_product_(x, y, layer.weight.t())
+        weight = layer.weight.to(self.dtype) if self.weight is None else self.weight
+        add_product_(x, y, weight.t())
         if layer.bias is not None:
             x += layer.bias
 
@@ -205,22 +230,36 @@ class Product:
 class FusedLayer:
     """One decoder layer, applied to rows of residual streams [rows, T, hidden]. Use inside `loaded`.
 
-    backend: of attention, resolved; the small operations are Triton's where it is.
+    backend: of attention, resolved; the small operations are Triton's where it is. attention: the dtype of what enters attention
+    and comes out of it; by default, on a CPU, float32 in a half-precision model.
     """
 
-    def __init__(self, layer: torch.nn.Module, num_heads: int, num_kv_heads: int, backend: str) -> None:
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        num_heads: int,
+        num_kv_heads: int,
+        backend: str,
+        attention: torch.dtype | None = None,
+    ) -> None:
         attn, mlp = layer.self_attn, layer.mlp
-        self.heads, self.kv_heads, self.ops = num_heads, num_kv_heads, small_ops(backend)
         self.dtype = mlp.gate_proj.weight.dtype
+        self.products = dtype_of_products(self.dtype, backend)
+        self.attention = attention or _wide(self.dtype, backend)
+        # Products come out of the processor's units rounded, and are added to a wider stream.
+        self._added_apart = backend != "triton" and self.products.itemsize < 4
+        self.heads, self.kv_heads = num_heads, num_kv_heads
+        self.ops = small_ops(backend, self.products, self.attention)
         self.scaling = attn.head_dim**-0.5 if attn.scaling is None else attn.scaling
         self.softcap = getattr(attn, "attn_logit_softcapping", None)
         self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
-        self.q = Product(attn.q_proj)
-        self.kv = Product(attn.k_proj, attn.v_proj)
-        self.qkv = Product(attn.q_proj, attn.k_proj, attn.v_proj)
-        self.out = Product(attn.o_proj)
-        self.gate_up = Product(mlp.gate_proj, mlp.up_proj)
-        self.down = Product(mlp.down_proj)
+        product = functools.partial(Product, self.products)
+        self.q = product(attn.q_proj)
+        self.kv = product(attn.k_proj, attn.v_proj)
+        self.qkv = product(attn.q_proj, attn.k_proj, attn.v_proj)
+        self.out = product(attn.o_proj)
+        self.gate_up = product(mlp.gate_proj, mlp.up_proj)
+        self.down = product(mlp.down_proj)
         self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
         self.before_attention = layer.input_layernorm
         self.after_attention = self.after_mlp = None  # norms of what is added to the residual stream
@@ -336,7 +375,20 @@ class FusedLayer:
 
     def add(self, product: Product, x: torch.Tensor, y: torch.Tensor, norm: torch.nn.Module | None) -> None:
         """x += product(y), or norm(product(y)), in place."""
-        if norm is None:
-            product.add_to(x.flatten(0, 1), y)
+        x, y = x.flatten(0, 1), y.to(self.products)
+        if norm is not None:
+            self.ops.add_rms_norm_(x, product(y), norm)
+        elif self._added_apart:
+            torch.ops.shipsfast.add_(x, product(y))
         else:
-            self.ops.add_rms_norm_(x.flatten(0, 1), product(y), norm)
+            product.add_to(x, y)
+
+    def add_batched(
+        self, start: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """out [B, N, M] = start + y [B, N, K] @ weight [B, K, M]; y and weight in the dtype of products."""
+        if self._added_apart:
+            out[:] = start
+            torch.ops.shipsfast.add_(out, torch.bmm(y, weight))
+        else:
+            sums_of_products(start, y, weight, out)

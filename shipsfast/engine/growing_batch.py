@@ -159,6 +159,8 @@ class GrowingBatch:
         with self._weights.idle(), seen_by as seen:
             for rows in even_slices(self._alive, self.rows_per_head_chunk):
                 self._head_chunk, self._head_rows = self._final[rows], rows
+                if self.own_head:  # which takes the model's own precision
+                    self._head_chunk = self._head_chunk.to(self.model.dtype)
                 # As many rows as come out of the layers: some models shape their states by their input.
                 start = token_ids.new_zeros(rows.stop - rows.start, len(self.last_nodes))
                 logits = self._forward(start, start)
@@ -219,7 +221,9 @@ class GrowingBatch:
         hidden, trimmed = call.hidden, last and index is not None and not self.anatomy.plain_sequences
         if self._fused:
             self._fused_layer(index, hidden, last, *call.kwargs["position_embeddings"])
-            return hidden.new_zeros(1, *hidden.shape[1:]) if last else self._buffer[: self._alive]
+            if not last:
+                return self._buffer[: self._alive]
+            return hidden.new_zeros(1, *hidden.shape[1:], dtype=self.model.dtype)
         n = self._fork(index, hidden)
         for rows in even_slices(n, self.rows_per_chunk):
             x = self._buffer[rows]
@@ -243,7 +247,7 @@ class GrowingBatch:
 
         def attention(q, k, v, mask, trimmed, kept=None):
             if kept is not None:
-                self.keep(index, kept, k.transpose(1, 2), v.transpose(1, 2))
+                self.keep(index, kept, *(x.to(self.model.dtype).transpose(1, 2) for x in (k, v)))
             plan = tree.plan(window, trimmed, q)
             return tree_attention(
                 tree, *(x.transpose(1, 2) for x in (q, k, v)), mask, plan,
@@ -340,9 +344,8 @@ class GrowingBatch:
     def _layer_mask(
         self, index: int, like: torch.Tensor, rows: slice, nodes=None, mask: HeadMask | None = None
     ) -> LayerMask:
-        dtype = self.model.dtype if self._residual_dtype else like.dtype
         out = (mask or self._mask).layer(
-            index, self.anatomy.num_heads, device=like.device, dtype=dtype, rows=rows
+            index, self.anatomy.num_heads, device=like.device, dtype=self._head_dtype(like), rows=rows
         )
         return out if nodes is None else out.at(nodes)
 
@@ -373,8 +376,11 @@ class GrowingBatch:
 
     def _untouched(self, like: torch.Tensor) -> LayerMask:
         """Of the unablated row alone."""
-        dtype = self.model.dtype if self._residual_dtype else like.dtype
-        return LayerMask.untouched(1, self.anatomy.num_heads, dtype, like.device)
+        return LayerMask.untouched(1, self.anatomy.num_heads, self._head_dtype(like), like.device)
+
+    def _head_dtype(self, like: torch.Tensor) -> torch.dtype:
+        """What heads' outputs are in."""
+        return self._fused[0].attention if self._fused else like.dtype
 
     def _last_layer(self, index: int, call: LayerCall, x: torch.Tensor, rows: slice) -> None:
         """Keys and values of every token; everything else only at the prompts' last tokens."""

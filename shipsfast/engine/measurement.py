@@ -166,8 +166,8 @@ class Execution:
         str,
         Doc(
             "how rows pass a decoder layer: auto, model (its own forward), fused (faster; Llama, Mistral, Qwen 2, Qwen 3 and "
-            "Gemma 2, on a GPU with backend triton, or on a CPU in float32 and float64) or, for scans in half precision "
-            "through Triton, fused_fp32_residual. Named, it runs or raises."
+            "Gemma 2, on a GPU with backend triton, or on a CPU) or, in half precision, fused_fp32_residual: the same with the "
+            "residual stream in float32, as on a CPU it always is. Named, it runs or raises."
         ),
         Doc("A finished run that `out` holds is given back as it ran."),
     ] = "auto"

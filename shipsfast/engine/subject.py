@@ -86,13 +86,20 @@ class Subject:
         return self.layers != "model"
 
     @property
+    def products(self) -> torch.dtype:
+        """In which the layers' matrix products run."""
+        return fused_layer.dtype_of_products(self.model.dtype, self.backend) if self.fused else self.model.dtype
+
+    @property
     def fp32_residual(self) -> bool:
         return self.layers == FP32_RESIDUAL
 
     def held(self, ablations: int = 1) -> Held:
         """In what a scan of it is held, and beside what. ablations: whose rows go through together."""
         coming = coming_bytes(self.model, [block.module for block in self.anatomy.blocks])
-        held = held_beside(self.model, self.anatomy, self.measurement, self.device, self.layers, ablations)
+        held = held_beside(
+            self.model, self.anatomy, self.measurement, self.device, self.backend, self.layers, ablations
+        )
         return replace(held, coming_bytes=coming)
 
     @functools.cached_property
@@ -129,6 +136,7 @@ class Subject:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             # Another precision, not another way to the same numbers.
             **({"residual": "float32"} if self.fp32_residual else {}),
+            **({"products": str(self.products).removeprefix("torch.")} if self.products != self.model.dtype else {}),
             **self._read_identity(),
         }
 
@@ -207,29 +215,39 @@ def held_beside(
     anatomy: Anatomy,
     measurement: Measurement,
     device: torch.device,
+    backend: str,
     layers: str,
     ablations: int = 1,
 ) -> Held:
-    """What a scan is held in, and beside what, but for weights that come. layers: as in `Subject`; ablations: how many go
+    """What a scan is held in, and beside what, but for weights that come. backend, layers: as in `Subject`; ablations: how many go
     through together."""
     row_size = 4 if layers == FP32_RESIDUAL else model.dtype.itemsize
+    dtype = working_dtype(model, backend, layers)
     # A half-precision output head on a CPU is copied to float32 while a scan runs.
     wide_head = head_precision(model) == "float32" and model.dtype.itemsize < 4 and device.type == "cpu"
     loaded = by_token = 0
     if layers != "model":
-        loaded = fused_layer.loaded_bytes(anatomy.layers[0].module, device)
-        by_token = fused_layer.base_row_bytes(anatomy.layers[0].module)
+        products = fused_layer.dtype_of_products(model.dtype, backend)
+        loaded = fused_layer.loaded_bytes(anatomy.layers[0].module, products, device)
+        by_token = fused_layer.base_row_bytes(anatomy.layers[0].module, products)
         # Of each further ablation the base row's heads, all off, and what that changes.
-        by_token += 2 * (ablations - 1) * anatomy.num_heads * anatomy.value_dim * model.dtype.itemsize
+        by_token += 2 * (ablations - 1) * anatomy.num_heads * anatomy.value_dim * dtype.itemsize
     return Held(
         device,
-        model.dtype,
+        dtype,
         extra_rows=anatomy.num_layers * (measurement.ablation.kind == "resample"),
         per_row_bytes=len(measurement.prompts) * anatomy.hidden_size * row_size * measurement.keeps_hidden,
         bytes=4 * anatomy.vocab_size * anatomy.hidden_size * wide_head + loaded,
         per_token_bytes=by_token,
         row_size=row_size,
     )
+
+
+def working_dtype(model: PreTrainedModel, backend: str, layers: str) -> torch.dtype:
+    """What a layer has between its products: float32 at least where fused layers are C++'s. backend, layers: as in `Subject`."""
+    if layers == "model" or backend == "triton":
+        return model.dtype
+    return torch.promote_types(model.dtype, torch.float32)
 
 
 def layer_path(
@@ -239,11 +257,16 @@ def layer_path(
     if layers == "model":
         return "model", "asked for"
     problem = fused_layer.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)
-    if layers == FP32_RESIDUAL and not problem:
+    way = layers
+    if layers == "fused":
+        problem = problem or fused_layer.why_no_half_residual(model.dtype, backend)
+    elif layers == "auto":
+        way = FP32_RESIDUAL if fused_layer.why_no_half_residual(model.dtype, backend) else "fused"
+    if way == FP32_RESIDUAL and not problem:
         problem = fused_layer.why_no_fp32_residual(model.dtype, device, backend, head_precision(model))
     if layers != "auto" and problem:
         raise InputError(f"layers {layers!r} (--layers) cannot run: {problem}; use layers='model' or 'auto'")
-    return ("model" if problem else "fused" if layers == "auto" else layers), problem
+    return ("model" if problem else way), problem
 
 
 def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, execution: Execution) -> Subject:
@@ -279,6 +302,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         "prompting": texts.record,
         "attention_backend": backend,
         "layers": layers,
+        **({} if layers == "model" else {"products": str(fused_layer.dtype_of_products(model.dtype, backend)).removeprefix("torch.")}),
         "weights": where,
         "kl_backend": kl_backend(device),
         "matmul": describe_matmul(),

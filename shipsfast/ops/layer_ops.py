@@ -1,5 +1,5 @@
 """The element-wise operations between a decoder layer's matrix products, by Triton where attention is Triton's, else
-by C++ (csrc/fused_cpu.cpp, on a CPU in float32 and float64).
+by C++ (csrc/fused_cpu.cpp, on a CPU).
 
 Both are one pass over memory each, and give what the model's own modules give up to the order of sums. Norms of
 float64 models go through their module: it rounds to float32 on the way, and only its own order repeats that exactly.
@@ -16,7 +16,7 @@ class SmallOps(Protocol):
     """norm: an RMSNorm module of a model. Rows are [N, D], contiguous."""
 
     def rms_norm(self, x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
-        """norm(x), [N, D], in the dtype of norm's weight; x may be in float32."""
+        """norm(x), [N, D], in the dtype of matrix products; x may be in float32."""
 
     def add_rms_norm_(self, x: torch.Tensor, y: torch.Tensor, norm: torch.nn.Module) -> None:
         """x += norm(y), in place; x may be in float32."""
@@ -55,37 +55,47 @@ class SmallOps(Protocol):
         """
 
 
-def small_ops(backend: str) -> SmallOps:
-    """backend: of attention, already resolved."""
-    return TritonOps() if backend == "triton" else CppOps()
+def small_ops(backend: str, products: torch.dtype, attention: torch.dtype) -> SmallOps:
+    """backend: of attention, already resolved; products: the dtype of matrix products; attention: of what enters attention."""
+    return TritonOps() if backend == "triton" else CppOps(products, attention)
 
 
 class CppOps:
+    """Sums, norms and the residual stream are in float32, in float64 for a float64 model."""
+
+    def __init__(self, products: torch.dtype, attention: torch.dtype) -> None:
+        self._products, self._attention = products, attention
+        self._wide = torch.promote_types(products, torch.float32)
+
+    def _numbers(self, norm):
+        weight, eps, offset = numbers(norm)
+        return weight.to(self._wide), eps, offset
+
     def rms_norm(self, x, norm):
         if x.dtype == torch.float64:
             return norm(x)
-        out = torch.empty_like(x)
-        torch.ops.shipsfast.rms_norm(x, *numbers(norm), out)
+        out = torch.empty(x.shape, dtype=self._products)
+        torch.ops.shipsfast.rms_norm(x.to(self._wide), *self._numbers(norm), out)
         return out
 
     def add_rms_norm_(self, x, y, norm):
         if x.dtype == torch.float64:
             x += norm(y)
         else:
-            torch.ops.shipsfast.add_rms_norm_(x, y, *numbers(norm))
+            torch.ops.shipsfast.add_rms_norm_(x, y, *self._numbers(norm))
 
     def rope(self, x, cos, sin, norm):
-        weight, eps = x.new_empty(0), 0.0
+        weight, eps = torch.empty(0, dtype=self._wide), 0.0
         if norm is not None and x.dtype == torch.float64:
             x = norm(x)
         elif norm is not None:
-            weight, eps, _ = numbers(norm)
-        out = torch.empty(x.shape, dtype=x.dtype)
-        torch.ops.shipsfast.rope(x, cos, sin, weight, eps, out)
-        return out
+            weight, eps, _ = self._numbers(norm)
+        out = torch.empty(x.shape, dtype=x.dtype if x.dtype == self._attention else self._wide)
+        torch.ops.shipsfast.rope(x, cos.to(self._wide), sin.to(self._wide), weight, eps, out)
+        return out.to(self._attention)
 
     def values(self, v):
-        return v.contiguous()
+        return v.to(self._attention).contiguous()
 
     def gated(self, gate_up, activation, out=None):
         if out is None:
@@ -96,7 +106,8 @@ class CppOps:
 
     def forked_gated(self, change, products, factor, base, scale, drift, other, bias, activation, out):
         none, wide = base.new_empty(0), torch.empty_like(base)
-        other, bias = (none if x is None else x for x in (other, bias))
+        other = none if other is None else other
+        bias = none if bias is None else bias.to(self._wide)
         for i, part in enumerate(out.split(len(base))):  # what is of their width stays in the cache
             torch.mm(change[i], products[i], out=wide)
             moved = none if drift is None else drift[i]

@@ -45,10 +45,10 @@ def resolve_backend(
 def _no_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the model is on {device.type}, the C++ attention runs on a CPU"
-    if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64, the model is in {str(dtype).removeprefix('torch.')}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        return f"it takes half precision, float32 and float64, the model is in {str(dtype).removeprefix('torch.')}"
     built, reason = extension_status()
-    if built and not hasattr(torch.ops.shipsfast, "end_attention"):
+    if built and not hasattr(torch.ops.shipsfast, "add_"):
         return "the extension is of an older version: build it again"
     return None if built else reason
 

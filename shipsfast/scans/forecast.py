@@ -212,7 +212,7 @@ def _forecast(
     found = [
         _pass(
             model, replace(texts, other_ids=others[numbers[0]]), each[numbers[0]], rows_of(units, len(numbers)), limited, work,
-            held_beside(model, anatomy, each[numbers[0]], device, layers, len(numbers)), anatomy, attention,
+            held_beside(model, anatomy, each[numbers[0]], device, attention, layers, len(numbers)), anatomy, attention,
         )
         for numbers in passes_of([one.ablation for one in each])
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import shipsfast
-from shipsfast.engine.fused_layer import CAN_PACK, loaded_bytes
+from shipsfast.engine.fused_layer import PACKS, loaded_bytes
 from shipsfast.ops.extension import extension_status
 from tests.support.fused_models import FUSED, PROMPTS
 from tests.support.models import brute_force, build
@@ -135,7 +135,7 @@ def test_a_chunk_stays_within_the_plan(family, per_chunk):
             rescored=0,
         )  # fmt: skip
     packed = (
-        loaded_bytes(model.model.layers[0], torch.device("cpu")) // 2 * CAN_PACK
+        loaded_bytes(model.model.layers[0], torch.float32, torch.device("cpu")) // 2 * (torch.float32 in PACKS)
     )  # which is not seen here
     predicted = result.record["plan"]["predicted_bytes"] - packed
     assert result.record["plan"]["prompt_groups"] == [3] and result.record["plan"]["rows_per_block"] == 5

@@ -61,7 +61,7 @@ HALVES = (torch.bfloat16, torch.float16)
 BACKENDS = [
     Backend("reference", reference.decode_attention, (torch.float64, torch.float32, *HALVES)),
     Backend("torch", torch_attention, (torch.float64, torch.float32, *HALVES)),
-    Backend("cpp", cpp_attention, (torch.float64, torch.float32), unavailable=why_no_cpp()),
+    Backend("cpp", cpp_attention, (torch.float64, torch.float32, *HALVES), unavailable=why_no_cpp()),
     Backend("triton", triton_attention, (torch.float32, *HALVES), False, why_no_triton()),
 ]
 

@@ -174,24 +174,27 @@ def test_is_the_definition(case, backend):
     assert torch.equal(zeroed, torch.zeros_like(zeroed))
 
 
+SHORT = (torch.float32, torch.bfloat16, torch.float16)
+
+
 @each_backend
-@pytest.mark.parametrize("case", [replace(case, dtype=torch.float32) for case in CASES], ids=str)
-def test_float32_is_as_near_as_torch(case, backend):
+@pytest.mark.parametrize("case", [replace(case, dtype=dtype) for dtype in SHORT for case in CASES], ids=str)
+def test_is_as_near_as_torch(case, backend):
     """And what sums of so many terms are off by, of each head's largest output."""
     inputs = make_inputs(case)
     expected, got = definition(inputs), inputs.run(backend)
-    assert got.dtype == torch.float32
+    assert got.dtype == case.dtype
     largest = lambda x: x.abs().amax((1, 3), keepdim=True)
     error = largest(inputs.run("torch") - expected)
     terms = case.D + len(inputs.ends) + int(inputs.packed.position.max())
     floor = (
-        torch.finfo(torch.float32).eps + sum_eps(torch.float32) * terms**0.5
+        torch.finfo(case.dtype).eps + sum_eps(case.dtype) * terms**0.5
     ) * expected.abs().max().clamp(min=1)
     assert_close_abs(got, expected, FACTOR * error + floor)
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "f32", "f64"])
 @pytest.mark.parametrize("flags", [0, EVERY])
 def test_rows_are_the_same_bits_in_any_company(dtype, flags):
     """A row alone, or among others, whose heads are off or not; so a scan goes on with the same bits in other chunks."""
@@ -231,7 +234,8 @@ def test_every_instruction_set(isa, monkeypatch):
             Case(D=64, window=7),
         ):
             test_is_the_definition(case, "cpp")
-            test_float32_is_as_near_as_torch(replace(case, dtype=torch.float32), "cpp")
+            for dtype in SHORT:
+                test_is_as_near_as_torch(replace(case, dtype=dtype), "cpp")
     except RuntimeError as error:
         if isa != "default" and "or this machine or build lacks it" in str(error):
             pytest.skip(f"this CPU has no {isa}")
@@ -330,7 +334,7 @@ def test_the_operation_refuses_what_does_not_fit():
         return table
 
     wrong = [
-        (0, q.float(), "one dtype"), (0, q.bfloat16(), "float32 or float64"), (0, q[0], "q, k and v"),
+        (0, q.float(), "one dtype"), (0, q.to(torch.int32), "float64, float32, bfloat16 or float16"), (0, q.bfloat16(), "one dtype"), (0, q[0], "q, k and v"),
         (1, k[:1], "fit together"), (2, v[..., 1:], "fit together"), (3, base_k[:, :, 1:], "fit together"),
         (4, torch.cat([base_v, base_v]), "fit together"), (5, args[5].float(), "float64 scales"),
         (7, args[7][:1], "int8 flags"), (8, args[8][:1], "q_alt"), (9, args[9].float(), "replacement vectors"),
@@ -358,7 +362,7 @@ def test_an_extension_of_an_older_version_is_told(monkeypatch):
     older = SimpleNamespace(shipsfast=SimpleNamespace(decode_attention=None, tree_attention=None))
     monkeypatch.setattr(tree_attention, "extension_status", lambda: (True, "a file"))
     monkeypatch.setattr(
-        tree_attention, "torch", SimpleNamespace(ops=older, float32=torch.float32, float64=torch.float64)
+        tree_attention, "torch", SimpleNamespace(ops=older, **{x: getattr(torch, x) for x in ("bfloat16", "float16", "float32", "float64")})
     )
     with pytest.raises(InputError, match="older version: build it again"):
         resolve_backend("cpp", torch.device("cpu"), torch.float32)

@@ -116,7 +116,10 @@ def test_the_oracle_is_the_formula(case):
     assert_close_abs(reference.tree_attention(*args, **options), formula(args, options), 1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=["fp64", "fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_matches_the_oracle(name, case, dtype):
@@ -197,7 +200,7 @@ def test_every_instruction_set(isa, monkeypatch):
     monkeypatch.setenv("SHIPSFAST_CPU_ISA", isa)
     try:
         for case in CASES:
-            for dtype in (torch.float64, torch.float32):
+            for dtype in (torch.float64, torch.float32, *HALVES):
                 test_matches_the_oracle("cpp", case, dtype)
     except RuntimeError as error:
         if isa != "default" and "or this machine or build lacks it" in str(error):
@@ -230,5 +233,5 @@ def test_cpp_refuses_what_does_not_fit():
     args, options = make_arguments(FULL)
     with pytest.raises(RuntimeError, match="shapes of q, k, v and out that fit together"):
         cpp(FULL, [args[0], args[1][..., :-1], *args[2:]], options)
-    with pytest.raises(RuntimeError, match="float32 or float64"):
-        cpp(FULL, [*(x.bfloat16() for x in args[:3]), *args[3:]], options)
+    with pytest.raises(RuntimeError, match="float64, float32, bfloat16 or float16"):
+        cpp(FULL, [*(x.to(torch.float8_e4m3fn) for x in args[:3]), *args[3:]], options)
