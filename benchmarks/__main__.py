@@ -5,6 +5,7 @@ sahara      a Sahara search beside a KL scan, appended to benchmarks/results/sah
 generation  answers with groups of heads off against the best other ways, appended to .../generation.jsonl
 judges      the judges of phrases beside people, appended to benchmarks/results/judges.jsonl
 beyond      heads off at the newest token only, at each token of given answers, appended to .../beyond.jsonl
+half        the exhaustive scan in bfloat16 on the CPU, beside float32 and others' ways, appended to .../half.jsonl
 stream      a model streamed from its checkpoint beside the same one in memory, appended to .../stream.jsonl
 gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
 gpu-table   what a folder of its rows says
@@ -47,6 +48,19 @@ def cpu(
     chosen = [c for c in CPU_CASES if case in c.name] or [c for c in SMOKE_CASES if case in c.name]
     for each in chosen:
         run_case(each, repeats, peaks, Console(width=160))
+
+
+@app.command()
+def half(
+    repeats: int = typer.Option(3, min=1, help="Interleaved runs per path."),
+    smoke: bool = typer.Option(False, help="A tiny model, to see that it runs."),
+) -> None:
+    """The exhaustive scan in bfloat16 on the CPU beside the same in float32 and beside others' ways in bfloat16."""
+    from rich.console import Console
+
+    from .half import run
+
+    run(Console(width=140), repeats, smoke)
 
 
 @app.command()

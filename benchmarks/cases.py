@@ -191,6 +191,7 @@ GENERATION_SMOKE = GenerationCase(
     "gen-smoke-2x2-d32", replace(SMOKE_CASES[0], std=0.3), groups=3, new_tokens=6
 )
 
+REAL_MODEL = "smollm2-135m"
 ANSWER_REAL = "beyond-smollm2-135m"
 ANSWER_CASES = (
     AnswerCase(

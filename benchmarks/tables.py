@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .cases import ANSWER_CASES, ANSWER_REAL, CPU_CASES, GENERATION_CASES
+from .cases import ANSWER_CASES, ANSWER_REAL, CPU_CASES, GENERATION_CASES, REAL_MODEL
 from .gpu import tables as gpu
 from .judges import table as judges
 from .provenance import ROOT, latest, newest
@@ -42,7 +42,39 @@ def render() -> str:
             f"{first['gemm_gflops_per_s']:.0f} GFLOP/s measured in the same run."
         )
         lines += ["", origin]
-    return "\n".join([*lines, *_sahara(), *_beyond(), *_stream(), *_generation(), *gpu.readme()]) + "\n"
+    return (
+        "\n".join([*lines, *_half(), *_sahara(), *_beyond(), *_stream(), *_generation(), *gpu.readme()])
+        + "\n"
+    )
+
+
+def _half() -> list[str]:
+    """Half precision on the CPU; a case that was never run has no table."""
+    lines = []
+    titles = {case.name: case.title.replace("float32", "bfloat16") for case in CPU_CASES}
+    for name, title in (titles | {REAL_MODEL: "SmolLM2-135M-Instruct, bfloat16"}).items():
+        rows = latest("half", name)
+        if not rows:
+            continue
+        lines += ["", f"**Half precision on a CPU: {title}**", ""]
+        lines += ["| path | seconds | x shipsfast | error of the square root of KL | of the true top 10 |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for row in rows:
+            if "failed" in row:
+                lines.append(f"| {row['path']} | failed: {row['failed']} | | | |")
+            else:
+                lines.append(
+                    f"| {row['path']} | {row['median_s']:.2f} | {row['times_slower_than_shipsfast']:.2f} | "
+                    f"{row['rms_error_sqrt_nats']:.1e} | {row['top_10_found']} |"
+                )
+        first = rows[0]
+        about = (
+            f"{_origin(first)}; {first['prompts']} prompts, products in {first.get('products')}. Others are in bfloat16 too, but "
+            "where the table says float32. Errors are root mean squares over heads, of means over prompts, against float64 with the "
+            "same weights."
+        )
+        lines += ["", about]
+    return lines
 
 
 def _sahara() -> list[str]:

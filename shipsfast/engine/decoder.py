@@ -104,7 +104,9 @@ class Decoder:
             if self.fused:
                 sizes = (self.anatomy.num_heads, self.anatomy.num_kv_heads)
                 for layer in self.anatomy.layers:
-                    fused = FusedLayer(layer.module, *sizes, self.backend, self.model.dtype)  # as the cache is
+                    fused = FusedLayer(
+                        layer.module, *sizes, self.backend, self.model.dtype
+                    )  # as the cache is
                     self._layers.append(fused)
                     if joins(self.backend):
                         undo.enter_context(self._layers[-1].loaded(0, None))

@@ -88,7 +88,9 @@ class Subject:
     @property
     def products(self) -> torch.dtype:
         """In which the layers' matrix products run."""
-        return fused_layer.dtype_of_products(self.model.dtype, self.backend) if self.fused else self.model.dtype
+        return (
+            fused_layer.dtype_of_products(self.model.dtype, self.backend) if self.fused else self.model.dtype
+        )
 
     @property
     def fp32_residual(self) -> bool:
@@ -136,7 +138,11 @@ class Subject:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             # Another precision, not another way to the same numbers.
             **({"residual": "float32"} if self.fp32_residual else {}),
-            **({"products": str(self.products).removeprefix("torch.")} if self.products != self.model.dtype else {}),
+            **(
+                {"products": str(self.products).removeprefix("torch.")}
+                if self.products != self.model.dtype
+                else {}
+            ),
             **self._read_identity(),
         }
 
@@ -302,7 +308,11 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         "prompting": texts.record,
         "attention_backend": backend,
         "layers": layers,
-        **({} if layers == "model" else {"products": str(fused_layer.dtype_of_products(model.dtype, backend)).removeprefix("torch.")}),
+        **(
+            {}
+            if layers == "model"
+            else {"products": str(fused_layer.dtype_of_products(model.dtype, backend)).removeprefix("torch.")}
+        ),
         "weights": where,
         "kl_backend": kl_backend(device),
         "matmul": describe_matmul(),

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import shipsfast
-from benchmarks import beyond, cpu, floor, generation, peers, provenance, sahara, stream, tables
+from benchmarks import beyond, cpu, floor, generation, half, peers, provenance, sahara, stream, tables
 from benchmarks.cases import ANSWER_SMOKE, CPU_CASES, GENERATION_CASES, GENERATION_SMOKE, SMOKE_CASES
 from shipsfast.engine.flops import scan_flops
 from shipsfast.ops.prefix_tree import pack
@@ -44,6 +44,23 @@ def test_a_path_that_fails_keeps_its_row(tmp_path, monkeypatch):
     monkeypatch.setitem(cpu.PEERS, "layers >= l only, by hand", lambda model, case: np.full((3, 2, 2), 5.0))
     rows = cpu.run_case(CASE, repeats=1, peaks=False, console=Console(quiet=True))
     assert "differ from the float64 oracle" in rows[3]["failed"]
+
+
+def test_half_precision_rows_and_their_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    assert "Half precision" not in tables.render()
+    rows = half.run(Console(quiet=True), repeats=1, smoke=True)
+    assert [row["path"] for row in rows] == [half.OURS, half.OWN_LAYERS, half.FLOAT32, *half.PEERS]
+    ours, own, single, *peers_rows = rows
+    assert all("failed" not in row and row["times_slower_than_shipsfast"] > 0 for row in rows)
+    assert (
+        ours["layers"] == "fused_fp32_residual" and own["layers"] == "model" and single["layers"] == "fused"
+    )
+    errors = [row["rms_error_sqrt_nats"] for row in rows]
+    assert errors[2] < errors[0] < errors[1] and min(errors[3:]) > errors[0]
+    assert not any(row["noise_floor_nats"] for row in peers_rows)
+    monkeypatch.setattr(tables, "CPU_CASES", (CASE,))
+    assert tables.render().count("**Half precision on a CPU") == 1
 
 
 def test_sahara_row(tmp_path, monkeypatch):

@@ -135,7 +135,9 @@ def test_a_chunk_stays_within_the_plan(family, per_chunk):
             rescored=0,
         )  # fmt: skip
     packed = (
-        loaded_bytes(model.model.layers[0], torch.float32, torch.device("cpu")) // 2 * (torch.float32 in PACKS)
+        loaded_bytes(model.model.layers[0], torch.float32, torch.device("cpu"))
+        // 2
+        * (torch.float32 in PACKS)
     )  # which is not seen here
     predicted = result.record["plan"]["predicted_bytes"] - packed
     assert result.record["plan"]["prompt_groups"] == [3] and result.record["plan"]["rows_per_block"] == 5

@@ -186,7 +186,12 @@ def test_where_a_float32_residual_stream_is_refused():
         shipsfast.scan(half, PROMPTS, **TRITON | {"layers": FP32_RESIDUAL})
     with pytest.raises(shipsfast.InputError, match="is for scans on a GPU"):
         shipsfast.generate(
-            half, PROMPTS, groups=[[]], max_new_tokens=2, eos_token_id=[], **TRITON | {"layers": FP32_RESIDUAL}
+            half,
+            PROMPTS,
+            groups=[[]],
+            max_new_tokens=2,
+            eos_token_id=[],
+            **TRITON | {"layers": FP32_RESIDUAL},
         )
 
 

@@ -187,9 +187,9 @@ def test_is_as_near_as_torch(case, backend):
     largest = lambda x: x.abs().amax((1, 3), keepdim=True)
     error = largest(inputs.run("torch") - expected)
     terms = case.D + len(inputs.ends) + int(inputs.packed.position.max())
-    floor = (
-        torch.finfo(case.dtype).eps + sum_eps(case.dtype) * terms**0.5
-    ) * expected.abs().max().clamp(min=1)
+    floor = (torch.finfo(case.dtype).eps + sum_eps(case.dtype) * terms**0.5) * expected.abs().max().clamp(
+        min=1
+    )
     assert_close_abs(got, expected, FACTOR * error + floor)
 
 
@@ -362,7 +362,11 @@ def test_an_extension_of_an_older_version_is_told(monkeypatch):
     older = SimpleNamespace(shipsfast=SimpleNamespace(decode_attention=None, tree_attention=None))
     monkeypatch.setattr(tree_attention, "extension_status", lambda: (True, "a file"))
     monkeypatch.setattr(
-        tree_attention, "torch", SimpleNamespace(ops=older, **{x: getattr(torch, x) for x in ("bfloat16", "float16", "float32", "float64")})
+        tree_attention,
+        "torch",
+        SimpleNamespace(
+            ops=older, **{x: getattr(torch, x) for x in ("bfloat16", "float16", "float32", "float64")}
+        ),
     )
     with pytest.raises(InputError, match="older version: build it again"):
         resolve_backend("cpp", torch.device("cpu"), torch.float32)

@@ -105,7 +105,16 @@ def test_every_number_is_rounded_as_torch_does(dtype):
     finite = halves[halves.isfinite()].unique()  # in order
     middle = ((finite[1:].double() + finite[:-1].double()) / 2).float()
     beside = [torch.nextafter(middle, torch.full_like(middle, way)) for way in (torch.inf, -torch.inf)]
-    largest = [torch.finfo(torch.float32).max, torch.inf, torch.nan, 65504.0, 65519.99, 65520.0, 65536.0, 1e-45]
+    largest = [
+        torch.finfo(torch.float32).max,
+        torch.inf,
+        torch.nan,
+        65504.0,
+        65519.99,
+        65520.0,
+        65536.0,
+        1e-45,
+    ]
     weight = torch.cat([halves, middle, *beside, torch.tensor(largest), -torch.tensor(largest)])
     out = torch.empty(1, len(weight), dtype=dtype)
     # Ones are their own norm, and come out as the weight.

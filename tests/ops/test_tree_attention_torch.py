@@ -119,7 +119,9 @@ def test_the_oracle_is_the_formula(case):
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=["fp64", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, *HALVES], ids=["fp64", "fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_matches_the_oracle(name, case, dtype):
