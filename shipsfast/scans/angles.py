@@ -19,7 +19,7 @@ from ..runs.tables import read_scores, score_frame
 from ..text import counted
 from .nonfinite import explain, refuse_base
 from .prepare import Prepared, run_blocks
-from .self_check import check_hidden, check_own_hidden, longest_prompt, plain_hidden
+from .self_check import check_hidden, check_own_hidden, longest_prompt, plain_hidden, unpacked_outputs
 
 # The unablated model's subspace in a run folder: a run that goes on measures against the very same numbers.
 BASIS_COLUMNS = ("prompt", "vector")
@@ -233,7 +233,12 @@ class AngleScan:
         at = len(block) // 2
         check_hidden(prepared, prompt, block[at], hidden[0, prompt], hidden[1 + at, prompt])
         plain = plain_hidden(prepared, range(len(prepared.token_ids))).to(hidden.device)
+        if not torch.isfinite(plain[prompt]).all():
+            refuse_base(prepared, prompt, "the last hidden state")
         check_own_hidden(prepared, prompt, hidden[0, prompt], plain[prompt])
+        if prepared.fp32_residual:
+            own = [unpacked_outputs(prepared, p, hidden_states=True)[None] for p in range(len(plain))]
+            plain = torch.stack(own).to(hidden.device)
         self.noise_floor = max(self.noise_floor, float(subspace_angle_deg(self.basis, plain[None])[0]))
         if self.folder is not None:  # before the first scores are
             self.folder.update(

@@ -126,7 +126,7 @@ def bench(
     tokens = max(packed.num_tokens for packed in packs)
     chunk = max(tokens, min(prepared.plan.chunk_tokens, tokens * (1 + len(prepared.units))))
     measure = lambda: gemm_flops_per_s(
-        costs.products, chunk, dtype=model.dtype, device=prepared.device, repeats=2
+        costs.products, chunk, dtype=prepared.products, device=prepared.device, repeats=2
     )
     before = measure()
     sample = sample_heads(prepared, lambda heads: scan_flops(costs, packs, heads), seconds * before)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..clock import in_words
 from ..engine.ablation import passes_of
 from ..engine.flops import scan_flops
+from ..engine.fused_layer import dtype_of_products
 from ..engine.heads import Head, rows_of
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, block_parts, free_bytes, peak_bytes
@@ -205,6 +206,7 @@ def _forecast(
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(execution.max_memory, where.device_memory, held, device, here)
     layers, _ = layer_path(execution.layers, model, anatomy, device, attention)
+    products = model.dtype if layers == "model" else dtype_of_products(model.dtype, attention)
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
     work = work_of(model, anatomy, measurement, device, fused=layers != "model", stream=stream)
@@ -222,9 +224,7 @@ def _forecast(
     passes = rounds * sum(one.passes for one in found) + checks
     largest = max(found, key=lambda one: peak_bytes(one.memory) + one.memory["kept"])
     plan, tokens = largest.plan, max(one.tokens for one in found)
-    rates = (
-        measure_rates(costs.products, max(plan.chunk_tokens, tokens), model.dtype, device) if here else None
-    )
+    rates = measure_rates(costs.products, max(plan.chunk_tokens, tokens), products, device) if here else None
     took = functools.partial(_seconds, flops, layer_bytes=_layer_bytes(anatomy), passes=passes, checks=checks)
     reading = _read_rate(model.config._name_or_path) if stream else None
     return Forecast(

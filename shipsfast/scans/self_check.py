@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ..engine.ablate import dense_rows
@@ -20,6 +21,8 @@ from ..models.forward import alarm, last_logits_only, plain_pass, rounded_to, so
 from ..models.output_head import float32_head, head_input
 from ..models.residual_stream import Left, leaving
 from ..ops.divergences import kl_rows
+from ..ops.prefix_tree import pack
+from .nonfinite import check_base_logits
 from .prepare import Prepared
 
 # Logits under None, and hidden states by the decoder layer that they leave.
@@ -41,10 +44,12 @@ def longest_prompt(prepared: Prepared, together: Sequence[int]) -> int:
 
 
 def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, base: torch.Tensor) -> float:
-    """KL between the plain and the packed unablated model on one prompt, of their logits `plain` and `base` [V].
+    """KL between the unpacked and the packed unablated model on one prompt; plain, base: logits [V] of the model's own forward, and
+    packed.
 
     Raises UnsupportedModelError where they are not the same model.
     """
+    check_base_logits(prepared, [prompt], np.zeros(1, dtype=int), plain[None])
     row = torch.zeros(1, dtype=torch.long, device=plain.device)
     noise = kl_rows(plain[None], base[None].to(plain.dtype), row).item()
     if not noise <= alarm(prepared.model)[0]:
@@ -56,6 +61,9 @@ def packing_noise_nats(prepared: Prepared, prompt: int, plain: torch.Tensor, bas
             f"on {prepared.read_name(prompt)}): its attention does something shipsfast does not know, or its logits are "
             f"not finite{own_layers_hint(prepared)}"
         )
+    if prepared.fp32_residual:
+        own = unpacked_outputs(prepared, prompt)[None]
+        return kl_rows(own[None], base[None].to(own.dtype), row).item()
     return noise
 
 
@@ -161,6 +169,28 @@ def plain_outputs(prepared: Prepared, prompt: int, rows: int) -> Outputs:
     with float32_head(prepared.model), leaving(blocks, take, after), contextlib.suppress(Left):
         logits = _forward(prepared, ids)[:, -1]
         out |= {None: logits} if wants_logits else {}
+    return out
+
+
+def unpacked_outputs(prepared: Prepared, prompt: int, *, hidden_states: bool = False) -> Outputs:
+    """What is read of the unablated model, [.] each, by the scan's own way with the prompt alone. Where that way keeps more digits
+    than the model's own forward, the difference to that is not what packing does.
+
+    hidden_states: those that enter the output head, in the place of logits.
+    """
+    out: Outputs = {}
+
+    def take(layer: int, rows: slice, states: torch.Tensor) -> None:
+        if rows.start == 0:
+            out[layer] = states[0, 0].clone()
+
+    with prepared.growing_batch(pack([prepared.read_ids[prompt]])) as batch:
+        batch.run(
+            prepared.mask([], None),
+            lambda _rows, _out, base: out.update({None: base[0]}),
+            hidden_states=hidden_states,
+            see=take,
+        )
     return out
 
 

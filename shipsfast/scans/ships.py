@@ -39,6 +39,7 @@ from .self_check import (
     own_layers_hint,
     packing_noise_nats,
     plain_outputs,
+    unpacked_outputs,
 )
 from .sink_mass import sinks_of
 
@@ -309,11 +310,13 @@ class _Work:
             if layer is None:
                 nats = packing_noise_nats(self.prepared, prompt, plain[None], each[at])
             else:
+                check_base_states(self.prepared, [prompt], np.zeros(1, dtype=int), plain[layer][None], layer)
                 check_own_hidden(self.prepared, prompt, each[at], plain[layer])
+        alone_of = unpacked_outputs(self.prepared, prompt) if self.prepared.fp32_residual else plain
         for measure in self.measures:
             noise, metric = nats, measure.metric
             if metric.name != "kl":
-                packed, alone = base[metric.layer][at], plain[metric.layer]
+                packed, alone = base[metric.layer][at], alone_of[metric.layer]
                 # A metric of the caller's own need not be 0 for equal logits.
                 noise = abs(self.one(metric, prompt, alone, packed) - self.one(metric, prompt, alone, alone))
                 if not np.isfinite(noise):

@@ -74,8 +74,8 @@ def test_flops_and_memory_are_those_of_the_way_through_the_layers(layers, unit):
         costs, checks, []
     )
     assert found.flops == expected
-    kept = fused_layer.loaded_bytes(model.model.layers[0], torch.device("cpu")) * fused
-    kept += packs[0].num_tokens * fused_layer.base_row_bytes(model.model.layers[0]) * fused
+    kept = fused_layer.loaded_bytes(model.model.layers[0], torch.float32, torch.device("cpu")) * fused
+    kept += packs[0].num_tokens * fused_layer.base_row_bytes(model.model.layers[0], torch.float32) * fused
     assert found.memory["kept"] == kept
     assert found.total_bytes - found.memory["model"] <= found.plan.predicted_bytes
 
