@@ -94,7 +94,7 @@ def test_no_more_memory_than_there_is(run, monkeypatch):
     class Small:
         available = 100
 
-    monkeypatch.setattr(part_file, "psutil", type("P", (), {"virtual_memory": lambda: Small}))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Small)
     assert "it declares 36 rows" in render(verify(run))
 
 
