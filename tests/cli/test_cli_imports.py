@@ -1,52 +1,47 @@
-"""What a command line imports before there is work to do: help and a mistake are told at once. By what is imported, not by
+"""What is imported before there is work for it: help, mistakes and finished runs are told at once. By what is imported, not by
 time."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 
-TABOO = "shipsfast/demo/prompts/taboo.csv"
-SCAN = ("scan", "shipsfast/demo/village", TABOO)
-# Each takes a tenth of a second up to seconds to import.
+import shipsfast
+from shipsfast.demo.run import MODEL, PROMPTS
+from tests.support.models import build
+
+TABOO = PROMPTS / "taboo.csv"
+SCAN = ("scan", MODEL, TABOO)
+# Each takes a tenth of a second to seconds.
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "pyarrow"}
 LIGHTER = {"numpy", "jinja2", "psutil"}
 # In a process of its own: those of tests/support/warm.py have all of it.
-CODE = """
-import sys, json
-sys.argv = ["shipsfast", *json.loads(sys.argv[1])]
-try:
-    if sys.argv[1:]:
-        from shipsfast.cli import main
-        main()
-    else:
-        import shipsfast
-        dir(shipsfast)
-except SystemExit as stop:
-    code = stop.code
-else:
-    code = 0
-print("\\n" + json.dumps([code, sorted(name for name in sys.modules if "." not in name)]))
-"""
+COMMAND = "from shipsfast.cli import main; main()"
+THEN = "import sys; print(); print(code, *sys.modules)"
 
 
-def imported(*arguments: str) -> tuple[int, set[str]]:
-    """The exit status, and the top modules that are there at the end."""
+def imported(code: str, *arguments) -> tuple[int, set[str]]:
+    """The exit status of that code, and the packages that are imported at its end."""
+    code = f"try: {code}\nexcept SystemExit as stop: code = stop.code or 0\nelse: code = 0\n{THEN}"
     done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(arguments)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
     )
-    code, names = json.loads(done.stdout.splitlines()[-1])
-    return code, set(names)
+    status, *names = done.stdout.splitlines()[-1].split()
+    return int(status), {name for name in names if "." not in name}
+
+
+def test_the_package_imports_nothing_heavy():
+    _, names = imported("import shipsfast; dir(shipsfast)")
+    assert "shipsfast" in names and not names & (HEAVY | LIGHTER)
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("--help",), ("scan", "--help"), ("info", "--help"), ("--version",)]
+    "arguments", [("--help",), ("scan", "--help"), ("info", "--help"), ("--version",)], ids=" ".join
 )
 def test_help_imports_nothing_heavy(arguments):
-    code, names = imported(*arguments)
-    assert code == 0
-    assert "shipsfast" in names and not names & (HEAVY | LIGHTER)
+    status, names = imported(COMMAND, *arguments)
+    assert status == 0
+    assert "typer" in names and not names & (HEAVY | LIGHTER)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +55,22 @@ def test_help_imports_nothing_heavy(arguments):
         ("evaluate", "./nowhere", TABOO, "--groups", "none"),
         ("show", "nowhere"),
     ],
-    ids=" ".join,
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
 )
 def test_a_mistake_is_told_before_anything_heavy_is_imported(arguments):
-    code, names = imported(*arguments)
-    assert code == 2
-    assert "shipsfast" in names and not names & HEAVY
+    status, names = imported(COMMAND, *arguments)
+    assert status == 2
+    assert "typer" in names and not names & HEAVY
+
+
+def test_a_finished_run_is_shown_without_a_model_s_libraries(tmp_path):
+    shipsfast.scan(build(), [[3, 4, 5], [3, 4, 6]], out=tmp_path / "run", progress=False, rescored=0)
+    status, names = imported(COMMAND, "show", tmp_path / "run")
+    assert status == 0
+    assert "pandas" in names and not names & {"torch", "transformers", "matplotlib"}
+
+
+def test_a_scan_that_is_kept_nowhere_needs_no_tables():
+    """They take longer to import than such a scan of a small model takes."""
+    _, names = imported("import shipsfast; shipsfast.scan; shipsfast.load_prompts")
+    assert "torch" in names and not names & {"pandas", "pyarrow", "matplotlib"}

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import shipsfast
-from shipsfast.runs import part_file
 from shipsfast.runs.folder import kept
 from shipsfast.runs.verify import render, verify
 from shipsfast.text import counted
