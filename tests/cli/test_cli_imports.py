@@ -14,7 +14,7 @@ TABOO = PROMPTS / "taboo.csv"
 SCAN = ("scan", MODEL, TABOO)
 # Each takes a tenth of a second to seconds.
 HEAVY = {"torch", "transformers", "pandas", "scipy", "matplotlib", "pyarrow"}
-LIGHTER = {"numpy", "jinja2", "psutil"}
+LIGHTER = {"numpy", "jinja2", "psutil", "pydantic"}
 # In a process of its own: those of tests/support/warm.py have all of it.
 COMMAND = "from shipsfast.cli import main; main()"
 THEN = "import sys; print(); print(code, *sys.modules)"
