@@ -26,7 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "default_map": {"help": False},  # else typer imports pydantic to find out, before the help of a command
+        "default_map": {
+            "help": False
+        },  # else typer imports pydantic to find out, before the help of a command
     },
 )
 # In the order in which --help lists them.
