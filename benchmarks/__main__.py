@@ -7,6 +7,7 @@ judges      the judges of phrases beside people, appended to benchmarks/results/
 beyond      heads off at the newest token only, at each token of given answers, appended to .../beyond.jsonl
 half        the exhaustive scan in bfloat16 on the CPU, beside float32 and others' ways, appended to .../half.jsonl
 stream      a model streamed from its checkpoint beside the same one in memory, appended to .../stream.jsonl
+small       fixed costs: imports, help, a scan of the embedded model, the first scan, appended to .../small.jsonl
 gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
 gpu-table   what a folder of its rows says
 tables      rewrite the tables of README.md, docs/performance.md and docs/judges.md from the results
@@ -114,6 +115,29 @@ def beyond(
         return
     for each in [ANSWER_SMOKE] if smoke else ANSWER_CASES:
         run_case(each, repeats, Console(width=160))
+
+
+@app.command()
+def small(
+    repeats: int = typer.Option(20, min=1, help="Of each start, and of scans of the embedded model."),
+    real: bool = typer.Option(True, help="SmolLM2-135M-Instruct as well, which takes minutes."),
+) -> None:
+    """Fixed costs: imports, help, a scan of the embedded model with one prompt, the first scan of a model beside the next."""
+    from rich.console import Console
+
+    from .small import run
+
+    run(repeats, real, Console(width=160))
+
+
+@app.command(hidden=True)
+def first(case: str, repeats: int) -> None:
+    """Seconds of the first scan and of the next ones; run by `small` in a process of its own."""
+    import json
+
+    from .small import first_and_next
+
+    print(json.dumps(first_and_next(case, repeats)))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What goes wrong because of the input, told in one line: the thing, what was expected, what to do."""
 
 import operator
+import re
 import sys
 
 from .text import one_line
@@ -43,6 +44,16 @@ def from_digits(text: str) -> int:
     if len(text) > MOST_DIGITS:
         raise InputError(f"{text[:MOST_DIGITS]}... has {len(text)} digits: expected at most {MOST_DIGITS}")
     return int(text)
+
+
+def parse_bytes(text: str) -> int:
+    """ "8GiB", "500 MB", "8G" (binary) or a plain number of bytes."""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
+    base = 1000 if match and match[3] and match[3].lower() == "b" and match[2] else 1024
+    amount = int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")) if match else 0
+    if amount < 1:
+        raise InputError(f"cannot read {text!r} as an amount of memory: write it like 8GiB or 500MB")
+    return amount
 
 
 class WriteError(OSError):

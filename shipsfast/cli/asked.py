@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import InputError, note
+from ..errors import InputError, note, parse_bytes
 from ..text import counted
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -78,10 +78,8 @@ class Asked:
             check_streamable(found)
 
     def _check_how(self) -> None:
-        quiet_transformers()  # before anything imports it
         from ..engine.heads import parse_heads
         from ..engine.measurement import Execution
-        from ..engine.memory_plan import parse_bytes
         from ..prompts.wrapping import TemplateArgs, as_date
 
         given, others = self.given, self.others
@@ -108,6 +106,7 @@ class Asked:
             self.values["heads"] = parse_heads(given["heads"])
         if "eos_token_id" in given:
             self.values["eos_token_id"] = _end_tokens(given["eos_token_id"])
+        quiet_transformers()  # before anything imports it
 
     def run(self, function: Callable, **own):
         """Load the model, and give it to a public function with what was asked, and with the command's own options."""

@@ -24,7 +24,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "default_map": {
+            "help": False
+        },  # else typer imports pydantic to find out, before the help of a command
+    },
 )
 # In the order in which --help lists them.
 COMMANDS = {

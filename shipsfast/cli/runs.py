@@ -79,10 +79,11 @@ def show(
     """Show what a run folder holds, as the command that wrote it did; groups of prompts (--group-by) too."""
     check_picture(plot)
     from ..results.load import load
+
+    result = load(run)
     from ..results.tables import as_json
     from ..results.tables import show as print_it
 
-    result = load(run)
     if plot is not None and not hasattr(result, "plot"):
         raise InputError(f"{run} holds whole answers, which have no map of heads: leave --plot away")
     if result.record.get("status") not in (None, "complete"):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, parse_bytes
 from ..scans.measurements import check_penalty
 from .asked import Asked, quiet_transformers, taken, template_for
 from .options import (
@@ -197,7 +197,6 @@ def bench(
         else taken(prompts, column, quiet, choose=lambda found: sample_prompts(found, limit))[0]
     )
     quiet_transformers()
-    from ..engine.memory_plan import parse_bytes
     from ..models.loading import load_model, load_tokenizer
     from ..scans.bench import bench as run
 

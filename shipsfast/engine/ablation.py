@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from ..errors import InputError
 from ..prompts.tokens import as_prompts
 from ..text import counted
-from .alignment import ALIGNMENTS
 
+ALIGNMENTS = ("exact", "end", "template")  # alignment.py
 ALIGNED = {"end": "aligned at the end", "template": "aligned by template"}
 SCALED = ("undifferentiated", "scale")
 SOURCED = ("mean", "resample")

@@ -20,7 +20,6 @@ import numpy as np
 
 from ..ops.prefix_tree import PackedPrompts, pack
 
-ALIGNMENTS = ("exact", "end", "template")
 NONE = -1
 
 

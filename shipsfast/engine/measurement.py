@@ -256,6 +256,7 @@ SCALES = Described(
 )
 
 
+@functools.cache
 def described(cls: type) -> dict[str, Described]:
     """The keywords that have a description, the class's own first: its fields, and the scale of an ablation."""
     hints, found = get_type_hints(cls, include_extras=True), {}

@@ -21,7 +21,6 @@ With an ablation at the end only a row has no T tokens, but the U that are read,
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
@@ -133,16 +132,6 @@ def even_slices(total: int, most: int) -> list[slice]:
 def in_order(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Indices of the prompts in which neighbours share the longest prefixes."""
     return sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
-
-
-def parse_bytes(text: str) -> int:
-    """ "8GiB", "500 MB", "8G" (binary) or a plain number of bytes."""
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
-    base = 1000 if match and match[3] and match[3].lower() == "b" and match[2] else 1024
-    amount = int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")) if match else 0
-    if amount < 1:
-        raise InputError(f"cannot read {text!r} as an amount of memory: write it like 8GiB or 500MB")
-    return amount
 
 
 def free_bytes(device: torch.device) -> int:

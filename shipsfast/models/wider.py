@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
@@ -51,6 +52,11 @@ def wider_copy(model: PreTrainedModel, anatomy: Anatomy) -> tuple[PreTrainedMode
         wide = tensor.detach().to(max(dtype, tensor.dtype, key=lambda each: each.itemsize))
         parameter = isinstance(tensor, torch.nn.Parameter)
         memo[id(tensor)] = torch.nn.Parameter(wide, requires_grad=False) if parameter else wide
+    # A module has a dozen places for hooks, nearly all of them empty, and deepcopy is slow at each.
+    for place in (
+        x for module in model.modules() for x in vars(module).values() if type(x) is OrderedDict and not x
+    ):
+        memo[id(place)] = OrderedDict()
     return copy.deepcopy((model, anatomy), memo)
 
 

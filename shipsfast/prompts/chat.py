@@ -14,8 +14,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, TemplateError
-
 from ..errors import InputError
 from .messages import Conversation, Message
 from .wrapping import Wrapping, as_date
@@ -84,6 +82,8 @@ class _Template:
     """The tokenizer's chat template at a fixed date."""
 
     def __init__(self, tokenizer, wrapping: Wrapping) -> None:
+        from jinja2 import Environment  # takes longer than all of the command line that reads no template
+
         self.tokenizer, self.args, self.date = tokenizer, wrapping.args.to_json(), as_date(wrapping.date)
         with told():
             find = getattr(tokenizer, "get_chat_template", None)
@@ -132,6 +132,8 @@ def told():
     except InputError:
         raise
     except Exception as error:  # it is somebody else's program
+        from jinja2 import TemplateError
+
         why = error.message if isinstance(error, TemplateError) else str(error)
         raise InputError(
             f"the tokenizer's chat template failed: {' '.join(str(why or type(error).__name__).split())}"

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from ..errors import InputError, whole_number
 from ..hub import unreachable
 from ..text import counted
@@ -209,6 +207,8 @@ def sample_prompts(
         return list(prompts)
     if whole_number("--sample", sample) > len(prompts):
         raise InputError(f"--sample {sample}: there are {len(prompts)} prompts to draw from")
+    import numpy as np  # takes longer than the whole way to a file that is missing
+
     rng = np.random.default_rng(whole_number("--seed", seed, least=0))
     chosen = rng.choice(len(prompts), size=sample, replace=False)
     return [prompts[i] for i in sorted(chosen.tolist())]

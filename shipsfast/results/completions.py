@@ -6,16 +6,20 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
-from ..engine.decoder import Decoded
 from ..runs.kinds import COMPLETIONS, LABELS
 from ..runs.part_file import ANSWER as COLUMNS
 from ..runs.part_file import NLL, cells
 from ..runs.tables import damage, read_parts
 from .equality import Compared
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..engine.decoder import Decoded
 
 MISSING = -1
 LARGEST_NATS = 700.0  # the logarithm of what JSON can hold
@@ -85,6 +89,8 @@ class Completions(Compared):
 
     def frame(self, rows: Sequence[tuple[int, int]] | None = None, *, text: bool = True) -> pd.DataFrame:
         """One row for each that is done: COLUMNS, nll_nats, and the text if asked for."""
+        import pandas as pd
+
         done = [tuple(at) for at in np.argwhere(self.label != MISSING)] if rows is None else list(rows)
         g, p = (np.array([at[i] for at in done], dtype=np.int32) for i in (0, 1))
         columns = {

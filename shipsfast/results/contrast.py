@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from scipy.stats import false_discovery_control
 
 from ..errors import InputError
@@ -24,6 +24,9 @@ from .load import load
 from .ships import ShipsResult
 from .statistics import above_noise, or_none
 from .two_samples import PERMUTATIONS, PermutationTest, auroc, hedges_g, permutation_test
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Q = 0.05  # of heads called significant, the share that may be so by chance
 OF_EACH_PROMPT = {
@@ -163,6 +166,8 @@ class ContrastResult(Compared):
     def to_pandas(self) -> pd.DataFrame:
         """One row per head that is compared: layer, head, mean_a, mean_b, difference, auroc, hedges_g, p, q, rank, rank_a and
         significant (at q 0.05)."""
+        import pandas as pd
+
         at = np.nonzero(~np.isnan(self.p))
         frame = pd.DataFrame({"layer": at[0], "head": at[1]} | {k: x[at] for k, x in self.columns.items()})
         whole = {"rank": int, "rank_a": int}

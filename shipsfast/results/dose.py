@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from .several import TOP, Agreement, Several
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .ships import ShipsResult
 
 FACTORS = {"undifferentiated": "logit_scale", "scale": "output_scale"}  # which factor is the eps
@@ -54,6 +55,8 @@ class Dose:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per eps and head: scale, layer, head, score, rank."""
+        import pandas as pd
+
         mean = self.mean
         at, layer, head = np.indices(mean.shape).reshape(3, -1)
         return pd.DataFrame(

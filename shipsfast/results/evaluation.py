@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ..engine.heads import group_name
 from ..errors import InputError
@@ -21,6 +21,9 @@ from .evaluation_warnings import of_evaluation
 from .groups import labels_of, rates_json, recorded
 from .incoherence import limit_nats, mark
 from .statistics import or_none, paired_difference, wilson_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KL_NAMES, KL = KINDS["evaluate"].index, "kl_nats"
 
@@ -165,6 +168,8 @@ class EvalResult(Compared):
     def by_group(self, labels: Sequence | None = None) -> pd.DataFrame:
         """The attack success rates by group of prompts: one row per group of heads and group of prompts: heads, group,
         prompts, asr, and its Wilson interval of 95 %, asr_low and asr_high. labels: as in `ShipsResult.by_group`."""
+        import pandas as pd
+
         names = np.array(labels_of(self.record, self.completions.label.shape[1], labels)[1])
         rows = []
         for heads, labelled in zip(self.groups, self.completions.label, strict=True):

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-import torch
 
 from ..errors import InputError
-from ..ops.subspaces import resampled_angle_deg
 from ..runs.kinds import GRAMS
 from ..runs.part_file import cells
 from ..runs.tables import damage, read_parts
 from ..text import counted
 from .bootstrap import RankStability, check_settings, resample_counts, resampled_means, stability_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MOST_BYTES = 256 << 20  # of one run; where more would be needed, none are kept
 RESAMPLES = 200
@@ -64,6 +65,10 @@ class Grams:
         names: of the P prompts, equal for equal prompts; costs: float64 [C, L, H], whose mean over other prompts is taken off
         the angles. Those prompts are resampled on their own.
         """
+        import torch  # only these need it: what a run folder holds is shown without
+
+        from ..ops.subspaces import resampled_angle_deg
+
         check_settings(k, resamples, confidence, seed)
         prompts, scanned = len(self.base), ~np.isnan(angles)
         distinct = len(set(names))
@@ -108,6 +113,8 @@ class Grams:
 
     def part(self, names: tuple[str, ...], index: list[tuple[int, ...]]) -> pd.DataFrame:
         """Those of `index`, and the unablated model's as -1, as rows: the columns `names`, and the lower triangle."""
+        import pandas as pd
+
         rows = np.tril_indices(len(self.base))
         frame = pd.DataFrame([[-1] * len(names), *index], columns=list(names), dtype=np.int32)
         frame["gram"] = [self.base[rows], *(self.heads[at][rows] for at in index)]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from scipy.stats import rankdata
 
 from ..errors import InputError, whole_number
@@ -20,6 +19,8 @@ from .head_map import LABELLED, HeadScore, ranked
 from .statistics import above_noise
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .ships import ShipsResult
 
 MOST_GROUPS, MOST_CHARS = 100, 80
@@ -143,6 +144,8 @@ class GroupedScores(Compared):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per group and head: group, its prompts, layer, head, the mean score, rank."""
+        import pandas as pd
+
         mean, rank = self.mean(), self.rank()
         group, layer, head = np.nonzero(~np.isnan(mean))
         at = (group, layer, head)

@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from ..runs.folder import RunFolder
 from ..runs.kinds import GRAMS, SCORES
@@ -20,6 +19,9 @@ from .equality import Compared
 from .gram_bootstrap import Grams
 from .score_error import ScoreError
 from .statistics import Concentration, above_noise, concentration
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LABELLED = 3  # heads named in a map
 BARS = 10  # heads beside it

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ..errors import InputError, whole_number
 from ..runs.kinds import CONTROL, CONTROL_COLUMNS, KINDS
@@ -18,6 +18,9 @@ from .gram_bootstrap import RESAMPLES, Grams
 from .head_map import HeadScore, Ranked, error_json, ranked, save_scores, share_of
 from .statistics import Concentration, above_noise, concentration
 from .subspace import ANGLE_LABEL, _stability, quick_angles
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONTROL_LABEL = "KL on control prompts, nats"
 STEP_COLUMNS, KL = KINDS["sahara"].index, "kl_nats"

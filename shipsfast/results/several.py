@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy.stats import rankdata
 
 from ..errors import InputError, whole_number
@@ -24,6 +23,8 @@ from .sink_mass import SinkMass
 from .statistics import or_none
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .ships import ShipsResult
 
 TOP = 10
@@ -148,6 +149,8 @@ class Several:
     def to_pandas(self, k: int = TOP) -> pd.DataFrame:
         """One row per head that is compared: layer, head, score and rank by each ablation, found_by (of a head that one alone
         finds in its top k, else ""), and the columns of the sink mass."""
+        import pandas as pd
+
         layer, head = np.nonzero(self.known)
         ranks, marks = self.ranks, {(x.layer, x.head): x.found_by for x in self.only_one(k)}
         columns = {"layer": layer, "head": head}

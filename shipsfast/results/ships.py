@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ..errors import InputError
 from ..runs.identity import beside, control_of
@@ -22,6 +22,9 @@ from .cells import cells_of
 from .groups import GroupedScores, labels_of, recorded
 from .head_map import Ranked, save_scores
 from .statistics import paired_difference, wilson_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MARKED = "nonfinite"  # what run.json says of marked scores
 KL = {"name": "kl", "unit": "nats", "signed": False, "label": "KL(base || head ablated)"}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ..errors import InputError
 from ..text import counted
 from .statistics import or_none
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REST = 0.9  # of a head's attention weight on the first token: it rests there
 
@@ -78,6 +81,8 @@ class SinkMass:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per head: layer, head and all maps."""
+        import pandas as pd
+
         layer, head = np.indices(self.first_token.shape).reshape(2, -1)
         maps = {name: getattr(self, name).ravel() for name in self.numbers()}
         return pd.DataFrame({"layer": layer, "head": head} | maps)

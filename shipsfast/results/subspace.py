@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ..errors import InputError
 from ..runs.kinds import KINDS
@@ -16,6 +16,9 @@ from ..text import counted
 from .bootstrap import RankStability, quick_stability
 from .gram_bootstrap import QUICK, RESAMPLES, Grams
 from .head_map import Ranked, save_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HEAD_COLUMNS = KINDS["subspace"].index
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import pandas as pd
+from typing import TYPE_CHECKING, NamedTuple
 
 from .equality import Compared
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOWN = 3  # tokens each way in a line
 WAYS = ("raised", "lowered")
@@ -65,6 +66,8 @@ class TopTokens(Compared):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per head, way and token: layer, head, way, rank, token, text, before, after, difference."""
+        import pandas as pd
+
         rows = [
             (*head, way, rank, *each)
             for head in self.heads

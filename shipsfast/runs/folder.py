@@ -15,9 +15,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TypeVar
-
-import pandas as pd
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import InputError, WriteError, note
 from ..text import counted
@@ -40,6 +38,9 @@ from .manifest import (
 )
 from .tables import unlisted
 from .whole_files import write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 MEASURES = (

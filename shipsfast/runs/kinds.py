@@ -6,11 +6,10 @@ room knows files, not what numbers mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from .fields import check_fields, flag, list_of, need, number, scanned_head, text
 from .fields import count as whole
@@ -34,8 +33,8 @@ class Table:
 
     index: dict[str, int]
     value: str | None = None
-    low: float = -np.inf
-    high: float = np.inf
+    low: float = -math.inf
+    high: float = math.inf
     expected: int | None = None
     lowest: int = 0
     more: tuple[str, ...] = ()
@@ -170,7 +169,7 @@ def _check_ships(file: Path, manifest: dict, identity: dict) -> int:
 def _ships_tables(identity: dict, manifest: dict) -> dict[str, Table]:
     prompts, grid, units = _units(identity)
     name, answers = identity["metric"]["name"], _of_answers(identity)
-    low, high = {"kl": -1e-3, "asr": 0.0}.get(name, -np.inf), 1.0 if answers else np.inf
+    low, high = {"kl": -1e-3, "asr": 0.0}.get(name, -math.inf), 1.0 if answers else math.inf
     value = "kl_nats" if name == "kl" else "score"
     counts = read_counts(identity)
     index = {"prompt": prompts} | ({"token": max(counts)} if counts else {}) | grid

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
-import pandas as pd
-import psutil
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import InputError
+
+if TYPE_CHECKING:  # the command line reads the names below before it knows whether there is a table to read
+    import numpy as np
+    import pandas as pd
 
 INDEX, NUMBER, TEXT, FLAG, VECTOR = "whole numbers", "numbers", "texts", "true or false", "lists of numbers"
 COLUMNS = {
@@ -46,6 +46,7 @@ def inside(folder: Path, path: Path) -> Path:
 def read_table(part: Path | BinaryIO, columns: Sequence[str], *, only: bool = False) -> pd.DataFrame:
     """These columns of a Parquet file. Raises ValueError or OSError for what is not such a table; where `only` they may
     be, for one that has others, or another order, too."""
+    import psutil
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,6 +88,7 @@ def read_table(part: Path | BinaryIO, columns: Sequence[str], *, only: bool = Fa
 
 def _frame(table, room: int) -> pd.DataFrame:
     """Without pandas' notes; texts as str or None, once it is known how long they all are: in the file each is kept once."""
+    import pandas as pd
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -127,5 +129,5 @@ def cells(frame: pd.DataFrame, names: Sequence[str], shape: Sequence[int]) -> tu
         at = frame[name].to_numpy()
         if at.size and not (0 <= int(at.min()) and int(at.max()) < size):
             raise ValueError(f"column {name!r} counts from {at.min()} to {at.max()}, and there are {size}")
-        out.append(at.astype(np.int64))
+        out.append(at.astype("int64"))
     return tuple(out)

@@ -6,14 +6,17 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ..errors import InputError
 from .kinds import SCORES
 from .manifest import MANIFEST, DamagedPartError, Part, find_parts, read_manifest
 from .part_file import cells, inside, read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def unlisted(path: Path, room: str, parts: list[Part]) -> list[Path]:
@@ -84,6 +87,8 @@ def score_frame(
     scores: np.ndarray, names: tuple[str, ...], value: str, marked: np.ndarray | None = None
 ) -> pd.DataFrame:
     """Scores as rows with the columns `names` and `value`, without those that are NaN; with the marked ones, as NaN."""
+    import pandas as pd
+
     index = np.nonzero(~np.isnan(scores) if marked is None else ~np.isnan(scores) | marked)
     columns = {name: at.astype(np.int32) for name, at in zip(names, index, strict=True)}
     return pd.DataFrame(columns | {value: scores[index]})

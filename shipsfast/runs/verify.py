@@ -10,9 +10,9 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ..errors import InputError
 from ..text import counted, one_line
@@ -21,6 +21,9 @@ from .kinds import CONTROL, COUNTED, KINDS, LABELS, ROOMS, Table
 from .lock import NAME as LOCK
 from .manifest import ABLATIONS, BACKUP, FURTHER, MANIFEST, SCHEMA, Part, find_parts, read_manifest
 from .part_file import COLUMNS, NLL, TEXT, read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LINK = ("is a link, which a run never makes", "take it away, and run the same command again")
 CONTINUE = "run the same command again to continue"

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import shipsfast
-from benchmarks import beyond, cpu, floor, generation, half, peers, provenance, sahara, stream, tables
+from benchmarks import beyond, cpu, floor, generation, half, peers, provenance, sahara, small, stream, tables
 from benchmarks.cases import ANSWER_SMOKE, CPU_CASES, GENERATION_CASES, GENERATION_SMOKE, SMOKE_CASES
 from shipsfast.engine.flops import scan_flops
 from shipsfast.ops.prefix_tree import pack
@@ -78,6 +78,28 @@ def test_stream_row_and_its_table(tmp_path, monkeypatch):
     assert row["equal_bits"] and row["stream_to_memory"] > 0 and row["one_reading_s"] > 0 and row["commit"]
     monkeypatch.setattr(tables, "CPU_CASES", (CASE,))
     assert "Streamed from the checkpoint" in tables.render()
+
+
+def test_fixed_costs_and_their_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    assert "Fixed costs" not in tables.render()
+    monkeypatch.setattr(small, "STARTS", {small.PYTHON: small.STARTS[small.PYTHON]})
+    monkeypatch.setattr(small, "PROCESSES", 1)
+    start, scan = small.run(repeats=2, real=False, console=Console(quiet=True))
+    assert (
+        provenance.newest("small", small.EMBEDDED) == scan
+        and provenance.newest("small", small.PYTHON) == start
+    )
+    assert 0 < start["least_s"] <= start["median_s"] and 0 < start["least_cpu_s"]
+    assert "failed" not in scan and scan["max_abs_difference"] == 0 and scan["scores"] == 16
+    # Its imports, and the threads' first words: more than the scan itself.
+    assert scan["first_to_next_cpu"] > 1 and scan["layers"] == "fused"
+    assert "| embedded model, 1 prompt | " in tables.render()
+
+
+def test_a_scan_that_fails_keeps_its_row(monkeypatch):
+    row = small.scans("no such case", processes=1, repeats=0)
+    assert row["case"] == "no such case" and row["failed"]
 
 
 @pytest.mark.parametrize("way", [beyond.rows_of_a_layer, beyond.rows_of_all_heads, beyond.published_loop])

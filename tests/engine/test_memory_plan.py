@@ -7,7 +7,8 @@ import torch
 
 import shipsfast
 from shipsfast.engine.measurement import ScanExecution
-from shipsfast.engine.memory_plan import Held, Plan, make_plan, parse_bytes
+from shipsfast.engine.memory_plan import Held, Plan, make_plan
+from shipsfast.errors import parse_bytes
 from shipsfast.models.anatomy import inspect_model
 from shipsfast.runs.folder import RunFolder
 from tests.support.evaluations import scan_asr

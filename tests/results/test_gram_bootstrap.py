@@ -270,7 +270,7 @@ def test_a_long_resampling_is_not_begun_by_itself(monkeypatch):
     result = search(group_size=1)
     assert "top" in as_json(result, 3)["stability"][0]
     monkeypatch.setattr("shipsfast.results.subspace.QUICK", 1)
-    monkeypatch.setattr(gram_bootstrap, "resampled_angle_deg", None)
+    monkeypatch.setattr("shipsfast.ops.subspaces.resampled_angle_deg", None)
     assert "take minutes" in as_json(result, 3)["stability"][0]["not_known"]
     result.plot()
     scan().plot()

@@ -260,6 +260,11 @@ def test_a_copy_is_the_same_model_and_leaves_the_first_alone():
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in other.parameters())
     for name, p in model.named_parameters():
         assert before[name][0] == id(p) and torch.equal(before[name][1], p)
+    places = [
+        [id(x) for module in each.modules() for x in vars(module).values() if isinstance(x, dict)]
+        for each in (model, other)
+    ]
+    assert len(places[0]) == len(places[1]) == len({*places[0], *places[1]}) / 2  # nothing is hooked to both
     next(other.parameters()).data.zero_()
     assert next(model.parameters()).abs().sum() > 0
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PRELOADED = [
+    "pandas",
     "torch",
     "transformers",
     "shipsfast.scans.ships",

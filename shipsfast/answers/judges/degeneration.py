@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .thought import THOUGHTS
+
+if TYPE_CHECKING:  # the command line reads the rule before there is a text to judge
+    import numpy as np
 
 TIMES = 3
 LETTERS = 12
@@ -68,11 +70,13 @@ def degenerate(text: str, num_tokens: int, limit: int) -> bool:
     inside = float(letters[loops].sum())
     if 2 * inside > letters.sum():
         return True
-    return 2 * np.count_nonzero(loops) > len(text) and letters.sum() - inside < LETTERS
+    return 2 * int(loops.sum()) > len(text) and letters.sum() - inside < LETTERS
 
 
 def letters_of(text: str) -> np.ndarray:
     """How many letters each character counts as: float64 [C]."""
+    import numpy as np
+
     return np.array([_letters(char) for char in text])
 
 
@@ -86,6 +90,8 @@ def _letters(char: str) -> float:
 
 def in_loops(text: str, letters: np.ndarray) -> np.ndarray:
     """Which characters of the text belong to loops: bool [C]. Takes time in proportion to len(text) x MAX_UNIT."""
+    import numpy as np
+
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     before = np.concatenate(([0.0], np.cumsum(letters)))  # [C + 1]: letters in front of each character
     looping = np.zeros(len(codes), dtype=bool)
