@@ -35,6 +35,10 @@ from .measurement import FP32_RESIDUAL, Execution, Measurement
 from .memory_plan import Held
 from .replacement_values import source_ids
 
+# What run.json says of packs where the model looks at neighbours outside attention.
+ALONE = "one prompt each, not trimmed: the model looks at neighbours outside attention"
+ABREAST = "prompts of one length side by side, not trimmed: the model looks at neighbours outside attention"
+
 
 @dataclass
 class Subject:
@@ -320,12 +324,18 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     if execution.prompts_from:
         record["prompts_from"] = execution.prompts_from
     if anatomy.plain_sequences:
-        record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
+        record["packs"] = ALONE
     if not_fused:
         record["layers_why"] = not_fused
     return Subject(
         model, anatomy, measurement, token_ids, others, device, backend, layers, record, texts.places, texts.targets, further,
     )  # fmt: skip
+
+
+def goes_abreast(how: Ablation, anatomy: Anatomy) -> bool:
+    """Whether a scan has prompts of one length side by side, as rows of a batch: where they may share no pack. The outputs that
+    `resample` puts in are each prompt's own."""
+    return anatomy.plain_sequences and how.kind != "resample"
 
 
 def about_ablation(how: Ablation, anatomy: Anatomy, backend: str) -> dict:

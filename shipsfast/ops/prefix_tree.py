@@ -38,6 +38,8 @@ class PackedPrompts:
     last_index   int64 [P]   the node of each prompt's last token, in the caller's order of prompts
     read_index   int64 [M]   the nodes whose next-token distributions are read, prompt by prompt; last_index if nothing was said
     segments                 the trie with unbranched runs merged, parents before children
+    abreast                  1 for a tree; else of how many sequences of T / abreast tokens each it is, one after the other, which
+                             pass the model as rows of a batch (`side_by_side`)
     """
 
     token_ids: np.ndarray
@@ -46,10 +48,30 @@ class PackedPrompts:
     last_index: np.ndarray
     segments: tuple[Segment, ...]
     read_index: np.ndarray
+    abreast: int = 1
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of one sequence, where several go abreast."""
+        return self.num_tokens // self.abreast
+
+    @property
+    def reads_abreast(self) -> np.ndarray:
+        """Where each of the sequences is read, bool [abreast, length]."""
+        read = np.zeros(self.num_tokens, dtype=bool)
+        read[self.read_index] = True
+        return read.reshape(self.abreast, -1)
+
+    def first_sequence(self) -> PackedPrompts:
+        """The first of sequences that go abreast, as a tree of its own: but for their tokens and reads the others are like it."""
+        part = slice(self.length)
+        fields = (self.token_ids, self.position, self.subtree_end)
+        reads = np.flatnonzero(self.reads_abreast[0])
+        return PackedPrompts(*(x[part] for x in fields), self.last_index[:1], self.segments[:1], reads)
 
     def path(self, segment: int) -> list[int]:
         """Segment indices from the root down to and including `segment`."""
@@ -139,6 +161,30 @@ def pack(prompts: Sequence[Sequence[int]], reads: Sequence[Sequence[int]] | None
         return packed
     nodes = [packed.path_nodes(i)[list(places)] for i, places in enumerate(reads)]
     return replace(packed, read_index=np.concatenate(nodes))
+
+
+def side_by_side(
+    prompts: Sequence[Sequence[int]], reads: Sequence[Sequence[int]] | None = None
+) -> PackedPrompts:
+    """Token-id lists as sequences of one length: no beginning is shared, and shorter ones go on with their last token.
+
+    Arguments as of `pack`. For models in which a token's neighbours in the sequence must be those of its prompt.
+    """
+    count, length = len(prompts), max(map(len, prompts))
+    start = np.arange(count) * length
+    last_index = start + [len(ids) - 1 for ids in prompts]
+    read_index = last_index
+    if reads is not None:
+        read_index = np.concatenate([at + np.asarray(places) for at, places in zip(start, reads, strict=True)])
+    return PackedPrompts(
+        token_ids=np.concatenate([[*ids, *[ids[-1]] * (length - len(ids))] for ids in prompts]).astype(np.int64),
+        position=np.tile(np.arange(length, dtype=np.int32), count),
+        subtree_end=np.repeat(start + length, length).astype(np.int32),
+        last_index=last_index,
+        segments=tuple(Segment(at, at + length, -1) for at in start.tolist()),
+        read_index=read_index,
+        abreast=count,
+    )
 
 
 def _segments(position: np.ndarray, branches: set[int]) -> tuple[Segment, ...]:

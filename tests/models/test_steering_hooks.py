@@ -80,10 +80,10 @@ def test_scores_are_those_of_the_steered_model(add):
 
 
 def test_bf16_scores_of_a_small_vector():
-    """One prompt a pack, as the hook wants it: off from the same model's float64 scores by rounding."""
+    """No pack is shared, as the hook wants it: off from the same model's float64 scores by rounding."""
     result = shipsfast.scan(steered(build(dtype=torch.bfloat16), last, 0.3), PROMPTS, progress=False)
     exact = family_oracle.ships(steered(build(dtype=torch.bfloat16).double(), last, 0.3), PROMPTS)
-    assert "one prompt each" in result.record["packs"]
+    assert "side by side" in result.record["packs"]
     assert ((torch.as_tensor(result.kl) - exact).abs() <= 0.15 * (1 + exact)).all()
 
 
