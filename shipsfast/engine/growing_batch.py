@@ -30,7 +30,7 @@ from ..ops.prefix_tree import PackedPrompts
 from ..ops.tree_attention import TreeContext, tree_attention
 from .fused_layer import FusedLayer
 from .head_mask import HeadMask
-from .memory_plan import Plan, even_slices
+from .memory_plan import LEAST_ABREAST, Plan, even_slices
 from .subject import Subject
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
@@ -73,8 +73,8 @@ class GrowingBatch:
         # Rows of the whole sequence, with a mask for the tokens that are read.
         self._only_ends = subject.at_end and not subject.ends_alone
         self._abreast = packed.abreast
-        self._tree_of = packed.first_sequence() if packed.abreast > 1 and not subject.fused else packed
         self.rows_per_chunk = max(1, plan.chunk_tokens // self._width())
+        self._tree_of = packed.first_sequence() if packed.abreast > 1 and not subject.fused else packed
         self.rows_per_head_chunk = max(1, plan.head_rows // len(self.last_nodes))
         self.tick = tick or (lambda steps: None)
         self.keep = keep
@@ -200,8 +200,9 @@ class GrowingBatch:
             raise Left
 
     def _width(self) -> int:
-        """Tokens of a row."""
-        return self.packed.num_tokens
+        """Tokens of a row, as a chunk counts them."""
+        least = LEAST_ABREAST if self.anatomy.plain_sequences else 0
+        return self._abreast * max(self.packed.length, least)
 
     def _at_reads(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         """Rows [n, U, hidden] of what the layers hand on, at the nodes that are read."""
@@ -374,15 +375,9 @@ class GrowingBatch:
         if self.keep is not None and not how:  # the last layer's are taken before
             how["keep"] = lambda k, v: self.keep(index, rows, k, v)
         if self._only_ends and nodes is None:
-            how["only"] = self._only(x)
+            # Sequences that go abreast end alike, and are read there.
+            how["only"] = torch.as_tensor(self._tree(x.device).trimmed, device=x.device)
         return self._through(index, call, x, mask, **how)
-
-    def _only(self, x: torch.Tensor) -> torch.Tensor:
-        """The tokens of rows [B, T, hidden] that a mask is for: those that are read."""
-        read = self.packed.reads_abreast
-        if (read == read[0]).all():
-            return torch.as_tensor(np.flatnonzero(read[0]), device=x.device)
-        return torch.as_tensor(read, device=x.device).repeat(len(x) // len(read), 1)
 
     def _through(self, index: int, call: LayerCall, x: torch.Tensor, mask: LayerMask, **how) -> torch.Tensor:
         """Rows through a layer with this mask. how: as in TreeCall."""

@@ -42,6 +42,8 @@ CPU_CHUNK_TOKENS = 768
 CUDA_CHUNK_TOKENS = 16384
 # Longer packs are split by prompts where one row alone would outgrow the chunk by this factor.
 CPU_GROUP_FACTOR = 4
+# As so many tokens a shorter sequence counts beside others: recurrences that work in chunks fill it up to 64 tokens and more.
+LEAST_ABREAST = 32
 HEAD_BYTES = 256 << 20  # logits of one head chunk
 HEAD_WIDTH = 4  # of hidden states that enter the output head: the slice, its norm and what that takes
 
@@ -251,7 +253,7 @@ class Held:
         groups = []
         for length, alike in groupby(order, key=lambda i: len(prompts[i])):
             alike = tuple(alike)
-            few = most if tokens is None else min(most, max(1, tokens // length))
+            few = most if tokens is None else min(most, max(1, tokens // max(length, LEAST_ABREAST)))
             groups += [alike[part] for part in even_slices(len(alike), few)]
         return groups
 

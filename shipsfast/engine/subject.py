@@ -15,7 +15,7 @@ from .._version import __version__
 from ..errors import InputError, note
 from ..memory import once_more
 from ..models.ambient import describe_matmul
-from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_model
+from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_model, with_ends
 from ..models.checkpoint import ORIGIN
 from ..models.fingerprint import fingerprint
 from ..models.forward import input_device
@@ -261,13 +261,20 @@ def working_dtype(model: PreTrainedModel, backend: str, layers: str) -> torch.dt
 
 
 def layer_path(
-    layers: str, model: PreTrainedModel, anatomy: Anatomy, device: torch.device, backend: str
+    layers: str,
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    device: torch.device,
+    backend: str,
+    how: Ablation,
 ) -> tuple[str, str | None]:
     """How rows pass the layers, and why they go through their own forward, None if they do not."""
     if layers == "model":
         return "model", "asked for"
     problem = fused_layer.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)
     way = layers
+    if how.at == "end" and not anatomy.ends_alone:  # at one token of a whole row
+        problem = problem or "heads are off at the end only, and the model looks at neighbours outside attention"
     if layers == "fused":
         problem = problem or fused_layer.why_no_half_residual(model.dtype, backend)
     elif layers == "auto":
@@ -290,6 +297,10 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     anatomy = once_more(
         "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
     )
+    if texts.places and max(map(len, texts.places)) > 1:
+        anatomy = once_more(
+            "looking at the model", lambda: with_ends(model, anatomy, max(token_ids, key=len))
+        )
     if is_ablated(anatomy):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
     check_own_dtype(model, anatomy)
@@ -305,7 +316,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     backend = resolve_backend(
         execution.backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
-    layers, not_fused = layer_path(execution.layers, model, anatomy, device, backend)
+    layers, not_fused = layer_path(execution.layers, model, anatomy, device, backend, measurement.ablation)
     record = describe_run(model, anatomy, device) | {
         **about_ablation(measurement.ablation, anatomy, backend),
         "template": measurement.template,

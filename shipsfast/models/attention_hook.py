@@ -54,8 +54,9 @@ class TreeCall:
     attend: Callable[[torch.Tensor, Callable, torch.Tensor | None], None] | None = None
     # Is shown keys and values [B, HKV, T, D].
     keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-    # The mask is for these queries and others are untouched: int64 [U], those that the tree trims to, or bool [B, T].
-    only: torch.Tensor | None = None
+    only: torch.Tensor | None = (
+        None  # the mask is for these queries, int64 [U], those that the tree trims to; others are untouched
+    )
 
 
 @dataclass
@@ -168,13 +169,9 @@ def _tree(call: TreeCall, query, key, value, how: dict) -> torch.Tensor:
         rows, heads = mask.logit_scale.shape
         untouched = LayerMask.untouched(rows, heads, mask.logit_scale.dtype, mask.logit_scale.device)
         out = tree_attention(call.tree, query, key, value, untouched, plan, **how)
-        if call.only.dtype == torch.bool:
-            ablated = tree_attention(call.tree, query, key, value, mask, plan, **how)
-            out = torch.where(call.only[..., None, None], ablated, out)
-        else:
-            query, mask = query.index_select(2, call.only), mask.at(call.only)
-            plan = call.tree.plan(call.window, True, query)
-            out[:, call.only] = tree_attention(call.tree, query, key, value, mask, plan, **how)
+        query, mask = query.index_select(2, call.only), mask.at(call.only)
+        plan = call.tree.plan(call.window, True, query)
+        out[:, call.only] = tree_attention(call.tree, query, key, value, mask, plan, **how)
     if call.tap is not None:
         call.tap(out)
     if call.attend is not None:

@@ -59,19 +59,11 @@ class PackedPrompts:
         """Tokens of one sequence, where several go abreast."""
         return self.num_tokens // self.abreast
 
-    @property
-    def reads_abreast(self) -> np.ndarray:
-        """Where each of the sequences is read, bool [abreast, length]."""
-        read = np.zeros(self.num_tokens, dtype=bool)
-        read[self.read_index] = True
-        return read.reshape(self.abreast, -1)
-
     def first_sequence(self) -> PackedPrompts:
         """The first of sequences that go abreast, as a tree of its own: but for their tokens and reads the others are like it."""
-        part = slice(self.length)
-        fields = (self.token_ids, self.position, self.subtree_end)
-        reads = np.flatnonzero(self.reads_abreast[0])
-        return PackedPrompts(*(x[part] for x in fields), self.last_index[:1], self.segments[:1], reads)
+        fields, reads = (self.token_ids, self.position, self.subtree_end), self.read_index
+        own = (x[: self.length] for x in fields)
+        return PackedPrompts(*own, self.last_index[:1], self.segments[:1], reads[reads < self.length])
 
     def path(self, segment: int) -> list[int]:
         """Segment indices from the root down to and including `segment`."""
@@ -166,18 +158,17 @@ def pack(prompts: Sequence[Sequence[int]], reads: Sequence[Sequence[int]] | None
 def side_by_side(
     prompts: Sequence[Sequence[int]], reads: Sequence[Sequence[int]] | None = None
 ) -> PackedPrompts:
-    """Token-id lists as sequences of one length: no beginning is shared, and shorter ones go on with their last token.
-
-    Arguments as of `pack`. For models in which a token's neighbours in the sequence must be those of its prompt.
-    """
-    count, length = len(prompts), max(map(len, prompts))
+    """Token-id lists of one length, of which no beginning is shared: for models in which a token's neighbours in the sequence
+    must be those of its prompt. Arguments as of `pack`. Raises ValueError for lists of several lengths."""
+    count, length = len(prompts), len(prompts[0])
+    if any(len(ids) != length for ids in prompts):
+        raise ValueError(f"prompts of {sorted({*map(len, prompts)})} tokens cannot go side by side")
     start = np.arange(count) * length
-    last_index = start + [len(ids) - 1 for ids in prompts]
-    read_index = last_index
+    last_index = read_index = start + length - 1
     if reads is not None:
         read_index = np.concatenate([at + np.asarray(places) for at, places in zip(start, reads, strict=True)])
     return PackedPrompts(
-        token_ids=np.concatenate([[*ids, *[ids[-1]] * (length - len(ids))] for ids in prompts]).astype(np.int64),
+        token_ids=np.asarray(prompts, dtype=np.int64).ravel(),
         position=np.tile(np.arange(length, dtype=np.int32), count),
         subtree_end=np.repeat(start + length, length).astype(np.int32),
         last_index=last_index,

@@ -260,7 +260,8 @@ def laid_out(
     if how.kind == "resample":
         ids, tokens = pair_ids(ids, texts.other_ids, how.align)
     ends_alone = how.at == "end" and anatomy.ends_alone
-    sequences = Sequences.of(ids, texts.places, each_alone=how.at == "end" and not ends_alone)
+    each_alone = anatomy.looks_at_end or (how.at == "end" and not ends_alone)
+    sequences = Sequences.of(ids, texts.places, each_alone=each_alone)
     gathers, abreast = backend != "cpp", goes_abreast(how, anatomy)
     return sequences, tokens, replace(
         held, reads=sequences.places, ends_alone=ends_alone, gathers=gathers, abreast=abreast

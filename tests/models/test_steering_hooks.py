@@ -1,11 +1,12 @@
 """Steering vectors: at every token they are a part of the model, at some places only the model looks at places, and that is
 seen in every dtype, however small they are beside rounding."""
 
+import numpy as np
 import pytest
 import torch
 
 import shipsfast
-from shipsfast.models.anatomy import inspect_model
+from shipsfast.models.anatomy import inspect_model, with_ends
 from tests.support import family_oracle
 from tests.support.models import build
 from tests.support.numerics import assert_close_abs
@@ -77,6 +78,27 @@ def test_scores_are_those_of_the_steered_model(add):
     assert_close_abs(result.kl, expected, 1e-12)
     assert ("packs" in result.record) == (add is not everywhere)
     assert (expected - family_oracle.ships(build(), PROMPTS)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("at", ["all", "end"])
+@pytest.mark.parametrize("add", [last, by_place])
+def test_along_answers_every_read_is_the_last_token_of_a_sequence(add, at):
+    """Where a hook looks for it: read in the midst of a longer sequence, a token would go without the vector."""
+    model, answers = steered(build(), add, 0.5), [[3, 14, 7], [33, 8], [6]]
+    reads = [p + a[:n] for p, a in zip(PROMPTS, answers, strict=True) for n in range(len(a))]
+    result = shipsfast.scan(model, PROMPTS, answers=answers, at=at, progress=False)
+    assert_close_abs(np.concatenate(result.by_token), family_oracle.ships(model, reads, end=at == "end"), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_what_looks_for_the_last_token_is_taken_for_it(dtype):
+    def seen(model) -> bool:
+        return with_ends(model, inspect_model(model, PROMPTS[0], 6), PROMPTS[0]).looks_at_end
+
+    assert seen(steered(tiny_model("llama", dtype), last, 0.1))
+    assert seen(steered(tiny_model("lfm2", dtype), last, 0.1))
+    assert not seen(tiny_model("llama", dtype))
+    assert not any(seen(tiny_model(family, dtype)) for family in ("lfm2", "qwen3_next", "falcon_h1"))
 
 
 def test_bf16_scores_of_a_small_vector():
