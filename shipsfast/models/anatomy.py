@@ -54,7 +54,9 @@ class Anatomy:
     # Arrays of the logits' size that are alive at once: 1 where the head's are final.
     logit_copies: int = LOGIT_COPIES
     autocast: str | None = None  # where torch.autocast was on while attention ran, in words
-    looks_at_end: bool = False  # something looks for the last token of a sequence, which is then the only one to read
+    looks_at_end: bool = (
+        False  # something looks for the last token of a sequence, which is then the only one to read
+    )
 
     @property
     def plain_sequences(self) -> bool:

@@ -166,7 +166,9 @@ def side_by_side(
     start = np.arange(count) * length
     last_index = read_index = start + length - 1
     if reads is not None:
-        read_index = np.concatenate([at + np.asarray(places) for at, places in zip(start, reads, strict=True)])
+        read_index = np.concatenate(
+            [at + np.asarray(places) for at, places in zip(start, reads, strict=True)]
+        )
     return PackedPrompts(
         token_ids=np.asarray(prompts, dtype=np.int64).ravel(),
         position=np.tile(np.arange(length, dtype=np.int32), count),

@@ -263,8 +263,10 @@ def laid_out(
     each_alone = anatomy.looks_at_end or (how.at == "end" and not ends_alone)
     sequences = Sequences.of(ids, texts.places, each_alone=each_alone)
     gathers, abreast = backend != "cpp", goes_abreast(how, anatomy)
-    return sequences, tokens, replace(
-        held, reads=sequences.places, ends_alone=ends_alone, gathers=gathers, abreast=abreast
+    return (
+        sequences,
+        tokens,
+        replace(held, reads=sequences.places, ends_alone=ends_alone, gathers=gathers, abreast=abreast),
     )
 
 

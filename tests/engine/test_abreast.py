@@ -22,7 +22,13 @@ from tests.support.tiny_configs import tiny_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Two lengths, in no order; one prompt twice, and one beginning.
-PROMPTS = [[5, 9, 17, 7, 40], [5, 9, 17, 23, 33, 8, 11], [30, 31, 4, 2, 6], [5, 9, 17, 7, 40], [8, 9, 3, 3, 44, 51, 6]]
+PROMPTS = [
+    [5, 9, 17, 7, 40],
+    [5, 9, 17, 23, 33, 8, 11],
+    [30, 31, 4, 2, 6],
+    [5, 9, 17, 7, 40],
+    [8, 9, 3, 3, 44, 51, 6],
+]
 FAMILIES = ["lfm2", "falcon_h1", "qwen3_next", "recurrent_gemma"]
 CUTS = [{}, dict(prompts_per_group=2, rows_per_block=3, chunk_tokens=64), dict(prompts_per_group=1)]
 

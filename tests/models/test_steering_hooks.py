@@ -43,13 +43,13 @@ def everywhere(out, vector):
 PLACES = [last, by_place, prompt_only, third]
 
 
-def steered(model, add, norm):
+def steered(model, add, norm, layer=0):
     def hook(_module, _args, out):
         out = out.clone()
         add(out, (norm * VECTOR / VECTOR.norm()).to(out.dtype))
         return out
 
-    model.model.layers[0].register_forward_hook(hook)
+    model.model.layers[layer].register_forward_hook(hook)
     return model
 
 
@@ -80,6 +80,15 @@ def test_scores_are_those_of_the_steered_model(add):
     assert (expected - family_oracle.ships(build(), PROMPTS)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("layers", ["fused", "model"])
+@pytest.mark.parametrize("layer", [0, -1])
+def test_prompts_side_by_side_are_steered_each_at_its_last_token(layer, layers):
+    model, prompts = steered(build(), last, 0.5, layer), [ids[:4][::-1] for ids in PROMPTS]
+    result = shipsfast.scan(model, prompts, layers=layers, progress=False)
+    assert result.record["plan"]["prompt_groups"] == [3]
+    assert_close_abs(result.kl, family_oracle.ships(model, prompts), 1e-12)
+
+
 @pytest.mark.parametrize("at", ["all", "end"])
 @pytest.mark.parametrize("add", [last, by_place])
 def test_along_answers_every_read_is_the_last_token_of_a_sequence(add, at):
@@ -87,7 +96,9 @@ def test_along_answers_every_read_is_the_last_token_of_a_sequence(add, at):
     model, answers = steered(build(), add, 0.5), [[3, 14, 7], [33, 8], [6]]
     reads = [p + a[:n] for p, a in zip(PROMPTS, answers, strict=True) for n in range(len(a))]
     result = shipsfast.scan(model, PROMPTS, answers=answers, at=at, progress=False)
-    assert_close_abs(np.concatenate(result.by_token), family_oracle.ships(model, reads, end=at == "end"), 1e-12)
+    assert_close_abs(
+        np.concatenate(result.by_token), family_oracle.ships(model, reads, end=at == "end"), 1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

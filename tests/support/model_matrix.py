@@ -138,8 +138,9 @@ model of it here, so nothing is known.
 - *its own casts to float32 lifted*: the family rounds something (a router, rotary embeddings) to float32 in float64
   models too, which moved scores by up to 1e-6 nats; held to the tolerance with these casts made float64.
 - *one prompt per pack*: layers besides attention mix tokens (state space, convolution, linear attention), or look at
-  places in a sequence. Prompts then go through one by one, shared beginnings included, and the last layer at every
-  token. `generate` goes through the model's own, a row at a time.
+  places in a sequence. Prompts then share no pack, beginnings included, and the last layer runs at every token; those of
+  one length go side by side, as rows of a batch (with `resample` one by one). `generate` goes through the model's own, a row at a
+  time.
 - *attention in layers ...*: the layers of scores are these; `run.json` names them (`layer_names`).
 - *sinks*: a logit per head that joins the softmax's denominator (`s_aux`). `undifferentiated` scales q k^T, not the sink.
 
@@ -154,7 +155,7 @@ model of it here, so nothing is known.
 | FSDP, tensor parallelism | refused: a process holds a part of each weight |
 | attention functions or mask functions that are not transformers' own (registered, overwritten, patched) | refused by every call, with the `set_attn_implementation` that goes without them |
 | a decoder layer whose attention is replaced by what calls no attention function | refused, naming it |
-| hooks on hidden states | at every token alike: scanned as a part of the model; where they look at a token's place: one prompt per pack |
+| hooks on hidden states | at every token alike: scanned as a part of the model; where they look at a token's place: one prompt per pack; where they look for the last token: each read of an answer is the end of a sequence of its own |
 | int8 products on a CPU without VNNI (bitsandbytes LLM.int8, torchao with quantised activations) | refused, naming the layer: oneDNN adds them in 16 bits there, which overflow, and the model itself answers wrongly |
 | `torch.ao.quantization.quantize_dynamic` | refused by scans and generation (a row depends on those beside it); goes on in `ablate` |
 | GGUF: llama, qwen2, qwen3, phi3, gemma2, gemma3 | every weight and setting held against the model the file was made of (`tests/models/test_gguf.py`), with transformers 5.18 or newer; other architectures, and files with something that transformers would drop, are refused |
