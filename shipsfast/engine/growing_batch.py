@@ -164,7 +164,9 @@ class GrowingBatch:
                 self._head_chunk, self._head_rows = self._final[rows], rows
                 if self.own_head:  # which takes the model's own precision
                     self._head_chunk = self._head_chunk.to(self.model.dtype)
-                if self.anatomy.plain_sequences:  # each read is the last token of a row, which a hook may look for
+                if (
+                    self.anatomy.plain_sequences
+                ):  # each read is the last token of a row, which a hook may look for
                     self._head_chunk = self._head_chunk.flatten(0, 1)[:, None]
                 # As many rows as come out of the layers: some models shape their states by their input.
                 start = token_ids.new_zeros(self._head_chunk.shape[:2])

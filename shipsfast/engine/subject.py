@@ -274,7 +274,9 @@ def layer_path(
     problem = fused_layer.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)
     way = layers
     if how.at == "end" and not anatomy.ends_alone:  # at one token of a whole row
-        problem = problem or "heads are off at the end only, and the model looks at neighbours outside attention"
+        problem = (
+            problem or "heads are off at the end only, and the model looks at neighbours outside attention"
+        )
     if layers == "fused":
         problem = problem or fused_layer.why_no_half_residual(model.dtype, backend)
     elif layers == "auto":
