@@ -3,7 +3,8 @@
 A head ablated in layer l changes nothing below l. So one unablated row enters the model; at layer l the
 rows whose first ablated head is in l fork off as copies of row 0; all rows alive then pass the layer in
 chunks, each row with its own mask vectors. The prompts are one packed prefix tree (ops/prefix_tree.py), so a row
-is one sequence. The last layer computes keys and values of every token, but queries, output projection
+is one sequence; where a model looks at neighbours outside attention, a row is several sequences side by side, which the
+model gets as rows of its batch. The last layer computes keys and values of every token, but queries, output projection
 and MLP only where the tree is read: where a prompt ends, or at the tokens that were asked for. Its rows then go through
 the model's own final norm and head in chunks, and each chunk's logits are handed out at once: nothing of size [rows, V] is kept.
 """
@@ -29,7 +30,7 @@ from ..ops.prefix_tree import PackedPrompts
 from ..ops.tree_attention import TreeContext, tree_attention
 from .fused_layer import FusedLayer
 from .head_mask import HeadMask
-from .memory_plan import Plan, even_slices
+from .memory_plan import LEAST_ABREAST, Plan, even_slices
 from .subject import Subject
 
 Consume = Callable[[slice, torch.Tensor, torch.Tensor], None]
@@ -71,7 +72,9 @@ class GrowingBatch:
         self.last_nodes, self.prompt_place = np.unique(packed.read_index, return_inverse=True)
         # Rows of the whole sequence, with a mask for the tokens that are read.
         self._only_ends = subject.at_end and not subject.ends_alone
+        self._abreast = packed.abreast
         self.rows_per_chunk = max(1, plan.chunk_tokens // self._width())
+        self._tree_of = packed.first_sequence() if packed.abreast > 1 and not subject.fused else packed
         self.rows_per_head_chunk = max(1, plan.head_rows // len(self.last_nodes))
         self.tick = tick or (lambda steps: None)
         self.keep = keep
@@ -149,8 +152,8 @@ class GrowingBatch:
         self._forks = np.bincount(forks[1:], minlength=self.anatomy.num_layers).tolist()
         self._alive, self._see = 1, see
         device = input_device(self.model)
-        token_ids = torch.as_tensor(self.packed.token_ids, device=device)[None]
-        position_ids = torch.as_tensor(self.packed.position, device=device).long()[None]
+        token_ids = torch.as_tensor(self.packed.token_ids, device=device).view(self._abreast, -1)
+        position_ids = torch.as_tensor(self.packed.position[: self.packed.length], device=device).long()[None]
         # The pass through the layers ends in the model's head, whose result there is not wanted.
         self._forward(token_ids, position_ids, **last_logits_only(self.model))
         self._buffer = None
@@ -161,12 +164,17 @@ class GrowingBatch:
                 self._head_chunk, self._head_rows = self._final[rows], rows
                 if self.own_head:  # which takes the model's own precision
                     self._head_chunk = self._head_chunk.to(self.model.dtype)
+                if (
+                    self.anatomy.plain_sequences
+                ):  # each read is the last token of a row, which a hook may look for
+                    self._head_chunk = self._head_chunk.flatten(0, 1)[:, None]
                 # As many rows as come out of the layers: some models shape their states by their input.
-                start = token_ids.new_zeros(rows.stop - rows.start, len(self.last_nodes))
+                start = token_ids.new_zeros(self._head_chunk.shape[:2])
                 logits = self._forward(start, start)
                 if not self._logits:
                     continue
                 out = seen.pop() if hidden_states else logits
+                out = out.view(-1, len(self.last_nodes), out.shape[-1])
                 base = out[0].clone() if base is None else base
                 consume(rows, out, base)
                 del out, logits  # before the next ones are made
@@ -185,40 +193,51 @@ class GrowingBatch:
         last = number == self._top
         if self._head_chunk is not None:
             if last:
-                self._see(number, self._head_rows, hidden)
+                self._see(number, self._head_rows, hidden.view(-1, len(self.last_nodes), hidden.shape[-1]))
         elif not last:
+            hidden = self._joined(hidden)
             for rows in even_slices(self._alive, self.rows_per_head_chunk):
                 self._see(number, rows, self._at_reads(hidden, rows))
         if last and not self._logits:
             raise Left
 
     def _width(self) -> int:
-        """Tokens of a row."""
-        return self.packed.num_tokens
+        """Tokens of a row, as a chunk counts them."""
+        least = LEAST_ABREAST if self.anatomy.plain_sequences else 0
+        return self._abreast * max(self.packed.length, least)
 
     def _at_reads(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         """Rows [n, U, hidden] of what the layers hand on, at the nodes that are read."""
         return hidden[rows].index_select(1, self._last_nodes(hidden.device))
+
+    def _joined(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model has as rows of its batch, as rows of ours: [rows, T, hidden]."""
+        return hidden if self._abreast == 1 else hidden.reshape(-1, self.packed.num_tokens, hidden.shape[-1])
+
+    def _apart(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of ours as the model has them, [rows x abreast, length, hidden]."""
+        return hidden if self._abreast == 1 else hidden.reshape(-1, self.packed.length, hidden.shape[-1])
 
     def _layer(self, block: Block, forward: Callable, last: bool) -> Callable:
         """last: the last decoder layer that runs, as a rule the model's."""
         index = block.layer
 
         def step(*args, **kwargs):
-            call = LayerCall.of(forward, args, kwargs)
+            call = LayerCall.of(forward, args, kwargs, self._abreast)
             if self._head_chunk is not None:
                 out = self._head_chunk if last else call.hidden
                 call.tuples = self._tuples
                 return call.result(out)
             if call.hidden.device != block.device:
                 call = call.to(block.device)
-            return call.result(self._pass(index, call, last))
+            return call.result(self._apart(self._pass(index, call, last)))
 
         return step
 
     def _pass(self, index: int | None, call: LayerCall, last: bool) -> torch.Tensor:
         """All rows alive through a layer. Returns what the model is to hand to the next one."""
-        hidden, trimmed = call.hidden, last and index is not None and not self.anatomy.plain_sequences
+        hidden = self._joined(call.hidden)
+        trimmed = last and index is not None and not self.anatomy.plain_sequences
         if self._fused:
             self._fused_layer(index, hidden, last, *call.kwargs["position_embeddings"])
             if not last:
@@ -230,7 +249,8 @@ class GrowingBatch:
             if trimmed:
                 self._last_layer(index, call, x, rows)
             else:
-                out = call(x) if index is None else self._attend(index, call, x, rows)
+                x = self._apart(x)
+                out = self._joined(call(x) if index is None else self._attend(index, call, x, rows))
                 self._buffer[rows] = out
                 if last:
                     self._final[rows] = out.index_select(1, self._last_nodes(out.device))
@@ -255,7 +275,8 @@ class GrowingBatch:
             )  # fmt: skip
 
         nodes = self._last_nodes(hidden.device) if last else None
-        self._fused_rows(index, hidden, attention, cos[0].contiguous(), sin[0].contiguous(), nodes, last)
+        cos, sin = (x[0].repeat(self._abreast, 1) for x in (cos, sin))
+        self._fused_rows(index, hidden, attention, cos, sin, nodes, last)
 
     def _fused_rows(
         self,
@@ -352,11 +373,12 @@ class GrowingBatch:
     def _attend(
         self, index: int, call: LayerCall, x: torch.Tensor, rows: slice, nodes=None, **how
     ) -> torch.Tensor:
-        mask = self._layer_mask(index, x, rows, nodes)
+        mask = self._layer_mask(index, x, rows, nodes).abreast(self._abreast)
         if self.keep is not None and not how:  # the last layer's are taken before
             how["keep"] = lambda k, v: self.keep(index, rows, k, v)
         if self._only_ends and nodes is None:
-            how["only"] = self._last_nodes(x.device)
+            # Sequences that go abreast end alike, and are read there.
+            how["only"] = torch.as_tensor(self._tree(x.device).trimmed, device=x.device)
         return self._through(index, call, x, mask, **how)
 
     def _through(self, index: int, call: LayerCall, x: torch.Tensor, mask: LayerMask, **how) -> torch.Tensor:
@@ -398,5 +420,6 @@ class GrowingBatch:
 
     def _tree(self, device: torch.device) -> TreeContext:
         if device not in self._trees:
-            self._trees[device] = TreeContext(self.packed, self._backend, device, self.last_nodes)
+            reads = np.unique(self._tree_of.read_index)
+            self._trees[device] = TreeContext(self._tree_of, self._backend, device, reads)
         return self._trees[device]

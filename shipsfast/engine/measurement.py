@@ -201,7 +201,9 @@ class PlannedExecution(Execution):
         int | None, Doc("tokens that pass a layer together; overrides the memory plan.")
     ] = None
     rows_per_block: Annotated[int | None, Doc("ablations that pass the model together; the same.")] = None
-    prompts_per_group: Annotated[int | None, Doc("prompts of a packed sequence; the same.")] = None
+    prompts_per_group: Annotated[
+        int | None, Doc("prompts of a packed sequence, or side by side; the same.")
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import psutil
 import torch
@@ -31,7 +31,7 @@ import torch
 from ..errors import InputError
 from ..models.anatomy import Anatomy
 from ..ops.end_attention import scratch_bytes
-from ..ops.prefix_tree import PackedPrompts, pack
+from ..ops.prefix_tree import PackedPrompts, pack, side_by_side
 from ..text import counted
 from .measurement import ScanExecution
 
@@ -41,6 +41,8 @@ CPU_CHUNK_TOKENS = 768
 CUDA_CHUNK_TOKENS = 16384
 # Longer packs are split by prompts where one row alone would outgrow the chunk by this factor.
 CPU_GROUP_FACTOR = 4
+# As so many tokens a shorter sequence counts beside others: recurrences that work in chunks fill it up to 64 tokens and more.
+LEAST_ABREAST = 32
 HEAD_BYTES = 256 << 20  # logits of one head chunk
 HEAD_WIDTH = 4  # of hidden states that enter the output head: the slice, its norm and what that takes
 
@@ -90,9 +92,9 @@ class Plan:
                 f"the plan is of {counted(sum(body['prompt_groups']), 'prompt')}, and there are {len(prompts)}: choose "
                 "another output folder"
             )
-        order, groups, start = in_order(prompts), [], 0
+        order, groups, start = needs.held.in_order(prompts), [], 0
         for size in body["prompt_groups"]:
-            groups.append(tuple(order[start : start + size]))
+            groups += needs.held.grouped(prompts, order[start : start + size], size)
             start += size
         return cls(**body, needs=needs).regrouped(groups, prompts)
 
@@ -127,11 +129,6 @@ def even_slices(total: int, most: int) -> list[slice]:
     """range(total) cut into the fewest slices of at most `most`, as equal as can be; none for a total of 0."""
     parts = max(1, -(-total // max(1, most)))
     return [slice(a, b) for a, b in pairwise(total * i // parts for i in range(parts + 1)) if b > a]
-
-
-def in_order(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Indices of the prompts in which neighbours share the longest prefixes."""
-    return sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -205,7 +202,7 @@ class Held:
     coming_bytes: weights of the model that are brought into memory while it runs; per_token_bytes: held of the base row's tokens
     beside a chunk; row_size: bytes per number of the residual streams, by default those of the model's dtype; reads: the
     positions of each prompt that are read, None for its last; ends_alone: rows are as wide as there are reads; depth: layers
-    with heads that a pass goes through, None for all.
+    with heads that a pass goes through, None for all; abreast: prompts go side by side, as rows of a batch, and share nothing.
     """
 
     device: torch.device
@@ -220,10 +217,34 @@ class Held:
     ends_alone: bool = False
     depth: int | None = None
     gathers: bool = True  # what ends see is gathered for them, which C++ does without
+    abreast: bool = False
 
     def pack(self, prompts: Sequence[Sequence[int]], group: Sequence[int]) -> PackedPrompts:
         """A group of the prompts, by their indices."""
-        return pack([prompts[i] for i in group], self.reads and [self.reads[i] for i in group])
+        packed = side_by_side if self.abreast else pack
+        return packed([prompts[i] for i in group], self.reads and [self.reads[i] for i in group])
+
+    def in_order(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Indices of the prompts in which neighbours share the longest prefixes; of those that go side by side, the length."""
+        return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) * self.abreast, *prompts[i]))
+
+    def grouped(
+        self,
+        prompts: Sequence[Sequence[int]],
+        order: Sequence[int],
+        most: int,
+        tokens: int | None = None,
+    ) -> list[tuple[int, ...]]:
+        """The prompts `order`, a part of what `in_order` gave, in groups of at most `most` that go together. tokens: that prompts
+        side by side have together at most, unless there is one alone."""
+        if not self.abreast:
+            return [tuple(order[part]) for part in even_slices(len(order), most)]
+        groups = []
+        for length, alike in groupby(order, key=lambda i: len(prompts[i])):
+            alike = tuple(alike)
+            few = most if tokens is None else min(most, max(1, tokens // max(length, LEAST_ABREAST)))
+            groups += [alike[part] for part in even_slices(len(alike), few)]
+        return groups
 
 
 @dataclass(frozen=True)
@@ -281,11 +302,7 @@ def make_plan(
     """
     device, size = held.device, held.dtype.itemsize
     prompts_per_group = execution.prompts_per_group
-    if anatomy.plain_sequences:
-        if (prompts_per_group or 1) > 1:
-            raise InputError(
-                "the model looks at neighbours outside attention, so prompts cannot share a pack: prompts_per_group must be 1"
-            )
+    if anatomy.plain_sequences and not held.abreast:
         prompts_per_group = 1
     limit = execution.max_memory
     if limit is None:
@@ -298,8 +315,8 @@ def make_plan(
     )
     if execution.chunk_tokens is None:
         chunk = max(64, min(chunk, limit // 4 // (anatomy.work_width * size)))
-    order = in_order(prompts)
-
+    order = held.in_order(prompts)
+    most = min(execution.rows_per_block or num_ablations, num_ablations)
     per_group = prompts_per_group or len(prompts)
     needs = Needs(anatomy, held)
 
@@ -307,11 +324,13 @@ def make_plan(
         return needs(rows, chunk, head_rows)
 
     while True:
-        groups = [tuple(order[part]) for part in even_slices(len(order), per_group)]
+        groups = held.grouped(prompts, order, per_group, None if prompts_per_group else chunk)
         needs = needs.of_groups(groups, prompts)
         too_long = on_cpu and prompts_per_group is None and needs.tokens > CPU_GROUP_FACTOR * chunk
         too_long |= anatomy.index_limit is not None and needs.tokens >= anatomy.index_limit
-        if (need(1) <= limit and not too_long) or per_group == 1:
+        too_long &= not held.abreast
+        # Side by side, prompts share nothing that blocks of fewer rows would do again.
+        if (need(most if held.abreast else 1) <= limit and not too_long) or per_group == 1:
             break
         per_group = (per_group + 1) // 2
     while need(1) > limit and (chunk > 1 or head_rows > 1):
@@ -321,7 +340,6 @@ def make_plan(
             f"a scan of a single ablation needs {_mib(need(1))} beyond the model, and {_mib(limit)} may be used: "
             "raise --max-memory or shorten the longest prompt"
         )
-    most = min(execution.rows_per_block or num_ablations, num_ablations)
     # What more rows need grows with them, though not evenly: a chunk fills up first.
     rows = max(1, bisect.bisect_right(range(1, most + 1), limit, key=need))
     return Plan(tuple(groups), int(rows), chunk, head_rows, limit, need(rows), needs)

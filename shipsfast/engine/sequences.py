@@ -1,7 +1,8 @@
 """The sequences that a scan packs, and the reads that they have.
 
 As a rule a sequence is a prompt up to its last read. Where a head is off at the read position only, and the model looks beyond a
-token outside of attention, every read is a sequence of its own, which ends with it.
+token outside of attention, or where something in the model looks for the last token of a sequence, every read is a sequence of its
+own, which ends with it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .._version import __version__
 from ..errors import InputError, note
 from ..memory import once_more
 from ..models.ambient import describe_matmul
-from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_model
+from ..models.anatomy import Anatomy, check_model, check_own_dtype, inspect_model, with_ends
 from ..models.checkpoint import ORIGIN
 from ..models.fingerprint import fingerprint
 from ..models.forward import input_device
@@ -34,6 +34,10 @@ from .heads import check_unit
 from .measurement import FP32_RESIDUAL, Execution, Measurement
 from .memory_plan import Held
 from .replacement_values import source_ids
+
+# What run.json says of packs where the model looks at neighbours outside attention.
+ALONE = "one prompt each, not trimmed: the model looks at neighbours outside attention"
+ABREAST = "prompts of one length side by side, not trimmed: the model looks at neighbours outside attention"
 
 
 @dataclass
@@ -257,13 +261,22 @@ def working_dtype(model: PreTrainedModel, backend: str, layers: str) -> torch.dt
 
 
 def layer_path(
-    layers: str, model: PreTrainedModel, anatomy: Anatomy, device: torch.device, backend: str
+    layers: str,
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    device: torch.device,
+    backend: str,
+    how: Ablation,
 ) -> tuple[str, str | None]:
     """How rows pass the layers, and why they go through their own forward, None if they do not."""
     if layers == "model":
         return "model", "asked for"
     problem = fused_layer.why_not([layer.module for layer in anatomy.layers], model.dtype, device, backend)
     way = layers
+    if how.at == "end" and not anatomy.ends_alone:  # at one token of a whole row
+        problem = (
+            problem or "heads are off at the end only, and the model looks at neighbours outside attention"
+        )
     if layers == "fused":
         problem = problem or fused_layer.why_no_half_residual(model.dtype, backend)
     elif layers == "auto":
@@ -286,6 +299,10 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     anatomy = once_more(
         "looking at the model", lambda: inspect_model(model, max(token_ids, key=len), longest)
     )
+    if texts.places and max(map(len, texts.places)) > 1:
+        anatomy = once_more(
+            "looking at the model", lambda: with_ends(model, anatomy, max(token_ids, key=len))
+        )
     if is_ablated(anatomy):
         raise InputError("the model is inside shipsfast.ablate: leave that context first")
     check_own_dtype(model, anatomy)
@@ -301,7 +318,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     backend = resolve_backend(
         execution.backend, device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
     )
-    layers, not_fused = layer_path(execution.layers, model, anatomy, device, backend)
+    layers, not_fused = layer_path(execution.layers, model, anatomy, device, backend, measurement.ablation)
     record = describe_run(model, anatomy, device) | {
         **about_ablation(measurement.ablation, anatomy, backend),
         "template": measurement.template,
@@ -320,12 +337,18 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
     if execution.prompts_from:
         record["prompts_from"] = execution.prompts_from
     if anatomy.plain_sequences:
-        record["packs"] = "one prompt each, not trimmed: the model looks at neighbours outside attention"
+        record["packs"] = ALONE
     if not_fused:
         record["layers_why"] = not_fused
     return Subject(
         model, anatomy, measurement, token_ids, others, device, backend, layers, record, texts.places, texts.targets, further,
     )  # fmt: skip
+
+
+def goes_abreast(how: Ablation, anatomy: Anatomy) -> bool:
+    """Whether a scan has prompts of one length side by side, as rows of a batch: where they may share no pack. The outputs that
+    `resample` puts in are each prompt's own."""
+    return anatomy.plain_sequences and how.kind != "resample"
 
 
 def about_ablation(how: Ablation, anatomy: Anatomy, backend: str) -> dict:

@@ -23,7 +23,7 @@ from ..ops.prefix_tree import PackedPrompts
 from .flops import ModelFlops, model_flops, scan_flops
 from .heads import Head, check_unit
 from .measurement import Measurement, ScanExecution
-from .memory_plan import Plan, even_slices, in_order
+from .memory_plan import Plan
 
 PART_SECONDS = 30.0  # of work, between two parts
 MOST_MORE = 0.03  # of the work, for cutting it
@@ -113,11 +113,11 @@ def cut_by_work(
         return flops(min(forks_now, forks / blocks)), blocks, groups
 
     found = cut(list(plan.prompt_groups), tokens(packs))
-    per_group, order = max(map(len, plan.prompt_groups)), in_order(prompts)
-    fixed = work.at_once or execution.prompts_per_group is not None
+    per_group, order = max(map(len, plan.prompt_groups)), held.in_order(prompts)
+    fixed = work.at_once or execution.prompts_per_group is not None or held.abreast
     while found[0] > work.flops_per_part and per_group > 1 and not fixed:
         per_group = (per_group + 1) // 2
-        groups = [tuple(order[part]) for part in even_slices(len(order), per_group)]
+        groups = held.grouped(prompts, order, per_group)
         sizes = tokens(packed(groups))
         # Products as large as before: a row fills a chunk on its own.
         if sizes.sum(0) @ (forks, layers) > most_cost or sizes[:, 0].min() < plan.chunk_tokens:

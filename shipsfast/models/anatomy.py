@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, masking_utils
@@ -17,7 +17,7 @@ from ..memory import is_out_of_memory
 from .attention_hook import TREE, installed
 from .decoder_layers import Block, Layer, decoder_layers
 from .forward import input_device, rounded_by_batch
-from .probing import Probe, ProbeCall, looks_beyond, probe, probe_rows
+from .probing import Probe, ProbeCall, looks_at_end, looks_beyond, probe, probe_rows
 from .weights import check_weights
 
 PROBE_TOKENS = 3
@@ -54,6 +54,9 @@ class Anatomy:
     # Arrays of the logits' size that are alive at once: 1 where the head's are final.
     logit_copies: int = LOGIT_COPIES
     autocast: str | None = None  # where torch.autocast was on while attention ran, in words
+    looks_at_end: bool = (
+        False  # something looks for the last token of a sequence, which is then the only one to read
+    )
 
     @property
     def plain_sequences(self) -> bool:
@@ -245,17 +248,39 @@ def inspect_model(model: PreTrainedModel, token_ids: Sequence[int], longest: int
     )
 
 
-def _looks_beyond(model: PreTrainedModel, logits: torch.Tensor, *given: torch.Tensor) -> bool:
-    def run(ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        token = probe.set(Probe(longest=1))
-        try:
-            with installed(model, TREE):
-                return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
-        finally:
-            probe.reset(token)
+@torch.inference_mode()
+def with_ends(model: PreTrainedModel, anatomy: Anatomy, token_ids: Sequence[int]) -> Anatomy:
+    """What `inspect_model` said, for sequences that are read at several tokens: whether something looks for the last one."""
+    if not anatomy.looks_beyond or input_device(model).type == "meta":
+        return anatomy
+    ids = torch.tensor([(list(token_ids) * 2 * PROBE_TOKENS)[: 2 * PROBE_TOKENS]], device=input_device(model))
+    places = torch.arange(ids.shape[1], device=ids.device)[None]
+    longer = _strangers(model, ids, places)
+    short = _strangers(model, ids[:, :PROBE_TOKENS], places[:, :PROBE_TOKENS])
+    return replace(anatomy, looks_at_end=looks_at_end(short, longer, _hooked(model)))
 
+
+def _hooked(model: PreTrainedModel) -> bool:
+    """Whether any code but the modules' own runs in a forward pass."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        for module in model.modules()
+    )
+
+
+def _strangers(model: PreTrainedModel, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Logits of tokens that attention keeps apart."""
+    token = probe.set(Probe(longest=1))
     try:
-        return looks_beyond(logits, *given, run)
+        with installed(model, TREE):
+            return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+    finally:
+        probe.reset(token)
+
+
+def _looks_beyond(model: PreTrainedModel, logits: torch.Tensor, *given: torch.Tensor) -> bool:
+    try:
+        return looks_beyond(logits, *given, lambda *tokens: _strangers(model, *tokens))
     except MODEL_ERRORS as error:
         if is_out_of_memory(error):
             raise

@@ -15,7 +15,8 @@ from ..errors import UnsupportedModelError
 class LayerCall:
     """A decoder layer's forward with everything given but the hidden states it is to take.
 
-    hidden: those the model gave it; tuples: of how many it returned a tuple, 0 for none, known after a call.
+    hidden: those the model gave it; tuples: of how many it returned a tuple, 0 for none, known after a call; abreast: of how many
+    rows the model's input is.
     """
 
     forward: Callable
@@ -24,18 +25,27 @@ class LayerCall:
     args: tuple
     kwargs: dict
     tuples: int = 0
+    abreast: int = 1
 
     @classmethod
-    def of(cls, forward: Callable, args: tuple, kwargs: dict) -> LayerCall:
+    def of(cls, forward: Callable, args: tuple, kwargs: dict, abreast: int = 1) -> LayerCall:
         if "hidden_states" in kwargs:
             rest = {k: x for k, x in kwargs.items() if k != "hidden_states"}
-            return cls(forward, kwargs["hidden_states"], True, args, rest)
-        return cls(forward, args[0], False, args[1:], kwargs)
+            return cls(forward, kwargs["hidden_states"], True, args, rest, abreast=abreast)
+        return cls(forward, args[0], False, args[1:], kwargs, abreast=abreast)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         # What has the shape of one row's hidden states, such as the embeddings, belongs to every row.
-        one_row = (1, *hidden.shape[1:])
-        call = self._cut(lambda x: x.expand_as(hidden) if x.shape == one_row else x)
+        one_row, several = (1, *hidden.shape[1:]), (self.abreast, hidden.shape[1])
+
+        def of_rows(x: torch.Tensor) -> torch.Tensor:
+            if x.shape == one_row:
+                return x.expand_as(hidden)
+            if self.abreast > 1 and x.shape[:2] == several:
+                return x.repeat(len(hidden) // self.abreast, *(1,) * (x.dim() - 1))
+            return x
+
+        call = self._cut(of_rows)
         if self.by_name:
             out = self.forward(*call.args, hidden_states=hidden, **call.kwargs)
         else:
@@ -79,8 +89,9 @@ class LayerCall:
 
     def _cut(self, cut: Callable[[torch.Tensor], torch.Tensor]) -> LayerCall:
         return LayerCall(
-            self.forward, self.hidden, self.by_name, _each(cut, self.args), _each(cut, self.kwargs)
-        )
+            self.forward, self.hidden, self.by_name, _each(cut, self.args), _each(cut, self.kwargs),
+            abreast=self.abreast,
+        )  # fmt: skip
 
 
 def _each(cut: Callable[[torch.Tensor], torch.Tensor], value):

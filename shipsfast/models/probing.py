@@ -21,6 +21,8 @@ from .ambient import autocast
 # Rows of one batch that differ by less agree, in standard deviations of the logits: whatever does it moves no score by more
 # than a scan in this dtype rounds. It saves a pass, which for weights that are elsewhere is a reading of them all.
 LEAST = {torch.float64: 1e-12, torch.float32: 1e-6}
+# By how much products of other sizes round apart, likewise; half precision rounds too much to tell a look from rounding.
+ROUNDS = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass
@@ -102,6 +104,16 @@ def looks_beyond(
         return False
     alone = run(ids.reshape(-1, 1), position_ids.reshape(-1, 1))
     return not _same(alone.flatten(0, 1), logits.flatten(0, 1))
+
+
+def looks_at_end(short: torch.Tensor, longer: torch.Tensor, hooked: bool) -> bool:
+    """Whether the last token of a sequence is another one where more follow. Logits [rows, T, V], and those of the same tokens in
+    longer sequences. hooked: by more than the model's own code, which alone is causal; in half precision that is then told bit
+    for bit."""
+    std = float(short[0].double().nan_to_num(0.0, 0.0, 0.0).std())
+    if short.dtype not in ROUNDS and not hooked:
+        return False
+    return not _same(short, longer[:, : short.shape[1]], ROUNDS.get(short.dtype, 0.0) * std)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor, least: float = 0.0) -> bool:

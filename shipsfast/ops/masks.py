@@ -54,6 +54,15 @@ class LayerMask:
         """bool [B, H]: the heads with this bit; None where there are none."""
         return self.replace & bit != 0 if self.bits & bit else None
 
+    def abreast(self, count: int) -> LayerMask:
+        """Each row `count` times, one after the other. Not for vectors that belong to the tokens of one sequence."""
+        if count == 1:
+            return self
+        assert not self.per_token, "sequences that go abreast have other tokens"
+        of_rows = ("logit_scale", "output_scale", "replace", "mean_out")
+        own = {name: x for name in of_rows if (x := getattr(self, name)) is not None}
+        return replace(self, **{name: x.repeat_interleave(count, 0) for name, x in own.items()})
+
     def at(self, nodes: torch.Tensor) -> LayerMask:
         """For a call with the queries `nodes` only."""
         if self.value is None or self.value.shape[1] == 1:

@@ -38,6 +38,8 @@ class PackedPrompts:
     last_index   int64 [P]   the node of each prompt's last token, in the caller's order of prompts
     read_index   int64 [M]   the nodes whose next-token distributions are read, prompt by prompt; last_index if nothing was said
     segments                 the trie with unbranched runs merged, parents before children
+    abreast                  1 for a tree; else of how many sequences of T / abreast tokens each it is, one after the other, which
+                             pass the model as rows of a batch (`side_by_side`)
     """
 
     token_ids: np.ndarray
@@ -46,10 +48,22 @@ class PackedPrompts:
     last_index: np.ndarray
     segments: tuple[Segment, ...]
     read_index: np.ndarray
+    abreast: int = 1
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of one sequence, where several go abreast."""
+        return self.num_tokens // self.abreast
+
+    def first_sequence(self) -> PackedPrompts:
+        """The first of sequences that go abreast, as a tree of its own: but for their tokens and reads the others are like it."""
+        fields, reads = (self.token_ids, self.position, self.subtree_end), self.read_index
+        own = (x[: self.length] for x in fields)
+        return PackedPrompts(*own, self.last_index[:1], self.segments[:1], reads[reads < self.length])
 
     def path(self, segment: int) -> list[int]:
         """Segment indices from the root down to and including `segment`."""
@@ -139,6 +153,31 @@ def pack(prompts: Sequence[Sequence[int]], reads: Sequence[Sequence[int]] | None
         return packed
     nodes = [packed.path_nodes(i)[list(places)] for i, places in enumerate(reads)]
     return replace(packed, read_index=np.concatenate(nodes))
+
+
+def side_by_side(
+    prompts: Sequence[Sequence[int]], reads: Sequence[Sequence[int]] | None = None
+) -> PackedPrompts:
+    """Token-id lists of one length, of which no beginning is shared: for models in which a token's neighbours in the sequence
+    must be those of its prompt. Arguments as of `pack`. Raises ValueError for lists of several lengths."""
+    count, length = len(prompts), len(prompts[0])
+    if any(len(ids) != length for ids in prompts):
+        raise ValueError(f"prompts of {sorted({*map(len, prompts)})} tokens cannot go side by side")
+    start = np.arange(count) * length
+    last_index = read_index = start + length - 1
+    if reads is not None:
+        read_index = np.concatenate(
+            [at + np.asarray(places) for at, places in zip(start, reads, strict=True)]
+        )
+    return PackedPrompts(
+        token_ids=np.asarray(prompts, dtype=np.int64).ravel(),
+        position=np.tile(np.arange(length, dtype=np.int32), count),
+        subtree_end=np.repeat(start + length, length).astype(np.int32),
+        last_index=last_index,
+        segments=tuple(Segment(at, at + length, -1) for at in start.tolist()),
+        read_index=read_index,
+        abreast=count,
+    )
 
 
 def _segments(position: np.ndarray, branches: set[int]) -> tuple[Segment, ...]:

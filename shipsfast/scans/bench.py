@@ -24,7 +24,6 @@ from ..engine.memory_plan import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from ..errors import InputError
 from ..models.restore import untouched
 from ..ops.extension import REMEDY, extension_status
-from ..ops.prefix_tree import pack
 from ..text import counted
 from .measurements import ShipsMeasurement
 from .prepare import Prepared, prepare
@@ -122,7 +121,8 @@ def bench(
     execution = ScanExecution(backend=backend, layers=layers, max_memory=max_memory)
     prepared = prepare(model, tokenizer, ShipsMeasurement(prompts=prompts, template=template), execution)
     costs = model_flops(model, prepared.anatomy, fused=prepared.fused)
-    packs = [pack([prepared.token_ids[i] for i in group]) for group in prepared.plan.prompt_groups]
+    held = prepared.plan.needs.held
+    packs = [held.pack(prepared.token_ids, group) for group in prepared.plan.prompt_groups]
     tokens = max(packed.num_tokens for packed in packs)
     chunk = max(tokens, min(prepared.plan.chunk_tokens, tokens * (1 + len(prepared.units))))
     measure = lambda: gemm_flops_per_s(

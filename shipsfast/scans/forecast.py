@@ -205,7 +205,7 @@ def _forecast(
                 check_layer(metric.layer, len(anatomy.blocks))
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(execution.max_memory, where.device_memory, held, device, here)
-    layers, _ = layer_path(execution.layers, model, anatomy, device, attention)
+    layers, _ = layer_path(execution.layers, model, anatomy, device, attention, measurement.ablation)
     products = model.dtype if layers == "model" else dtype_of_products(model.dtype, attention)
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)

@@ -19,7 +19,7 @@ from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, make_plan
 from ..engine.replacement_values import mean_outputs, resample_outputs
 from ..engine.sequences import Sequences
-from ..engine.subject import Subject, Texts, about_ablation, look_at
+from ..engine.subject import ABREAST, Subject, Texts, about_ablation, goes_abreast, look_at
 from ..engine.work_plan import Work, cut_by_work
 from ..errors import note
 from ..memory import OutOfMemory, out_of_memory
@@ -218,7 +218,9 @@ def prepare_passes(
             {
                 "measurement": each[at],
                 "other_ids": other_ids[at],
-                "record": record | about_ablation(each[at].ablation, subject.anatomy, subject.backend),
+                "record": record
+                | about_ablation(each[at].ablation, subject.anatomy, subject.backend)
+                | ({"packs": ABREAST} if goes_abreast(each[at].ablation, subject.anatomy) else {}),
             }
             for at in numbers
         )
@@ -258,9 +260,14 @@ def laid_out(
     if how.kind == "resample":
         ids, tokens = pair_ids(ids, texts.other_ids, how.align)
     ends_alone = how.at == "end" and anatomy.ends_alone
-    sequences = Sequences.of(ids, texts.places, each_alone=how.at == "end" and not ends_alone)
-    gathers = backend != "cpp"
-    return sequences, tokens, replace(held, reads=sequences.places, ends_alone=ends_alone, gathers=gathers)
+    each_alone = anatomy.looks_at_end or (how.at == "end" and not ends_alone)
+    sequences = Sequences.of(ids, texts.places, each_alone=each_alone)
+    gathers, abreast = backend != "cpp", goes_abreast(how, anatomy)
+    return (
+        sequences,
+        tokens,
+        replace(held, reads=sequences.places, ends_alone=ends_alone, gathers=gathers, abreast=abreast),
+    )
 
 
 def work_of(model, anatomy: Anatomy, measurement: ScanMeasurement, device: torch.device, **how) -> Work:

@@ -1,11 +1,12 @@
 """Steering vectors: at every token they are a part of the model, at some places only the model looks at places, and that is
 seen in every dtype, however small they are beside rounding."""
 
+import numpy as np
 import pytest
 import torch
 
 import shipsfast
-from shipsfast.models.anatomy import inspect_model
+from shipsfast.models.anatomy import inspect_model, with_ends
 from tests.support import family_oracle
 from tests.support.models import build
 from tests.support.numerics import assert_close_abs
@@ -42,13 +43,13 @@ def everywhere(out, vector):
 PLACES = [last, by_place, prompt_only, third]
 
 
-def steered(model, add, norm):
+def steered(model, add, norm, layer=0):
     def hook(_module, _args, out):
         out = out.clone()
         add(out, (norm * VECTOR / VECTOR.norm()).to(out.dtype))
         return out
 
-    model.model.layers[0].register_forward_hook(hook)
+    model.model.layers[layer].register_forward_hook(hook)
     return model
 
 
@@ -79,11 +80,43 @@ def test_scores_are_those_of_the_steered_model(add):
     assert (expected - family_oracle.ships(build(), PROMPTS)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("layers", ["fused", "model"])
+@pytest.mark.parametrize("layer", [0, -1])
+def test_prompts_side_by_side_are_steered_each_at_its_last_token(layer, layers):
+    model, prompts = steered(build(), last, 0.5, layer), [ids[:4][::-1] for ids in PROMPTS]
+    result = shipsfast.scan(model, prompts, layers=layers, progress=False)
+    assert result.record["plan"]["prompt_groups"] == [3]
+    assert_close_abs(result.kl, family_oracle.ships(model, prompts), 1e-12)
+
+
+@pytest.mark.parametrize("at", ["all", "end"])
+@pytest.mark.parametrize("add", [last, by_place])
+def test_along_answers_every_read_is_the_last_token_of_a_sequence(add, at):
+    """Where a hook looks for it: read in the midst of a longer sequence, a token would go without the vector."""
+    model, answers = steered(build(), add, 0.5), [[3, 14, 7], [33, 8], [6]]
+    reads = [p + a[:n] for p, a in zip(PROMPTS, answers, strict=True) for n in range(len(a))]
+    result = shipsfast.scan(model, PROMPTS, answers=answers, at=at, progress=False)
+    assert_close_abs(
+        np.concatenate(result.by_token), family_oracle.ships(model, reads, end=at == "end"), 1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_what_looks_for_the_last_token_is_taken_for_it(dtype):
+    def seen(model) -> bool:
+        return with_ends(model, inspect_model(model, PROMPTS[0], 6), PROMPTS[0]).looks_at_end
+
+    assert seen(steered(tiny_model("llama", dtype), last, 0.1))
+    assert seen(steered(tiny_model("lfm2", dtype), last, 0.1))
+    assert not seen(tiny_model("llama", dtype))
+    assert not any(seen(tiny_model(family, dtype)) for family in ("lfm2", "qwen3_next", "falcon_h1"))
+
+
 def test_bf16_scores_of_a_small_vector():
-    """One prompt a pack, as the hook wants it: off from the same model's float64 scores by rounding."""
+    """No pack is shared, as the hook wants it: off from the same model's float64 scores by rounding."""
     result = shipsfast.scan(steered(build(dtype=torch.bfloat16), last, 0.3), PROMPTS, progress=False)
     exact = family_oracle.ships(steered(build(dtype=torch.bfloat16).double(), last, 0.3), PROMPTS)
-    assert "one prompt each" in result.record["packs"]
+    assert "side by side" in result.record["packs"]
     assert ((torch.as_tensor(result.kl) - exact).abs() <= 0.15 * (1 + exact)).all()
 
 

@@ -119,9 +119,7 @@ def test_ablate(family):
 def test_hybrids_keep_prompts_apart(family):
     model = tiny_model(family)
     result = shipsfast.scan(model, PROMPTS, progress=False)
-    assert result.record["plan"]["prompt_groups"] == [1, 1, 1] and "one prompt each" in result.record["packs"]
-    with pytest.raises(shipsfast.InputError, match="prompts_per_group must be 1"):
-        shipsfast.scan(model, PROMPTS, progress=False, prompts_per_group=2)
+    assert result.record["plan"]["prompt_groups"] == [1, 1, 1] and "side by side" in result.record["packs"]
     with pytest.raises(shipsfast.InputError, match="engine 'continuous' cannot run"):
         shipsfast.generate(model, PROMPTS, engine="continuous", max_new_tokens=NEW, progress=False)
     if family == "lfm2":

@@ -30,6 +30,8 @@ DOCUMENT = ROOT / "docs" / "models.md"
 SHARED = [5, 9, 17, 23]
 # Three lengths, a shared prefix, and two longer than the windows of the tiny models.
 PROMPTS = [SHARED + [33, 8, 40, 41, 7, 12], SHARED + [7], SHARED + [33, 8, 11, 50, 51, 52, 9, 4]]
+# Two of three lengths: what goes side by side, where prompts may not share a pack.
+ABREAST = [*PROMPTS, [44, 3, 21, 60, 9, 9, 30, 2, 57, 41], [6, 19, 5, 27, 52]]
 ANSWERS = [[3, 14], [33, 8, 12]]  # the second goes on like the first prompt
 TOLERANCE_NATS = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUNDED_NATS = 1e-6  # more than that is no rounding to float32 within a family
@@ -58,11 +60,16 @@ def check(family: str) -> Row:
         result = shipsfast.scan(model, PROMPTS, progress=False)
     except shipsfast.UnsupportedModelError as error:
         return Row(family, name, "refused", _line(error))
-    expected, error = _compare(family, model, result)
+    expected, error = _compare(family, model, PROMPTS, result)
     notes = []
     anatomy = inspect_model(model, PROMPTS[0], max(map(len, PROMPTS)))
+    prompts = PROMPTS
     if anatomy.plain_sequences:
         notes.append("one prompt per pack")
+        prompts, result = ABREAST, shipsfast.scan(model, ABREAST, progress=False)
+        assert result.record["plan"]["prompt_groups"] == [2, 2, 1], f"{family}: not side by side"
+        expected, abreast = _compare(family, model, prompts, result)
+        error = max(error, abreast)
     if len(anatomy.blocks) > anatomy.num_layers:
         kept = [str(place) for place, block in enumerate(anatomy.blocks) if block.layer is not None]
         notes.append(f"attention in layers {', '.join(kept)} of {len(anatomy.blocks)}")
@@ -70,7 +77,7 @@ def check(family: str) -> Row:
         notes.append("sinks")
     if TOLERANCE_NATS[model.dtype] < error < ROUNDED_NATS:
         with WideCasts():  # what the family itself rounds to float32 hides what is asked for here
-            expected, error = _compare(family, model, shipsfast.scan(model, PROMPTS, progress=False))
+            expected, error = _compare(family, model, prompts, shipsfast.scan(model, prompts, progress=False))
         notes.append("its own casts to float32 lifted")
     assert error <= TOLERANCE_NATS[model.dtype], f"{family}: off by {error:.3g} nats"
     at_end = _at_end(family, model)
@@ -83,9 +90,9 @@ def check(family: str) -> Row:
     return Row(family, name, "exact", "; ".join(notes), error)
 
 
-def _compare(family: str, model, result) -> tuple[torch.Tensor, float]:
+def _compare(family: str, model, prompts, result) -> tuple[torch.Tensor, float]:
     """The oracle's scores, and the largest difference of the scan's from them."""
-    expected = family_oracle.ships(model, PROMPTS)
+    expected = family_oracle.ships(model, prompts)
     got = torch.as_tensor(result.kl)
     assert got.shape == expected.shape, f"{family}: scores {list(got.shape)}, oracle {list(expected.shape)}"
     assert torch.isfinite(got).all() and torch.isfinite(expected).all(), f"{family}: not finite"
@@ -131,8 +138,9 @@ model of it here, so nothing is known.
 - *its own casts to float32 lifted*: the family rounds something (a router, rotary embeddings) to float32 in float64
   models too, which moved scores by up to 1e-6 nats; held to the tolerance with these casts made float64.
 - *one prompt per pack*: layers besides attention mix tokens (state space, convolution, linear attention), or look at
-  places in a sequence. Prompts then go through one by one, shared beginnings included, and the last layer at every
-  token. `generate` goes through the model's own, a row at a time.
+  places in a sequence. Prompts then share no pack, beginnings included, and the last layer runs at every token; those of
+  one length go side by side, as rows of a batch (with `resample` one by one). `generate` goes through the model's own, a row at a
+  time.
 - *attention in layers ...*: the layers of scores are these; `run.json` names them (`layer_names`).
 - *sinks*: a logit per head that joins the softmax's denominator (`s_aux`). `undifferentiated` scales q k^T, not the sink.
 
@@ -147,7 +155,7 @@ model of it here, so nothing is known.
 | FSDP, tensor parallelism | refused: a process holds a part of each weight |
 | attention functions or mask functions that are not transformers' own (registered, overwritten, patched) | refused by every call, with the `set_attn_implementation` that goes without them |
 | a decoder layer whose attention is replaced by what calls no attention function | refused, naming it |
-| hooks on hidden states | at every token alike: scanned as a part of the model; where they look at a token's place: one prompt per pack |
+| hooks on hidden states | at every token alike: scanned as a part of the model; where they look at a token's place: one prompt per pack; where they look for the last token: each read of an answer is the end of a sequence of its own |
 | int8 products on a CPU without VNNI (bitsandbytes LLM.int8, torchao with quantised activations) | refused, naming the layer: oneDNN adds them in 16 bits there, which overflow, and the model itself answers wrongly |
 | `torch.ao.quantization.quantize_dynamic` | refused by scans and generation (a row depends on those beside it); goes on in `ablate` |
 | GGUF: llama, qwen2, qwen3, phi3, gemma2, gemma3 | every weight and setting held against the model the file was made of (`tests/models/test_gguf.py`), with transformers 5.18 or newer; other architectures, and files with something that transformers would drop, are refused |
