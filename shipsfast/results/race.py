@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from ..errors import InputError, whole_number
 
@@ -100,7 +100,7 @@ class Race:
             size, slack = self._size(x), 4 * len(x) * np.finfo(np.float64).eps * np.abs(x).mean(axis=0)
             alive[inside] = size + slack >= np.sort(size - slack)[-self.k]
         else:
-            alive[inside] = self._better(x) < self.k
+            alive[inside] = ~self._behind(x)
         return alive
 
     def upper(self, scores: np.ndarray) -> np.ndarray:
@@ -153,21 +153,24 @@ class Race:
         mean = np.sort(x, axis=0).mean(axis=0)
         return np.abs(mean) if self.signed else mean
 
-    def _better(self, x: np.ndarray) -> np.ndarray:
-        """How many of the leaders are surely better than each head of x [n, A]."""
+    def _behind(self, x: np.ndarray) -> np.ndarray:
+        """bool [A]: of heads x [n, A], those that k of the leaders are surely better than."""
         mean = x.mean(axis=0)
         size, far = (np.abs(mean) if self.signed else mean), _standing_out(x, 0.5)
+        leaders = np.argsort(-size, kind="stable")[: LEADERS * self.k]
         better = np.zeros(x.shape[1], np.int64)
-        for g in np.argsort(-size, kind="stable")[: LEADERS * self.k]:
+        for done, g in enumerate(leaders):
+            open_ = np.flatnonzero((better < self.k) & (better + len(leaders) - done >= self.k))
+            lead, others = x[:, [g]], x[:, open_]
             if self.signed:
                 # Whatever the sign of the other head's mean; that of the leader's own is taken from what was seen.
-                lead, alpha = np.sign(mean[g]) * x[:, [g]], self.alpha / 2
-                against = [lead - x, lead + x]
+                lead, alpha = np.sign(mean[g]) * lead, self.alpha / 2
+                against = [lead - others, lead + others]
             else:
-                against, alpha = [x[:, [g]] - x], self.alpha
-            bounds = [self._bound.lower(d, size[g] - far, alpha, self.prompts) for d in against]
-            better += np.min(bounds, axis=0) > 0
-        return better
+                against, alpha = [lead - others], self.alpha
+            bounds = [self._bound.lower(d, size[g] - far[open_], alpha, self.prompts) for d in against]
+            better[open_] += np.min(bounds, axis=0) > 0
+        return better >= self.k
 
 
 def _standing_out(x: np.ndarray, which: float) -> np.ndarray:
@@ -205,13 +208,13 @@ class _Spread:
         d = np.vstack([d, np.minimum.reduce([d.min(axis=0), np.zeros(d.shape[1]), further])])
         mean = d.mean(axis=0)
         off = d - mean
-        variance = (off**2).mean(axis=0)
+        squares = off * off
+        variance = squares.mean(axis=0)
         error = np.sqrt(variance / n * (1 - f))  # n + 1 values: variance (n + 1) / n over n + 1
-        skewness = np.divide(
-            (off**3).mean(axis=0), variance**1.5, out=np.zeros_like(mean), where=variance > 0
-        )
+        cubed = variance * np.sqrt(variance)
+        skewness = np.divide((squares * off).mean(axis=0), cubed, out=np.zeros_like(mean), where=cubed > 0)
         a = skewness / math.sqrt((n + 1) * (1 - f))
-        c, quantile = a * (2 - f) / 6, student.isf(alpha, n - 1) - a * (1 - 2 * f) / 6
+        c, quantile = a * (2 - f) / 6, -stdtrit(n - 1, alpha) - a * (1 - 2 * f) / 6
         straight = np.abs(c) < 1e-6
         bent = np.divide(np.cbrt(1 + 3 * c * quantile) - 1, c, out=np.zeros_like(c), where=~straight)
         return mean - np.where(straight, quantile, bent) * error
