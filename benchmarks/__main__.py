@@ -12,7 +12,7 @@ top         the top heads: complete scan, search, and other ways to find heads, 
             a race over prompts is, appended to .../race.jsonl
 gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
 gpu-table   what a folder of its rows says
-tables      rewrite the tables of README.md, docs/performance.md and docs/judges.md from the results
+tables      rewrite the tables of README.md and of the pages in docs from the results
 """
 
 from __future__ import annotations
@@ -140,6 +140,9 @@ def first(case: str, repeats: int) -> None:
     from .small import first_and_next
 
     print(json.dumps(first_and_next(case, repeats)))
+
+
+@app.command()
 def top(
     simulate: bool = typer.Option(
         False, help="Races over the scores of complete scans, in many orders; nothing is timed."
@@ -207,7 +210,7 @@ def peak(case: str, path: str) -> None:
 
 @app.command()
 def tables() -> None:
-    """Rewrite the tables of README.md, docs/performance.md and docs/judges.md from the results."""
+    """Rewrite the tables of README.md, docs/performance.md, docs/judges.md and docs/top-heads.md from the results."""
     from .tables import update
 
     print(f"changed: {', '.join(changed)}" if (changed := update()) else "all up to date")

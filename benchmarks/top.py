@@ -23,7 +23,7 @@ from shipsfast.prompts.datasets import load_prompts
 from shipsfast.prompts.tokens import to_token_ids
 
 from . import attribution
-from .provenance import append, provenance
+from .provenance import append, provenance, rows_of
 from .race import MILD
 from .timing import Paths
 
@@ -150,9 +150,7 @@ class Bench:
 
     def every_second_layer(self) -> Found:
         layers, heads = self.shape
-        return Found(
-            self.scan(heads=[(i, h) for i in range(0, layers, 2) for h in range(heads)]).mean(axis=0)
-        )
+        return Found(self.scan(heads=[(i, h) for i in range(0, layers, 2) for h in range(heads)]).mean())
 
     def recall(self, found: Found) -> dict[str, float]:
         """Of the true top k, the share that is among the k that were found."""
@@ -257,3 +255,26 @@ def show(case: TopCase, rows: list[dict], console: Console) -> None:
         failed = "failed" in row
         table.add_row(row["path"], *(["failed: " + row["failed"]] if failed else cells(row, case.tops)))
     console.print(table)
+
+
+def table(case: TopCase = SMOLLM2) -> str:
+    """For docs/top-heads.md: the newest run."""
+    rows = rows_of("top", case.name)
+    if not rows:
+        return f"{case.title}: not measured.\n"
+    rows = rows[max(i for i, row in enumerate(rows) if row["path"] == COMPLETE) :]
+    first, head = rows[0], [f"recall of the top {k}" for k in case.tops]
+    lines = [
+        f"| way | {' | '.join(head)} | seconds | of the complete scan |",
+        "|---|" + "---:|" * (len(head) + 2),
+    ]
+    for row in rows:
+        told = ["failed: " + row["failed"]] if "failed" in row else cells(row, case.tops)
+        lines.append(f"| {row['path']} | {' | '.join(told)} |")
+    about = (
+        f"{case.title} ({first['tokens']:,} tokens), {first['dtype']}, KL, every head of {first['heads']}; {first['device']}, "
+        f"{first['threads']} threads, torch {first['versions']['torch']}, {first['date']}, commit {first['commit']}. Medians of "
+        "interleaved runs, each beside a complete scan. The recall of prompts drawn at random is the mean over "
+        f"{DRAWS:,} draws, from the complete scan's scores."
+    )
+    return "\n".join([*lines, "", about]) + "\n"

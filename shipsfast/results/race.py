@@ -28,6 +28,7 @@ from ..errors import InputError, whole_number
 FEWEST_SEEN = 16  # prompts before anything is dropped: skewness and spread of fewer say little
 LAST_DROP = 7 / 8  # of all prompts: dropping later saves next to nothing
 LEADERS = 2  # times k: heads that others are held against
+PRONE = 0.9  # a prompt not seen yet may stand out in a head as far as one does in that quantile of heads
 
 
 def round_ends(prompts: int) -> list[int]:
@@ -156,7 +157,7 @@ class Race:
     def _behind(self, x: np.ndarray) -> np.ndarray:
         """bool [A]: of heads x [n, A], those that k of the leaders are surely better than."""
         mean = x.mean(axis=0)
-        size, far = (np.abs(mean) if self.signed else mean), _standing_out(x, 0.5)
+        size, far = (np.abs(mean) if self.signed else mean), _standing_out(x, PRONE)
         leaders = np.argsort(-size, kind="stable")[: LEADERS * self.k]
         better = np.zeros(x.shape[1], np.int64)
         for done, g in enumerate(leaders):
@@ -174,8 +175,8 @@ class Race:
 
 
 def _standing_out(x: np.ndarray, which: float) -> np.ndarray:
-    """float64 [N]: a score as far above each head's mean size as the most outstanding of x [n, N] is in other heads; which: 0.5 for the
-    head in the middle, 1 for the one where it stands out most."""
+    """float64 [N]: a score as far above each head's mean size as the most outstanding of x [n, N] is in other heads; which: the quantile
+    of heads, 1 for the one where it stands out most."""
     size = np.abs(x)
     mean = size.mean(axis=0)
     times = np.divide(size.max(axis=0), mean, out=np.ones_like(mean), where=mean > 0)
