@@ -160,3 +160,26 @@ def test_the_kept_scores_are_of_the_prompts_beside_them():
     with np.load(provenance.RESULTS / race.STORED) as kept:
         assert kept["prompts"] == hashlib.sha256(race.MILD.read_bytes()).hexdigest()
         assert kept["kl"].shape == (64, 30, 9) and len(race.MILD.read_text().splitlines()) == 64
+
+
+def test_the_page_has_the_committed_results():
+    text = (provenance.ROOT / "docs" / "top-heads.md").read_text("utf-8")
+    assert race.table() in text and top.table() in text, "run python -m benchmarks tables"
+
+
+def test_tables_say_what_was_not_measured_and_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    assert "not measured" in race.table() and "not measured" in top.table()
+    row = {"case": top.SMOLLM2.name, "tokens": 9, "dtype": "float32", "heads": 4, "device": "x", "threads": 2,
+           "versions": {"torch": "2"}, "date": "d", "commit": "c"}  # fmt: skip
+    times = {"median_s": 2.0, "share_of_complete": 0.25}
+    older = [row | times | {"path": top.COMPLETE, "recall": {"10": 0.5, "20": 0.5}}]
+    rows = [
+        row | times | {"path": top.COMPLETE, "recall": {"10": 1, "20": 1}},
+        row | {"path": top.SEARCH, "failed": "no"},
+    ]
+    provenance.append("top", older + rows)
+    text = top.table()
+    assert (
+        "| complete scan | 100% | 100% | 2.0 | 25% |" in text and "failed: no" in text and "50%" not in text
+    )

@@ -144,6 +144,15 @@ def test_equal_scores_on_a_few_prompts_prove_nothing():
     assert Race(P, K, 0.01, COST).alive(np.ones((48, N))).all()
 
 
+def test_prompts_that_make_other_heads_may_make_this_one_too():
+    rng = np.random.default_rng(6)
+    scores = np.where(np.arange(N) < K, 1, 0.4) * rng.uniform(0.9, 1.1, (24, N))
+    race = Race(P, K, 0.01, COST)
+    assert race.alive(scores).sum() == K
+    scores[np.arange(10), N - 10 + np.arange(10)] *= 20  # a quarter of the heads, each on a prompt of its own
+    assert race.alive(scores)[: N - 10].all()
+
+
 def test_one_prompt_that_makes_a_head_is_seen_only_with_a_cap():
     """What no bound by spread can know: a head that is 0 but for one prompt. The cap knows that it might be."""
     scores = np.full((P, N), 0.001)
