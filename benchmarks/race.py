@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -22,8 +21,8 @@ from shipsfast.results.race import Race, rehearse
 from shipsfast.results.statistics import wilson_interval
 
 from . import provenance
+from .half import MILD
 
-MILD = Path(__file__).parent / "prompts" / "mild.txt"
 STORED = "smollm2-mild.npz"
 METRICS = {"kl": None, "total_variation": 1.0}  # and what each can be at most
 VILLAGE, SMOLLM2 = "village", "smollm2-135m"

@@ -23,8 +23,8 @@ from shipsfast.prompts.datasets import load_prompts
 from shipsfast.prompts.tokens import to_token_ids
 
 from . import attribution
+from .half import MILD
 from .provenance import append, provenance, rows_of
-from .race import MILD
 from .timing import Paths
 
 COMPLETE, SEARCH = "complete scan", "shipsfast.top_heads"
