@@ -231,15 +231,15 @@ class _Capped:
     )
 
     def __init__(self, cap: float, signed: bool) -> None:
-        self.least, self.width = (
-            (-2 * cap, 4 * cap) if signed else (-cap, 2 * cap)
-        )  # of a difference of two scores
+        self.width = 4 * cap if signed else 2 * cap  # of the range of a difference of two scores
+        self.least = -self.width / 2
 
     def lower(self, d: np.ndarray, further: np.ndarray, alpha: float, prompts: int) -> np.ndarray:
         """float64 [N]: lower bounds on the means over all prompts of d [n, N], each wrong with a chance of alpha at most: the best of
         what is certain, as no score that was not seen is below the least, and with half of alpha each (Bardenet & Maillard,
-        Bernoulli 21, 2015) of Serfling's inequality, m - w sqrt((1 - (n - 1) / P) ln(1 / alpha) / (2 n)), and of theorem 4.3,
-        m - s sqrt(2 r ln(5 / alpha) / n) - (7/3 + 3 / sqrt 2) w ln(5 / alpha) / n, with w the width of the range and r as there.
+        Bernoulli 21, 2015) of Serfling's inequality, m - w sqrt((1 - (n - 1) / P) ln(1 / alpha) / (2 n)), and of their empirical
+        Bernstein-Serfling inequality, m - s sqrt(2 r ln(5 / alpha) / n) - (7/3 + 3 / sqrt 2) w ln(5 / alpha) / n. w is the width of the
+        range, r = 1 - (n - 1) / P up to n = P / 2 and (1 - n / P)(1 + 1 / n) beyond.
         """
         n, p, width = len(d), prompts, self.width
         mean, spread = d.mean(axis=0), d.std(axis=0)
