@@ -8,9 +8,11 @@ beyond      heads off at the newest token only, at each token of given answers, 
 half        the exhaustive scan in bfloat16 on the CPU, beside float32 and others' ways, appended to .../half.jsonl
 stream      a model streamed from its checkpoint beside the same one in memory, appended to .../stream.jsonl
 small       fixed costs: imports, help, a scan of the embedded model, the first scan, appended to .../small.jsonl
+top         the top heads: complete scan, search, and other ways to find heads, appended to .../top.jsonl; with --simulate how sure
+            a race over prompts is, appended to .../race.jsonl
 gpu         everything on a CUDA GPU, appended to benchmarks/results/<device>.jsonl (gpu --help)
 gpu-table   what a folder of its rows says
-tables      rewrite the tables of README.md, docs/performance.md and docs/judges.md from the results
+tables      rewrite the tables of README.md and of the pages in docs from the results
 """
 
 from __future__ import annotations
@@ -141,6 +143,28 @@ def first(case: str, repeats: int) -> None:
 
 
 @app.command()
+def top(
+    simulate: bool = typer.Option(
+        False, help="Races over the scores of complete scans, in many orders; nothing is timed."
+    ),
+    orders: int = typer.Option(1000, min=1, help="Orders of the prompts, with --simulate."),
+    smoke: bool = typer.Option(False, help="The embedded model alone, in seconds."),
+    repeats: int = typer.Option(3, min=1, help="Interleaved runs per path."),
+) -> None:
+    """The top heads by a search, beside a complete scan and what people use in its place."""
+    from rich.console import Console
+
+    if simulate:
+        from .race import CASES, VILLAGE, run
+
+        run({VILLAGE: CASES[VILLAGE]} if smoke else CASES, orders, Console(width=160))
+        return
+    from .top import SMOKE, SMOLLM2, run_case
+
+    run_case(SMOKE if smoke else SMOLLM2, repeats, Console(width=160))
+
+
+@app.command()
 def generation(
     case: str = typer.Option("", help="village or large; default both."),
     repeats: int = typer.Option(3, min=1, help="Interleaved runs per path."),
@@ -186,7 +210,7 @@ def peak(case: str, path: str) -> None:
 
 @app.command()
 def tables() -> None:
-    """Rewrite the tables of README.md, docs/performance.md and docs/judges.md from the results."""
+    """Rewrite the tables of README.md, docs/performance.md, docs/judges.md and docs/top-heads.md from the results."""
     from .tables import update
 
     print(f"changed: {', '.join(changed)}" if (changed := update()) else "all up to date")
