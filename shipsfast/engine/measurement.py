@@ -40,7 +40,7 @@ class Measurement:
 
     kind: names this description; run_kind: of the runs that are made of it (runs/kinds.py), "" for the same name;
     reads_texts: prompts must be strings, and there is a tokenizer; prompt_sets: the fields that hold prompts, by the names
-    that they have as arguments.
+    that they have as arguments; in_place: fields that may be given by their place too, after the tokenizer.
     """
 
     kind: ClassVar[str]
@@ -50,6 +50,7 @@ class Measurement:
     keeps_hidden: ClassVar[bool] = False  # the hidden states of every row at every prompt
     takes_several: ClassVar[bool] = False  # ablations
     prompt_sets: ClassVar[dict[str, str]] = {"prompts": "prompts"}
+    in_place: ClassVar[tuple[str, ...]] = ()
 
     prompts: tuple
     template: Annotated[
@@ -314,9 +315,10 @@ def called_with(what: type[Measurement], how: type[Execution], **about: str) -> 
                 if field.default is MISSING
             ),
             *(
-                parameter(name, parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+                parameter(name, kind, default=field.default, annotation=field.type)
+                for kind, in_place in ((plain, True), (parameter.KEYWORD_ONLY, False))
                 for name, field in keywords.items()
-                if field.default is not MISSING
+                if field.default is not MISSING and (name in what.in_place) is in_place
             ),
         ]
         signature = inspect.Signature(parameters, return_annotation=hints["return"])

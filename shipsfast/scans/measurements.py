@@ -30,6 +30,15 @@ class ReadOut(NamedTuple):
     after: tuple[int, ...] = ()
     logits: bool = True
 
+    @classmethod
+    def of_metrics(cls, given: Sequence) -> Self:
+        """What these metrics are made of, as a caller gives them."""
+        from .metrics import Metric, parse_metric  # torch comes with it
+
+        metrics = [parse_metric(each) if isinstance(each, str) else each for each in given]
+        layers = [each.layer if isinstance(each, Metric) else None for each in metrics]
+        return cls(tuple(sorted({x for x in layers if x is not None})), not layers or None in layers)
+
     def depth(self, anatomy: Anatomy) -> int:
         """How many layers with heads have a part in it."""
         blocks = anatomy.blocks if self.logits else anatomy.blocks[: max(self.after) + 1]
@@ -160,8 +169,7 @@ class ShipsMeasurement(ScanMeasurement):
             first, *further = as_ablations(self.ablation)
             self._set(ablation=first, further=tuple(further))
         super().__post_init__()
-        if self.nonfinite not in POLICIES:
-            raise InputError(f"unknown nonfinite {self.nonfinite!r}: expected one of {', '.join(POLICIES)}")
+        check_policy(self.nonfinite)
         self._set(metric=as_tuple(self.metric))
         if self.answers is not None:
             self._set(answers=as_answers(self.answers, len(self.prompts)))
@@ -180,12 +188,7 @@ class ShipsMeasurement(ScanMeasurement):
         return [replace(self, ablation=how, further=()) for how in self.ablations]
 
     def read_out(self) -> ReadOut:
-        from .metrics import Metric, parse_metric  # torch comes with it
-
-        given = self.metric if isinstance(self.metric, tuple) else (self.metric,)
-        metrics = [parse_metric(each) if isinstance(each, str) else each for each in given]
-        layers = [each.layer if isinstance(each, Metric) else None for each in metrics]
-        return ReadOut(tuple(sorted({x for x in layers if x is not None})), not layers or None in layers)
+        return ReadOut.of_metrics(self.metric if isinstance(self.metric, tuple) else (self.metric,))
 
     def _set_places(self) -> None:
         self._set(at=as_places(self.at, len(self.prompts)))
@@ -345,6 +348,12 @@ class DirectionExecution(Execution):
     """How the prompts of a direction run: through the model's own layers. Without a description `layers` is no keyword."""
 
     layers: str = "model"
+
+
+def check_policy(nonfinite) -> None:
+    """Raises InputError for what says nothing of scores that are not finite."""
+    if nonfinite not in POLICIES:
+        raise InputError(f"unknown nonfinite {nonfinite!r}: expected one of {', '.join(POLICIES)}")
 
 
 def check_penalty(penalty: float | None, has_control: bool) -> None:

@@ -19,13 +19,14 @@ from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, make_plan
 from ..engine.replacement_values import mean_outputs, resample_outputs
 from ..engine.sequences import Sequences
-from ..engine.subject import ABREAST, Subject, Texts, about_ablation, goes_abreast, look_at
+from ..engine.subject import ABREAST, Subject, Texts, about_ablation, goes_abreast, layer_path, look_at
 from ..engine.work_plan import Work, cut_by_work
 from ..errors import note
 from ..memory import OutOfMemory, out_of_memory
 from ..models.anatomy import Anatomy
 from ..models.output_head import head_precision
 from ..ops.prefix_tree import PackedPrompts, pack
+from ..ops.tree_attention import resolve_backend
 from ..runs.folder import RunFolder
 from .measurements import ReadOut, ScanMeasurement
 from .scan_bar import ScanBar
@@ -40,7 +41,8 @@ class Prepared(Subject):
     execution: what the caller asked for; rows: the units, of several ablations once for each; read_out: what
     scores are made of.
     others: those of further ablations whose rows go through the same batches; first: of several ablations the first one's, None
-    for that itself; numbers: the places of `self` and of `others` among all ablations.
+    for that itself; numbers: the places of `self` and of `others` among all ablations; of_all: where it is of some of a run's prompts
+    only (`part_of`), their numbers in the run.
     """
 
     units: list[Head]
@@ -52,6 +54,7 @@ class Prepared(Subject):
     numbers: list[int]
     first: Prepared | None = None
     others: list[Prepared] = field(default_factory=list)
+    of_all: list[int] | None = None
     _tokens: object = None  # of the numbers in the sequences, for resample
     _mean: list[torch.Tensor] | None = None
 
@@ -91,9 +94,15 @@ class Prepared(Subject):
     def read_name(self, read: int) -> str:
         """For messages."""
         prompt, place = self.read_places[read]
+        name = f"prompt {self.prompt_number(read)}"
         if self.targets is not None:
-            return f"prompt {prompt}, token {place - self.places[prompt][0]} of its answer"
-        return f"prompt {prompt}" + ("" if self.places is None else f" at position {place}")
+            return f"{name}, token {place - self.places[prompt][0]} of its answer"
+        return name + ("" if self.places is None else f" at position {place}")
+
+    def prompt_number(self, read: int) -> int:
+        """In the run."""
+        prompt, _ = self.read_places[read]
+        return prompt if self.of_all is None else self.of_all[prompt]
 
     def _resampled(self, tree: PackedPrompts, group: Sequence[int]) -> list[torch.Tensor]:
         own, others = ([ids[i] for i in group] for ids in (self.token_ids, self.other_ids))
@@ -154,7 +163,10 @@ class Prepared(Subject):
 
         Unless the caller asks for another cut now, or less memory is free than the plan needs. name: of the plan in run.json.
         """
-        before = folder.previous.get(name)
+        self.continue_with(folder.previous.get(name), folder)
+
+    def continue_with(self, before: dict | None, folder: RunFolder) -> None:
+        """The same, with a plan that the run has kept."""
         if not before or folder.previous.get("plan_asked") != self.execution.asked():
             return
         plan = Plan.from_json(before, self.sequences.ids, self.plan.needs)
@@ -232,10 +244,44 @@ def prepare_passes(
     return found
 
 
-def _prepared(subject: Subject, numbers: list[int], execution: ScanExecution) -> Prepared:
-    """With a plan for the rows of so many ablations."""
+def part_of(prepared: Prepared, prompts: Sequence[int], units: Sequence[Head]) -> Prepared:
+    """The same scan of some of its prompts, by their numbers, and of some of its units, which has a plan of its own."""
+    if list(prompts) == list(range(len(prepared.token_ids))) and list(units) == prepared.units:
+        return prepared
+
+    def some(each: list | None) -> list | None:
+        return None if each is None else [each[prompt] for prompt in prompts]
+
+    others = some(prepared.other_ids) if prepared.how.kind == "resample" else prepared.other_ids
+    own = replace(
+        prepared, token_ids=some(prepared.token_ids), other_ids=others, places=some(prepared.places), targets=some(prepared.targets),
+    )  # fmt: skip
+    found = _prepared(own, prepared.numbers, prepared.execution, list(units))
+    found.of_all = list(prompts)
+    found.share_means(prepared)
+    return found
+
+
+def in_dtype_of(prepared: Prepared, model: PreTrainedModel, anatomy: Anatomy, copy_bytes: int) -> Prepared:
+    """The same scan of a copy of its model in another dtype, of so many bytes, which passes as suits that."""
+    backend = resolve_backend(
+        "auto", prepared.device, model.dtype, one_head_size=anatomy.head_dim == anatomy.value_dim
+    )
+    layers, _ = layer_path("auto", model, anatomy, prepared.device, backend, prepared.how)
+    execution, limit = prepared.execution, prepared.execution.max_memory
+    if limit is not None:  # which the copy is a part of
+        execution = replace(execution, max_memory=max(1, limit - copy_bytes))
+    own = replace(prepared, model=model, anatomy=anatomy, backend=backend, layers=layers, _mean=None)
+    return _prepared(own, prepared.numbers, execution, prepared.units)
+
+
+def _prepared(
+    subject: Subject, numbers: list[int], execution: ScanExecution, units: list[Head] | None = None
+) -> Prepared:
+    """With a plan for the rows of so many ablations. units: default those of the measurement."""
     model, anatomy, measurement = subject.model, subject.anatomy, subject.measurement
-    units = measurement.units(anatomy)
+    if units is None:
+        units = measurement.units(anatomy)
     rows = rows_of(units, len(numbers))
     sequences, tokens, held = laid_out(
         subject, subject.how, anatomy, subject.backend, subject.held(len(numbers))

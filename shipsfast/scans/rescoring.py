@@ -16,7 +16,7 @@ from ..memory import is_out_of_memory, out_of_memory
 from ..models.anatomy import MODEL_ERRORS
 from ..models.loading import first_line
 from ..models.weights import where_weights_are
-from ..models.wider import WIDER, copy_bytes, why_no_copy, wider_copy
+from ..models.wider import WIDER, copy_bytes, name_of, why_no_copy, wider_copy
 from ..ops.subspaces import leading_subspace, subspace_angle_deg
 from ..ops.tree_attention import resolve_backend
 from ..results.head_map import ranked
@@ -49,9 +49,9 @@ def again(prepared: Prepared, run: Callable[[Prepared], T]) -> tuple[T | None, s
     None and "" where neither can be: weights that every pass would bring in anew, or no memory.
     """
     model = prepared.model
-    why = why_no_copy(model) or _no_room(prepared)
+    why = why_no_copy(model) or no_room(prepared, copy_bytes(model), name_of(WIDER[model.dtype]))
     if not why:
-        name = _name(WIDER[model.dtype])
+        name = name_of(WIDER[model.dtype])
         with out_of_memory() as found:
             try:
                 return run(_wider(prepared)), name, ""
@@ -64,21 +64,17 @@ def again(prepared: Prepared, run: Callable[[Prepared], T]) -> tuple[T | None, s
     if where_weights_are(model) in ("streamed", "offloaded"):
         return None, "", why
     with out_of_memory() as found:
-        return run(prepared), _name(model.dtype), why
+        return run(prepared), name_of(model.dtype), why
     return None, "", why
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _no_room(prepared: Prepared) -> str:
-    needed, free = copy_bytes(prepared.model), free_bytes(prepared.device)
+def no_room(prepared: Prepared, needed: int, name: str) -> str:
+    """Why there is no memory for a copy in the dtype of that name, which takes so many bytes; "" where there is."""
+    free = free_bytes(prepared.device)
     if prepared.execution.max_memory is not None:
         free = min(free, prepared.execution.max_memory)
     if needed <= free:
         return ""
-    name = _name(WIDER[prepared.model.dtype])
     return f"a copy in {name} takes {needed / 2**30:.2g} GiB, and {free / 2**30:.2g} GiB may be used"
 
 
@@ -91,10 +87,10 @@ def _wider(prepared: Prepared) -> Prepared:
     return replace(prepared, model=model, anatomy=anatomy, backend=backend, layers="model", _mean=None)
 
 
-def drawn(usable: np.ndarray, count: int) -> list[tuple[int, ...]]:
+def drawn(usable: np.ndarray, count: int, seed: int | None = None) -> list[tuple[int, ...]]:
     """`count` places where `usable` is true, every one with the same chance, spread over the first axis as far as they
     can be: each in turn gets as many, drawn at random."""
-    generator = np.random.default_rng(SEED)
+    generator = np.random.default_rng(SEED if seed is None else seed)
     places = generator.permutation(np.argwhere(usable))
     seen: Counter[int] = Counter()  # of each place on the first axis
     turn = []
@@ -146,7 +142,7 @@ def _error(
     plain: Sequence[Rescored],
 ) -> ScoreError:
     """plain: what plain passes in the model's own dtype gave; where there is nothing else, they are the sample."""
-    own = _name(prepared.model.dtype)
+    own = name_of(prepared.model.dtype)
     if not all(np.isfinite(each.expected) for each in sample):
         sample, why = [], f"scores of a copy in {against} are not finite"
     if not sample:

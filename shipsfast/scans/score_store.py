@@ -28,17 +28,7 @@ def measures_of(
     """For each ablation one for each metric asked for, with its run folder: `out`, and folders in it for all but the first.
     control: a scan that is a part of this one."""
     first, out = passes[0], passes[0].execution.out
-    metrics = as_metrics(first.measurement.metric, tokenizer, first.anatomy.vocab_size)
-    metrics = [_fitted(each, first) for each in metrics]
-    own = next((each.name for each in metrics if each.of_answers), None)
-    if own is not None and first.targets is None:
-        raise InputError(f"metric {own} is of an answer's own tokens: give answers (--answer-column)")
-    if out is not None and not all(each.is_named for each in metrics):
-        name = next(each.name for each in metrics if not each.is_named)
-        raise InputError(
-            f"metric {name} has no name of its own, so a run folder cannot tell it from others: define it "
-            "as a function of a module, or leave out= away and save the result"
-        )
+    metrics = metrics_of(first, tokenizer)
     others = {"further_metrics": [each.describe() for each in metrics[1:]]} if metrics[1:] else {}
     by_number = {
         number: (each, lead)
@@ -67,7 +57,23 @@ def measures_of(
     return found
 
 
-def _fitted(metric: Metric, prepared: Prepared) -> Metric:
+def metrics_of(prepared: Prepared, tokenizer) -> list[Metric]:
+    """The metrics that a scan is asked for, for the model at hand. Raises InputError for those that it cannot have."""
+    metrics = as_metrics(prepared.measurement.metric, tokenizer, prepared.anatomy.vocab_size)
+    metrics = [fitted(each, prepared) for each in metrics]
+    own = next((each.name for each in metrics if each.of_answers), None)
+    if own is not None and prepared.targets is None:
+        raise InputError(f"metric {own} is of an answer's own tokens: give answers (--answer-column)")
+    if prepared.execution.out is not None and not all(each.is_named for each in metrics):
+        name = next(each.name for each in metrics if not each.is_named)
+        raise InputError(
+            f"metric {name} has no name of its own, so a run folder cannot tell it from others: define it "
+            "as a function of a module, or leave out= away and save the result"
+        )
+    return metrics
+
+
+def fitted(metric: Metric, prepared: Prepared) -> Metric:
     """A metric of hidden states, for the model at hand; any other as it is."""
     if not isinstance(metric, HiddenMetric):
         return metric
@@ -100,69 +106,38 @@ def together(results: Sequence[ShipsResult]) -> ShipsResult:
     return first.with_further(further) if further else first
 
 
+def about(metric: Metric) -> dict:
+    """What the record says of it."""
+    return {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
+
+
 def _by_name(results: Sequence[ShipsResult]) -> dict[str, ShipsResult]:
     return {result.metric["name"]: result for result in results}
 
 
-class Measure:
-    """One metric of one ablation of a scan: its scores so far, float64 [M, L, H] by reads, its noise floor and its run folder."""
+def refuse_marks(prepared: Prepared, marked: np.ndarray, path: Path) -> None:
+    """Raises InputError for marked scores in a run folder, by reads or by prompts, where none are wanted."""
+    if marked.any() and prepared.measurement.nonfinite != "mark":
+        read, layer, index = map(int, np.argwhere(marked)[0])
+        where = prepared.read_name(read) if len(marked) == len(prepared.read_ids) else f"prompt {read}"
+        raise InputError(
+            f"{path} holds {counted(int(marked.sum()), 'marked score')}: the score of {prepared.unit} "
+            f"{layer}-{index} on {where} is not a number; go on with nonfinite='mark' (--nonfinite mark), or "
+            "choose another output folder"
+        )
 
-    def __init__(
-        self, prepared: Prepared, lead: Prepared, metric: Metric, path: Path | None, others: dict
-    ) -> None:
-        """lead: whose plan it goes by, of the ablations that go through together; others: what the identity says of further metrics
-        and ablations of the same scan."""
-        self.prepared, self.lead, self.metric = prepared, lead, metric
-        about = {"name": metric.name, "unit": metric.unit, "signed": metric.signed, "label": metric.label}
-        self.identity = prepared.identity | {"metric": metric.describe()} | others
-        self.record = prepared.record | {"metric": about}
-        _, *grid = self.identity["shape"]
-        self.scores = np.full((len(prepared.read_ids), *grid), np.nan)
+
+class Kept:
+    """Scores of a metric so far, float64 [M, L, H] by reads, in memory, and what is known of their error."""
+
+    def __init__(self, prepared: Prepared, metric: Metric, record: dict) -> None:
+        """record: to which is added what is found beside the scores."""
+        self.prepared, self.metric, self.record = prepared, metric, record
+        self.scores = np.full((len(prepared.read_ids), *prepared.grid), np.nan)
         self.mark = prepared.measurement.nonfinite == "mark"  # scores that are not finite
         self.marked = np.zeros(self.scores.shape, dtype=bool)
-        self.noise_floor, self.compared, self.folder = 0.0, False, None  # what packing does
+        self.noise_floor, self.compared = 0.0, False  # what packing does
         self.plain: list[Rescored] = []  # scores that plain passes in the model's own dtype gave
-        if path is not None:
-            self.folder = RunFolder(path, self.identity, self.record)
-
-    def take(self) -> None:
-        """Read what the folder holds. Raises InputError for marked scores where none are wanted."""
-        at = cells_of(self.identity)
-        done = np.zeros(at.shape, dtype=bool)
-        self.scores = at.flat(
-            read_scores(self.folder.path, at.shape, at.names, column(self.record["metric"]), done)
-        )
-        self.marked = at.flat(done) & ~np.isfinite(self.scores)
-        self.scores[self.marked] = np.nan
-        self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
-        self._refuse(self.marked)
-
-    def finished(self) -> ShipsResult | None:
-        """What the folder holds, if the run is finished, without further metrics."""
-        found = self.folder.finished(ShipsResult.load_one)
-        if found is not None and found.marked is not None:
-            self._refuse(found.marked)
-        return found
-
-    def _refuse(self, marked: np.ndarray) -> None:
-        if marked.any() and not self.mark:
-            read, layer, index = map(int, np.argwhere(marked)[0])
-            where = self.prepared.read_name(read) if len(marked) == len(self.scores) else f"prompt {read}"
-            raise InputError(
-                f"{self.folder.path} holds {counted(int(marked.sum()), 'marked score')}: the score of {self.prepared.unit} "
-                f"{layer}-{index} on {where} is not a number; go on with nonfinite='mark' (--nonfinite mark), or "
-                "choose another output folder"
-            )
-
-    def begin(self) -> None:
-        """Say in the folder that the run goes on."""
-        before = self.folder.previous_measures()
-        self.noise_floor = before.get("packing_noise", before.get("noise_floor", 0.0))
-        self.compared = "noise_floor" in before and self.folder.same_environment
-        if "error" in before and self.folder.same_environment:
-            self.record["error"] = before["error"]
-        self.record["plan"] = self.lead.plan.to_json()
-        self.folder.write_manifest(before | self.record | {"status": "running"})
 
     def keep(self, scores: np.ndarray, reads: Sequence[int], block: Sequence[Head]) -> None:
         """Take what is missing of scores [units, reads] of a block of units at the reads packed together; what is not finite is
@@ -174,10 +149,7 @@ class Measure:
             marked[list(reads), layer, index] = bad
         known = ~self.missing()
         part[known], marked[known] = np.nan, False
-        if self.folder is not None:  # first: what runs out of memory or disk here is still missing
-            value, at = column({"name": self.metric.name}), cells_of(self.identity)
-            frame = score_frame(at.padded(part, np.nan), at.names, value, at.padded(marked, False))
-            self.folder.write_part(frame, plan=self.lead.plan.to_json())
+        self._write_part(part, marked)  # first: what runs out of memory or disk here is still missing
         new = ~np.isnan(part)
         self.scores[new] = part[new]
         self.marked |= marked
@@ -197,6 +169,62 @@ class Measure:
     def keep_error(self, error: ScoreError) -> None:
         self.record["error"] = error.to_json()
         self._write()
+
+    def _write_part(self, part: np.ndarray, marked: np.ndarray) -> None:
+        """Put new scores, and marks, where they are kept; before they count."""
+
+    def _write(self) -> None:
+        """The same of the record."""
+
+
+class Measure(Kept):
+    """One metric of one ablation of a scan, with its run folder."""
+
+    def __init__(
+        self, prepared: Prepared, lead: Prepared, metric: Metric, path: Path | None, others: dict
+    ) -> None:
+        """lead: whose plan it goes by, of the ablations that go through together; others: what the identity says of further metrics
+        and ablations of the same scan."""
+        super().__init__(prepared, metric, prepared.record | {"metric": about(metric)})
+        self.lead, self.folder = lead, None
+        self.identity = prepared.identity | {"metric": metric.describe()} | others
+        if path is not None:
+            self.folder = RunFolder(path, self.identity, self.record)
+
+    def take(self) -> None:
+        """Read what the folder holds. Raises InputError for marked scores where none are wanted."""
+        at = cells_of(self.identity)
+        done = np.zeros(at.shape, dtype=bool)
+        self.scores = at.flat(
+            read_scores(self.folder.path, at.shape, at.names, column(self.record["metric"]), done)
+        )
+        self.marked = at.flat(done) & ~np.isfinite(self.scores)
+        self.scores[self.marked] = np.nan
+        self.record |= {k: self.folder.previous[k] for k in (MARKED,) if k in self.folder.previous}
+        refuse_marks(self.prepared, self.marked, self.folder.path)
+
+    def finished(self) -> ShipsResult | None:
+        """What the folder holds, if the run is finished, without further metrics."""
+        found = self.folder.finished(ShipsResult.load_one)
+        if found is not None and found.marked is not None:
+            refuse_marks(self.prepared, found.marked, self.folder.path)
+        return found
+
+    def begin(self) -> None:
+        """Say in the folder that the run goes on."""
+        before = self.folder.previous_measures()
+        self.noise_floor = before.get("packing_noise", before.get("noise_floor", 0.0))
+        self.compared = "noise_floor" in before and self.folder.same_environment
+        if "error" in before and self.folder.same_environment:
+            self.record["error"] = before["error"]
+        self.record["plan"] = self.lead.plan.to_json()
+        self.folder.write_manifest(before | self.record | {"status": "running"})
+
+    def _write_part(self, part: np.ndarray, marked: np.ndarray) -> None:
+        if self.folder is not None:
+            value, at = column({"name": self.metric.name}), cells_of(self.identity)
+            frame = score_frame(at.padded(part, np.nan), at.names, value, at.padded(marked, False))
+            self.folder.write_part(frame, plan=self.lead.plan.to_json())
 
     def keep_sinks(self, measured: Callable[[], SinkMass | None]) -> None:
         """Put what heads rest on into the record, as an earlier part of the run found it, or as it is measured now."""

@@ -363,7 +363,7 @@ class _Work:
                 "or leave such scores out with nonfinite='mark' (--nonfinite mark)"
             )
         first = {
-            "prompt": prepared.read_places[prompt][0],
+            "prompt": prepared.prompt_number(prompt),
             "layer": int(layer),
             "head": int(index),
             "why": why,
