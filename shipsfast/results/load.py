@@ -11,7 +11,7 @@ from ..runs.manifest import read_manifest
 
 
 def load(folder: str | Path):
-    """Read any run folder: the ShipsResult, SubspaceResult, SaharaResult or EvalResult of what was run there.
+    """Read any run folder: the ShipsResult, TopHeads, SubspaceResult, SaharaResult or EvalResult of what was run there.
 
     Raises InputError if it is missing, damaged, or of a search that is not finished.
     """

@@ -135,14 +135,11 @@ class ShipsResult(ByAblation, Ranked):
     @property
     def marked_heads(self) -> list[tuple[int, int]]:
         """Heads with a marked score, which are in no ranking."""
-        return [] if self.marked is None else [tuple(map(int, at)) for at in np.argwhere(self.marked.any(0))]
+        return heads_of(self.marked)
 
     def marks(self) -> dict:
         """count, heads and the first mark with its reason, for JSON; empty where no score is marked."""
-        if self.marked is None:
-            return {}
-        found = {"count": int(self.marked.sum()), "heads": [list(head) for head in self.marked_heads]}
-        return found | self.record.get(MARKED, {})
+        return marks_of(self.marked, self.record)
 
     @property
     def metric(self) -> dict:
@@ -392,6 +389,19 @@ class ShipsResult(ByAblation, Ranked):
         scores[marked] = np.nan
         floor = manifest.get("noise_floor") or 0.0
         return cls.of_reads(scores, floor, manifest, identity, {}, marked if marked.any() else None)
+
+
+def heads_of(marked: np.ndarray | None) -> list[tuple[int, int]]:
+    """Heads with a mark, of marks [P, L, H]."""
+    return [] if marked is None else [tuple(map(int, at)) for at in np.argwhere(marked.any(0))]
+
+
+def marks_of(marked: np.ndarray | None, record: dict) -> dict:
+    """What there is to say of marks; nothing where there are none."""
+    if marked is None:
+        return {}
+    found = {"count": int(marked.sum()), "heads": [list(head) for head in heads_of(marked)]}
+    return found | record.get(MARKED, {})
 
 
 def also_place(number: int) -> str:
