@@ -36,6 +36,8 @@ _PUBLIC = {
     "scan_asr": "answers.asr",
     "scan_dataset": "scans.dataset",
     "sink_mass": "scans.sink_mass",
+    "top_heads": "scans.top_heads",
+    "TopHeads": "results.top_heads",
     "top_tokens": "scans.top_tokens",
     "TopTokens": "results.top_tokens",
 }

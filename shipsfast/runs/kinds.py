@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fields import check_fields, flag, list_of, need, number, scanned_head, text
+from .fields import an_object, check_fields, flag, list_of, need, number, or_none, scanned_head, text
 from .fields import count as whole
 from .part_file import ANSWER, COLUMNS, NLL
 
 # Of an answer. The first is what counts as success; unfinished: the text ended before an answer began.
 LABELS = ("complied", "refusal", "degenerate", "incoherent", "unfinished")
-SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS = "scores", "grams", "completions", "control", "basis"
-COUNTED = (SCORES, COMPLETIONS)  # the rooms whose rows a person counts
+SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS, SCREEN = (
+    "scores", "grams", "completions", "control", "basis", "screen",
+)  # fmt: skip
+COUNTED = (SCORES, COMPLETIONS, SCREEN)  # the rooms whose rows a person counts
 CONTROL_COLUMNS = ("step", "beam", "prompt", "layer", "head")  # of a search's control
 RANGE_DEG = 1e-6  # by how much rounding may carry an angle out of its range
 BYTES_OF_A_COMPLETION = 128
@@ -236,6 +238,52 @@ def _check_sahara(file: Path, manifest: dict, identity: dict) -> int:
     return steps * identity["beam"] * one_step * (1 + len(control["prompts"]))
 
 
+def _check_top(file: Path, manifest: dict, identity: dict) -> int:
+    """Of a search for the top heads."""
+    prompts, layers, heads = _check_shape(file, manifest, identity)
+    check_fields(file, "identity.", identity, SEARCHED, all_of=SEARCHED)
+    plans = manifest.get("plans", {})
+    need(file, "plans", isinstance(plans, dict), "plans by name")
+    for name, plan in plans.items():
+        check_fields(file, f"plans.{name}.", plan, PLAN | PLAN_CUT_BY_WORK, all_of=PLAN)
+        need(file, f"plans.{name}", plan.keys() <= (PLAN | PLAN_CUT_BY_WORK).keys(), "a plan")
+    ends = manifest.get("round_ends", [prompts])
+    rising = list_of(whole(1, prompts))(ends) and ends == sorted(set(ends)) and ends[-1:] == [prompts]
+    need(file, "round_ends", rising, "rising numbers of prompts, up to all of them")
+    screen = manifest.get("screen", {"dtype": None, "why": ""})
+    fits = isinstance(screen, dict) and screen.get("dtype") in SCREENING and text(screen.get("why"))
+    need(file, "screen", fits, "the dtype of a screening copy, and why")
+    if manifest.get("status") == "complete":
+        for name in ("metric", "chosen", "screen"):
+            need(file, name, name in manifest, "of a finished search")
+        need(
+            file, "chosen", all(i < layers and j < heads for i, j in manifest["chosen"]), "heads of the model"
+        )
+        check_fields(file, "certificate.", manifest.get("certificate"), CERTIFICATE, all_of=CERTIFICATE)
+        own = manifest["certificate"].keys()
+        need(file, "certificate", own == CERTIFICATE.keys(), f"an object with {', '.join(CERTIFICATE)}")
+        upper = manifest.get("upper")
+        need(file, "upper", _map(upper, layers, heads), "a number or null by layer and head")
+        check_fields(file, "rows.", manifest.get("rows"), ROWS, all_of=ROWS)
+    return 2 * 8 * prompts * layers * heads
+
+
+def _map(x, layers: int, heads: int) -> bool:
+    return list_of(list_of(or_none(number)))(x) and [len(row) for row in x] == [heads] * layers
+
+
+def _top_tables(identity: dict, manifest: dict) -> dict[str, Table]:
+    prompts, grid, _ = _units(identity)
+    kl = identity["metric"]["name"] == "kl"
+    index, value = {"prompt": prompts} | grid, "kl_nats" if kl else "score"
+    rows = manifest.get("rows", {}) if manifest.get("status") == "complete" else {}
+    return {
+        SCORES: Table(index, value, -1e-3 if kl else -math.inf, expected=rows.get(SCORES), marks=True),
+        # A copy in low precision may round a KL of 0 further below it, and its numbers may be none.
+        SCREEN: Table(index, value, -1.0 if kl else -math.inf, expected=rows.get(SCREEN), marks=True),
+    }
+
+
 def _beam(x) -> bool:
     return isinstance(x, dict) and list_of(scanned_head)(x.get("heads")) and number(x.get("angle_deg"))
 
@@ -316,6 +364,27 @@ CONTROLLED = {
 INCOHERENT = dict.fromkeys(
     ("margin_nats", "turn_nats"), (lambda x: number(x) and 0 <= x <= 1000, "a number from 0 to 1000")
 )
+SCREENING = (None, "bfloat16", "float16", "float32")
+SEARCHED = {
+    "k": (whole(1, 1 << 62), "a whole number of at least 1"),
+    "error": (lambda x: number(x) and 0 <= x <= 1, "a chance"),
+    "screen": (text, "a text"),
+    "seed": (whole(0, 1 << 62), "a whole number"),
+    "metric": (an_object, "a metric"),
+}
+ROWS = dict.fromkeys((SCORES, SCREEN), (whole(0, 1 << 62), "a whole number"))
+CERTIFICATE = {
+    **dict.fromkeys(
+        ("k", "heads", "prompts", "scored", "left_out", "errors", "drawn", "dropped", "race_k"), (whole(0, 1 << 62), "a whole number")
+    ),
+    **dict.fromkeys(("error", "screen_allowed", "chance_left", "race_allowed", "chance"), (number, "a chance")),
+    **dict.fromkeys(("error_mean", "error_sd", "error_largest"), (or_none(number), "a number or null")),
+    **dict.fromkeys(("metric", "unit", "dtype", "screen_why", "race_bound", "race_about"), (text, "a text")),
+    **dict.fromkeys(("by_root", "contradicted"), (flag, "true or false")),
+    **dict.fromkeys(("extra", "rounds"), (list_of(whole(0, 1 << 62)), "a list of whole numbers")),
+    "screen": (lambda x: x in SCREENING, "the dtype of a screening copy"),
+    "work": (lambda x: isinstance(x, dict) and all(map(number, x.values())), "shares by name"),
+}  # fmt: skip
 DRAWN = ("top_k", "temperature", "seed")
 GENERATION = {
     "max_new_tokens": (whole(0, 1 << 31), "a whole number"),
@@ -330,9 +399,10 @@ KINDS = {
     "sahara": Kind(
         "sahara.SaharaResult", ("step", "beam", *HEAD), (SCORES, GRAMS, CONTROL), _check_sahara, _sahara_tables
     ),
+    "top": Kind("top_heads.TopHeads", ("prompt", *HEAD), (SCORES, SCREEN), _check_top, _top_tables),
     "evaluate": Kind(
         "evaluation.EvalResult", ("group", "prompt"), (COMPLETIONS, CONTROL, SCORES),
         _check_evaluation, _evaluation_tables,
     ),
 }  # fmt: skip
-ROOMS = (SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS)
+ROOMS = (SCORES, GRAMS, COMPLETIONS, CONTROL, BASIS, SCREEN)

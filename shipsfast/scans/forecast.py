@@ -41,8 +41,13 @@ from .measurements import SaharaMeasurement, ScanMeasurement, SubspaceMeasuremen
 from .metrics import as_metrics
 from .prepare import laid_out, planned, work_of
 from .rates import Rates, measure_rates
+from .top_measurement import TopMeasurement
 
-COMMANDS = {"ships": "scan", "subspace": "scan-dataset", "sahara": "sahara"}
+COMMANDS = {"ships": "scan", "top": "top", "subspace": "scan-dataset", "sahara": "sahara"}
+OF_A_SEARCH = (
+    "search: this is the complete scan, the most that exact scores can take; a screening copy of the model, and its passes, come on top, "
+    "and what both leave out is not known before"
+)
 READ_BYTES = 256 << 20  # of a checkpoint are read to see how fast it can be
 # Rows of the longest prompt that pass the model as it is: one for the noise floor, three for the spot check.
 CHECK_ROWS = 4
@@ -242,7 +247,8 @@ def _forecast(
         best_seconds=took(rates and rates.best, reading=reading, stream=stream),
         blocks=largest.blocks, rates=rates,
         copy_bytes=0 if stream or not execution.rescored or model.dtype not in WIDER else copy_bytes(model),
-        limits=_limits(plan, largest.fit, largest.rows, len(token_ids), largest.passes, device),
+        limits=_limits(plan, largest.fit, largest.rows, len(token_ids), largest.passes, device)
+        + [OF_A_SEARCH] * isinstance(measurement, TopMeasurement),
     )  # fmt: skip
 
 

@@ -53,10 +53,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def build(family: str = "llama-gqa", dtype: torch.dtype = torch.float64, seed: int = 0):
-    """A model whose attention is far from uniform, so that ablations show."""
+def build(family: str = "llama-gqa", dtype: torch.dtype = torch.float64, seed: int = 0, **more):
+    """A model whose attention is far from uniform, so that ablations show. more: of its configuration."""
     torch.manual_seed(seed)
     config = copy.deepcopy(FAMILIES[family])
+    for name, value in more.items():
+        setattr(config, name, value)
     # transformers up to 5.13 or so gives Gemma 2 an attention that leaves the softcap out, unless told.
     how = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)

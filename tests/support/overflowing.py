@@ -18,7 +18,7 @@ def overflowing(layer: int = 1, head: int = 2):
     def multiply(module, args):
         x = args[0]
         part = x[..., 8 * head : 8 * head + 8]
-        boost = torch.where(part.abs().amax(-1, keepdim=True) == 0, 1e30, 1.0)
+        boost = torch.where(part.abs().amax(-1, keepdim=True) == 0, 1e30, 1.0).to(x.dtype)
         return (x * boost * boost,)
 
     model = build(dtype=torch.float32)
