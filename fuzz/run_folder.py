@@ -22,6 +22,7 @@ from rich.console import Console
 
 import shipsfast
 from shipsfast.errors import InputError
+from shipsfast.results.certificate import Certificate
 from shipsfast.results.completions import Completions
 from shipsfast.results.evaluation import EvalResult
 from shipsfast.results.gram_bootstrap import Grams
@@ -29,6 +30,7 @@ from shipsfast.results.sahara import SaharaResult
 from shipsfast.results.ships import ShipsResult
 from shipsfast.results.subspace import SubspaceResult
 from shipsfast.results.tables import as_json, show
+from shipsfast.results.top_heads import TopHeads
 from shipsfast.runs.manifest import as_text
 from shipsfast.text import visible
 
@@ -70,6 +72,25 @@ def _results() -> Iterator[tuple[str, object]]:
     search |= {"control": {"prompts": ["cc", "dd"]}, "penalty": 2.0}
     found = [([(0, 1)], 0.5)], 1e-9, record, search, grams, rng.random((1, 2, 2, 3)), [0.25]
     yield "controlled", SaharaResult([(0, 1)], angles, *found)
+    metric = {"metric": {"name": "kl", "unit": "nats", "signed": False, "label": "KL"}}
+    top = IDENTITY | {
+        "kind": "top",
+        "heads": "all",
+        "metric": {"name": "kl"},
+        "k": 1,
+        "error": 0.01,
+        "screen": "auto",
+        "seed": 0,
+    }
+    exact = np.where(np.arange(3) < 2, scores, np.nan)
+    upper = np.where(np.isnan(exact[0]), 0.1, np.nan)
+    sure = Certificate(
+        1, 6, 2, "kl", "head", 0.01, "float32", 4, 0, "bfloat16", "[b]", 0.01, 1e-4, True, 4, 2, 0.0, 0.1, 0.2, False, (1,),
+        work={"screen": 1.0, "exact": 0.5},
+    )  # fmt: skip
+    record = record | metric | {"screen": {"dtype": "bfloat16", "why": "[b]"}}
+    stored = {"scores": exact, "screen": scores}
+    yield "top", TopHeads.of(stored, np.zeros(scores.shape, bool), upper, sure, record, top)
 
 
 def _evaluation(path: Path) -> None:
@@ -97,7 +118,7 @@ def setup() -> Iterator[None]:
         for kind, result in _results():
             result.save(Path(name) / kind)
         _evaluation(Path(name) / "evaluate")
-        for kind in ("ships", "subspace", "sahara", "evaluate", "controlled"):
+        for kind in ("ships", "subspace", "sahara", "evaluate", "controlled", "top"):
             start = Path(name) / kind
             _starts.append(
                 {str(f.relative_to(start)): f.read_bytes() for f in sorted(start.rglob("*")) if f.is_file()}

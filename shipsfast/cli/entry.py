@@ -34,6 +34,7 @@ app = typer.Typer(
 # In the order in which --help lists them.
 COMMANDS = {
     "scan": scans.scan,
+    "top": scans.top,
     "scan-dataset": scans.scan_dataset,
     "sahara": scans.sahara,
     "top-tokens": scans.top_tokens,

@@ -14,6 +14,7 @@ from ..engine.measurement import Execution, Measurement, ScanExecution, describe
 from ..errors import InputError
 from ..prompts.wrapping import DATE
 from ..scans.measurements import SaharaMeasurement, ScanMeasurement, ShipsMeasurement
+from ..scans.top_measurement import TopMeasurement
 from .asked import Asked
 from .inherited import inherit
 
@@ -78,7 +79,9 @@ AnswerColumn = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")]
 Sample = Annotated[int | None, typer.Option(min=1, help="N prompts drawn at random.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of --sample, and of --do-sample.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Of --sample, of --do-sample, and of what a search for top heads draws.")
+]
 # Lists, so that what is given twice is not forgotten: only `scan` takes several.
 HowAblated = _option(Measurement, "ablation", list[str], "--ablation")
 Scale = _option(Measurement, "scale", list[str], "--scale")
@@ -151,6 +154,14 @@ MetricNames = _option(
     "given several times, for one pass that measures all (plots of all but the first get a number).",
 )  # fmt: skip
 NonFinite = _option(ShipsMeasurement, "nonfinite")
+K = _option(TopMeasurement, "k", None, "-k", least=1)
+ErrorChance = _option(TopMeasurement, "error")
+ScreenName = _option(TopMeasurement, "screen")
+TopMetric = _option(
+    TopMeasurement, "metric", str, "--metric",
+    more="or logit_diff:TOKEN,TOKEN, refusal_logit:TOKEN,TOKEN,... or projection:FILE[,LAYER] with a file of shipsfast direction.",
+)  # fmt: skip
+TopNonFinite = _option(TopMeasurement, "nonfinite")
 Rank = _option(SaharaMeasurement, "rank", least=1)
 GroupSize = _option(SaharaMeasurement, "group_size", least=1)
 Beam = _option(SaharaMeasurement, "beam", least=1)
@@ -243,7 +254,7 @@ OF_ANSWERS = (
     "judge", "judge_template", "judge_tokens", "max_new_tokens", "do_sample", "top_k", "temperature", "eos_token_id", "keep_text",
 )  # fmt: skip
 # --plan computes no scores and writes nothing.
-OF_RESULTS = ("out", "resume", "plot", "nonfinite", "top", "group_by", *OF_ANSWERS)
+OF_RESULTS = ("out", "resume", "plot", "nonfinite", "top", "error", "screen", "group_by", *OF_ANSWERS)
 
 
 def command(*more: dict, without: tuple[str, ...] = (), instead: dict | None = None) -> Callable:

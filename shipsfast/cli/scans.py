@@ -1,4 +1,4 @@
-"""Commands about what the next token says: scan, scan-dataset, sahara, top-tokens, bench."""
+"""Commands about what the next token says: scan, top, scan-dataset, sahara, top-tokens, bench."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from .options import (
     Column,
     Device,
     Dtype,
+    ErrorChance,
     GgufName,
     GroupSize,
     Json,
     JudgeName,
     JudgeTemplate,
     JudgeTokens,
+    K,
     KeepText,
     Limit,
     MaxMemory,
@@ -38,9 +40,12 @@ from .options import (
     Penalty,
     Quiet,
     Rank,
+    ScreenName,
     SearchControl,
     Template,
     Top,
+    TopMetric,
+    TopNonFinite,
     command,
 )
 from .refusals import record_refusals, refusals
@@ -110,6 +115,24 @@ def scan(
 
     judge = asked.judge(judge or "keywords", judge_template, judge_tokens)
     show_result(asked.run(scan_asr, judge=judge, keep_text=keep_text), top, asked)
+
+
+@command(SCAN_OPTIONS, PLAN_OPTIONS)
+def top(
+    asked: Asked,
+    k: K = 10,
+    error: ErrorChance = 0.01,
+    screen: ScreenName = "auto",
+    metric: TopMetric = "kl",
+    nonfinite: TopNonFinite = "raise",
+):
+    """Find the -k heads of MODEL with the largest mean scores on PROMPTS, exactly, in a part of the work of a scan.
+
+    The heads are those that scan ranks first, but for a chance of --error that one is missing. What that rests on is printed with them.
+    """
+    from ..scans.top_heads import top_heads as run
+
+    _scanned(asked, run, k, k=k, error=error, screen=screen, metric=metric, nonfinite=nonfinite)
 
 
 @command(SCAN_OPTIONS, PLAN_OPTIONS)

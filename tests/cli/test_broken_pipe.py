@@ -15,6 +15,7 @@ ASKED = (MODEL, PROMPTS / "taboo.csv", "--limit", 2, "--quiet")
 COMMANDS = {
     "scan": ("scan", *ASKED, "--heads", "0-0"),
     "scan as JSON": ("scan", *ASKED, "--heads", "0-0", "--json"),
+    "top": ("top", *ASKED, "-k", 1, "--heads", "0-0"),
     "scan-dataset": ("scan-dataset", *ASKED, "--heads", "0-0"),
     "sahara": ("sahara", *ASKED, "--group-size", 1, "--heads", "0"),
     "top-tokens": ("top-tokens", *ASKED, "--heads", "0-0"),

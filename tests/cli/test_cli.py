@@ -123,6 +123,56 @@ def test_scan_dataset(capsys, tmp_path):
     assert [(s["layer"], s["head"], s["angle_deg"]) for s in found["top"]] == loaded.top(10)
 
 
+def test_top(capsys, tmp_path):
+    out, plot = tmp_path / "run", tmp_path / "heads.png"
+    args = (
+        "top",
+        MODEL,
+        PROMPTS / "taboo.csv",
+        "--limit",
+        5,
+        "-k",
+        3,
+        "--screen",
+        "bfloat16",
+        "--error",
+        "0.02",
+        "--out",
+        out,
+    )
+    status, text, err = run(capsys, *args, "--plot", plot)
+    assert status == 0, err
+    for said in (
+        "Top 3 of 16 heads",
+        "95% interval",
+        "exact less screened, on the root of a score",
+        "as shares of a complete scan's",
+    ):
+        assert said in text
+    assert "screen: 100%" in err and plot.read_bytes().startswith(b"\x89PNG")
+    assert run(capsys, "verify", out)[0] == 0
+    loaded = shipsfast.TopHeads.load(out)
+    found = json.loads(run(capsys, *args, "--resume", "--json", "-q")[1])
+    assert [(s["layer"], s["head"], s["mean_kl_nats"]) for s in found["top"]] == loaded.heads
+    assert (
+        found["certificate"]["error"] == 0.02 and found["certificate"]["text"] == loaded.certificate.lines()
+    )
+    scanned = json.loads(
+        run(capsys, "scan", MODEL, PROMPTS / "taboo.csv", "--limit", 5, "--top", 3, "--json", "-q")[1]
+    )
+    assert [(s["layer"], s["head"]) for s in scanned["top"]] == [s[:2] for s in loaded.heads]
+
+
+def test_the_plan_of_a_search_for_top_heads(capsys):
+    how = (MODEL, PROMPTS / "taboo.csv", "--limit", 5, "-q", "--plan")
+    status, text, err = run(capsys, "top", *how, "-k", 3)
+    assert status == 0, err
+    assert "top of" in text and "the most that exact scores can take" in text
+    plans = [json.loads(run(capsys, name, *how, "--json")[1])["plan"] for name in ("top", "scan")]
+    free = [plan.pop("memory_limit_bytes") for plan in plans]
+    assert all(free) and plans[0] == plans[1]
+
+
 def test_sahara(capsys, tmp_path):
     out, plot = tmp_path / "run", tmp_path / "steps.png"
     args = (
@@ -315,6 +365,13 @@ def test_bad_input_gets_one_line(capsys, tmp_path, monkeypatch, model_folder, ar
         (("sahara", "--group-size", "17"), "group_size 17 is above the 16 heads to choose from"),
         (("sahara", "--group-size", "3", "--heads", "0-1,0-2"), "above the 2 heads"),
         (("scan-dataset", "--ablation", "resample"), "needs --source"),
+        (("top", "-k", "17"), "k=17 is above the 16 heads to choose from"),
+        (("top", "--error", "1"), "error must be a chance from 0 to 0.5"),
+        (("top", "--screen", "fp8"), "unknown screen 'fp8' (--screen)"),
+        (("top", "--screen", "float32"), "screen 'float32' (--screen) cannot run: the model is in float32"),
+        (("top", "--ablation", "zero", "--ablation", "mean"), "2 ablations were given"),
+        (("top", "--plan", "--screen", "none"), "--plan runs nothing, so that --screen would do nothing"),
+        (("top", "--at", "-2"), "only scans of the next token read other positions"),
         (("sahara", "--out", "."), "is not a shipsfast run"),
         (("sahara", "--penalty", "1"), "penalty (--penalty) is for control prompts, and there are none"),
         (("sahara", "--control", PROMPTS / "ordinary.csv", "--penalty", "-1"), "penalty must be a finite number of at least 0"),

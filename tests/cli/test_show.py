@@ -13,6 +13,7 @@ ANSWERED = ("--max-new-tokens", 6)
 COMMANDS = {
     "scan": ("scan", *TABOO, "--heads", "0", "--metric", "kl", "--metric", "js"),
     "rates": ("scan", *TABOO, "--heads", "0", "--rank-by", "asr", *ANSWERED),
+    "top": ("top", *TABOO, "-k", 3, "--screen", "bfloat16"),
     "scan-dataset": ("scan-dataset", *TABOO, "--heads", "0,1"),
     "sahara": ("sahara", *TABOO, "--group-size", 2, "--heads", "0", "--beam", 2),
     "evaluate": ("evaluate", *TABOO, "--groups", "0-2", *ANSWERED),
@@ -26,7 +27,13 @@ def test_a_run_of_every_kind_is_shown_as_it_was(capsys, tmp_path, name):
     assert status == 0, err
     assert run(capsys, "show", out, "--top", many) == (0, text, "")
     as_json = run(
-        capsys, *COMMANDS[name], "--out", out, "-q", "--json", *[] if name == "sahara" else ["--top", many]
+        capsys,
+        *COMMANDS[name],
+        "--out",
+        out,
+        "-q",
+        "--json",
+        *[] if name in ("sahara", "top") else ["--top", many],
     )
     assert as_json[0] == 0 and run(capsys, "show", out, "--top", many, "--json") == (0, as_json[1], "")
     status, _, err = run(capsys, "show", out, "--plot", tmp_path / "a.png")

@@ -21,7 +21,7 @@ from shipsfast.answers.measurements import (
 from shipsfast.engine.measurement import ScanExecution, described
 from shipsfast.results.head_map import HeadScore
 from shipsfast.runs.kinds import Table
-from shipsfast.scans import dataset, sahara, ships
+from shipsfast.scans import dataset, sahara, ships, top_heads
 from shipsfast.scans.measurements import (
     DirectionMeasurement,
     SaharaMeasurement,
@@ -29,11 +29,12 @@ from shipsfast.scans.measurements import (
     SubspaceMeasurement,
 )
 from shipsfast.scans.token_measurement import TokensMeasurement
+from shipsfast.scans.top_measurement import TopMeasurement
 from tests.support.models import build
 
 PROMPTS = ["Mend a kettle.", "Tell a story."]
 MESSAGES = [{"role": "user", "content": "Mend a kettle."}]
-FUNCTIONS = ("scan", "scan_dataset", "sahara", "top_tokens", "generate", "evaluate", "scan_asr")
+FUNCTIONS = ("scan", "top_heads", "scan_dataset", "sahara", "top_tokens", "generate", "evaluate", "scan_asr")
 WITH_A_TOKENIZER = ("top_tokens", "evaluate", "scan_asr")
 DESCRIPTIONS = [
     ShipsMeasurement(prompts=PROMPTS, metric=["kl", shipsfast.logit_diff(3, 5)], nonfinite="mark"),
@@ -42,6 +43,7 @@ DESCRIPTIONS = [
     ),
     ShipsMeasurement(prompts=[MESSAGES], template="chat", system="", prefix="So", template_args={"a": [1]}),
     SubspaceMeasurement(prompts=PROMPTS, rank=2, unit="kv_group"),
+    TopMeasurement(prompts=PROMPTS, k=3, error=0, screen="none", metric=["js"], nonfinite="mark", seed=2),
     SaharaMeasurement(prompts=PROMPTS, group_size=2, beam=3, heads=[(0, None), (1, 2)]),
     TokensMeasurement(prompts=PROMPTS, head=(0, 1), k=3),
     SaharaMeasurement(prompts=PROMPTS, control=["What is a mill?"], penalty=0.5, ablation="mean"),
@@ -143,7 +145,10 @@ def test_what_cannot_be_sent_elsewhere():
             ShipsMeasurement(prompts=PROMPTS, metric=metric).to_json()
 
 
-@pytest.mark.parametrize(("module", "name"), [(ships, "scan"), (dataset, "scan_dataset"), (sahara, "sahara")])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(ships, "scan"), (dataset, "scan_dataset"), (sahara, "sahara"), (top_heads, "top_heads")],
+)
 def test_the_model_is_identified_before_the_work(module, name, monkeypatch):
     """So that a checkpoint that goes away meanwhile costs no finished scan, and the weights named are those measured."""
     order = []
@@ -156,7 +161,7 @@ def test_the_model_is_identified_before_the_work(module, name, monkeypatch):
     monkeypatch.setattr(
         growing_batch.GrowingBatch, "run", lambda *args, **how: order.append("run") or run(*args, **how)
     )
-    more = {"group_size": 1} if name == "sahara" else {}
+    more = {"sahara": {"group_size": 1}, "top_heads": {"screen": "float32"}}.get(name, {})
     getattr(module, name)(build(), [[5, 9, 17], [5, 9, 4]], progress=False, **more)
     assert order[0] == "fingerprint"
     assert order.count("fingerprint") == 1

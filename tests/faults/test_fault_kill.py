@@ -118,6 +118,10 @@ def _others():
             lambda result: [numbers(result), numbers(result.control)],
             8,
         ),
+        "top_heads": (
+            lambda out: shipsfast.top_heads(model, PROMPTS, out=out, k=2, screen="bfloat16", **how),
+            lambda r: [r.per_prompt.tobytes(), r.screened.tobytes(), r.upper.tobytes(), r.heads, r.certificate.to_json()], 8,
+        ),
         "scan_dataset": (lambda out: shipsfast.scan_dataset(model, PROMPTS, out=out, **how), angles, 6),
         "sahara": (
             lambda out: shipsfast.sahara(model, PROMPTS, out=out, group_size=2, beam=2, **how), searched, 6,

@@ -50,12 +50,18 @@ def controlled(out, model):
     return searched(out, model, control=PROMPTS[1:3], penalty=5)
 
 
+def top(out, model):
+    how = SIZES | dict(k=2, screen="float32", progress=False)
+    return shipsfast.top_heads(model, PROMPTS, out=out, **how)
+
+
 RUNS = {
     "scan": (scan, lambda r: r.scores, 24),
     "callable metric": (
         lambda out, model: scan(out, model, metric=["kl", all_prompts]), lambda r: r.also[METRIC].scores, 8,
     ),
     "fused off": (lambda out, model: scan(out, model, layers="model", ablation="mean"), lambda r: r.scores, 8),
+    "top": (top, lambda r: r.per_prompt, 12),
     "sahara": (searched, lambda r: r.angle_deg, 8),
     "sahara with a control": (controlled, lambda r: r.control_by_prompt, 8),
 }  # fmt: skip
@@ -93,6 +99,7 @@ def test_out_of_memory_at_any_operator(tmp_path, monkeypatch, model, name):
         assert checked
         checked.clear()
         plans = [result.record[name] for name in ("plan", "control_plan") if name in result.record]
+        plans += result.record.get("plans", {}).values()
         smaller += min(plan["chunk_tokens"] for plan in plans) < SIZES["chunk_tokens"]
         assert_same(dict(before), state(model))
     assert smaller > points / 3, smaller  # in most places it is a block that is done again

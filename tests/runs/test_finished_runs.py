@@ -17,6 +17,7 @@ HOW = dict(progress=False, rows_per_block=6)
 KINDS = {
     "scan": lambda out, model: shipsfast.scan(model, PROMPTS, metric=["kl", "js"], out=out, **HOW),
     "scan-dataset": lambda out, model: shipsfast.scan_dataset(model, PROMPTS, out=out, **HOW),
+    "top": lambda out, model: shipsfast.top_heads(model, PROMPTS, k=2, screen="float32", out=out, **HOW),
     "sahara": lambda out, model: shipsfast.sahara(model, PROMPTS, out=out, group_size=2, **HOW),
     "controlled": lambda out, model: shipsfast.sahara(
         model, PROMPTS, out=out, group_size=2, control=PROMPTS[:2], penalty=3, **HOW
@@ -26,6 +27,7 @@ KINDS = {
 }
 ROOMS = [
     ("scan", "scores"), ("scan", "also/1/scores"), ("scan-dataset", "basis"), ("scan-dataset", "grams"),
+    ("top", "scores"), ("top", "screen"),
     ("sahara", "basis"), ("sahara", "scores"), ("controlled", "scores"), ("controlled", "control"), ("asr", "completions"), ("asr", "scores"),
     ("evaluate", "completions"), ("evaluate", "control"), ("evaluate", "scores"),
 ]  # fmt: skip

@@ -182,6 +182,9 @@ def test_verify_knows_every_kind(tmp_path, model):
     def dataset(out):
         return shipsfast.scan_dataset(model, PROMPTS, out=out, heads=[(0, None), (1, 2)], progress=False)
 
+    def top(out):
+        return shipsfast.top_heads(model, PROMPTS, out=out, k=2, screen="bfloat16", progress=False)
+
     def sahara(out):
         return shipsfast.sahara(
             model, PROMPTS, out=out, heads=[(0, None), (1, 2)], group_size=3, beam=2, rank=2, progress=False
@@ -196,7 +199,7 @@ def test_verify_knows_every_kind(tmp_path, model):
     def rates(out):
         return scan_asr(out=out, heads=[(1, None)])
 
-    for kind in (dataset, sahara, several, answers, rates):
+    for kind in (dataset, top, sahara, several, answers, rates):
         out = tmp_path / kind.__name__
         result = kind(out)
         report = verify(out)

@@ -63,6 +63,7 @@ def test_saved_and_loaded_results_are_sound(tmp_path):
     results = [
         scan(model, metric=["kl", "js"]),
         shipsfast.scan_dataset(model, PROMPTS, **how),
+        shipsfast.top_heads(model, PROMPTS, k=2, screen="bfloat16", **how),
         shipsfast.sahara(model, PROMPTS, group_size=3, beam=2, **how),
         scan_asr(heads=[(1, None)]),
     ]
