@@ -190,3 +190,15 @@ def test_angles_of_many_matrices(prompts, width, common, rank):
     found = subspace_angle_deg(leading_subspace(on_gpu[:1], rank)[0], on_gpu)
     assert expected[1:].min() > 1e-7
     assert_close_abs(found, expected, 1e-8)
+
+
+def test_top_heads_of_a_screen_in_bfloat16():
+    _, model = pair("llama", torch.float32)
+    found = shipsfast.top_heads(model, PROMPTS, k=2, screen="bfloat16", progress=False)
+    expected = shipsfast.scan(model, PROMPTS, progress=False).top(2)
+    assert [h[:2] for h in found.heads] == [h[:2] for h in expected]
+    assert_close_abs(
+        torch.tensor([h.score for h in found.heads]),
+        torch.tensor([h.score for h in expected]),
+        TOLERANCE_NATS[torch.float32],
+    )

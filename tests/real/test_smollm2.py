@@ -74,6 +74,18 @@ def _norm(rounding):
     return norm.eval()
 
 
+def test_top_heads_of_a_screen_in_bfloat16(model, tokenizer, scanned):
+    found = shipsfast.top_heads(
+        model, list(PROMPTS), tokenizer, 5, template="chat", screen="bfloat16", progress=False
+    )
+    assert [h[:2] for h in found.heads] == [h[:2] for h in scanned.top(5)]
+    np.testing.assert_allclose([h.score for h in found.heads], [h.score for h in scanned.top(5)], rtol=1e-4)
+    bounded = ~np.isnan(found.upper)
+    assert (
+        found.certificate.unscored == bounded.sum() > 200 and (found.upper >= scanned.mean())[bounded].all()
+    )
+
+
 def test_dataset_level_scan(model, wide, ids):
     result = shipsfast.scan_dataset(model, ids, heads=SAMPLE, rank=2, progress=False)
     oracle = Oracle(wide, ids, "undifferentiated")

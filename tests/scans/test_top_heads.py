@@ -509,3 +509,29 @@ def test_intervals_are_of_exact_means_and_ranks_of_all_heads(model):
     assert (
         len(frame) == 32 and frame["rank"].notna().sum() == 3 and frame["upper"].isna().sum() == known.sum()
     )
+
+
+def test_every_step_goes_on_as_it_was_cut(model, races, tmp_path, monkeypatch):
+    """With more memory than before: blocks of another size would round otherwise."""
+    how = dict(k=3, screen="bfloat16", out=tmp_path / "run", **HOW)
+    write, kept = RunFolder.write_parts, []
+
+    def cut(self, *args, **more):
+        if kept:
+            raise KeyboardInterrupt
+        write(self, *args, **more)
+        kept.append(json.loads((tmp_path / "run" / "run.json").read_text())["plans"])
+
+    monkeypatch.setattr(RunFolder, "write_parts", cut)
+    with monkeypatch.context() as less:
+        less.setattr("shipsfast.engine.memory_plan.free_bytes", lambda device: 90_000)
+        with pytest.raises(KeyboardInterrupt):
+            shipsfast.top_heads(model, PROMPTS, **how)
+    monkeypatch.setattr(RunFolder, "write_parts", write)
+
+    def size(plans):
+        return [plans["screen 0"][name] for name in ("rows_per_block", "chunk_tokens", "head_rows")]
+
+    fresh = size(shipsfast.top_heads(model, PROMPTS, **how | {"out": None}).record["plans"])
+    found = size(shipsfast.top_heads(model, PROMPTS, **how).record["plans"])
+    assert found == size(kept[-1]) != fresh
