@@ -170,11 +170,11 @@ class TopHeads(Ranked):
         )
         return self.heatmap(self.label, title, path)
 
-    def show(self, top: int, console) -> None:
-        """Print the heads, and the certificate in words."""
+    def show(self, top: int | None = None, console=None) -> None:
+        """Print the heads, the first `top` of them, and the certificate in words."""
         from .top_table import show_top
 
-        show_top(self, top, console)
+        show_top(self, self.certificate.k if top is None else top, console)
 
     def as_json(self, top: int) -> dict:
         marks = {} if self.marked is None else {"nonfinite": self.marks()}

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from .top_heads import TopHeads
 
 
-def show_top(result: TopHeads, top: int, console: Console) -> None:
+def show_top(result: TopHeads, top: int, console: Console | None = None) -> None:
     """The heads, and how sure it is that there are no others."""
+    console = console or Console(highlight=False)
     metric, sure = result.metric, result.certificate
     unit = f", {metric['unit']}" if metric["unit"] else ""
     _say(

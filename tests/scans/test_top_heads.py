@@ -490,8 +490,11 @@ def test_all_of_a_certificate_is_checked(model, tmp_path):
             shipsfast.load(out)
 
 
-def test_intervals_are_of_exact_means_and_ranks_of_all_heads(model):
+def test_intervals_are_of_exact_means_and_ranks_of_all_heads(model, capsys):
     found = shipsfast.top_heads(model, PROMPTS, k=3, screen="float16", **HOW)
+    found.show()
+    shown = capsys.readouterr().out
+    assert "Top 3 of 32 heads: KL(base || ablated)" in shown and found.certificate.text() in shown
     low, high = found.intervals()
     known = ~np.isnan(found.scores)
     assert (
