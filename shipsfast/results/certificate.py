@@ -115,7 +115,7 @@ class Certificate:
         after = ", ".join(map(str, self.rounds[:-1]))
         yield (
             f"race for the first {self.race_k}: prompts in random order; {counted(self.dropped, self.unit)} dropped after {after} of {self.prompts}, with a chance of "
-            f"{self.race_allowed:g} allowed, by {self.race_bound}: {self.race_about}"
+            f"{self.race_allowed:g} allowed; bound: {self.race_bound}. {self.race_about}"
         )
 
     def _of_work(self) -> str:

@@ -302,7 +302,9 @@ def test_heads_drop_out_on_the_way(model, scanned, name, races):
         and sure.work["exact" if name == "none" else "screen"] < 0.8
     )
     assert sure.race_allowed == (0.01 if name == "none" else 0.005) and sure.chance <= 0.01
-    assert "24 heads dropped after 2, 5 of 8" in sure.text() and "a guess: It is made up." in sure.text()
+    assert (
+        "24 heads dropped after 2, 5 of 8" in sure.text() and "bound: a guess. It is made up." in sure.text()
+    )
     if name == "none":
         assert sure.scored == 8 and np.isnan(found.scores).sum() == 24 and sure.chance == 0.01
 
