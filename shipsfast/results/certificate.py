@@ -91,8 +91,8 @@ class Certificate:
             return
         later = f", {sum(self.extra)} taken in later, which the screen did not rule out" if self.extra else ""
         yield (
-            f"screen: a copy in {self.screen} scored the {self.unit}s first ({self.screen_why}); {counted(self.scored, self.unit)} were "
-            f"then scored exactly, {self.drawn} of them drawn at random{later}"
+            f"screen: a copy in {self.screen} scored the {self.unit}s first ({self.screen_why}); exact scores followed for "
+            f"{counted(self.scored, self.unit)}, {self.drawn} of them drawn at random{later}"
         )
         if self.error_sd is not None:
             of = "the root of a score" if self.by_root else "a score"
