@@ -148,14 +148,13 @@ class _Search:
             copy = once_more(
                 f"copying the model in {name_of(screen.dtype)}", lambda: screen.copy(self.prepared)
             )
-            record = self.store.record["screen"]
-            self.store.record["screen"] = record | {"attention_backend": copy.backend, "layers": copy.layers}
+            self.store.record["screen"] |= {
+                "attention_backend": copy.backend, "layers": copy.layers, "products": name_of(copy.products),
+            }  # fmt: skip
             self._split(screened=True)
             self._rounds(copy, SCREEN, "screen")
-        except (
-            *MODEL_ERRORS,
-            MemoryError,
-        ) as error:  # what a model's own code raises in a dtype that it does not expect; what is refused; no memory
+        # What a model's own code raises in a dtype that it does not expect, what is refused, and no memory.
+        except (*MODEL_ERRORS, MemoryError) as error:
             problem = first_line(error)
             if self.prepared.measurement.screen != "auto":
                 raise cannot(name_of(screen.dtype), problem) from error

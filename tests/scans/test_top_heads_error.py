@@ -16,7 +16,7 @@ LAYERS, HEADS = 10, 8
 
 class _Fake(Screen):
     def copy(self, prepared):
-        return SimpleNamespace(backend="", layers="")
+        return SimpleNamespace(backend="", layers="", products=torch.bfloat16)
 
 
 def searched(exact, screened, *, k: int, error: float, seed: int, ends: list[int], monkeypatch):
