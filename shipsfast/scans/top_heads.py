@@ -99,9 +99,7 @@ class _Search:
         measurement = prepared.measurement
         self.k, self.units = measurement.k, prepared.units
         self.at = tuple(np.array(self.units).T)  # in [L, H]
-        self.counts = np.array(
-            [layer < prepared.depth for layer, _ in self.units]
-        )  # others have a score of 0
+        self.counts = np.array([layer < prepared.depth for layer, _ in self.units])  # others score 0
         self.root, self.signed = by_root(self.metric.name), self.metric.signed
         rng = np.random.default_rng(measurement.seed)
         self.order = rng.permutation(len(prepared.token_ids))
@@ -114,9 +112,7 @@ class _Search:
         self.random = np.zeros(len(self.units), dtype=bool)
         self.extra: list[int] = []
         self.contradicted, self.chances = False, np.zeros(len(self.units))
-        self.at_most = np.full(
-            len(self.units), np.nan
-        )  # the mean that the race has found each head to have at most
+        self.at_most = np.full(len(self.units), np.nan)  # bounds of the race on their means
 
     def run(self) -> None:
         screen = self._screen()
@@ -188,31 +184,28 @@ class _Search:
         """Score the heads that may still be among the first, a round of prompts at a time."""
         rounds = list(pairwise([0, *self.ends]))
         for number, (start, end) in enumerate(rounds):
-            alive = [
-                unit
-                for unit, gone in zip(self.units, self.dropped | self._wild(room), strict=True)
-                if not gone
-            ]
+            gone = self.dropped | self._wild(room, start)
+            alive = [unit for unit, out in zip(self.units, gone, strict=True) if not out]
             if not alive:
                 break
             title = name if len(rounds) == 1 else f"{name}, {end} of {rounds[-1][1]} prompts"
             self.store.run(prepared, room, number, sorted(self.order[start:end].tolist()), alive, title)
             if end < len(self.order):
-                seen = self._seen(room)[:end]
-                self.dropped |= ~self.race.alive(seen) & ~self._wild(room)
+                self.dropped |= ~self.race.alive(self._seen(room, end)) & ~self._wild(room, end)
         if self.race is not None:
             self.at_most = np.where(self.dropped, self.race.upper(self._seen(room)), np.nan)
 
-    def _wild(self, room: str) -> np.ndarray:
-        """Heads with a score that is not finite, so far: they do not race."""
-        return self.store.marked[room][:, *self.at].any(0)
+    def _wild(self, room: str, end: int | None = None) -> np.ndarray:
+        """Heads with a score that is not finite: they do not race. end: of the prompts of the first rounds only, as a run that goes on
+        knows later ones too."""
+        return self.store.marked[room][:, *self.at][self.order[:end]].any(0)
 
-    def _seen(self, room: str) -> np.ndarray:
-        """Scores [P, N] in the order of the race, as it takes them: NaN from where a head was dropped on, 0 for heads that do not race."""
-        seen = self.store.scores[room][:, *self.at][self.order]
+    def _seen(self, room: str, end: int | None = None) -> np.ndarray:
+        """Scores [n, N] in the order of the race, as it takes them: NaN from where a head was dropped on, 0 for heads that do not race."""
+        seen = self.store.scores[room][:, *self.at][self.order[:end]]
         if not self.signed:
             seen = np.clip(seen, 0, CAPS.get(self.metric.name))
-        return np.where(self._wild(room), 0.0, seen)
+        return np.where(self._wild(room, end), 0.0, seen)
 
     def _means(self, room: str) -> np.ndarray:
         """[N] over the prompts that were seen; NaN where there are none."""

@@ -325,9 +325,20 @@ def test_marked_heads_do_not_race(model, scanned, races, monkeypatch):
         assert "1 head left out: a score of theirs is not finite" in found.certificate.text()
 
 
-@pytest.mark.parametrize("name", ["none", "bfloat16"])
-def test_a_run_that_was_cut_goes_on_to_the_same_bits(model, name, races, tmp_path, monkeypatch):
-    """After each of its parts, in every stage."""
+@pytest.mark.parametrize("name", ["none", "bfloat16", "bfloat16-and-nan"])
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(model, scanned, name, races, tmp_path, monkeypatch):
+    """After each of its parts, in every stage; with a score of the second round that is not a number as well."""
+    name, _, spoilt = name.partition("-")
+    bad, prompt, keep = scanned.top(1)[0][:2], int(np.random.default_rng(0).permutation(8)[3]), Stage.keep
+
+    def spoil(self, scores, reads, block):
+        if self.room == "screen":
+            hit = [[tuple(u) == bad and self.prompts[read] == prompt for read in reads] for u in block]
+            scores = np.where(hit, np.nan, scores)
+        keep(self, scores, reads, block)
+
+    if spoilt:
+        monkeypatch.setattr(Stage, "keep", spoil)
     how = dict(k=3, screen=name, rows_per_block=16, **HOW)
     whole = shipsfast.top_heads(model, PROMPTS, out=tmp_path / "whole", **how)
     assert whole == shipsfast.top_heads(model, PROMPTS, **how) == shipsfast.load(tmp_path / "whole")
