@@ -11,7 +11,6 @@ so far and the seed, so that a run that was killed goes on as it would have.
 
 from __future__ import annotations
 
-import math
 import time
 from itertools import pairwise
 
@@ -45,7 +44,6 @@ from .top_store import SearchStore, Stage, flops_of
 # this one lies well below the k-th, and errors of the screen do not reach across.
 MARGIN = 5
 DRAWN = 8  # heads that are scored exactly whatever the screen says of them
-CAPS = {"js": math.log(2), "total_variation": 1.0}  # the largest that these can be
 
 
 @called_with(
@@ -176,7 +174,8 @@ class _Search:
         self.screen_allowed = screened * error / (2 if races else 1)
         if races:
             cost = np.array([max(1, self.prepared.depth - layer) for layer, _ in self.units], np.float64)
-            how = {"cap": CAPS.get(self.metric.name), "signed": self.signed, "ends": list(self.ends)}
+            # By the spread of scores, of metrics with a cap too: bounds by the cap alone drop nothing (docs/top-heads.md).
+            how = {"signed": self.signed, "ends": list(self.ends)}
             # Once that the first heads survive, and once that the bounds on the others hold.
             self.race = Race(len(self.order), self.race_k, self.race_allowed / 2, cost, **how)
 
@@ -204,7 +203,7 @@ class _Search:
         """Scores [n, N] in the order of the race, as it takes them: NaN from where a head was dropped on, 0 for heads that do not race."""
         seen = self.store.scores[room][:, *self.at][self.order[:end]]
         if not self.signed:
-            seen = np.clip(seen, 0, CAPS.get(self.metric.name))
+            seen = np.maximum(seen, 0)  # rounding may put a score of 0 below it
         return np.where(self._wild(room, end), 0.0, seen)
 
     def _means(self, room: str) -> np.ndarray:

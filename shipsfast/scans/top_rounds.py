@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ..engine.flops import ModelFlops, scan_flops
-from ..engine.memory_plan import even_slices, in_order
 from ..results.race import round_ends
 from .prepare import Prepared, work_of
 
@@ -40,11 +39,11 @@ def _expected(
 ) -> int:
     """FLOPs of such rounds."""
     units, held, ids = prepared.counting(prepared.units), prepared.plan.needs.held, prepared.sequences.ids
-    most, total = max(map(len, prepared.plan.prompt_groups)), 0
+    most, total, every = max(map(len, prepared.plan.prompt_groups)), 0, held.in_order(ids)
     for number, (start, end) in enumerate(pairwise([0, *ends])):
-        prompts = [order[at] for at in range(start, end)]
-        sorted_prompts = [prompts[at] for at in in_order([ids[prompt] for prompt in prompts])]
-        packs = [held.pack(ids, sorted_prompts[part]) for part in even_slices(len(sorted_prompts), most)]
+        prompts = set(order[start:end])
+        groups = held.grouped(ids, [prompt for prompt in every if prompt in prompts], most)
+        packs = [held.pack(ids, group) for group in groups]
         left = min(len(units), max(k, round(len(units) * KEPT**number)))
         some = [units[len(units) * at // left] for at in range(left)]
         total += scan_flops(costs, packs, some, ends_alone=prepared.ends_alone)
