@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -177,3 +178,25 @@ def test_the_measurement_is_made_once():
     gain = half_products._gain(torch.bfloat16)
     assert gain > 0 and half_products._gain(torch.bfloat16) == gain
     assert half_products._gain.cache_info().misses == 1
+
+
+def test_the_measurement_is_of_the_processor_and_not_of_who_else_is_on_it(monkeypatch):
+    """Threads are as before, and time in which the process waits does not count."""
+    half_products._gain.cache_clear()
+    before, linear = torch.get_num_threads(), torch.nn.functional.linear
+    torch.set_num_threads(2)
+
+    def disturbed(x, weight):
+        if x.dtype == torch.bfloat16:
+            time.sleep(0.02)
+        return linear(x, weight)
+
+    try:
+        undisturbed = half_products._gain(torch.bfloat16)
+        half_products._gain.cache_clear()
+        monkeypatch.setattr(torch.nn.functional, "linear", disturbed)
+        assert half_products._gain(torch.bfloat16) > 0.6 * undisturbed
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        half_products._gain.cache_clear()
