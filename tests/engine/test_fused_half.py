@@ -155,6 +155,33 @@ def test_what_is_refused_by_name():
     assert "output head" in scan(half).record["layers_why"]
 
 
+def test_what_overflows_in_the_models_own_forward_is_named(products):
+    """Also where the fused layers, with products in float32, get through."""
+    model = build("llama-gqa").half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 20_000
+        model.model.layers[1].mlp.down_proj.weight /= 10_000
+    with pytest.raises(shipsfast.UnsupportedModelError, match=r"not finite .*layers\.1\.mlp\.up_proj.*float16"):
+        scan(model)
+
+
+def test_a_generation_plan_counts_the_layer_that_prefill_converts(products):
+    from shipsfast.answers import plan
+    from shipsfast.answers.measurements import GenerationMeasurement
+    from shipsfast.engine.measurement import Execution
+    from shipsfast.engine.subject import look_at
+
+    model = build("llama-gqa").bfloat16()
+    measurement = GenerationMeasurement(prompts=PROMPTS, max_new_tokens=4)
+    subject, layers = look_at(model, None, measurement, Execution()), model.model.layers
+    own = sum(p.numel() for p in layers.parameters())
+    if products(torch.bfloat16) == torch.float32:
+        of_one = fused_layer.loaded_bytes(layers[0], torch.float32, torch.device("cpu"))
+        assert plan._loaded_bytes(subject) == 4 * own + of_one
+    else:
+        assert plan._loaded_bytes(subject) == 2 * own
+
+
 def test_another_precision_of_products_is_another_run(tmp_path, monkeypatch):
     half = build("llama-gqa").bfloat16()
     monkeypatch.setattr(half_products, "_gain", lambda _dtype: 4.0)
