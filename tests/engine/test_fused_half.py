@@ -161,7 +161,9 @@ def test_what_overflows_in_the_models_own_forward_is_named(products):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight *= 20_000
         model.model.layers[1].mlp.down_proj.weight /= 10_000
-    with pytest.raises(shipsfast.UnsupportedModelError, match=r"not finite .*layers\.1\.mlp\.up_proj.*float16"):
+    with pytest.raises(
+        shipsfast.UnsupportedModelError, match=r"not finite .*layers\.1\.mlp\.up_proj.*float16"
+    ):
         scan(model)
 
 
@@ -180,6 +182,23 @@ def test_a_generation_plan_counts_the_layer_that_prefill_converts(products):
         assert plan._loaded_bytes(subject) == 4 * own + of_one
     else:
         assert plan._loaded_bytes(subject) == 2 * own
+
+
+def test_plans_count_what_is_in_float32(products):
+    """All between a layer's products, and the residual stream; a cache is in the model's own dtype."""
+    from shipsfast.answers.measurements import DecodingExecution, GenerationMeasurement
+    from shipsfast.answers.plan import make_generation_plan
+    from shipsfast.engine.subject import look_at
+    from shipsfast.models.anatomy import LOGIT_COPIES
+    from shipsfast.ops.kv_cache import slot_bytes
+
+    model, execution = build("llama-gqa").bfloat16(), DecodingExecution()
+    subject = look_at(model, None, GenerationMeasurement(prompts=PROMPTS, max_new_tokens=4), execution)
+    plan, anatomy = make_generation_plan(subject, 2, execution), subject.anatomy
+    cache = slot_bytes(anatomy.num_layers, anatomy.num_kv_heads, anatomy.head_dim, plan.capacity, 2)
+    assert plan.slot_bytes == cache + 4 * (anatomy.vocab_size * LOGIT_COPIES + anatomy.work_width)
+    held = subject.held()
+    assert held.dtype == plan.prefill.needs.held.dtype == torch.float32 and held.row_size == 4
 
 
 def test_another_precision_of_products_is_another_run(tmp_path, monkeypatch):
