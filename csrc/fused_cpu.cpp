@@ -97,7 +97,17 @@ struct Rope {
   T eps;
 };
 
-// Heads in T, rounded when they are done.
+template <typename T, typename From, typename To>
+SHIPS_ALWAYS_INLINE void rotate(const From* head, const T* cos, const T* sin, int64_t half, To* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    const T low = widened(head[i]), high = widened(head[i + half]);
+    round_to(to[i], low * cos[i] - high * sin[i]);
+    round_to(to[i + half], high * cos[i + half] + low * sin[i + half]);
+  }
+}
+
+// Heads in T, rounded when they are done. head: room for one that is normalised first.
 template <typename T, typename From, typename To>
 SHIPS_ALWAYS_INLINE void rope_rows(const Rope<T, From>& call, To* out, T* head, int64_t begin, int64_t end) {
   const int64_t size = 2 * call.half;
@@ -107,20 +117,14 @@ SHIPS_ALWAYS_INLINE void rope_rows(const Rope<T, From>& call, To* out, T* head, 
     const T *cos = call.cos + t * size, *sin = call.sin + t * size;
     To* to = out + r * call.heads * size;
     for (int64_t h = 0; h < call.heads; ++h, x += size, to += size) {
-      const T scale = call.weight == nullptr ? T(1) : norm_scale<T>(x, call.eps, size);
       if (call.weight == nullptr) {
-#pragma omp simd
-        for (int64_t i = 0; i < size; ++i) head[i] = widened(x[i]);
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < size; ++i) head[i] = call.weight[i] * (widened(x[i]) * scale);
+        rotate(x, cos, sin, call.half, to);
+        continue;
       }
+      const T scale = norm_scale<T>(x, call.eps, size);
 #pragma omp simd
-      for (int64_t i = 0; i < call.half; ++i) {
-        const T low = head[i], high = head[i + call.half];
-        round_to(to[i], low * cos[i] - high * sin[i]);
-        round_to(to[i + call.half], high * cos[i + call.half] + low * sin[i + call.half]);
-      }
+      for (int64_t i = 0; i < size; ++i) head[i] = call.weight[i] * (widened(x[i]) * scale);
+      rotate(head, cos, sin, call.half, to);
     }
   }
 }

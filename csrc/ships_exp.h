@@ -15,7 +15,10 @@ namespace shipsfast {
 
 // exp for floats by exp(x) = 2^k exp(r), |r| <= ln2 / 2, to 1 ulp or so; branch-free, so that loops vectorise.
 inline float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  // In this order: the other way round GCC 12 at -O3 makes two loops of one (loop unswitching), each with its own division, and
+  // a gated row takes 2.4 times as long.
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
   const float k = std::floor(x * 1.44269504f + 0.5f);
   float r = x - k * 0.693359375f;
   r = r + k * 2.12194440e-4f;

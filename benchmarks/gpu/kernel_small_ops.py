@@ -208,7 +208,7 @@ def small_op_kernels(session: Session) -> None:
 
 def _case(session: Session, case: str, op: Op) -> None:
     backend, dtype = ("triton", torch.bfloat16) if session.on_gpu else ("cpp", torch.float32)
-    ops, shape = small_ops(backend), session.shape(op.shape)
+    ops, shape = small_ops(backend, dtype, dtype), session.shape(op.shape)
     torch.manual_seed(0)
     few = op.inputs(shape, CHECKED_TOKENS, session.device, dtype)
     inputs = op.inputs(shape, session.chunk_tokens, session.device, dtype)

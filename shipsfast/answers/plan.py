@@ -78,7 +78,10 @@ def _loaded_bytes(subject: Subject) -> int:
     """What fused layers hold beyond the model: their joined weights, of all layers or of the one that prefill is in."""
     if not subject.fused:
         return 0
+    of_one = loaded_bytes(subject.anatomy.layers[0].module, subject.products, subject.device)
     if not joins(subject.backend):
-        return loaded_bytes(subject.anatomy.layers[0].module, subject.products, subject.device)
+        return of_one
     weights = (p for layer in subject.anatomy.layers for p in layer.module.parameters())
-    return sum(p.numel() * subject.products.itemsize for p in weights)
+    joined = sum(p.numel() * subject.products.itemsize for p in weights)
+    # Weights that go into no join are not there twice, which leaves room for the layer of prefill; converted ones are.
+    return joined + (of_one if subject.products != subject.model.dtype else 0)

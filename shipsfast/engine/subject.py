@@ -92,9 +92,7 @@ class Subject:
     @property
     def products(self) -> torch.dtype:
         """In which the layers' matrix products run."""
-        return (
-            fused_layer.dtype_of_products(self.model.dtype, self.backend) if self.fused else self.model.dtype
-        )
+        return products_of(self.model, self.backend, self.layers)
 
     @property
     def fp32_residual(self) -> bool:
@@ -253,6 +251,11 @@ def held_beside(
     )
 
 
+def products_of(model: PreTrainedModel, backend: str, layers: str) -> torch.dtype:
+    """In which the layers' matrix products run. backend, layers: as in `Subject`."""
+    return model.dtype if layers == "model" else fused_layer.dtype_of_products(model.dtype, backend)
+
+
 def working_dtype(model: PreTrainedModel, backend: str, layers: str) -> torch.dtype:
     """What a layer has between its products: float32 at least where fused layers are C++'s. backend, layers: as in `Subject`."""
     if layers == "model" or backend == "triton":
@@ -328,7 +331,7 @@ def look_at(model: PreTrainedModel, tokenizer, measurement: Measurement, executi
         **(
             {}
             if layers == "model"
-            else {"products": str(fused_layer.dtype_of_products(model.dtype, backend)).removeprefix("torch.")}
+            else {"products": str(products_of(model, backend, layers)).removeprefix("torch.")}
         ),
         "weights": where,
         "kl_backend": kl_backend(device),

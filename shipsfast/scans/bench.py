@@ -135,7 +135,7 @@ def bench(
     with peak_memory(prepared.device) as peak:
         result = scan(model, prompts, tokenizer, heads=sample, progress=progress, **how)
     rate = (before + measure()) / 2
-    faster = faster_dtype(costs.products, chunk, model.dtype, prepared.device)
+    faster = faster_dtype(costs.products, chunk, prepared.products, prepared.device)
     taken, record = result.record["scan_seconds"], result.record
     work, whole = scan_flops(costs, packs, sample), scan_flops(costs, packs, prepared.units)
     share = work / rate / max(taken, 1e-9)

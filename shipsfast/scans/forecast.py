@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 from ..clock import in_words
 from ..engine.ablation import passes_of
 from ..engine.flops import scan_flops
-from ..engine.fused_layer import dtype_of_products
 from ..engine.heads import Head, rows_of
 from ..engine.measurement import ScanExecution
 from ..engine.memory_plan import Held, Plan, block_parts, free_bytes, peak_bytes
-from ..engine.subject import Texts, held_beside, layer_path, tokens_of
+from ..engine.subject import Texts, held_beside, layer_path, products_of, tokens_of
 from ..engine.work_plan import PART_SECONDS, Work
 from ..errors import InputError
 from ..models.anatomy import Anatomy, inspect_model
@@ -211,14 +210,14 @@ def _forecast(
     held = _model_bytes(model, anatomy, stream)
     limit = _limit(execution.max_memory, where.device_memory, held, device, here)
     layers, _ = layer_path(execution.layers, model, anatomy, device, attention, measurement.ablation)
-    products = model.dtype if layers == "model" else dtype_of_products(model.dtype, attention)
+    products = products_of(model, attention, layers)
     limited = replace(execution, max_memory=limit)
     steps, beam = getattr(measurement, "group_size", 1), getattr(measurement, "beam", 1)
     work = work_of(model, anatomy, measurement, device, fused=layers != "model", stream=stream)
     costs, rounds = work.costs, 1 + (steps - 1) * beam
     found = [
         _pass(
-            model, replace(texts, other_ids=others[numbers[0]]), each[numbers[0]], rows_of(units, len(numbers)), limited, work,
+            replace(texts, other_ids=others[numbers[0]]), each[numbers[0]], rows_of(units, len(numbers)), limited, work,
             held_beside(model, anatomy, each[numbers[0]], device, attention, layers, len(numbers)), anatomy, attention,
         )
         for numbers in passes_of([one.ablation for one in each])
@@ -268,7 +267,6 @@ class _Pass:
 
 
 def _pass(
-    model: PreTrainedModel,
     texts: Texts,
     measurement: ScanMeasurement,
     units: Sequence[Head],
@@ -290,7 +288,7 @@ def _pass(
     # The plan's room for the head is a bound; no more pairs than there are go through.
     pairs = min(plan.head_rows, rows * ends)
     parts = block_parts(
-        anatomy, rows + beside.extra_rows, tokens, ends, plan.chunk_tokens, pairs, model.dtype.itemsize, beside.row_size,
+        anatomy, rows + beside.extra_rows, tokens, ends, plan.chunk_tokens, pairs, beside.dtype.itemsize, beside.row_size,
         beside.ends_alone, plan.needs.longest,
     )  # fmt: skip
     kept = rows * beside.per_row_bytes + tokens * beside.per_token_bytes + beside.bytes

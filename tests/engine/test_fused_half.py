@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -154,6 +155,52 @@ def test_what_is_refused_by_name():
     assert "output head" in scan(half).record["layers_why"]
 
 
+def test_what_overflows_in_the_models_own_forward_is_named(products):
+    """Also where the fused layers, with products in float32, get through."""
+    model = build("llama-gqa").half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 20_000
+        model.model.layers[1].mlp.down_proj.weight /= 10_000
+    with pytest.raises(
+        shipsfast.UnsupportedModelError, match=r"not finite .*layers\.1\.mlp\.up_proj.*float16"
+    ):
+        scan(model)
+
+
+def test_a_generation_plan_counts_the_layer_that_prefill_converts(products):
+    from shipsfast.answers import plan
+    from shipsfast.answers.measurements import GenerationMeasurement
+    from shipsfast.engine.measurement import Execution
+    from shipsfast.engine.subject import look_at
+
+    model = build("llama-gqa").bfloat16()
+    measurement = GenerationMeasurement(prompts=PROMPTS, max_new_tokens=4)
+    subject, layers = look_at(model, None, measurement, Execution()), model.model.layers
+    own = sum(p.numel() for p in layers.parameters())
+    if products(torch.bfloat16) == torch.float32:
+        of_one = fused_layer.loaded_bytes(layers[0], torch.float32, torch.device("cpu"))
+        assert plan._loaded_bytes(subject) == 4 * own + of_one
+    else:
+        assert plan._loaded_bytes(subject) == 2 * own
+
+
+def test_plans_count_what_is_in_float32(products):
+    """All between a layer's products, and the residual stream; a cache is in the model's own dtype."""
+    from shipsfast.answers.measurements import DecodingExecution, GenerationMeasurement
+    from shipsfast.answers.plan import make_generation_plan
+    from shipsfast.engine.subject import look_at
+    from shipsfast.models.anatomy import LOGIT_COPIES
+    from shipsfast.ops.kv_cache import slot_bytes
+
+    model, execution = build("llama-gqa").bfloat16(), DecodingExecution()
+    subject = look_at(model, None, GenerationMeasurement(prompts=PROMPTS, max_new_tokens=4), execution)
+    plan, anatomy = make_generation_plan(subject, 2, execution), subject.anatomy
+    cache = slot_bytes(anatomy.num_layers, anatomy.num_kv_heads, anatomy.head_dim, plan.capacity, 2)
+    assert plan.slot_bytes == cache + 4 * (anatomy.vocab_size * LOGIT_COPIES + anatomy.work_width)
+    held = subject.held()
+    assert held.dtype == plan.prefill.needs.held.dtype == torch.float32 and held.row_size == 4
+
+
 def test_another_precision_of_products_is_another_run(tmp_path, monkeypatch):
     half = build("llama-gqa").bfloat16()
     monkeypatch.setattr(half_products, "_gain", lambda _dtype: 4.0)
@@ -177,3 +224,25 @@ def test_the_measurement_is_made_once():
     gain = half_products._gain(torch.bfloat16)
     assert gain > 0 and half_products._gain(torch.bfloat16) == gain
     assert half_products._gain.cache_info().misses == 1
+
+
+def test_the_measurement_is_of_the_processor_and_not_of_who_else_is_on_it(monkeypatch):
+    """Threads are as before, and time in which the process waits does not count."""
+    half_products._gain.cache_clear()
+    before, linear = torch.get_num_threads(), torch.nn.functional.linear
+    torch.set_num_threads(2)
+
+    def disturbed(x, weight):
+        if x.dtype == torch.bfloat16:
+            time.sleep(0.02)
+        return linear(x, weight)
+
+    try:
+        undisturbed = half_products._gain(torch.bfloat16)
+        half_products._gain.cache_clear()
+        monkeypatch.setattr(torch.nn.functional, "linear", disturbed)
+        assert half_products._gain(torch.bfloat16) > 0.6 * undisturbed
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        half_products._gain.cache_clear()

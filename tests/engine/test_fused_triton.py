@@ -308,7 +308,9 @@ def test_a_generation_plan_counts_the_layer_that_prefill_joins():
     measurement = GenerationMeasurement(prompts=PROMPTS, max_new_tokens=4)
     subject = look_at(model, None, measurement, Execution(backend="triton", layers="fused"))
     layer = model.model.layers[0]
-    assert plan._loaded_bytes(subject) == fused_layer.loaded_bytes(layer, subject.device) > 0
+    assert (
+        plan._loaded_bytes(subject) == fused_layer.loaded_bytes(layer, subject.products, subject.device) > 0
+    )
 
 
 def test_several_ablations_in_one_batch():

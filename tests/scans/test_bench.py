@@ -13,6 +13,7 @@ from shipsfast import cli
 from shipsfast.demo.run import MODEL, PROMPTS
 from shipsfast.engine.flops import model_flops, scan_flops
 from shipsfast.engine.measurement import ScanExecution
+from shipsfast.ops import half_products
 from shipsfast.ops.extension import extension_status
 from shipsfast.ops.prefix_tree import pack
 from shipsfast.scans import bench as bench_module
@@ -45,6 +46,20 @@ def test_figures_belong_together():
     assert result.attention_backend and result.kl_backend and result.layers and result.plan
     assert result.peak_mib is None or result.peak_mib >= 0
     json.dumps(result.to_json())
+
+
+@needs_extension
+@pytest.mark.parametrize("gain", [4.0, 0.2], ids=["units", "no-units"])
+def test_the_floor_is_of_the_products_that_run(gain, monkeypatch):
+    """Of a half-precision model on a processor that is no faster at it, those in float32."""
+    monkeypatch.setattr(half_products, "_gain", lambda _dtype: gain)
+    seen = []
+    monkeypatch.setattr(
+        bench_module, "gemm_flops_per_s", lambda *args, dtype, **kwargs: seen.append(dtype) or 1e9
+    )
+    monkeypatch.setattr(bench_module, "faster_dtype", lambda *args: seen.append(args[2]))
+    bench(build("llama-gqa", torch.bfloat16), IDS, seconds=1e-6, progress=False)
+    assert set(seen) == {torch.bfloat16 if gain > 1 else torch.float32}
 
 
 def test_a_sample_stands_for_all_heads(monkeypatch):

@@ -20,6 +20,8 @@ from shipsfast.engine.flops import model_flops, scan_flops
 from shipsfast.engine.measurement import ScanExecution
 from shipsfast.models.anatomy import inspect_model
 from shipsfast.models.without_weights import hollow
+from shipsfast.ops import half_products
+from shipsfast.ops.extension import extension_status
 from shipsfast.ops.prefix_tree import pack
 from shipsfast.scans import rates
 from shipsfast.scans.forecast import Elsewhere, forecast
@@ -77,6 +79,30 @@ def test_flops_and_memory_are_those_of_the_way_through_the_layers(layers, unit):
     kept = fused_layer.loaded_bytes(model.model.layers[0], torch.float32, torch.device("cpu")) * fused
     kept += packs[0].num_tokens * fused_layer.base_row_bytes(model.model.layers[0], torch.float32) * fused
     assert found.memory["kept"] == kept
+    assert found.total_bytes - found.memory["model"] <= found.plan.predicted_bytes
+
+
+@pytest.mark.parametrize("gain", [4.0, 0.2], ids=["units", "no-units"])
+@pytest.mark.skipif(not extension_status()[0], reason="needs the extension")
+def test_half_precision_on_a_cpu(gain, monkeypatch):
+    """The plan is the scan's, what a layer holds is in float32, and rates are of the products that run."""
+    monkeypatch.setattr(half_products, "_gain", lambda _dtype: gain)
+    measured, measure = [], forecast_module.measure_rates
+    monkeypatch.setattr(
+        forecast_module, "measure_rates", lambda *args: measured.append(args[2]) or measure(*args)
+    )
+    model, prompts = build("llama-gqa", torch.bfloat16), [[5, 6, 7, 8], [5, 6, 9, 10, 11], [5, 40]]
+    products = torch.bfloat16 if gain > 1 else torch.float32
+    found = planned(hollow(model.config, torch.bfloat16), prompts, max_memory=200_000, device="cpu")
+    result = shipsfast.scan(model, prompts, progress=False, max_memory=200_000)
+    assert found.plan.to_json() == result.record["plan"] and measured == [products]
+    kept = fused_layer.loaded_bytes(model.model.layers[0], products, torch.device("cpu"))
+    head = 4 * model.lm_head.weight.numel()
+    kept += head + found.tokens * fused_layer.base_row_bytes(model.model.layers[0], products)
+    assert found.memory["kept"] == kept
+    anatomy = inspect_model(model, prompts[0], 5)
+    at_once = min(max(found.plan.chunk_tokens, found.tokens), (found.plan.rows_per_block + 1) * found.tokens)
+    assert found.memory["chunk"] == 4 * at_once * anatomy.work_width
     assert found.total_bytes - found.memory["model"] <= found.plan.predicted_bytes
 
 
