@@ -17,7 +17,7 @@ from ..engine.growing_batch import GrowingBatch
 from ..engine.head_mask import HeadMask
 from ..engine.heads import Group, group_name
 from ..engine.measurement import ScanExecution
-from ..engine.memory_plan import Held, even_slices, make_plan
+from ..engine.memory_plan import even_slices, make_plan
 from ..errors import InputError, whole_number
 from ..memory import once_more
 from ..ops.divergences import kl_rows
@@ -129,7 +129,7 @@ def kl_along(
     fork = [generation.fork_layer(g) for g in range(len(generation.groups))]
     order = [g for g in np.argsort(fork, kind="stable").tolist() if generation.groups[g]]
     out = np.zeros((len(generation.groups), len(subject.token_ids)))
-    limited, held = ScanExecution(max_memory=max_memory), Held(subject.device, subject.model.dtype)
+    limited, held = ScanExecution(max_memory=max_memory), subject.held()
     plan = make_plan(subject.anatomy, ids, max(1, len(order)), limited, held)
     for some in plan.prompt_groups:
         packed = pack([ids[i] for i in some])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from ..engine.fused_layer import base_row_bytes, joins, loaded_bytes
@@ -26,6 +27,9 @@ class GenerationPlan:
     capacity: int
     prefill: Plan
     slot_bytes: int  # of a row: its cache, and its part of a step
+    joined: bool = (
+        False  # fused layers keep their weights side by side, in the dtype of products, from step to step
+    )
 
     @property
     def predicted_bytes(self) -> int:
@@ -44,12 +48,21 @@ class GenerationPlan:
 
 def make_generation_plan(subject: Subject, num_groups: int, execution: DecodingExecution) -> GenerationPlan:
     """How many rows at a time. Raises InputError if not even one fits."""
+    if subject.fused and joins(subject.backend):
+        with contextlib.suppress(InputError):  # then each step makes a layer's weights ready anew
+            return _fitted(subject, num_groups, execution, joined=True)
+    return _fitted(subject, num_groups, execution, joined=False)
+
+
+def _fitted(
+    subject: Subject, num_groups: int, execution: DecodingExecution, *, joined: bool
+) -> GenerationPlan:
     anatomy, dtype = subject.anatomy, subject.model.dtype
     capacity = max(map(len, subject.token_ids)) + subject.measurement.new_tokens
     # Of the prefill.
     by_token = base_row_bytes(anatomy.layers[0].module, subject.products) if subject.fused else 0
     working = working_dtype(subject.model, subject.backend, subject.layers)
-    held = Held(subject.device, working, bytes=_loaded_bytes(subject), per_token_bytes=by_token)
+    held = Held(subject.device, working, bytes=_loaded_bytes(subject, joined), per_token_bytes=by_token)
 
     def plan(max_memory: int | None) -> Plan:
         limited = ScanExecution(max_memory=max_memory)
@@ -71,17 +84,17 @@ def make_generation_plan(subject: Subject, num_groups: int, execution: DecodingE
         )
     if slots * each + prefill.predicted_bytes > prefill.memory_limit_bytes:
         prefill = plan(prefill.memory_limit_bytes - slots * each)
-    return GenerationPlan(int(slots), capacity, prefill, int(each))
+    return GenerationPlan(int(slots), capacity, prefill, int(each), joined)
 
 
-def _loaded_bytes(subject: Subject) -> int:
+def _loaded_bytes(subject: Subject, joined: bool) -> int:
     """What fused layers hold beyond the model: their joined weights, of all layers or of the one that prefill is in."""
     if not subject.fused:
         return 0
     of_one = loaded_bytes(subject.anatomy.layers[0].module, subject.products, subject.device)
-    if not joins(subject.backend):
+    if not joined:
         return of_one
     weights = (p for layer in subject.anatomy.layers for p in layer.module.parameters())
-    joined = sum(p.numel() * subject.products.itemsize for p in weights)
+    of_all = sum(p.numel() * subject.products.itemsize for p in weights)
     # Weights that go into no join are not there twice, which leaves room for the layer of prefill; converted ones are.
-    return joined + (of_one if subject.products != subject.model.dtype else 0)
+    return of_all + (of_one if subject.products != subject.model.dtype else 0)

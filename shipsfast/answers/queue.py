@@ -58,7 +58,12 @@ class _Burst:
         self.generation, self.bar = generation, bar
         subject, plan = generation.subject, generation.plan
         self.decoder = Decoder(
-            subject, generation.values, slots=slots, capacity=plan.capacity, prefill=plan.prefill
+            subject,
+            generation.values,
+            slots=slots,
+            capacity=plan.capacity,
+            prefill=plan.prefill,
+            joined=plan.joined,
         )
         self.row: list[tuple[int, int] | None] = [None] * slots
         self.uniform = np.zeros((slots, generation.max_new_tokens))

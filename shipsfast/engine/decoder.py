@@ -26,7 +26,7 @@ from ..ops.decode_attention import decode_attention
 from ..ops.kv_cache import KVCache
 from ..ops.masks import LayerMask
 from ..ops.prefix_tree import pack
-from .fused_layer import FusedLayer, joins
+from .fused_layer import FusedLayer
 from .growing_batch import GrowingBatch
 from .head_mask import HeadMask
 from .heads import Group, first_layer
@@ -70,6 +70,7 @@ class Decoder:
         subject: the model, its ablation and how it runs; values: the ablation's vectors, as in `HeadMask`.
         slots, capacity: how many rows at a time, of how many tokens with prompt and text.
         prefill: how prompts are cut when they enter, as in `GrowingBatch`.
+        joined: keep the weights of all fused layers loaded.
     Use as a context manager; the model itself is changed only during `prefill` and inside `stepping`.
     """
 
@@ -81,8 +82,9 @@ class Decoder:
         slots: int,
         capacity: int,
         prefill: Plan,
+        joined: bool = False,
     ) -> None:
-        self.subject, self.values, self.plan = subject, values, prefill
+        self.subject, self.values, self.plan, self._joined = subject, values, prefill, joined
         self.model, self.anatomy, self.how = subject.model, subject.anatomy, subject.how
         self.backend, self.fused = subject.backend, subject.fused
         anatomy, how, backend = self.anatomy, self.how, self.backend
@@ -108,7 +110,7 @@ class Decoder:
                         layer.module, *sizes, self.backend, self.model.dtype
                     )  # as the cache is
                     self._layers.append(fused)
-                    if joins(self.backend):
+                    if self._joined:
                         undo.enter_context(self._layers[-1].loaded(0, None))
             self._undo = undo.pop_all()
         return self

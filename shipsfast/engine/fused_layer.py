@@ -154,6 +154,21 @@ def _hooks(module: torch.nn.Module) -> list[Callable]:
     return [hook for hook in hooks if getattr(hook, "__module__", None) != CAPTURING]
 
 
+@functools.cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether weights are packed for products in this dtype: oneDNN may refuse on processors where its plain products run."""
+    if PACKS.get(dtype) != "onednn":
+        return dtype in PACKS
+    with torch.inference_mode():
+        x = torch.ones(2, 2, dtype=dtype)
+        try:
+            packed = torch.ops.mkldnn._reorder_linear_weight(x, 2)
+            found = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        except (RuntimeError, AttributeError):
+            return False
+    return bool((found == 2).all())
+
+
 class Product:
     """x @ W^T + b of one or more linear layers side by side, their outputs concatenated.
 
@@ -181,7 +196,7 @@ class Product:
             zeros = [weights[0].new_zeros(layer.out_features) for layer in self.layers]
             self.bias = torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
             self.bias = self.bias.to(self.dtype)
-        if rows and self.dtype in PACKS and self.weight.device.type == "cpu":
+        if rows and self.weight.device.type == "cpu" and _packs(self.dtype):
             if PACKS[self.dtype] == "mkl":
                 self._packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
             else:

@@ -404,6 +404,16 @@ def _spot_check(work: OneAblation) -> None:
             got = scores[prompt, layer, index]
             expected = once_more(what, functools.partial(work.one, metric, prompt, base, out))
             error = 0.0 if got == expected else abs(expected - got)
+            # Layers that keep more digits than the model's own get through where those overflow.
+            if prepared.fp32_residual and np.isfinite(got) and not np.isfinite(expected):
+                if measure.mark:
+                    continue
+                place, _ = explain(prepared, prompt, (layer, index))
+                raise UnsupportedModelError(
+                    f"with {prepared.unit} {layer}-{index} off, {type(prepared.model).__name__} is not finite in its own layers on "
+                    f"{prepared.read_name(prompt)}: {place}; load the model in a wider dtype, use a smaller scale, or take such scores "
+                    "as they are with nonfinite='mark' (--nonfinite mark)"
+                )
             if not error <= absolute + relative * abs(expected):
                 raise UnsupportedModelError(
                     f"the score of {prepared.unit} {layer}-{index} on {prepared.read_name(prompt)} is {got:.6g}, a plain forward "
@@ -414,7 +424,8 @@ def _spot_check(work: OneAblation) -> None:
             measure.plain.append(
                 Rescored(layer, index, float(got), expected, drawn, prepared.read_places[prompt][0])
             )
-        measure.record["spot_check_max_abs"] = max(each.error for each in measure.plain)
+        if measure.plain:
+            measure.record["spot_check_max_abs"] = max(each.error for each in measure.plain)
 
 
 def _one_by_one(prepared: Prepared, prompt: int, chosen: Sequence[Head]) -> Outputs:

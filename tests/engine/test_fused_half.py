@@ -167,6 +167,21 @@ def test_what_overflows_in_the_models_own_forward_is_named(products):
         scan(model)
 
 
+def test_what_overflows_with_a_head_off_is_named(products):
+    """An ablation that the model's own float16 layers do not stand; the fused ones keep their stream in float32."""
+    model = build("llama-gqa").half()
+    how = dict(ablation="scale", scale=1e6, heads=[(1, 0), (1, 1)])
+    refused = (
+        shipsfast.InputError,
+        shipsfast.UnsupportedModelError,
+    )  # by its scores, or by its own layers alone
+    with pytest.raises(refused, match="first appears in layer 1.*float16"):
+        scan(model, **how)
+    found = scan(model, nonfinite="mark", **how)
+    known = found.kl[:, 1, :2]
+    assert np.isfinite(known).any() or found.marked[:, 1, :2].any()
+
+
 def test_a_generation_plan_counts_the_layer_that_prefill_converts(products):
     from shipsfast.answers import plan
     from shipsfast.answers.measurements import GenerationMeasurement
@@ -179,9 +194,47 @@ def test_a_generation_plan_counts_the_layer_that_prefill_converts(products):
     own = sum(p.numel() for p in layers.parameters())
     if products(torch.bfloat16) == torch.float32:
         of_one = fused_layer.loaded_bytes(layers[0], torch.float32, torch.device("cpu"))
-        assert plan._loaded_bytes(subject) == 4 * own + of_one
+        assert plan._loaded_bytes(subject, joined=True) == 4 * own + of_one
     else:
-        assert plan._loaded_bytes(subject) == 2 * own
+        assert plan._loaded_bytes(subject, joined=True) == 2 * own
+
+
+def test_texts_where_converted_weights_have_no_room(monkeypatch):
+    """Then each step converts a layer's weights anew, and says the same."""
+    from shipsfast.answers import plan
+
+    monkeypatch.setattr(half_products, "_gain", lambda _dtype: 0.2)
+    model, seen = build("llama-gqa").bfloat16(), []
+    how = dict(groups=[[], [(1, 1)]], max_new_tokens=5, eos_token_id=[], progress=False)
+    own = plan._fitted
+    monkeypatch.setattr(plan, "_fitted", lambda *a, joined: seen.append(joined) or own(*a, joined=joined))
+    expected = shipsfast.generate(model, PROMPTS, **how)
+    assert seen == [True]
+    needed = plan._loaded_bytes
+
+    def much(subject, joined):
+        return 2**50 if joined else needed(subject, joined)
+
+    monkeypatch.setattr(plan, "_loaded_bytes", much)
+    assert shipsfast.generate(model, PROMPTS, **how) == expected
+    assert seen == [True, True, False]
+
+
+def test_a_packing_that_is_refused_is_left_out(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(half_products, "_gain", lambda _dtype: 4.0)
+    model = build("llama-gqa").bfloat16()
+    expected = scan(model).kl
+    fused_layer._packs.cache_clear()
+    ops = type("Ops", (), {"_reorder_linear_weight": staticmethod(refused)})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops, "mkldnn", ops)
+        assert not fused_layer._packs(torch.bfloat16)
+        found = scan(model).kl
+    fused_layer._packs.cache_clear()
+    assert_close_abs(found, expected, kl_bound(model, PROMPTS, expected))
 
 
 def test_plans_count_what_is_in_float32(products):

@@ -309,7 +309,9 @@ def test_a_generation_plan_counts_the_layer_that_prefill_joins():
     subject = look_at(model, None, measurement, Execution(backend="triton", layers="fused"))
     layer = model.model.layers[0]
     assert (
-        plan._loaded_bytes(subject) == fused_layer.loaded_bytes(layer, subject.products, subject.device) > 0
+        plan._loaded_bytes(subject, joined=False)
+        == fused_layer.loaded_bytes(layer, subject.products, subject.device)
+        > 0
     )
 
 
