@@ -138,7 +138,12 @@ def test_rows_say_where_they_come_from_and_what_ran(rows):
             assert row["kind_of_tree"] in ("leaves", "template") and "tile" not in row  # Triton did not run
         if row["path"] != "shipsfast" or row["case"] not in scans.SCANS:
             continue
-        assert row["resolved_backend"] and row["kl_backend"] and row["layers"] == "model" and row["plan"]
+        assert (
+            row["resolved_backend"]
+            and row["kl_backend"]
+            and row["layers"] == "fused_fp32_residual"
+            and row["plan"]
+        )
         assert row["median_s"] > 0 and row["floor_s"] > 0 and row["share_of_floor"] > 0
         assert row["rms_error_nats"] <= 2 * row["plain_rms_error_nats"] + 1e-5 < row["rms_score_nats"]
 

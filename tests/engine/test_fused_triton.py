@@ -186,7 +186,7 @@ def test_where_a_float32_residual_stream_is_refused():
         shipsfast.scan(half, PROMPTS, **TRITON | {"layers": FP32_RESIDUAL})
     with pytest.raises(shipsfast.InputError, match="is for scans on a GPU"):
         shipsfast.generate(
-            half,
+            build("llama-gqa").half(),
             PROMPTS,
             groups=[[]],
             max_new_tokens=2,
