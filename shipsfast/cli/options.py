@@ -158,7 +158,7 @@ K = _option(TopMeasurement, "k", None, "-k", least=1)
 ErrorChance = _option(TopMeasurement, "error")
 ScreenName = _option(TopMeasurement, "screen")
 TopMetric = _option(
-    TopMeasurement, "metric", str, "--metric",
+    TopMeasurement, "metric", list[str], "--metric",
     more="or logit_diff:TOKEN,TOKEN, refusal_logit:TOKEN,TOKEN,... or projection:FILE[,LAYER] with a file of shipsfast direction.",
 )  # fmt: skip
 TopNonFinite = _option(TopMeasurement, "nonfinite")

@@ -8,6 +8,7 @@ import typer
 
 from ..errors import InputError, parse_bytes
 from ..scans.measurements import check_penalty
+from ..scans.top_measurement import check_chance
 from .asked import Asked, quiet_transformers, taken, template_for
 from .options import (
     ANSWER_OPTIONS,
@@ -123,13 +124,14 @@ def top(
     k: K = 10,
     error: ErrorChance = 0.01,
     screen: ScreenName = "auto",
-    metric: TopMetric = "kl",
+    metric: TopMetric = ("kl",),
     nonfinite: TopNonFinite = "raise",
 ):
     """Find the -k heads of MODEL with the largest mean scores on PROMPTS, exactly, in a part of the work of a scan.
 
     The heads are those that scan ranks first, but for a chance of --error that one is missing. What that rests on is printed with them.
     """
+    check_chance(error, screen)
     from ..scans.top_heads import top_heads as run
 
     _scanned(asked, run, k, k=k, error=error, screen=screen, metric=metric, nonfinite=nonfinite)

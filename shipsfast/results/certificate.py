@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 
 from ..text import counted
 
+MUCH = 0.95  # of a complete scan's arithmetic: no less to speak of
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -73,7 +75,7 @@ class Certificate:
         of, prompts = counted(self.heads, self.unit), counted(self.prompts, "prompt")
         yield (
             f"the {self.k} of {of} with the largest mean {self.metric} over {prompts}; their scores are exact: of every prompt, by the "
-            f"model as it is, in {self.dtype}"
+            f"model as it is, in {self.dtype}, as a complete scan in that dtype would give them up to its rounding"
         )
         if self.left_out:
             yield f"{counted(self.left_out, self.unit)} left out: a score of theirs is not finite, and was marked"
@@ -81,8 +83,8 @@ class Certificate:
             yield f"every other {self.unit} has an exact score: nothing is assumed, and none can be missing"
         else:
             yield (
-                f"{counted(self.unscored, self.unit)} have none: the chance that one of them belongs to the top {self.k} is at most "
-                f"{self.chance:.2g}, of {self.error:g} allowed"
+                f"{counted(self.scored, self.unit)} of {self.heads} scored exactly; the chance that one of the other {self.unscored} "
+                f"belongs to the top {self.k} is estimated at {self.chance:.2g} or less, of {self.error:g} allowed"
             )
 
     def _of_screen(self) -> Iterator[str]:
@@ -95,9 +97,9 @@ class Certificate:
             f"{counted(self.scored, self.unit)}, {self.drawn} of them drawn at random{later}"
         )
         if self.error_sd is not None:
-            of = "the root of a score" if self.by_root else "a score"
+            of = "of square roots of scores" if self.by_root else "of scores"
             yield (
-                f"exact less screened, on {of}, {counted(self.errors, self.unit)}: mean {self.error_mean:.2g}, standard deviation "
+                f"exact minus screened, {of}, {counted(self.errors, self.unit)}: mean {self.error_mean:.2g}, standard deviation "
                 f"{self.error_sd:.2g}, largest {self.error_largest:.2g}"
             )
         if self.contradicted:
@@ -111,6 +113,8 @@ class Certificate:
 
     def _of_race(self) -> Iterator[str]:
         if len(self.rounds) < 2:
+            if self.unscored or self.screen is not None:
+                yield f"no race over prompts: with {counted(self.prompts, 'prompt')} of such lengths it would save nothing, or error is 0"
             return
         after = ", ".join(map(str, self.rounds[:-1]))
         yield (
@@ -121,7 +125,12 @@ class Certificate:
     def _of_work(self) -> str:
         each = (("screen", self.screen), ("exact", self.dtype))
         parts = [f"{self.work[name]:.0%} in {dtype}" for name, dtype in each if self.work.get(name)]
-        return f"work, as shares of a complete scan's arithmetic: {', '.join(parts) or 'none'}"
+        saved = (
+            ""
+            if sum(self.work.values()) < MUCH
+            else "; nothing was saved: a complete scan scores all heads for that"
+        )
+        return f"work, as shares of a complete scan's arithmetic: {', '.join(parts) or 'none'}{saved}"
 
     def text(self) -> str:
         """In words, a line for each thing."""

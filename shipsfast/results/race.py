@@ -188,8 +188,8 @@ class _Spread:
 
     name = "studentised"
     about = (
-        "The scores seen tell how those of the other prompts spread and lean: Student's t corrected for skewness, which holds closely "
-        "in simulations and fails where a few prompts that were not seen yet carry most of a head's mean; no guarantee."
+        "This chance is an estimate (Student's t, corrected for skewness) and no guarantee: it can be wrong where a few prompts that were not "
+        "seen yet make most of a head's mean."
     )
 
     def lower(self, d: np.ndarray, further: np.ndarray, alpha: float, prompts: int) -> np.ndarray:

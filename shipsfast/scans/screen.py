@@ -63,7 +63,7 @@ def _chosen(prepared: Prepared, first: int) -> tuple[torch.dtype | None, str]:
     if 2 * first > units:
         return (
             None,
-            f"{min(first, units)} of {units} {prepared.unit}s would be scored exactly whatever it says",
+            f"with one, {min(first, units)} of {units} {prepared.unit}s would still be scored exactly, and nothing saved",
         )
     if model.dtype == torch.float64:
         return torch.float32, "the model is in float64"

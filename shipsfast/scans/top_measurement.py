@@ -63,19 +63,8 @@ class TopMeasurement(ScanMeasurement):
         self._set(
             k=whole_number("k", self.k), seed=whole_number("seed", self.seed, 0), metric=as_tuple(self.metric)
         )
-        plain = isinstance(self.error, numbers.Real) and not isinstance(self.error, bool)
-        if not plain or not (math.isfinite(self.error) and 0 <= self.error <= MOST_ERROR):
-            raise InputError(f"error must be a chance from 0 to {MOST_ERROR}, got {self.error!r}")
+        check_chance(self.error, self.screen)
         self._set(error=float(self.error))
-        if self.screen not in SCREENS:
-            raise InputError(
-                f"unknown screen {self.screen!r} (--screen): expected one of {', '.join(SCREENS)}"
-            )
-        if self.screen not in ("auto", "none") and not self.error:
-            raise InputError(
-                f"screen {self.screen!r} (--screen) leaves heads out by chance, and error=0 allows none: use screen='none', or a "
-                "larger error"
-            )
         if isinstance(self.metric, tuple):
             if len(self.metric) != 1:
                 raise InputError(
@@ -83,6 +72,12 @@ class TopMeasurement(ScanMeasurement):
                     "measures several"
                 )
             self._set(metric=self.metric[0])
+        name = self.metric if isinstance(self.metric, str) else getattr(self.metric, "name", "")
+        if name.removeprefix("abs_").removesuffix("_diff") in ("log_prob", "prob"):
+            raise InputError(
+                f"metric {name} (--metric) is of an answer's own tokens, and a search for top heads reads each prompt behind its last "
+                "token: shipsfast.scan with answers (scan --answer-column) measures it"
+            )
 
     def identity(self) -> dict:
         return {"k": self.k, "error": self.error, "screen": self.screen, "seed": self.seed}
@@ -94,3 +89,16 @@ class TopMeasurement(ScanMeasurement):
         """Raises InputError where there are not so many heads."""
         if self.k > num_units:
             raise InputError(f"k={self.k} is above the {num_units} {self.unit}s to choose from: lower it")
+
+
+def check_chance(error: float, screen: str) -> None:
+    """Raises InputError for an error and a screen that cannot be, or not together."""
+    plain = isinstance(error, numbers.Real) and not isinstance(error, bool)
+    if not plain or not (math.isfinite(error) and 0 <= error <= MOST_ERROR):
+        raise InputError(f"error must be a chance from 0 to {MOST_ERROR}, got {error!r}")
+    if screen not in SCREENS:
+        raise InputError(f"unknown screen {screen!r} (--screen): expected one of {', '.join(SCREENS)}")
+    if screen not in ("auto", "none") and not error:
+        raise InputError(
+            f"screen {screen!r} (--screen) leaves heads out by chance, and error=0 allows none: use screen='none', or a larger error"
+        )

@@ -145,7 +145,7 @@ def test_top(capsys, tmp_path):
     for said in (
         "Top 3 of 16 heads",
         "95% interval",
-        "exact less screened, on the root of a score",
+        "exact minus screened, of square roots of scores",
         "as shares of a complete scan's",
     ):
         assert said in text

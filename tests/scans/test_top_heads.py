@@ -246,7 +246,7 @@ def test_what_auto_takes(model, monkeypatch):
     monkeypatch.setattr(screen, "products_dtype", lambda dtype: dtype)
     assert chosen(model) == ("bfloat16", "products in bfloat16 are faster on this CPU, as measured")
     assert chosen(model, error=0) == (None, "error=0 leaves nothing to chance")
-    assert chosen(model, k=20) == (None, "30 of 32 heads would be scored exactly whatever it says")
+    assert chosen(model, k=20) == (None, "with one, 30 of 32 heads would still be scored exactly, and nothing saved")
     assert "may be used" in chosen(model, max_memory=100_000)[1]
     monkeypatch.setattr(screen, "products_dtype", lambda dtype: torch.float32)
     assert chosen(model) == (None, "products in bfloat16 are no faster on this CPU, as measured")
