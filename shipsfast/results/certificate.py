@@ -78,9 +78,13 @@ class Certificate:
             f"model as it is, in {self.dtype}, as a complete scan in that dtype would give them up to its rounding"
         )
         if self.left_out:
-            yield f"{counted(self.left_out, self.unit)} left out: a score of theirs is not finite, and was marked"
+            yield (
+                f"{counted(self.left_out, self.unit)} left out: a score of theirs is not finite, and was marked; whether they belong to "
+                f"the top {self.k} is not known"
+            )
         if not self.unscored:
-            yield f"every other {self.unit} has an exact score: nothing is assumed, and none can be missing"
+            others = "every other one of them" if self.left_out else f"every other {self.unit}"
+            yield f"{others} has an exact score: nothing is assumed, and none of these can be missing"
         else:
             yield (
                 f"{counted(self.scored, self.unit)} of {self.heads} scored exactly; the chance that one of the other {self.unscored} "

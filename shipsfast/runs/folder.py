@@ -262,6 +262,12 @@ class RunFolder:
         """Add to what the manifest says."""
         self.write_manifest(self._record | record)
 
+    def leave_out(self, room: str) -> list[Path]:
+        """The parts of a room, which the next manifest does not list; then they can be removed."""
+        gone = [part for part in self.parts if part.room == room]
+        self.parts = [part for part in self.parts if part.room != room]
+        return [self.path / part.file for part in gone]
+
     def write_part(self, frame: pd.DataFrame, room: str = SCORES, **record) -> None:
         self.write_parts({room: frame}, **record)
 

@@ -155,8 +155,7 @@ class _Search:
         if not problem:
             return True
         note(f"no screen: the copy in {name_of(screen.dtype)} does not run: {problem}")
-        self.store.forget_screen()
-        self._chose(Screen(None, f"a copy in {name_of(screen.dtype)} does not run: {problem}"))
+        self.store.forget_screen(f"a copy in {name_of(screen.dtype)} does not run: {problem}")
         self.dropped[:] = False
         return False
 

@@ -117,11 +117,18 @@ class SearchStore:
         self.scores[stage.room][new] = whole[new]
         self.marked[stage.room] |= marks
 
-    def forget_screen(self) -> None:
-        """What a screen has found that turned out not to run."""
+    def forget_screen(self, why: str) -> None:
+        """What a screen has found that turned out not to run: there is none, and the search begins anew."""
         self.scores[SCREEN][:], self.marked[SCREEN][:], self.flops[SCREEN] = np.nan, False, 0
-        self.record["screen"] = {}
+        self.record["screen"] = {"dtype": None, "why": why}
         self.record.pop("round_ends", None)
+        self.record["plans"] = {
+            name: plan for name, plan in self.record["plans"].items() if not name.startswith(SCREEN)
+        }
+        gone = [] if self.folder is None else self.folder.leave_out(SCREEN)
+        self.write()
+        for part in gone:
+            part.unlink(missing_ok=True)
 
     def result(self, certificate: Certificate, upper: np.ndarray, floor: float) -> TopHeads:
         """The finished result; its run folder says so."""

@@ -17,10 +17,10 @@ from shipsfast.models.wider import narrower_copy
 from shipsfast.results.certificate import Certificate
 from shipsfast.results.race import Race
 from shipsfast.runs.folder import RunFolder
-from shipsfast.runs.kinds import CERTIFICATE
+from shipsfast.runs.kinds import CERTIFICATE, SCORES, SCREEN
 from shipsfast.runs.verify import verify
 from shipsfast.scans import screen, top_heads, top_rounds
-from shipsfast.scans.top_store import Stage
+from shipsfast.scans.top_store import SearchStore, Stage
 from tests.support.manifests import edit
 from tests.support.models import build
 from tests.support.overflowing import overflowing
@@ -246,7 +246,10 @@ def test_what_auto_takes(model, monkeypatch):
     monkeypatch.setattr(screen, "products_dtype", lambda dtype: dtype)
     assert chosen(model) == ("bfloat16", "products in bfloat16 are faster on this CPU, as measured")
     assert chosen(model, error=0) == (None, "error=0 leaves nothing to chance")
-    assert chosen(model, k=20) == (None, "with one, 30 of 32 heads would still be scored exactly, and nothing saved")
+    assert chosen(model, k=20) == (
+        None,
+        "with one, 30 of 32 heads would still be scored exactly, and nothing saved",
+    )
     assert "may be used" in chosen(model, max_memory=100_000)[1]
     monkeypatch.setattr(screen, "products_dtype", lambda dtype: torch.float32)
     assert chosen(model) == (None, "products in bfloat16 are no faster on this CPU, as measured")
@@ -274,6 +277,34 @@ def test_a_copy_that_does_not_run(model, scanned, monkeypatch, capsys, tmp_path)
     assert "no screen: the copy in bfloat16 does not run" in capsys.readouterr().err
     with pytest.raises(InputError, match="screen 'bfloat16' .* cannot run: expected scalar type Float; use"):
         shipsfast.top_heads(model, PROMPTS, k=3, screen="bfloat16", **HOW)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_copy_that_fails_in_a_later_round_leaves_nothing(model, monkeypatch, tmp_path, killed):
+    prompts = [[3 + (7 * i + j) % 50 for j in range(4 + i % 5)] for i in range(40)]
+    how = dict(k=2, error=0.3, progress=False, rescored=4, out=tmp_path / "run")
+    monkeypatch.setattr(screen, "products_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(top_heads, "chosen_ends", lambda *_: [20, 40])
+    own, kill = SearchStore.run, [killed]
+
+    def run(self, whole, room, number, *args):
+        if room == SCREEN and number == 1:
+            raise RuntimeError("no kernel for this")
+        if room == SCORES and kill and kill.pop():
+            raise KeyboardInterrupt
+        return own(self, whole, room, number, *args)
+
+    monkeypatch.setattr(SearchStore, "run", run)
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            shipsfast.top_heads(model, prompts, **how)
+    found = shipsfast.top_heads(model, prompts, **how)
+    assert found.record["screen"]["dtype"] is None and "no kernel" in found.record["screen"]["why"]
+    assert np.isnan(found.screened).all() and not list((tmp_path / "run" / SCREEN).glob("part-*"))
+    assert shipsfast.load(tmp_path / "run") == found and verify(tmp_path / "run")["verdict"] == "sound"
+    assert [each[:2] for each in found.heads] == [
+        each[:2] for each in shipsfast.scan(model, prompts, progress=False).top(2)
+    ]
 
 
 def test_the_copy_keeps_what_a_checkpoint_does_not_have(model):
